@@ -1,0 +1,28 @@
+"""ParoQuant checkpoints as MLX-native cache entries: convert once, load at the speed of the disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import convert_checkpoint, load
+    from .errors import ParoquantStreamError
+    from .manifest import Manifest
+
+__version__ = "0.1.0"
+__all__ = ["Manifest", "ParoquantStreamError", "__version__", "convert_checkpoint", "load"]
+_HOMES = {
+    "convert_checkpoint": "api",
+    "load": "api",
+    "ParoquantStreamError": "errors",
+    "Manifest": "manifest",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first used: `import paroquant_stream` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,105 @@
+"""The two functions that most programs need: convert_checkpoint() and load()."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from .conversion import Conversion, Progress, Request, convert, read_manifest, staleness
+from .hub import resolve
+from .manifest import Manifest
+from .store import Store, user_cache_root
+
+logger = logging.getLogger(__name__)
+IN_PLACE = "mlx"
+"""The directory inside a model directory in which a conversion can be shipped with the model."""
+
+
+def make_request(
+    model_path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+) -> Request:
+    """The request for converting `model_path` with these options; downloads a model named by a Hub id."""
+    directory = resolve(model_path)
+    jobs = jobs or min(8, os.cpu_count() or 1)
+    if in_place:
+        store = Store(directory / IN_PLACE, private=False)
+    else:
+        store = Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())
+    return Request(str(model_path), directory, store, in_place, force, jobs)
+
+
+def run_conversion(request: Request, progress: Progress | None = None) -> Conversion:
+    """A finished conversion with a report for each shard; see `convert_checkpoint` for the errors."""
+    return convert(request, progress)
+
+
+def convert_checkpoint(
+    model_path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """The manifest of the converted model; shards whose entries are in the cache are not converted again.
+
+    `model_path`: a model directory or a Hub repository id. `cache_dir`: default the user's cache.
+    `in_place`: into `<model_path>/mlx` instead. `force`: convert every shard again. `jobs`: workers,
+    default one a core and at most 8; each holds the input and output of one linear. `progress(shard,
+    bytes done, bytes in all)` is called from the workers.
+
+    Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError. Later:
+    SourceChanged and StoreError; what was published stays and the next call goes on from there.
+    """
+    request = make_request(
+        model_path, cache_dir=cache_dir, in_place=in_place, force=force, jobs=jobs
+    )
+    return run_conversion(request, progress).manifest
+
+
+def load(
+    model_path: str | Path,
+    lazy: bool = False,
+    force_text: bool = False,
+    *,
+    cache_dir: str | Path | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Any, Any, bool]:
+    """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
+
+    The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
+    `force_text=True` loads a vision model's text part through mlx-lm. A conversion inside the model
+    directory is used first, if it fits the sources.
+
+    Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the model's
+    parameters do not match one to one.
+    """
+    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs)
+    manifest, store = _shipped(request) or (None, request.store)
+    if manifest is None:
+        manifest = run_conversion(request, progress).manifest
+    from .model import assemble  # imports MLX, which conversion may not need
+
+    return assemble(request.directory, manifest, store, lazy=lazy, force_text=force_text)
+
+
+def _shipped(request: Request) -> tuple[Manifest, Store] | None:
+    """The conversion inside the model directory, if there is one and it fits the sources."""
+    shipped = make_request(request.directory, in_place=True, jobs=request.jobs)
+    manifest = read_manifest(shipped)
+    if manifest is None:
+        return None
+    reason = staleness(shipped, manifest, read_unknown=True)
+    if reason:
+        logger.warning("%s is not used: %s", shipped.store.root, reason)
+        return None
+    return manifest, shipped.store

@@ -1,0 +1,111 @@
+"""The boundary to mlx-lm and mlx-vlm: which class a model is, how its names are sanitized, its tokenizer.
+
+Everything of theirs that is used is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import AssemblyError, MissingExtra
+
+TOWER_PREFIXES = (
+    "vision_tower.",
+    "model.visual.",
+    "visual.",
+    "model.vision_tower.",
+    "model.embed_vision.",
+    "model.vision_embedder.",
+    "model.embed_audio.",
+    "model.audio_tower.",
+)
+"""Tensors of vision and audio towers; a text model reads none of them."""
+_TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Model types that transformers writes for a text-only save and mlx-lm knows by another name."""
+_PARTS = ["text", "vision", "perceiver", "projector", "audio"]
+
+
+def is_vision_model(config: Mapping[str, Any], names: Collection[str], force_text: bool) -> bool:
+    """Whether a model is loaded through mlx-vlm: a vision config, a tower's tensor, and no `force_text`."""
+    tower = any(name.startswith(TOWER_PREFIXES) for name in names)
+    return bool(config.get("vision_config")) and tower and not force_text
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """config.json as mlx-lm reads it, with the end-of-text tokens of generation_config.json."""
+    config: dict[str, Any] = _mlx_lm().load_config(directory)
+    config["model_type"] = _TEXT_TYPES.get(config.get("model_type", ""), config.get("model_type"))
+    return config
+
+
+def build(config: dict[str, Any], is_vlm: bool) -> nn.Module:
+    """The model of a config, at its lazy random start.
+
+    Raises AssemblyError for a model type that the library does not know, MissingExtra when the library
+    is not installed.
+    """
+    try:
+        if not is_vlm:
+            model_class, arguments = _mlx_lm()._get_classes(config)
+            return model_class(arguments.from_dict(config))
+        utils = _mlx_vlm()
+        module, _ = utils.get_model_and_args(config=config)
+        arguments = utils.update_module_configs(
+            module.ModelConfig.from_dict(config), module, config, _PARTS
+        )
+        return module.Model(arguments)
+    except ValueError as error:
+        raise AssemblyError(f"model_type {config.get('model_type')!r}: {error}") from error
+
+
+def sanitize(model: nn.Module, weights: dict[str, mx.array], is_vlm: bool) -> dict[str, mx.array]:
+    """The weights under the model's own names, by the library's own chain, each link once.
+
+    Some links change arrays in place, so `weights` must not be shared with another load.
+    """
+    parts = (
+        model,
+        *(getattr(model, name, None) for name in ("vision_tower", "language_model", "audio_tower")),
+    )
+    for part in parts if is_vlm else (model,):
+        if hasattr(part, "sanitize"):
+            weights = part.sanitize(weights)
+    return weights
+
+
+def load_tokenizer(
+    directory: Path, config: Mapping[str, Any], model: nn.Module, is_vlm: bool
+) -> Any:
+    """The tokenizer of a text model, or the processor of a vision model.
+
+    Without processor files a vision model gets its tokenizer. No code of the model is ever run.
+    """
+    if not is_vlm:
+        return _mlx_lm().load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+    raise NotImplementedError
+
+
+def _mlx_lm() -> Any:
+    try:
+        import mlx_lm.utils
+    except ImportError as error:
+        raise MissingExtra(
+            f"loading needs mlx-lm: pip install 'paroquant_stream[lm]' ({error})"
+        ) from error
+    return mlx_lm.utils
+
+
+def _mlx_vlm() -> Any:
+    try:
+        import mlx_vlm.utils
+    except ImportError as error:
+        raise MissingExtra(
+            "a vision model needs mlx-vlm: pip install 'paroquant_stream[vlm]', or load its text part "
+            f"with force_text=True ({error})"
+        ) from error
+    return mlx_vlm.utils

@@ -1,0 +1,215 @@
+"""The source model directory: its config, its index, its shards and their headers.
+
+`model.safetensors.index.json` decides which files are shards; without it, exactly `model.safetensors`.
+Nothing is ever found by a glob: a stray file would change the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .digest import Memo, hash_file
+from .errors import CheckpointError, MalformedFile
+from .tensorfile import Header, TensorInfo, open_regular, read_header, strict_json
+
+__all__ = ["Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_JSON = 64 << 20  # bytes of an index or config; 1,000,000 tensors take 100 MB and are refused
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.safetensors` file of a checkpoint."""
+
+    name: str
+    path: Path
+
+    def open(self) -> int:
+        """A descriptor of the shard's bytes.
+
+        A symlink is followed only inside the model directory or to a blob of the Hub's cache. Raises
+        CheckpointError when the file is absent or the link leads elsewhere.
+        """
+        if self.path.is_symlink() and not (hub_blob(self.path) or _stays_inside(self.path)):
+            raise CheckpointError(
+                f"{self.path}: a link to {os.readlink(self.path)}, outside of the model directory and of a "
+                "Hub cache; copy the file there or link the whole directory"
+            )
+        try:
+            return open_regular(self.path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path}: the shard is absent; download it again") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
+
+    def header(self) -> Header:
+        """The validated header. Raises CheckpointError or MalformedFile."""
+        fd = self.open()
+        try:
+            return read_header(fd, str(self.path))
+        finally:
+            os.close(fd)
+
+    def sha256(self, memo: Memo) -> str:
+        """SHA-256 of the whole shard, read now and remembered."""
+        fd = self.open()
+        try:
+            return hash_file(fd, str(self.path), memo)
+        finally:
+            os.close(fd)
+
+    @property
+    def hub_sha256(self) -> str | None:
+        """The SHA-256 that the Hub's cache gives in the blob's name, if it is one.
+
+        Exactly one hop: since huggingface_hub PR 4498 the blob may itself be a link to a Xet hash, which
+        is 64 hex digits too and no SHA-256. It is the server's claim: an identity, never a proof.
+        """
+        blob = hub_blob(self.path)
+        return blob.name if blob and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+
+
+def hub_blob(path: Path) -> Path | None:
+    """The blob that `path` links to in a Hub cache (`models--*/blobs/<etag>`), else None."""
+    try:
+        target = path.parent / os.readlink(path)
+    except OSError:  # no link, or no such file
+        return None
+    blobs = Path(os.path.normpath(target.parent))
+    inside = blobs.name == "blobs" and blobs.parent.name.startswith("models--")
+    return blobs / target.name if inside else None
+
+
+def _stays_inside(path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: parsed config, the shards in the order of their names."""
+
+    directory: Path
+    config: dict[str, Any]
+    weight_map: dict[str, str] | None
+    """Tensor name -> shard name as the index gives it; None without an index."""
+    shards: tuple[Shard, ...]
+    config_sha256: str
+    """SHA-256 of the bytes of config.json and of the index."""
+
+    def headers(self) -> dict[str, Header]:
+        """Every shard's header by shard name, checked against the index.
+
+        Raises CheckpointError listing each tensor that the index and the headers do not agree on, and
+        each tensor that two shards hold.
+        """
+        headers = {shard.name: shard.header() for shard in self.shards}
+        issues: list[str] = []
+        home: dict[str, str] = {}
+        for name, header in headers.items():
+            for tensor in header.tensors:
+                if tensor.name in home:
+                    issues.append(
+                        f"{tensor.name}: lies in two shards, {home[tensor.name]} and {name}"
+                    )
+                home[tensor.name] = name
+        for tensor_name, name in (self.weight_map or home).items():
+            if home.get(tensor_name) != name:
+                found = home.get(tensor_name, "no shard")
+                issues.append(f"{tensor_name}: the index says {name}, it lies in {found}")
+        if self.weight_map is not None:
+            issues += [f"{t}: lies in {n}, the index does not name it" for t, n in home.items()
+                       if t not in self.weight_map]  # fmt: skip
+        if issues:
+            raise CheckpointError(
+                f"{self.directory}: index and shards disagree:\n  " + "\n  ".join(issues)
+            )
+        return headers
+
+
+def config_digest(directory: Path) -> str:
+    """SHA-256 of the bytes of config.json and, if there is one, of the index.
+
+    Raises CheckpointError when the directory or its config is absent.
+    """
+    return _digest(*_read_texts(directory))
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in `directory`; reads config and index, no shard.
+
+    Raises CheckpointError for a missing or malformed config or index and for a shard that is absent.
+    """
+    config_text, index_text = _read_texts(directory)
+    config = _parse_object(config_text, directory / "config.json")
+    if index_text is None:
+        weight_map, names = None, [SINGLE_NAME]
+        if not (directory / SINGLE_NAME).exists():
+            raise CheckpointError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME} is there")
+    else:
+        weight_map = _parse_index(index_text, directory / INDEX_NAME)
+        names = sorted(set(weight_map.values()))
+    shards = tuple(Shard(name, directory / name) for name in names)
+    absent = [shard.name for shard in shards if not os.path.lexists(shard.path)]
+    if absent:
+        raise CheckpointError(
+            f"{directory}: the index names absent shards: {', '.join(absent)}; download them"
+        )
+    return Checkpoint(directory, config, weight_map, shards, _digest(config_text, index_text))
+
+
+def _digest(config_text: bytes, index_text: bytes | None) -> str:
+    digest = hashlib.sha256(config_text)
+    digest.update(b"\0" if index_text is None else b"\1" + index_text)
+    return digest.hexdigest()
+
+
+def _read_texts(directory: Path) -> tuple[bytes, bytes | None]:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such model directory")
+    config_text = _read_text(directory / "config.json")
+    if config_text is None:
+        raise CheckpointError(f"{directory}: config.json is absent; is this a model directory?")
+    return config_text, _read_text(directory / INDEX_NAME)
+
+
+def _read_text(path: Path) -> bytes | None:
+    try:
+        fd = open_regular(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+    with os.fdopen(fd, "rb") as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise CheckpointError(f"{path}: over {MAX_JSON >> 20} MiB, which no model needs")
+    return text
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    value = strict_json(text, str(path))
+    if type(value) is not dict:
+        raise MalformedFile(f"{path}: expected a JSON object")
+    return value
+
+
+def _parse_index(text: bytes, path: Path) -> dict[str, str]:
+    weight_map = _parse_object(text, path).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise MalformedFile(
+            f"{path}: expected an object `weight_map` of tensor names to shard names"
+        )
+    for name in set(map(str, weight_map.values())):
+        if not _SHARD_NAME.fullmatch(name):
+            raise MalformedFile(f"{path}: {name[:80]!r} is no plain name of a .safetensors file")
+    if not all(type(name) is str for name in weight_map.values()):
+        raise MalformedFile(f"{path}: weight_map has a value that is no string")
+    return weight_map

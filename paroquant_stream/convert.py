@@ -1,0 +1,195 @@
+"""COMMAND convert: a checkpoint into MLX-native cache entries, shard by shard."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import signal
+import sys
+from dataclasses import asdict, replace
+from types import FrameType, TracebackType
+from typing import Any
+
+from .api import make_request, run_conversion
+from .conversion import Conversion, Request, survey
+from .errors import ParoquantStreamError
+from .report import ShardReport
+
+DESCRIPTION = """\
+Convert a ParoQuant checkpoint into MLX-native entries in the cache. Only shards that changed are converted;
+an interrupted conversion goes on where it was. Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143
+interrupted."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised in the main thread so that temps are removed on the way out."""
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
+    parser.add_argument(
+        "--jobs", type=_positive, metavar="N", help="workers (default: one a core, at most 8)"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
+    )
+    where.add_argument(
+        "--in-place", action="store_true", help="convert into MODEL/mlx, to ship with the model"
+    )
+    parser.add_argument("--force", action="store_true", help="convert every shard again")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be converted and why; write nothing"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the summary"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = argparse.ArgumentParser("python -m paroquant_stream.convert", description=DESCRIPTION)
+    configure_parser(parser)
+    arguments = parser.parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run(arguments)
+    except ParoquantStreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("interrupted; finished shards are kept, run again to go on", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    request = make_request(
+        arguments.model,
+        cache_dir=arguments.cache_dir,
+        in_place=arguments.in_place,
+        force=arguments.force,
+        jobs=arguments.jobs,
+    )
+    if arguments.dry_run:
+        _print_survey(request, arguments)
+        return 0
+    with _Bar(hidden=arguments.quiet or not sys.stderr.isatty()) as bar:
+        conversion = run_conversion(request, bar)
+    if arguments.json:
+        print(json.dumps(_as_json(conversion)))
+    elif not arguments.quiet:
+        print(_summary(conversion))
+    return 0
+
+
+def _as_json(conversion: Conversion) -> dict[str, Any]:
+    return {
+        "model": conversion.manifest.model,
+        "manifest": str(conversion.manifest_path),
+        "shards": [asdict(report) for report in conversion.shards],
+        "seconds": conversion.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _summary(conversion: Conversion) -> str:
+    converted = [report for report in conversion.shards if report.action == "converted"]
+    reused = len(conversion.shards) - len(converted)
+    size = sum(report.bytes_out for report in converted)
+    return (
+        f"{conversion.manifest.model}: {len(converted)} converted ({_bytes(size)}), {reused} reused "
+        f"in {conversion.seconds:.1f} s; {conversion.manifest_path}"
+    )
+
+
+def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
+    reports = survey(replace(request, force=arguments.force))
+    work = [report for report in reports if report.action == "converted"]
+    totals = {
+        "bytes_to_read": sum(report.bytes_in for report in work),
+        "bytes_to_write": sum(report.bytes_out for report in work),
+        "bytes_free": request.store.free_bytes(),
+    }
+    if arguments.json:
+        shards = [asdict(report) for report in reports]
+        print(json.dumps({"model": request.model, "dry_run": True, "shards": shards, **totals}))
+    elif not arguments.quiet:
+        for report in reports:
+            print(_survey_line(report))
+        print(
+            f"{len(work)} of {len(reports)} shards to convert: {_bytes(totals['bytes_to_read'])} to read, "
+            f"{_bytes(totals['bytes_to_write'])} to write, {_bytes(totals['bytes_free'])} free"
+        )
+
+
+def _survey_line(report: ShardReport) -> str:
+    verb = "convert" if report.action == "converted" else "reuse"
+    return f"{verb:7}  {report.shard}  {_bytes(report.bytes_in)} -> {_bytes(report.bytes_out)}  {report.why}"
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+class _Bar:
+    """A progress bar over the source bytes, on a terminal only."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._hidden = hidden
+        self._bar: Any = None
+        self._done: dict[str, int] = {}
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __call__(self, shard: str, done: int, size: int) -> None:
+        if self._hidden:
+            return
+        if self._bar is None:
+            from tqdm import tqdm  # here, because a run without work shows no bar
+
+            self._bar = tqdm(unit="B", unit_scale=True, total=0, desc="converting", leave=False)
+        if shard not in self._done:
+            self._bar.total += size
+        self._bar.update(done - self._done.get(shard, 0))
+        self._done[shard] = done
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Identities of bytes: SHA-256 of sources and parts, XXH3-128 of entries, and the memo that saves both.
+
+SHA-256 is the Hub's own identity of a shard. XXH3 detects damage, not malice, at a tenth of the cost.
+A memo trusts `stat`, so it is made only for a file that was left alone for `RACY_SECONDS` before its
+hash began (git's racy rule); a store through mmap into an already dirty page escapes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import xxhash
+
+from .errors import SourceChanged
+from .tensorfile import TensorInfo
+
+CHUNK = 4 << 20  # bytes a read; larger ones leave the L2 cache before they are hashed
+RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What `stat` says of a file's content: unequal stamps, perhaps unequal bytes."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        """The stamp in a `stat` result."""
+        return cls(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
+
+    def is_settled(self, now_ns: int) -> bool:
+        """Whether a change after `now_ns` must show in the stamp."""
+        return max(self.mtime_ns, self.ctime_ns) + RACY_SECONDS * 1e9 <= now_ns
+
+
+@dataclass(frozen=True)
+class Memo:
+    """Digests remembered by stamp, one small JSON file each, named `<size>-<device>-<inode>`.
+
+    Every defect is a miss, and every failure to write is ignored: a memo only saves reading.
+    """
+
+    directory: Path
+    read_only: bool = False
+
+    def lookup(self, stamp: FileStamp) -> str | None:
+        """The digest of the file with this stamp, if it is known."""
+        try:
+            found, digest = json.loads(self._path(stamp).read_bytes())
+        except (OSError, ValueError, TypeError):
+            return None
+        known = (
+            found == list(astuple(stamp)) and isinstance(digest, str) and len(digest) in (32, 64)
+        )
+        return digest if known else None
+
+    def remember(self, stamp: FileStamp, digest: str) -> None:
+        """Keeps `digest` for the file with this stamp."""
+        if self.read_only:
+            return
+        path = self._path(stamp)
+        temp = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(json.dumps([astuple(stamp), digest]).encode())
+            os.replace(temp, path)
+        except OSError:
+            temp.unlink(missing_ok=True)
+
+    def knows_size(self, size: int) -> bool:
+        """Whether a file of this size was ever hashed, so that hashing first may save a conversion."""
+        return any(self.directory.glob(f"{size}-*"))
+
+    def _path(self, stamp: FileStamp) -> Path:
+        return self.directory / f"{stamp.size}-{stamp.device:x}-{stamp.inode:x}"
+
+
+def read_chunks(
+    fd: int, start: int, stop: int, label: str, multiple: int = 1
+) -> Iterator[memoryview[int]]:
+    """The bytes `start:stop` in order, each chunk a view into one buffer that the next one reuses.
+
+    Every chunk is a multiple of `multiple` bytes, as `stop - start` must be. Raises SourceChanged when
+    the file ends before `stop`.
+    """
+    size = min(max(CHUNK // multiple, 1) * multiple, max(stop - start, 1))
+    buffer = memoryview(bytearray(size))
+    while start < stop:
+        chunk = buffer[: min(size, stop - start)]
+        filled = 0
+        while filled < len(chunk):
+            count = os.preadv(fd, [chunk[filled:]], start + filled)
+            if not count:
+                raise SourceChanged(f"{label}: became shorter while it was read; convert it again")
+            filled += count
+        yield chunk
+        start += filled
+
+
+@dataclass(frozen=True)
+class SourceDigest:
+    """One pass over a shard."""
+
+    sha256: str
+    fingerprints: dict[str, bytes]
+    """XXH3-128 of each tensor's bytes, to prove later that those same bytes were converted."""
+
+
+def hash_source(
+    fd: int, tensors: Iterable[TensorInfo], size: int, label: str, tick: Callable[[int], None]
+) -> SourceDigest:
+    """The digest of the whole file at `fd`, and the fingerprint of each of `tensors` (in file order).
+
+    `tick(bytes)` is called after every chunk and may raise to stop. Raises SourceChanged when the file
+    is shorter than `size`.
+    """
+    whole = hashlib.sha256()
+    fingerprints: dict[str, bytes] = {}
+    position = 0
+    for tensor in tensors:
+        for chunk in read_chunks(fd, position, tensor.start, label):  # the header
+            whole.update(chunk)
+        fingerprint = xxhash.xxh3_128()
+        for chunk in read_chunks(fd, tensor.start, tensor.stop, label):
+            whole.update(chunk)
+            fingerprint.update(chunk)
+            tick(len(chunk))
+        fingerprints[tensor.name] = fingerprint.digest()
+        position = tensor.stop
+    for chunk in read_chunks(fd, position, size, label):
+        whole.update(chunk)
+    return SourceDigest(whole.hexdigest(), fingerprints)
+
+
+def hash_file(fd: int, label: str, memo: Memo) -> str:
+    """SHA-256 of the file at `fd`, remembered if the file was left alone long enough."""
+    started, stamp = time.time_ns(), FileStamp.of(os.fstat(fd))
+    sha256 = hash_source(fd, (), stamp.size, label, lambda _: None).sha256
+    if stamp.is_settled(started) and FileStamp.of(os.fstat(fd)) == stamp:
+        memo.remember(stamp, sha256)
+    return sha256
+
+
+def sha256_of(data: bytes) -> bytes:
+    """SHA-256 of a part that another shard's task borrows, 32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def hash_entry(fd: int, label: str) -> str:
+    """XXH3-128 of a whole file, in hex."""
+    digest = xxhash.xxh3_128()
+    for chunk in read_chunks(fd, 0, os.fstat(fd).st_size, label):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""Every error that paroquant_stream raises on purpose.
+
+Each takes one readable message (what, where, expected, found, what to do) and nothing else, so that
+it pickles: a worker's error must reach the parent whole.
+"""
+
+
+class ParoquantStreamError(Exception):
+    """Base of all errors raised on purpose; a command prints it as one message and exits with 1."""
+
+
+class CheckpointError(ParoquantStreamError):
+    """The model directory cannot be used: its config, index or a shard is missing or damaged."""
+
+
+class MalformedFile(ParoquantStreamError):
+    """A file is not valid safetensors, or holds what no ParoQuant checkpoint needs."""
+
+
+class LayoutError(ParoquantStreamError):
+    """The checkpoint spells its quantized linears in no known layout, or in two at once."""
+
+
+class PlanError(ParoquantStreamError):
+    """Parts are missing, left over, doubled or of a shape that does not fit; lists every one."""
+
+
+class SourceChanged(ParoquantStreamError):
+    """A shard's bytes changed while they were read; nothing was stored."""
+
+
+class StoreError(ParoquantStreamError):
+    """The cache cannot be read or written."""
+
+
+class EntryDamaged(StoreError):
+    """An entry's bytes are not those that were written; it was taken out of use."""
+
+
+class ManifestError(ParoquantStreamError):
+    """A manifest's bytes are damaged or from a newer format; treated as no manifest."""
+
+
+class AssemblyError(ParoquantStreamError):
+    """The stored tensors and the model's parameters do not match one to one; lists every difference."""
+
+
+class MissingExtra(ParoquantStreamError):
+    """An optional package is needed and not installed; names the extra that brings it."""
+
+
+class Cancelled(ParoquantStreamError):
+    """The run was told to stop while this shard was being converted."""

@@ -1,0 +1,142 @@
+"""The layouts: how each spells the parts of a quantized linear, and which one a checkpoint is in.
+
+    AUTOAWQ             X.qweight I32 (K, N/8)           X.scales, X.qzeros (K/G, ...)           X.theta ...
+    AWQ_QLINEAR         X.qlinear.qweight I32 (K, N/8)   X.qlinear.scales, .qzeros      X.rotation.theta ...
+    PARO_NATIVE         X.qlinear.qweight I16 (N/4, K)   X.qlinear.scales, .scaled_zeros    "
+    PARO_NATIVE_LEGACY  the same names, TinyChat interleave, padded group rows, negative scaled_zeros
+
+N outputs, K inputs, G the group size. AWQ_QLINEAR comes from an early AutoAWQ converter and is rare.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import LayoutError
+
+_ROTATION = ("theta", "pairs", "channel_scales")
+EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)")
+_SHARED = re.compile(
+    r"(?P<base>.+)\.experts\.(?P<which>gate_up|down)_weight_(?P<leaf>theta|pairs|channel_scales)"
+)
+
+
+class Layout(enum.Enum):
+    """How a checkpoint spells a quantized linear."""
+
+    AUTOAWQ = "AUTOAWQ"
+    AWQ_QLINEAR = "AWQ_QLINEAR"
+    PARO_NATIVE = "PARO_NATIVE"
+    PARO_NATIVE_LEGACY = "PARO_NATIVE_LEGACY"
+
+    @property
+    def is_awq(self) -> bool:
+        """Whether the 4-bit words are packed as AutoAWQ packs them."""
+        return self in (Layout.AUTOAWQ, Layout.AWQ_QLINEAR)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias or a rotation's."""
+        if self is Layout.AUTOAWQ:
+            plain = ("qweight", "scales", "bias", *_ROTATION)
+            return {name: name for name in plain} | {"qzeros": "zeros"}
+        zeros = "qlinear.qzeros" if self is Layout.AWQ_QLINEAR else "qlinear.scaled_zeros"
+        linear = {f"qlinear.{name}": name for name in ("qweight", "scales", "bias")}
+        return linear | {zeros: "zeros"} | {f"rotation.{name}": name for name in _ROTATION}
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """Module path and part of a tensor's name, or None if no suffix of this layout fits.
+
+        A `.bias` or `.scales` of a module without qweight is split too: the plan knows the modules.
+        """
+        pieces = name.rsplit(".", 1 if self is Layout.AUTOAWQ else 2)
+        role = self.roles.get(".".join(pieces[1:]))
+        return (pieces[0], role) if role else None
+
+    def spell(self, module: str, role: str) -> str:
+        """The name of a module's part in this layout."""
+        return next(f"{module}.{suffix}" for suffix, known in self.roles.items() if known == role)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What config.json says of the 4-bit words."""
+
+    bits: int
+    group_size: int
+
+
+def read_quantization(config: Mapping[str, Any]) -> Quantization:
+    """Bits and group size of a checkpoint's config.
+
+    Raises LayoutError when the config names no ParoQuant quantization, or values that cannot be.
+    """
+    block = _quantization_block(config)
+    method = block.get("quant_method", "paroquant")
+    if method != "paroquant":
+        raise LayoutError(f"config.json: expected quant_method paroquant, found {method!r}")
+    bits, group_size = block.get("bits", block.get("nbit", 4)), block.get("group_size", 128)
+    if type(bits) is not int or bits != 4:
+        raise LayoutError(
+            f"config.json: expected 4 bits, the only width ParoQuant packs, found {bits!r}"
+        )
+    if type(group_size) is not int or group_size not in (32, 64, 128):
+        raise LayoutError(
+            f"config.json: expected a group_size of 32, 64 or 128 (MLX's), found {group_size!r}"
+        )
+    return Quantization(bits, group_size)
+
+
+def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    for key in ("quantization_config", "paroquant_config"):
+        for place in places:
+            block = place.get(key)
+            if isinstance(block, Mapping):
+                return block
+    raise LayoutError(
+        "config.json: neither quantization_config nor paroquant_config; not a ParoQuant model"
+    )
+
+
+def detect(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Layout:
+    """The layout of a checkpoint with this config and these tensor dtypes by name.
+
+    Raises LayoutError when no tensor is quantized, or when two layouts are mixed.
+    """
+    found = {
+        _layout_of(config, name, dtype)
+        for name, dtype in dtypes.items()
+        if name.endswith(".qweight")
+    }
+    if not found:
+        raise LayoutError("no tensor named *.qweight in any shard: nothing here is quantized")
+    if len(found) > 1:
+        raise LayoutError(
+            f"two layouts in one checkpoint: {', '.join(sorted(f.value for f in found))}"
+        )
+    return found.pop()
+
+
+def _layout_of(config: Mapping[str, Any], name: str, dtype: str) -> Layout:
+    nested = name.endswith(".qlinear.qweight")
+    if dtype == "I32":
+        return Layout.AWQ_QLINEAR if nested else Layout.AUTOAWQ
+    if nested and dtype == "I16":
+        # Shapes cannot tell the two apart when K/G is a multiple of the padding, so the config must.
+        legacy = "paroquant_config" in config and "quantization_config" not in config
+        return Layout.PARO_NATIVE_LEGACY if legacy else Layout.PARO_NATIVE
+    raise LayoutError(
+        f"{name}: dtype {dtype} fits no layout (I32: AutoAWQ, I16 under qlinear: native)"
+    )
+
+
+def shared_rotation(name: str) -> str | None:
+    """The entry's name of a rotation that a layer's experts share, or None for any other tensor."""
+    match = _SHARED.fullmatch(name)
+    return f"{match['base']}.switch_mlp.{match['which']}_rot_{match['leaf']}" if match else None

@@ -1,0 +1,190 @@
+"""assemble(): the MLX model of a manifest, every parameter from a stored tensor and every tensor used."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import architecture
+from .errors import AssemblyError
+from .manifest import Manifest
+from .rotation import RotateQuantizedLinear, RotateSwitchGLU
+from .store import Store
+from .weights import read_weights
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, mx.array]
+
+
+def assemble(
+    directory: Path, manifest: Manifest, store: Store, *, lazy: bool, force_text: bool
+) -> tuple[nn.Module, Any, bool]:
+    """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
+
+    Raises AssemblyError listing every tensor that the model has no place for, every parameter without a
+    tensor, and every shape that does not fit.
+    """
+    config = architecture.load_config(directory)
+    names = [tensor.name for record in manifest.entries for tensor in record.tensors]
+    is_vlm = architecture.is_vision_model(config, names, force_text)
+    model = architecture.build(config, is_vlm)
+    weights = read_weights(
+        manifest, store, lambda name: is_vlm or not name.startswith(architecture.TOWER_PREFIXES)
+    )
+    weights = _sanitize(model, weights, is_vlm)
+    weights = _align_experts(model, weights)
+    _swap_layers(model, weights, manifest.bits, manifest.group_size)
+    _check(model, weights)
+    model.load_weights(list(weights.items()))
+    if not lazy:
+        mx.eval(model.parameters())
+    model.eval()
+    return model, architecture.load_tokenizer(directory, config, model, is_vlm), is_vlm
+
+
+def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
+    """The weights under the model's names, each quantized embedding's scales and biases beside it.
+
+    Of a quantized embedding or head only the weight passes through `sanitize`, which knows unquantized
+    ones; where that array went, its scales and biases follow. Dropped, or of no use to the model, all
+    three go.
+    """
+    companions: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
+    for name in [
+        name for name in weights if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    ]:
+        module = name.removesuffix(".weight")
+        if f"{module}.scales" in weights:
+            weight = weights[name]
+            companions[id(weight)] = (
+                weight,
+                weights.pop(f"{module}.scales"),
+                weights.pop(f"{module}.biases"),
+            )
+    before = dict(weights)
+    weights = architecture.sanitize(model, weights, is_vlm)
+    modules = {path for path, _ in model.named_modules()}
+    for name, array in list(weights.items()):
+        if id(array) not in companions:
+            continue
+        module = name.removesuffix(".weight")
+        if module in modules:
+            _, weights[f"{module}.scales"], weights[f"{module}.biases"] = companions[id(array)]
+        else:
+            del weights[name]
+    _check_dropped(before, weights)
+    return weights
+
+
+_DROPPED = re.compile(
+    r"(^|.*\.)(mtp\.|rotary_emb|input_(min|max)$|output_(min|max)$|lm_head\.weight$)"
+    r"|.*\.layers\.\d+\.self_attn\.([kv]_proj|[kv]_norm)\."  # layers that share another layer's K and V
+)
+"""What a model class may drop of a checkpoint; a tower in text mode is never read in the first place."""
+
+
+def _check_dropped(before: Weights, after: Weights) -> None:
+    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs those of a known one.
+
+    A tensor that is not in `after` was dropped, unless a new one in `after` has its tail: then it was
+    changed (a norm shifted, a convolution transposed).
+    """
+    kept = {id(array) for array in after.values()}
+    known = {id(array) for array in before.values()}
+    changed = {_tail(name) for name, array in after.items() if id(array) not in known}
+    dropped = [
+        name
+        for name, array in before.items()
+        if id(array) not in kept and _tail(name) not in changed
+    ]
+    unknown = [name for name in dropped if not _DROPPED.match(name)]
+    if unknown:
+        raise AssemblyError("the model class has no use for these tensors:" + _listed(unknown))
+    if dropped:
+        logger.info("not used by the model class: %s", ", ".join(dropped))
+
+
+def _tail(name: str) -> str:
+    """A name from its layer's number on, or its last two words."""
+    match = re.search(r"\.(layers|blocks)\.\d+\..*", name)
+    return match[0] if match else ".".join(name.split(".")[-2:])
+
+
+def _align_experts(model: nn.Module, weights: Weights) -> Weights:
+    """Stacked experts under the path of the model's own MoE module (`switch_mlp`, `experts.switch_glu`)."""
+    paths = [path for path, module in model.named_modules() if type(module).__name__ == "SwitchGLU"]
+    homes = {
+        path.rsplit(".switch_mlp", 1)[0] if path.endswith(".switch_mlp") else None for path in paths
+    }
+    aligned: Weights = {}
+    for name, array in weights.items():
+        base, marker, rest = name.partition(".switch_mlp.")
+        if marker and base not in homes:
+            home = next(
+                (path for path in paths if path.startswith(base + ".")), f"{base}.switch_mlp"
+            )
+            name = f"{home}.{rest}"
+        aligned[name] = array
+    return aligned
+
+
+def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int) -> None:
+    """Puts rotated and quantized layers where the weights have their parameters."""
+    modules = dict(model.named_modules())
+    swaps: list[tuple[str, nn.Module]] = []
+    for path, module in modules.items():
+        if f"{path}.gate_up_rot_theta" in weights:
+            krot = weights[f"{path}.gate_up_rot_theta"].shape[0]
+            swaps.append((path, RotateSwitchGLU.from_switch_glu(module, group_size, krot, bits)))
+        elif f"{path}.theta" in weights and "weight" in module:
+            outputs, inputs = module.weight.shape
+            krot = weights[f"{path}.theta"].shape[0]
+            layer = RotateQuantizedLinear(
+                inputs, outputs, bias="bias" in module, group_size=group_size, bits=bits, krot=krot
+            )
+            swaps.append((path, layer))
+    model.update_modules(tree_unflatten(swaps))
+    nn.quantize(
+        model,
+        group_size,
+        bits,
+        class_predicate=lambda path, module: (
+            f"{path}.scales" in weights and hasattr(module, "to_quantized")
+        ),
+    )
+
+
+def _check(model: nn.Module, weights: Weights) -> None:
+    """Raises AssemblyError unless weights and parameters match one to one in name, shape and kind."""
+    parameters = dict(tree_flatten(model.parameters()))
+    issues = [f"{name}: no stored tensor" for name in parameters.keys() - weights.keys()]
+    issues += [f"{name}: no such parameter" for name in weights.keys() - parameters.keys()]
+    for name in parameters.keys() & weights.keys():
+        wanted, found = parameters[name], weights[name]
+        if wanted.shape != found.shape or _kind(wanted) != _kind(found):
+            issues.append(
+                f"{name}: the model has {wanted.dtype} {wanted.shape}, stored is {found.dtype} {found.shape}"
+            )
+    if issues:
+        raise AssemblyError(
+            f"{len(issues)} differences between the model class and the stored tensors:"
+            + _listed(issues)
+        )
+
+
+def _kind(array: mx.array) -> Any:
+    """Floats may differ in width, since a class starts in float32; integers must agree."""
+    return mx.floating if mx.issubdtype(array.dtype, mx.floating) else array.dtype
+
+
+def _listed(lines: list[str]) -> str:
+    lines = sorted(lines)
+    more = [f"... and {len(lines) - 50} more"] if len(lines) > 50 else []
+    return "".join(f"\n  {line}" for line in lines[:50] + more)

@@ -1,0 +1,114 @@
+"""What each kind of operation does to the bytes of its parts, a slice at a time.
+
+Every function yields `(index of the output, chunk)`; the chunks of one output come in order. The kinds
+and their versions are in `task.OPERATION_VERSIONS`: change a result, raise the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import repack
+from .source import Source
+from .task import Operation, Part
+
+Chunks = Iterator[tuple[int, memoryview]]
+_DTYPES = {
+    "F16": np.float16,
+    "F32": np.float32,
+    "BF16": np.uint16,
+    "I16": np.int16,
+    "I32": np.uint32,
+}
+_QUANTIZE_ROWS_BYTES = (
+    4 << 20
+)  # a chunk of embedding rows and its codes stay in the L2 and L3 caches
+
+
+def run_operation(operation: Operation, source: Source) -> Chunks:
+    """The bytes of an operation's outputs, slice after slice."""
+    convert = _KINDS[operation.kind]
+    for parts in operation.slices:
+        yield from convert(source, parts, dict(operation.values))
+
+
+def _array(source: Source, part: Part) -> npt.NDArray[Any]:
+    return np.frombuffer(source.whole(part), _DTYPES[part.dtype]).reshape(part.shape)
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).data.cast("B")
+
+
+def _copy(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    for chunk in source.chunks(parts[0]):
+        yield 0, chunk
+
+
+def _awq_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    for stripe in repack.awq_stripes(_array(source, parts[0])):
+        yield 0, _bytes_of(stripe)
+
+
+def _awq_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    zeros, scales = parts
+    yield 0, _bytes_of(repack.awq_biases(_array(source, scales), _array(source, zeros)))
+
+
+def _group_scales(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    yield 0, _bytes_of(repack.group_scales(_array(source, parts[0])))
+
+
+def _native_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    yield 0, _bytes_of(repack.native_biases(_array(source, parts[0])))
+
+
+def _legacy_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    yield 0, _bytes_of(repack.legacy_weight(_array(source, parts[0])))
+
+
+def _legacy_rows(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
+    """Scales, or biases: the stored scaled_zeros are -scale*zero already. Rows beyond K/G are padding."""
+    yield 0, _bytes_of(repack.group_scales(_array(source, parts[0])[: values["groups"]]))
+
+
+def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
+    """Weight, scales and biases of an embedding, by MLX on the CPU.
+
+    CPU and GPU round halves differently (32,742 of 16.8 M codes), and entries must not depend on the
+    device. Groups never cross a row, so chunks of rows give the same bits as the whole.
+    """
+    import mlx.core as mx  # here, because converting a shard without an embedding needs no MLX
+
+    part = parts[0]
+    row_bytes = (part.stop - part.start) // part.shape[0]
+    rows = max(_QUANTIZE_ROWS_BYTES // row_bytes, 1)
+    for chunk in source.chunks(part, row_bytes):
+        stored = np.frombuffer(chunk, _DTYPES[part.dtype]).reshape(-1, part.shape[1])
+        for first in range(0, len(stored), rows):
+            weight = mx.array(stored[first : first + rows])
+            if part.dtype == "BF16":
+                weight = weight.view(mx.bfloat16)
+            results = list(mx.quantize(weight, values["group_size"], values["bits"], stream=mx.cpu))
+            if part.dtype == "BF16":  # numpy has none
+                results[1:] = [result.view(mx.uint16, stream=mx.cpu) for result in results[1:]]
+            mx.eval(results)
+            for index, result in enumerate(results):
+                yield index, _bytes_of(np.array(result, copy=False))
+
+
+_KINDS: dict[str, Callable[[Source, tuple[Part, ...], Mapping[str, int]], Chunks]] = {
+    "copy": _copy,
+    "quantize": _quantize,
+    "awq_weight": _awq_weight,
+    "awq_biases": _awq_biases,
+    "group_scales": _group_scales,
+    "native_biases": _native_biases,
+    "legacy_weight": _legacy_weight,
+    "legacy_scales": _legacy_rows,
+    "legacy_biases": _legacy_rows,
+}

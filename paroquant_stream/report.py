@@ -1,0 +1,87 @@
+"""What became of each shard and why; the same words for a run and for a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .manifest import EntryRecord
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of one shard, or in a dry run what would."""
+
+    shard: str
+    action: str
+    """`converted` or `reused`."""
+    why: str
+    key: str | None
+    """The entry's key; None in a dry run that would convert."""
+    digest: str | None
+    bytes_in: int
+    """Bytes of the shard."""
+    bytes_out: int
+    """Bytes of the entry."""
+    seconds: float
+
+
+def why_converted(
+    before: EntryRecord | None,
+    source_sha256: str | None,
+    borrowed_sha256: Sequence[str],
+    task_sha256: str,
+    forced: bool,
+) -> str:
+    """Why a shard is converted, told by its record in the manifest before."""
+    if forced:
+        return "forced"
+    if before is None:
+        return "never converted"
+    if before.source_sha256 != source_sha256:
+        return "content changed"
+    if before.borrowed_sha256 != tuple(borrowed_sha256):
+        return "borrowed part changed"
+    if before.task_sha256 != task_sha256:
+        return "config, tensors of its linears or transform version changed"
+    return "its entry is absent or damaged"
+
+
+def report_reused(
+    record: EntryRecord, before: EntryRecord | None, seconds: float = 0.0
+) -> ShardReport:
+    """The report of a shard whose entry was there."""
+    why = (
+        "unchanged"
+        if before and before.key == record.key
+        else "its content is in the cache already"
+    )
+    return ShardReport(
+        record.shard,
+        "reused",
+        why,
+        record.key,
+        record.digest,
+        record.source_size,
+        record.size,
+        seconds,
+    )
+
+
+def report_converted(
+    record: EntryRecord, before: EntryRecord | None, forced: bool, seconds: float
+) -> ShardReport:
+    """The report of a shard that was converted."""
+    why = why_converted(
+        before, record.source_sha256, record.borrowed_sha256, record.task_sha256, forced
+    )
+    return ShardReport(
+        record.shard,
+        "converted",
+        why,
+        record.key,
+        record.digest,
+        record.source_size,
+        record.size,
+        seconds,
+    )

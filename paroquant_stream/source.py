@@ -1,0 +1,150 @@
+"""One task's sources while it runs: its shard, the shards it borrows from, and proof of what was read.
+
+The shard is read twice: in file order for its SHA-256, and in the entry's order for conversion (from the
+page cache by then), because the entry is hashed front to back as well and the two orders differ. An XXH3
+fingerprint of every tensor ties the two passes together: an entry is filed only under the hash of the
+very bytes that it was made from.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from .checkpoint import Shard
+from .digest import FileStamp, Memo, SourceDigest, hash_source, read_chunks, sha256_of
+from .errors import Cancelled, SourceChanged
+from .task import Part, Task
+from .tensorfile import pread_exactly, read_header
+
+Tick = Callable[[int], None]
+"""Called with a number of source bytes just done; raises to stop the work."""
+
+
+class Source:
+    """The bytes a task converts, read by pread on one descriptor a shard, never mapped."""
+
+    def __init__(self, task: Task, directory: Path, memo: Memo, tick: Tick) -> None:
+        self._task, self._directory, self._memo, self._tick = task, directory, memo, tick
+        self._fds: dict[str, int] = {}
+        self._fingerprints: dict[str, bytes] = {}
+        self._borrowed: dict[str, bytes] = {}
+        self._digest: SourceDigest | None = None
+        self._stopped = False
+        self._stamp = FileStamp.of(os.fstat(self._fd(task.shard)))
+
+    def known_sha256(self) -> str | None:
+        """The shard's SHA-256 if no byte must be read for it: from the memo or the Hub's blob name."""
+        if self._digest:
+            return self._digest.sha256
+        return self._memo.lookup(self._stamp) or Shard(self._task.shard, self._path()).hub_sha256
+
+    def may_be_known(self) -> bool:
+        """Whether the store has seen a shard of this size, so that hashing first may save the work."""
+        return self._memo.knows_size(self._stamp.size)
+
+    def hash(self) -> SourceDigest:
+        """SHA-256 of the shard and the fingerprint of each of its tensors, in one pass, once."""
+        if self._digest is None:
+            started = time.time_ns()
+            fd, label = self._fd(self._task.shard), str(self._path())
+            tensors = read_header(fd, label).tensors
+            self._digest = hash_source(fd, tensors, self._stamp.size, label, self._count)
+            if self._unchanged() and self._stamp.is_settled(started):
+                self._memo.remember(self._stamp, self._digest.sha256)
+        return self._digest
+
+    @contextmanager
+    def hashing(self, beside: bool) -> Iterator[None]:
+        """Hashes the shard before the body runs, or in a thread beside it, done when the body is."""
+        if not beside:
+            self.hash()
+            yield
+            return
+        with ThreadPoolExecutor(1) as pool:
+            hashed = pool.submit(self.hash)
+            try:
+                yield
+            except BaseException:
+                self._stopped = True  # else leaving the pool waits for a whole shard
+                raise
+            hashed.result()
+
+    def whole(self, part: Part) -> bytes:
+        """All bytes of a part."""
+        label = str(self._path(part.shard))
+        data = pread_exactly(self._fd(part.shard), part.start, part.stop - part.start, label)
+        if part.shard == self._task.shard:
+            self._note(self._fingerprints, part, xxhash.xxh3_128(data).digest())
+            self._count(len(data))
+        else:
+            self._note(self._borrowed, part, sha256_of(data))
+        return data
+
+    def chunks(self, part: Part, multiple: int = 1) -> Iterator[memoryview[int]]:
+        """The bytes of an owned part in chunks of a multiple of `multiple` bytes, each valid until the
+        next."""
+        fingerprint = xxhash.xxh3_128()
+        label = str(self._path(part.shard))
+        for chunk in read_chunks(self._fd(part.shard), part.start, part.stop, label, multiple):
+            fingerprint.update(chunk)
+            yield chunk
+            self._count(len(chunk))
+        self._note(self._fingerprints, part, fingerprint.digest())
+
+    def borrowed_sha256(self) -> list[str]:
+        """One SHA-256 for each lending shard; reads the borrowed parts that were not read yet."""
+        for parts in self._task.borrowed.values():
+            for part in parts:
+                if part.name not in self._borrowed:
+                    self.whole(part)
+        return self._task.borrowed_sha256(self._borrowed)
+
+    def check(self) -> str:
+        """The SHA-256 of the shard, once it is sure that the parts read are the bytes that were hashed.
+
+        Raises SourceChanged when they are not, or when the file changed since it was opened.
+        """
+        digest = self.hash()
+        changed = [
+            name
+            for name, seen in self._fingerprints.items()
+            if digest.fingerprints.get(name) != seen
+        ]
+        if changed or not self._unchanged():
+            what = ", ".join(changed[:3]) or "its size or times"
+            raise SourceChanged(
+                f"{self._path()}: {what} changed during the conversion; convert it again"
+            )
+        return digest.sha256
+
+    def close(self) -> None:
+        """Closes every shard."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def _path(self, shard: str | None = None) -> Path:
+        return self._directory / (shard or self._task.shard)
+
+    def _fd(self, shard: str) -> int:
+        if shard not in self._fds:
+            self._fds[shard] = Shard(shard, self._path(shard)).open()
+        return self._fds[shard]
+
+    def _count(self, size: int) -> None:
+        if self._stopped:
+            raise Cancelled("stopped with the conversion")
+        self._tick(size)
+
+    def _unchanged(self) -> bool:
+        return FileStamp.of(os.fstat(self._fd(self._task.shard))) == self._stamp
+
+    def _note(self, seen: dict[str, bytes], part: Part, digest: bytes) -> None:
+        if seen.setdefault(part.name, digest) != digest:
+            raise SourceChanged(f"{self._path(part.shard)}: {part.name} changed while it was read")

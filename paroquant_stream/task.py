@@ -1,0 +1,125 @@
+"""Parts, operations and tasks: what one shard gives, and the key of the entry that comes of it.
+
+An entry's key is a SHA-256 over everything that decides its bytes: the format, the shard's SHA-256, the
+bytes borrowed from other shards, and the task's canonical description. No file name and no path is in
+it, so moving, copying or renaming a model reconverts nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .tensorfile import TensorSpec
+
+ENTRY_FORMAT = 1
+OPERATION_VERSIONS = {
+    "copy": 1,
+    "quantize": 1,
+    "awq_weight": 1,
+    "awq_biases": 1,
+    "group_scales": 1,
+    "native_biases": 1,
+    "legacy_weight": 1,
+    "legacy_scales": 1,
+    "legacy_biases": 1,
+}
+"""A fix to one operation raises its number, and only the entries made with it are rebuilt."""
+TRANSFORM = " ".join(
+    [f"entry/{ENTRY_FORMAT}", *(f"{k}/{v}" for k, v in OPERATION_VERSIONS.items())]
+)
+"""All of it in one string: a manifest made with another one is checked task by task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part(TensorSpec):
+    """A source tensor: the absolute byte range `start:stop` of a shard."""
+
+    shard: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How some parts become one output, or the three of a quantized embedding."""
+
+    kind: str
+    """A key of `OPERATION_VERSIONS`."""
+    slices: tuple[tuple[Part, ...], ...]
+    """For each slice of the outputs' first axis its parts, the owned one first. A stack of experts has
+    one slice an expert; anything else has one."""
+    outputs: tuple[TensorSpec, ...]
+    values: tuple[tuple[str, int], ...] = ()
+    """Numbers from the config or a foreign header that the result depends on."""
+
+    @property
+    def start(self) -> int:
+        """Where in its shard the first owned part begins."""
+        return self.slices[0][0].start
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work for one shard."""
+
+    shard: str
+    size: int
+    """Bytes of the shard."""
+    operations: tuple[Operation, ...]
+    """In the order of their first owned parts in the shard."""
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """Every tensor of the entry, in the order of the operations."""
+        return [output for operation in self.operations for output in operation.outputs]
+
+    @cached_property
+    def borrowed(self) -> dict[str, tuple[Part, ...]]:
+        """The parts that lie in other shards, by shard, in the order of first use."""
+        lenders: dict[str, dict[str, Part]] = {}
+        for operation in self.operations:
+            for parts in operation.slices:
+                for part in parts:
+                    if part.shard != self.shard:
+                        lenders.setdefault(part.shard, {})[part.name] = part
+        return {shard: tuple(parts.values()) for shard, parts in lenders.items()}
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the canonical description: operations with versions, outputs, parts, values."""
+        place = {shard: index for index, shard in enumerate((self.shard, *self.borrowed))}
+
+        def describe(operation: Operation) -> list[Any]:
+            slices = [
+                [[place[p.shard], p.name, p.dtype, p.shape] for p in parts]
+                for parts in operation.slices
+            ]
+            outputs = [[o.name, o.dtype, o.shape] for o in operation.outputs]
+            version = OPERATION_VERSIONS[operation.kind]
+            return [operation.kind, version, slices, outputs, operation.values]
+
+        return _sha256_of([describe(operation) for operation in self.operations])
+
+    def borrowed_sha256(self, part_digests: Mapping[str, bytes]) -> list[str]:
+        """One SHA-256 per lending shard over the SHA-256 of each part borrowed from it, in order.
+
+        `part_digests`: SHA-256 of every borrowed part's bytes by tensor name. Hashing digests and not
+        the bytes themselves lets the parts be read in any order.
+        """
+        return [
+            hashlib.sha256(b"".join(part_digests[part.name] for part in parts)).hexdigest()
+            for parts in self.borrowed.values()
+        ]
+
+    def key(self, source_sha256: str, borrowed_sha256: list[str]) -> str:
+        """The entry's key, 64 hex digits."""
+        return _sha256_of([ENTRY_FORMAT, source_sha256, borrowed_sha256, self.sha256])
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

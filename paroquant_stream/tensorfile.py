@@ -1,0 +1,288 @@
+"""Strict safetensors headers in, page-aligned safetensors files out.
+
+    8 bytes N, little endian | N bytes JSON, padded with spaces | tensor bytes, no holes
+
+`mx.load` accepts 18 kinds of malformed file that the safetensors library refuses, one of them a heap
+overrun; so every header is checked here, in Python integers, before a byte is allocated or MLX sees it.
+What is accepted here, the safetensors library accepts too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import MalformedFile
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8,
+}  # fmt: skip
+PAGE = (
+    16_384  # bytes; the page of Apple silicon, so that Metal can adopt an entry's memory uncopied
+)
+MAX_HEADER = 32 << 20  # bytes; 100,000 tensors take 14 MB
+MAX_TENSORS = 100_000
+MAX_DIM = 2**31 - 1  # MLX keeps a dimension in an int32
+MAX_ELEMENTS = 2**48
+MAX_RANK = 8
+_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+_MAX_INDEX = 65_535  # `load_weights` grows a list up to the largest number in a name
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's name, dtype and shape, wherever its bytes are."""
+
+    name: str
+    dtype: str
+    """A safetensors dtype name, one of `DTYPE_BYTES`."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        count = DTYPE_BYTES[self.dtype]
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo(TensorSpec):
+    """A tensor in a file, at the absolute byte range `start:stop`."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A validated header: the tensors in file order."""
+
+    tensors: tuple[TensorInfo, ...]
+    size: int
+    """Bytes of the whole file."""
+    metadata: dict[str, str]
+
+
+def open_regular(path: Path, *, follow: bool = True) -> int:
+    """A descriptor of the regular file at `path`.
+
+    Never blocks on a FIFO and never opens a device. With `follow=False` a symlink is refused.
+    Raises MalformedFile for anything else than a regular file, and OSError as `os.open` does.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    fd = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
+    return fd
+
+
+def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
+    """`length` bytes at `offset`; a short read is an error, never zeros."""
+    chunks = []
+    while length:
+        chunk = os.pread(fd, length, offset)
+        if not chunk:
+            raise MalformedFile(f"{label}: ends {length:,} bytes before its header says it does")
+        chunks.append(chunk)
+        offset += len(chunk)
+        length -= len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def strict_json(text: bytes, label: str) -> Any:
+    """The value of a JSON text, refusing what parsers disagree on.
+
+    Duplicate keys, floats that are not numbers, a byte order mark, bytes after the value and integers
+    over 20 digits are MalformedFile.
+    """
+    try:
+        return json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique_pairs,
+            parse_constant=_refuse_constant,
+            parse_int=_bounded_int,
+        )
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # UnicodeDecodeError and JSONDecodeError among them
+        raise MalformedFile(f"{label}: not valid JSON: {error}") from None
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands twice")
+    return found
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > 20:  # 2**64 has 20 digits
+        raise ValueError("an integer has more than 20 digits")
+    return int(text)
+
+
+def read_header(fd: int, label: str) -> Header:
+    """The validated header of the safetensors file open at `fd`.
+
+    `label` names the file in errors. Raises MalformedFile with the first rule that is broken.
+    """
+    size = os.fstat(fd).st_size
+    if size < 10:
+        raise MalformedFile(
+            f"{label}: expected a safetensors file, found {size} bytes; download it again"
+        )
+    length = int.from_bytes(pread_exactly(fd, 0, 8, label), "little")
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        start = pread_exactly(fd, 0, min(size, 40), label)
+        hint = (
+            "a Git LFS pointer; run `git lfs pull`"
+            if start.startswith(b"version https://git-lfs")
+            else (f"a header length of {length:,} in a file of {size:,} bytes; download it again")
+        )
+        raise MalformedFile(f"{label}: expected a safetensors header, found {hint}")
+    text = pread_exactly(fd, 8, length, label)
+    if not text.startswith(b"{"):
+        raise MalformedFile(f"{label}: the header does not start with '{{'")
+    table = strict_json(text.rstrip(b" "), label)
+    metadata = table.pop("__metadata__", None) or {}
+    if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
+        raise MalformedFile(f"{label}: __metadata__ is not a map of strings")
+    if len(table) > MAX_TENSORS:
+        raise MalformedFile(f"{label}: {len(table):,} tensors, over the limit of {MAX_TENSORS:,}")
+    tensors = [_tensor(name, entry, 8 + length, label) for name, entry in table.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    _check_coverage(tensors, 8 + length, size, label)
+    return Header(tuple(tensors), size, metadata)
+
+
+def _tensor(name: str, entry: Any, data_start: int, label: str) -> TensorInfo:
+    where = f"{label}: tensor {name[:80]!r}"
+    check_name(name, label)
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise MalformedFile(f"{where}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or dtype not in DTYPE_BYTES:
+        raise MalformedFile(
+            f"{where}: unsupported dtype {str(dtype)[:20]!r}; known: {', '.join(DTYPE_BYTES)}"
+        )
+    if type(shape) is not list or len(shape) > MAX_RANK:
+        raise MalformedFile(f"{where}: shape is not a list of at most {MAX_RANK} dimensions")
+    elements = 1
+    for dim in shape:
+        if type(dim) is not int or not 0 <= dim <= MAX_DIM:  # bool is an int in Python, not here
+            raise MalformedFile(f"{where}: bad dimension {str(dim)[:30]} in its shape")
+        elements *= dim or 1
+    if elements > MAX_ELEMENTS:
+        raise MalformedFile(f"{where}: shape {shape} has over 2**48 elements")
+    if type(offsets) is not list or len(offsets) != 2 or not all(type(o) is int for o in offsets):
+        raise MalformedFile(f"{where}: data_offsets is not two integers")
+    info = TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    if offsets[0] < 0 or info.stop - info.start != info.nbytes:
+        raise MalformedFile(
+            f"{where}: {dtype} {shape} needs {info.nbytes} bytes, data_offsets are {offsets}"
+        )
+    return info
+
+
+def check_name(name: str, label: str) -> None:
+    """Raises MalformedFile unless `name` is a dotted path of plain words, safe to walk in a model."""
+    parts = name.split(".")
+    if (
+        len(name) > 256
+        or len(parts) > 24
+        or not _NAME.fullmatch(name)
+        or any(
+            part.startswith("__") or (part.isdigit() and int(part) > _MAX_INDEX) for part in parts
+        )
+    ):
+        raise MalformedFile(
+            f"{label}: {name[:80]!r} is no tensor name (dotted words of A-Z a-z 0-9 _ -)"
+        )
+
+
+def _check_coverage(tensors: Sequence[TensorInfo], start: int, size: int, label: str) -> None:
+    for tensor in tensors:
+        if tensor.start != start:
+            kind = "a hole" if tensor.start > start else "an overlap"
+            raise MalformedFile(
+                f"{label}: {kind} before tensor {tensor.name!r} (byte {tensor.start:,})"
+            )
+        start = tensor.stop
+    if start != size:
+        raise MalformedFile(
+            f"{label}: the header describes {start:,} bytes, the file has {size:,}; download it again"
+        )
+
+
+def lay_out(specs: Iterable[TensorSpec]) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """The header bytes of a file of these tensors, and the tensors in file order with their ranges.
+
+    Tensors whose size is a multiple of `PAGE` come first, each on a page; the rest follow by falling
+    item size, so that each is aligned to its items and no hole is needed. Equal specs in an equal
+    order give equal bytes on every system.
+    """
+    ordered = sorted(specs, key=lambda s: 0 if s.nbytes % PAGE == 0 else 16 - DTYPE_BYTES[s.dtype])
+    table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    offset = 0
+    for spec in ordered:
+        offsets = [offset, offset + spec.nbytes]
+        table[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    start = 8 + len(text)
+    infos = []
+    for spec in ordered:
+        infos.append(TensorInfo(spec.name, spec.dtype, spec.shape, start, start + spec.nbytes))
+        start += spec.nbytes
+    return len(text).to_bytes(8, "little") + text, tuple(infos)
+
+
+def file_size(specs: Iterable[TensorSpec]) -> int:
+    """Bytes of the file that `lay_out` describes."""
+    header, tensors = lay_out(specs)
+    return tensors[-1].stop if tensors else len(header)
+
+
+class TensorWriter:
+    """Writes the file that `lay_out` described front to back through `sink`, header first.
+
+    A tensor out of turn, cut short or overrun is a programming error and raises AssertionError, so that
+    no file of the wrong form is ever published.
+    """
+
+    def __init__(self, sink: Callable[[memoryview], None], header: bytes) -> None:
+        self._sink = sink
+        self._position = len(header)
+        sink(memoryview(header))
+
+    def write(self, tensor: TensorInfo, chunk: memoryview) -> None:
+        """Appends `chunk`, the next bytes of `tensor`."""
+        if not tensor.start <= self._position <= tensor.stop - chunk.nbytes:
+            raise AssertionError(
+                f"{tensor.name}: bytes at {self._position:,} lie outside of its range"
+            )
+        self._sink(chunk)
+        self._position += chunk.nbytes
+
+    def finish(self, size: int) -> None:
+        """Checks that all `size` bytes were written."""
+        if self._position != size:
+            raise AssertionError(f"{self._position:,} of {size:,} bytes were written")

@@ -1,0 +1,161 @@
+"""run_task: the one function that runs in workers. One shard in, one published entry out."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .digest import FileStamp, hash_entry
+from .errors import StoreError
+from .manifest import EntryRecord
+from .operations import run_operation
+from .source import Source, Tick
+from .store import Store
+from .task import Task
+from .tensorfile import TensorInfo, TensorWriter, lay_out, pread_exactly
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task and what a worker needs beside it; pickles small."""
+
+    task: Task
+    directory: Path
+    store: Store
+    force: bool = False
+    """Convert even when the entry is there, and put the new one in its place."""
+    threads: int = 1
+    """2 or more: the shard's hash runs beside its conversion."""
+    known: EntryRecord | None = None
+    """The record of this shard in an earlier manifest."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker did for one shard."""
+
+    record: EntryRecord
+    converted: bool
+    seconds: float
+
+
+def run_task(job: Job, tick: Tick) -> Outcome:
+    """Gives the entry of one shard: the one in the store if its key is there, else a new one.
+
+    Raises CheckpointError or MalformedFile for a shard that cannot be read, SourceChanged when its bytes
+    changed meanwhile (nothing is stored then), StoreError when the entry cannot be written.
+    """
+    started = time.monotonic()
+    source = open_source(job, tick)
+    try:
+        record = None if job.force else find_entry(job, source)
+        converted = record is None
+        record = record or _convert(job, source)
+        return Outcome(record, converted, time.monotonic() - started)
+    finally:
+        source.close()
+
+
+def open_source(job: Job, tick: Tick) -> Source:
+    """The job's shard, opened."""
+    return Source(job.task, job.directory, job.store.memo, tick)
+
+
+def find_entry(job: Job, source: Source) -> EntryRecord | None:
+    """The record of the entry that the store already has for this shard, or None.
+
+    The shard's SHA-256 comes from the memo or the Hub's blob name; else the shard is hashed if the store
+    has seen one of its size, since that may save the conversion.
+    """
+    sha256 = source.known_sha256()
+    seen = job.known is not None and job.known.source_size == job.task.size
+    if sha256 is None and (seen or source.may_be_known()):
+        sha256 = source.hash().sha256
+    if sha256 is None:
+        return None
+    key = job.task.key(sha256, borrowed := source.borrowed_sha256())
+    size = job.store.entry_size(key)
+    if size is None:
+        return None
+    if job.known and (job.known.key, job.known.size) == (key, size):
+        return replace(job.known, shard=job.task.shard)
+    return _adopt(job, sha256, borrowed, key)
+
+
+def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord | None:
+    """The record of a published entry whose record was lost; a malformed one is taken out of use."""
+    header, tensors = lay_out(job.task.outputs)
+    size = tensors[-1].stop if tensors else len(header)
+    try:
+        fd = job.store.open_entry(key)
+    except StoreError:
+        return None
+    try:
+        stamp = FileStamp.of(os.fstat(fd))
+        label = str(job.store.entry_path(key))
+        if stamp.size != size or pread_exactly(fd, 0, len(header), label) != header:
+            job.store.quarantine(key)
+            return None
+        digest = job.store.memo.lookup(stamp) or hash_entry(fd, label)
+    finally:
+        os.close(fd)
+    return _record(job.task, sha256, borrowed, key, digest, size)
+
+
+def _convert(job: Job, source: Source) -> EntryRecord:
+    header, tensors = lay_out(job.task.outputs)
+    size = tensors[-1].stop if tensors else len(header)
+    with job.store.new_file(size) as file:
+        with source.hashing(beside=job.threads > 1):
+            writer = TensorWriter(file.write, header)
+            _write(job.task, source, writer, tensors)
+            writer.finish(size)
+        borrowed = source.borrowed_sha256()
+        sha256 = source.check()
+        key = job.task.key(sha256, borrowed)
+        stamp = file.publish(job.store.entry_path(key))
+        job.store.memo.remember(stamp, file.digest)
+        return _record(job.task, sha256, borrowed, key, file.digest, size)
+
+
+def _write(
+    task: Task, source: Source, writer: TensorWriter, tensors: tuple[TensorInfo, ...]
+) -> None:
+    """Converts the task's outputs in the order of the file; what comes before its turn is held.
+
+    Held are the scales and biases of a quantized embedding, 1/8 of its bytes in 16 bit.
+    """
+    makers = {
+        output.name: operation for operation in task.operations for output in operation.outputs
+    }
+    held: dict[str, list[bytes]] = {}
+    for tensor in tensors:
+        if tensor.name in held:
+            for chunk in held.pop(tensor.name):
+                writer.write(tensor, memoryview(chunk))
+            continue
+        operation = makers[tensor.name]
+        for index, view in run_operation(operation, source):
+            name = operation.outputs[index].name
+            if name == tensor.name:
+                writer.write(tensor, view)
+            else:
+                held.setdefault(name, []).append(bytes(view))
+
+
+def _record(
+    task: Task, sha256: str, borrowed: list[str], key: str, digest: str, size: int
+) -> EntryRecord:
+    return EntryRecord(
+        shard=task.shard,
+        source_sha256=sha256,
+        source_size=task.size,
+        borrowed_sha256=tuple(borrowed),
+        task_sha256=task.sha256,
+        key=key,
+        digest=digest,
+        size=size,
+        tensors=tuple(task.outputs),
+    )

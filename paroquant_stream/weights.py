@@ -1,0 +1,100 @@
+"""The tensors of a manifest's entries, as one dict of lazy MLX arrays, the pieces of stacks joined."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import cast
+
+import mlx.core as mx
+
+from .digest import FileStamp, hash_entry
+from .errors import AssemblyError, EntryDamaged
+from .manifest import EntryRecord, Manifest
+from .store import Store
+from .tensorfile import lay_out, pread_exactly
+
+_PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
+_EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>\w+_proj\.\w+)")
+
+
+def read_weights(
+    manifest: Manifest, store: Store, wanted: Callable[[str], bool]
+) -> dict[str, mx.array]:
+    """Name -> lazy array of every wanted tensor; stacks whole, shape (experts, ...).
+
+    An entry without a wanted tensor is not opened. Raises EntryDamaged, after taking the entry out of
+    use, when its bytes are not those that were written; StoreError when it is absent.
+    """
+    weights: dict[str, mx.array] = {}
+    for record in manifest.entries:
+        names = [tensor.name for tensor in record.tensors if wanted(tensor.name)]
+        if names:
+            arrays = _read_entry(record, store)
+            weights.update((name, arrays[name]) for name in names)
+    return _stack_experts(_join_pieces(weights))
+
+
+def _read_entry(record: EntryRecord, store: Store) -> dict[str, mx.array]:
+    """The entry's arrays, through the very descriptor that was checked."""
+    fd = store.open_entry(record.key)
+    try:
+        problem = _defect(record, store, fd)
+        if problem:
+            store.quarantine(record.key)
+            raise EntryDamaged(f"{store.entry_path(record.key)}: {problem}; taken out of use")
+        return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
+    finally:
+        os.close(fd)
+
+
+def _defect(record: EntryRecord, store: Store, fd: int) -> str | None:
+    """What is wrong with an entry: size and header always, the digest unless its stat is known."""
+    stamp = FileStamp.of(os.fstat(fd))
+    label = str(store.entry_path(record.key))
+    if stamp.size != record.size:
+        return f"expected {record.size:,} bytes, found {stamp.size:,}"
+    header, _ = lay_out(record.tensors)
+    if pread_exactly(fd, 0, min(len(header), stamp.size), label) != header:
+        return "the header is not the one that was written"
+    if store.memo.lookup(stamp) == record.digest:
+        return None
+    digest = hash_entry(fd, label)
+    if digest != record.digest:
+        return f"expected XXH3 {record.digest}, found {digest}"
+    store.memo.remember(stamp, digest)
+    return None
+
+
+def _join_pieces(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Pieces `X.experts_<first>_<last>` become one X, in the order of the experts."""
+    pieces: dict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
+    for name in weights:
+        if match := _PIECE.fullmatch(name):
+            pieces[match["stack"]][int(match["first"])] = (int(match["last"]), name)
+    for stack, runs in pieces.items():
+        expected, parts = 0, []
+        for first in sorted(runs):
+            last, name = runs[first]
+            if first != expected:
+                raise AssemblyError(f"{stack}: experts {expected} to {first - 1} are in no entry")
+            parts.append(weights.pop(name))
+            expected = last + 1
+        weights[stack] = mx.concatenate(parts, axis=0)
+        mx.eval(weights[stack])  # one stack at a time: its pieces are freed before the next is read
+    return weights
+
+
+def _stack_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Experts that were left unquantized, one tensor each, become stacks."""
+    members: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in weights:
+        if match := _EXPERT.fullmatch(name):
+            members[f"{match['base']}.switch_mlp.{match['rest']}"][int(match["expert"])] = name
+    for stack, experts in members.items():
+        if sorted(experts) != list(range(len(experts))):
+            raise AssemblyError(f"{stack}: experts are missing between 0 and {max(experts)}")
+        weights[stack] = mx.stack([weights.pop(experts[expert]) for expert in range(len(experts))])
+    return weights

@@ -1,0 +1,167 @@
+"""Tiny checkpoints made on the spot: random bytes in the right shapes, no torch, a few milliseconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+Tensors = dict[str, np.ndarray]
+Cut = Callable[[list[str]], Mapping[str, str]]
+
+HIDDEN, INTERMEDIATE, VOCAB, GROUP, KROT, HEAD = 64, 128, 64, 32, 3, 32
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": HEAD,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCAB,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "quantization_config": {
+        "quant_method": "paroquant",
+        "bits": 4,
+        "group_size": GROUP,
+        "krot": KROT,
+    },
+}
+LINEARS = {
+    "self_attn.q_proj": (64, HIDDEN),
+    "self_attn.k_proj": (32, HIDDEN),
+    "self_attn.v_proj": (32, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, 64),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+"""Outputs and inputs of each quantized linear of a layer."""
+
+
+def awq_linear(
+    rng: np.random.Generator, module: str, outputs: int, inputs: int, group: int = GROUP
+) -> Tensors:
+    """The AutoAWQ parts of one linear, with some zero points of 0."""
+    words = {"dtype": np.int32, "low": -(2**31), "high": 2**31}
+    qzeros = rng.integers(size=(inputs // group, outputs // 8), **words)
+    qzeros[:, 0] = 0
+    return {
+        f"{module}.qweight": rng.integers(size=(inputs, outputs // 8), **words),
+        f"{module}.qzeros": qzeros,
+        f"{module}.scales": rng.uniform(0.001, 0.02, (inputs // group, outputs)).astype(np.float16),
+        **rotation(rng, module, inputs, group),
+    }
+
+
+def rotation(rng: np.random.Generator, module: str, inputs: int, group: int = GROUP) -> Tensors:
+    """A rotation's theta, pairs (a permutation of each group) and channel scales."""
+    groups = [
+        np.concatenate([rng.permutation(group) for _ in range(inputs // group)])
+        for _ in range(KROT)
+    ]
+    return {
+        f"{module}.theta": rng.normal(0, 0.2, (KROT, inputs // 2)).astype(np.float16),
+        f"{module}.pairs": np.stack(groups).astype(np.int16),
+        f"{module}.channel_scales": rng.uniform(0.8, 1.2, (1, inputs)).astype(np.float16),
+    }
+
+
+def llama_tensors(seed: int = 0) -> Tensors:
+    """Every tensor of a two-layer AutoAWQ llama."""
+    rng = np.random.default_rng(seed)
+
+    def noise(*shape: int) -> np.ndarray:
+        return rng.normal(0, 0.05, shape).astype(np.float16)
+
+    tensors = {"model.embed_tokens.weight": noise(VOCAB, HIDDEN)}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        base = f"model.layers.{layer}"
+        tensors[f"{base}.input_layernorm.weight"] = 1 + noise(HIDDEN)
+        tensors[f"{base}.post_attention_layernorm.weight"] = 1 + noise(HIDDEN)
+        for name, (outputs, inputs) in LINEARS.items():
+            tensors |= awq_linear(rng, f"{base}.{name}", outputs, inputs)
+    tensors["model.norm.weight"] = 1 + noise(HIDDEN)
+    tensors["lm_head.weight"] = noise(VOCAB, HIDDEN)
+    return tensors
+
+
+def cut_evenly(shards: int) -> Cut:
+    """Consecutive runs of names, as the usual cut by size gives; triples may be split."""
+
+    def cut(names: list[str]) -> dict[str, str]:
+        size = -(-len(names) // shards)
+        return {n: f"model-{i // size + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)}
+
+    return cut
+
+
+def cut_apart(shards: int) -> Cut:
+    """Neighbours in different shards: qweight, qzeros and scales of one linear never together."""
+
+    def cut(names: list[str]) -> dict[str, str]:
+        return {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)}
+
+    return cut
+
+
+def write_checkpoint(
+    directory: Path,
+    tensors: Tensors | None = None,
+    cut: Cut | None = None,
+    config: Mapping[str, object] = CONFIG,
+) -> Path:
+    """Writes a model directory; without `cut`, one `model.safetensors` and no index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = llama_tensors() if tensors is None else tensors
+    (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
+    if cut is None:
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+    weight_map = cut(sorted(tensors))
+    for shard in sorted(set(weight_map.values())):
+        held = {name: tensors[name] for name, home in weight_map.items() if home == shard}
+        save_file(held, directory / shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A word-level tokenizer of VOCAB words."""
+    vocab = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def settle(directory: Path, seconds: float = 10) -> None:
+    """Sets every file's times into the past. ctime cannot be set, so see `forget_time` too."""
+    import os
+    import time
+
+    old = time.time() - seconds
+    for path in directory.iterdir():
+        if path.is_file():
+            os.utime(path, (old, old))

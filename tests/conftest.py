@@ -1,0 +1,36 @@
+"""Fixtures shared by the rooms' tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paroquant_stream import digest
+from tests.builders import cut_apart, cut_evenly, write_checkpoint
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """No test sees or touches the user's cache."""
+    monkeypatch.setenv("PAROQUANT_STREAM_CACHE", str(tmp_path / "user-cache"))
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Files count as left alone at once, so that their digests are remembered."""
+    monkeypatch.setattr(digest, "RACY_SECONDS", -1)
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    """A tiny llama in three shards."""
+    return write_checkpoint(tmp_path / "model", cut=cut_evenly(3))
+
+
+@pytest.fixture
+def scattered_dir(tmp_path) -> Path:
+    """The same model, the parts of each linear in three different shards."""
+    return write_checkpoint(tmp_path / "scattered", cut=cut_apart(3))
