@@ -35,11 +35,10 @@ def run_all(
         if stop.is_set():
             raise Cancelled("another shard failed or the run was interrupted")
 
-    with ThreadPoolExecutor(min(jobs, len(items))) as pool:
-        futures = [pool.submit(function, item, checkpoint) for item in items]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:  # an error, an interrupt, or a caller that stopped listening
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+    pool = ThreadPoolExecutor(min(jobs, len(items)))
+    try:
+        for future in as_completed([pool.submit(function, item, checkpoint) for item in items]):
+            yield future.result()
+    finally:  # an error, an interrupt, or a caller that stopped listening
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import architecture
+from . import model_class
 from .errors import AssemblyError
 from .manifest import Manifest
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
@@ -31,12 +31,12 @@ def assemble(
     Raises AssemblyError listing every tensor that the model has no place for, every parameter without a
     tensor, and every shape that does not fit.
     """
-    config = architecture.load_config(directory)
+    config = model_class.load_config(directory)
     names = [tensor.name for record in manifest.entries for tensor in record.tensors]
-    is_vlm = architecture.is_vision_model(config, names, force_text)
-    model = architecture.build(config, is_vlm)
+    is_vlm = model_class.is_vision_model(config, names, force_text)
+    model = model_class.build(config, is_vlm)
     weights = read_weights(
-        manifest, store, lambda name: is_vlm or not name.startswith(architecture.TOWER_PREFIXES)
+        manifest, store, lambda name: is_vlm or not name.startswith(model_class.TOWER_PREFIXES)
     )
     weights = _sanitize(model, weights, is_vlm)
     weights = _align_experts(model, weights)
@@ -46,7 +46,7 @@ def assemble(
     if not lazy:
         mx.eval(model.parameters())
     model.eval()
-    return model, architecture.load_tokenizer(directory, config, model, is_vlm), is_vlm
+    return model, model_class.load_tokenizer(directory, config, model, is_vlm), is_vlm
 
 
 def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
@@ -69,7 +69,7 @@ def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
                 weights.pop(f"{module}.biases"),
             )
     before = dict(weights)
-    weights = architecture.sanitize(model, weights, is_vlm)
+    weights = model_class.sanitize(model, weights, is_vlm)
     modules = {path for path, _ in model.named_modules()}
     for name, array in list(weights.items()):
         if id(array) not in companions:

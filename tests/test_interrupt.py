@@ -1,0 +1,109 @@
+"""Runs that are killed at every file-system step, or told to stop: nothing is lost, nothing half done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from paroquant_stream.api import make_request
+from paroquant_stream.conversion import convert
+from paroquant_stream.digest import hash_entry
+
+KILL = """
+import os, signal, sys
+from paroquant_stream import convert, digest
+digest.RACY_SECONDS = -1
+step, calls = int(sys.argv[1]), 0
+def deadly(real):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+for name in ("fsync", "replace", "posix_fallocate", "open", "write", "mkdir"):
+    setattr(os, name, deadly(getattr(os, name)))
+sys.exit(convert.main(sys.argv[2:]))
+"""
+
+SLOW = """
+import sys, time
+from paroquant_stream import convert, source
+real = source.Source._count
+def slow(self, size):
+    print("ticking", file=sys.stderr, flush=True)
+    time.sleep(0.2)
+    real(self, size)
+source.Source._count = slow
+sys.exit(convert.main(sys.argv[1:]))
+"""
+
+
+def published(cache) -> dict[str, str]:
+    """Key -> digest of the bytes of every entry that is there."""
+    found = {}
+    for path in cache.rglob("entries/*/*.safetensors"):
+        fd = os.open(path, os.O_RDONLY)
+        found[path.stem] = hash_entry(fd, path.name)
+        os.close(fd)
+    return found
+
+
+def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(scattered_dir, tmp_path):
+    """SIGKILL before each file-system call in turn, until a run gets through without being killed."""
+    whole = convert(make_request(scattered_dir, cache_dir=tmp_path / "whole", jobs=1))
+    right = {record.key: record.digest for record in whole.manifest.entries}
+    step, killed = 0, 0
+    while True:
+        step += 1
+        cache = tmp_path / f"cache{step}"
+        arguments = [str(scattered_dir), "--cache-dir", str(cache), "--jobs", "1", "--json"]
+        run = subprocess.run([sys.executable, "-c", KILL, str(step), *arguments], capture_output=True)
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+        killed += 1
+        kept = published(cache)
+        assert kept.items() <= right.items()
+        result = convert(make_request(scattered_dir, cache_dir=cache, jobs=1))
+        redone = {report.key for report in result.shards if report.action == "converted"}
+        assert redone == right.keys() - kept.keys()
+        assert published(cache) == right
+        assert not list((cache / "v1" / "tmp").iterdir())
+    assert killed > 30
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_a_signal_ends_the_run_soon_and_cleanly(model_dir, tmp_path, number, code, jobs):
+    arguments = [str(model_dir), "--cache-dir", str(tmp_path / "cache"), "--jobs", jobs]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stderr.readline() == b"ticking\n"
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, stderr = process.communicate(timeout=10)
+    assert time.monotonic() - sent < 2
+    assert process.returncode == code
+    assert b"interrupted" in stderr
+    assert b"Traceback" not in stderr
+    assert not list((tmp_path / "cache" / "v1" / "tmp").iterdir())
+
+
+def test_eight_processes_on_one_model_convert_each_shard_once(model_dir, tmp_path):
+    command = [sys.executable, "-m", "paroquant_stream.convert", str(model_dir), "--json"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--jobs", "2"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(8)]
+    outputs = [json.loads(process.communicate(timeout=60)[0]) for process in running]
+    assert all(process.returncode == 0 for process in running)
+    actions = [shard["action"] for output in outputs for shard in output["shards"]]
+    assert actions.count("converted") == 3
+    assert len({json.dumps([s["digest"] for s in output["shards"]]) for output in outputs}) == 1
