@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversion import Conversion, Progress, Request, convert, read_manifest, staleness
+from .errors import EntryDamaged
 from .hub import resolve
 from .manifest import Manifest
 from .store import Store, user_cache_root
@@ -84,12 +85,18 @@ def load(
     parameters do not match one to one.
     """
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs)
-    manifest, store = _shipped(request) or (None, request.store)
-    if manifest is None:
-        manifest = run_conversion(request, progress).manifest
     from .model import assemble  # imports MLX, which conversion may not need
 
-    return assemble(request.directory, manifest, store, lazy=lazy, force_text=force_text)
+    def attempt() -> tuple[Any, Any, bool]:
+        shipped = _shipped(request)
+        manifest, store = shipped or (run_conversion(request, progress).manifest, request.store)
+        return assemble(request.directory, manifest, store, lazy=lazy, force_text=force_text)
+
+    try:
+        return attempt()
+    except EntryDamaged as damage:  # the entry was taken out of use, so that it is converted again
+        logger.warning("%s", damage)
+        return attempt()
 
 
 def _shipped(request: Request) -> tuple[Manifest, Store] | None:

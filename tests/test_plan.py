@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from paroquant_stream.errors import LayoutError, PlanError
-from paroquant_stream.layout import Layout, Quantization, detect, read_quantization
+from paroquant_stream.errors import PlanError
+from paroquant_stream.layout import Layout, Quantization
 from paroquant_stream.plan import make_plan
 from paroquant_stream.tensorfile import Header, TensorInfo
-from tests.builders import CONFIG, awq_linear, cut_apart, cut_evenly, llama_tensors, rotation
+from tests.builders import awq_linear, cut_apart, cut_evenly, llama_tensors, rotation
 
 QUANTIZATION = Quantization(4, 32)
 DTYPES = {"float16": "F16", "int32": "I32", "int16": "I16", "float32": "F32"}
@@ -135,58 +135,6 @@ def test_embedding_rows_must_divide_by_the_group_size():
     tensors = llama_tensors() | {"lm_head.weight": np.zeros((64, 40), np.float16)}
     with pytest.raises(PlanError, match="rows of 40 do not divide by group_size 32"):
         plan_of(tensors)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"bits": 3}, "4 bits"),
-        ({"bits": True}, "4 bits"),
-        ({"group_size": 100}, "group_size"),
-        ({"quant_method": "awq"}, "paroquant"),
-    ],
-)
-def test_a_config_that_cannot_be_is_refused(change, message):
-    block = CONFIG["quantization_config"] | change
-    with pytest.raises(LayoutError, match=message):
-        read_quantization({"quantization_config": block})
-
-
-def test_a_config_without_quantization_is_refused():
-    with pytest.raises(LayoutError, match="not a ParoQuant model"):
-        read_quantization({"model_type": "llama"})
-
-
-def test_quantization_inside_text_config_is_found():
-    assert read_quantization({"text_config": {"paroquant_config": {"nbit": 4, "group_size": 64}}}) == (
-        Quantization(4, 64)
-    )
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "config", "layout"),
-    [
-        ({"x.qweight": "I32"}, {}, Layout.AUTOAWQ),
-        ({"x.qlinear.qweight": "I32"}, {}, Layout.AWQ_QLINEAR),
-        ({"x.qlinear.qweight": "I16"}, {"quantization_config": {}}, Layout.PARO_NATIVE),
-        ({"x.qlinear.qweight": "I16"}, {"paroquant_config": {}}, Layout.PARO_NATIVE_LEGACY),
-    ],
-)
-def test_the_layout_is_told_by_names_dtypes_and_config(dtypes, config, layout):
-    assert detect(config, dtypes) is layout
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "message"),
-    [
-        ({"x.weight": "F16"}, "nothing here is quantized"),
-        ({"x.qweight": "F16"}, "fits no layout"),
-        ({"x.qweight": "I32", "y.qlinear.qweight": "I16"}, "two layouts"),
-    ],
-)
-def test_an_unknown_layout_is_refused(dtypes, message):
-    with pytest.raises(LayoutError, match=message):
-        detect({}, dtypes)
 
 
 def moe_tensors(layers=1, experts=4) -> dict[str, np.ndarray]:

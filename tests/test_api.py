@@ -1,0 +1,95 @@
+"""convert_checkpoint() and load()."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+import paroquant_stream
+from paroquant_stream import Manifest, convert_checkpoint, load
+from paroquant_stream.api import make_request
+from paroquant_stream.errors import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("settled")
+
+
+def no_conversion(monkeypatch):
+    monkeypatch.setattr("paroquant_stream.transform._convert", lambda *_: pytest.fail("converted again"))
+
+
+def test_gives_the_manifest(model_dir):
+    manifest = convert_checkpoint(model_dir)
+    assert isinstance(manifest, Manifest)
+    assert manifest.layout == "AUTOAWQ"
+    assert len(manifest.entries) == 3
+
+
+def test_load_converts_what_is_missing_and_nothing_else(model_dir, monkeypatch):
+    load(model_dir)
+    no_conversion(monkeypatch)
+    load(model_dir)
+
+
+def test_load_uses_the_cache_that_it_is_told(model_dir, tmp_path, monkeypatch):
+    convert_checkpoint(model_dir, cache_dir=tmp_path / "elsewhere")
+    no_conversion(monkeypatch)
+    load(model_dir, cache_dir=tmp_path / "elsewhere")
+
+
+def test_a_conversion_beside_the_model_is_used_first(model_dir, tmp_path, monkeypatch):
+    convert_checkpoint(model_dir, in_place=True)
+    no_conversion(monkeypatch)
+    load(model_dir, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_stale_conversion_beside_the_model_is_skipped_with_the_reason(model_dir, caplog):
+    convert_checkpoint(model_dir, in_place=True)
+    shard = model_dir / "model-00003-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        load(model_dir)
+    assert "model-00003-of-00003.safetensors changed" in caplog.text
+
+
+def test_a_damaged_entry_is_converted_again_and_the_right_weights_are_loaded(model_dir):
+    manifest = convert_checkpoint(model_dir)
+    path = make_request(model_dir).store.entry_path(manifest.entries[1].key)
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[-1] ^= 1
+    path.write_bytes(bad)
+    load(model_dir)
+    assert path.read_bytes() == good
+
+
+def test_a_missing_model_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a model directory"):
+        load(tmp_path / "absent")
+
+
+def test_the_public_names_are_there_and_no_other():
+    for name in paroquant_stream.__all__:
+        assert getattr(paroquant_stream, name)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = paroquant_stream.nothing
+
+
+def test_two_threads_that_load_one_cold_model_convert_it_once(model_dir, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from paroquant_stream import transform
+
+    real, converted = transform._convert, []
+
+    def counted(job, source):
+        converted.append(job.task.shard)
+        return real(job, source)
+
+    monkeypatch.setattr(transform, "_convert", counted)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: convert_checkpoint(model_dir, jobs=1), range(2)))
+    assert len(converted) == 3

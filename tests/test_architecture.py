@@ -1,0 +1,125 @@
+"""The house: imports point down, one third-party package lives in one room, rooms stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
+ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
+
+LEVELS = [
+    {"errors", "repack", "kernels"},
+    {"tensorfile", "rotation"},
+    {"digest", "layout", "manifest", "task"},
+    {"checkpoint", "linears", "store", "report"},
+    {"plan", "source", "hub", "executor", "weights", "model_class"},
+    {"operations", "model"},
+    {"transform"},
+    {"conversion"},
+    {"api"},
+    {"convert"},
+    {"__main__", "__init__"},
+]
+"""Each room imports only from levels above it in this list."""
+HOMES = {
+    "msgpack": {"manifest"},
+    "filelock": {"store"},
+    "xxhash": {"digest", "source", "store"},
+    "huggingface_hub": {"hub"},
+    "tqdm": {"convert"},
+    "mlx_lm": {"model_class"},
+    "mlx_vlm": {"model_class"},
+    "paroquant": {"kernels"},
+    "numpy": {"repack", "operations", "kernels"},
+    "mlx": {"operations", "weights", "model", "model_class", "rotation", "kernels"},
+}
+"""Third-party package -> the rooms that may import it."""
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> set[tuple[str, bool]]:
+    """`(package or room, ours)` of everything that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name.split(".")[0], False) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(((node.module or "").split(".")[0], False))
+        elif isinstance(node, ast.ImportFrom) and path.parent == PACKAGE:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {(name.split(".")[0], True) for name in names}
+    return found
+
+
+def level(room: str) -> int:
+    return next(index for index, rooms in enumerate(LEVELS) if room in rooms)
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+def test_imports_point_down(path):
+    room = room_of(path)
+    for name, ours in imports(path):
+        if ours:
+            assert level(name) < level(room), f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+def test_a_third_party_package_stays_in_its_room(path):
+    for name, ours in imports(path):
+        if not ours and name in HOMES:
+            assert room_of(path) in HOMES[name], f"{room_of(path)} imports {name}"
+
+
+def test_no_room_imports_both_mlx_and_msgpack():
+    for path in ROOMS:
+        names = {name for name, ours in imports(path) if not ours}
+        assert not {"mlx", "msgpack"} <= names, path
+
+
+def test_conversion_never_imports_the_model_side_at_the_top():
+    for room in ("conversion", "api", "convert"):
+        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+        top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert not top & {"model", "weights", "rotation", "transform", "operations", "repack"}
+
+
+def test_every_room_has_a_docstring_and_stays_small():
+    for path in ROOMS:
+        text = path.read_text()
+        assert ast.get_docstring(ast.parse(text)), path
+        assert text.count("\n") <= 300, f"{path.name} is two rooms"
+
+
+def test_no_function_is_longer_than_fifty_lines():
+    for path in ROOMS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name}"
+
+
+FORBIDDEN = {"pickle", "marshal", "shelve", "yaml", "torch", "dill", "cloudpickle"}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+def test_nothing_of_a_model_is_executed_or_unpickled(path):
+    assert not {name for name, _ in imports(path)} & FORBIDDEN
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec", "compile", "__import__"}
+        if isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "shell", "allow_pickle"}:
+            assert isinstance(node.value, ast.Constant), path
+            assert node.value.value is False, path
+
+
+def test_every_room_has_its_tests():
+    tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    covered_elsewhere = {"__init__": "test_convert", "__main__": "test_main", "source": "test_source"}
+    for room in {room_of(path) for path in ROOMS}:
+        assert covered_elsewhere.get(room, f"test_{room}") in tests, room

@@ -1,0 +1,137 @@
+"""The manifest: it comes back as it was, and any defect reads as no manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paroquant_stream.errors import ManifestError
+from paroquant_stream.manifest import EntryRecord, Manifest
+from paroquant_stream.tensorfile import TensorSpec
+
+RECORD = EntryRecord(
+    shard="model-00001-of-00002.safetensors",
+    source_sha256="a" * 64,
+    source_size=10,
+    borrowed_sha256=("b" * 64,),
+    task_sha256="c" * 64,
+    key="d" * 64,
+    digest="e" * 32,
+    size=20,
+    tensors=(TensorSpec("x.weight", "U32", (2, 4)), TensorSpec("x.empty", "F16", (0,))),
+)
+MANIFEST = Manifest("owner/name", "f" * 64, "entry/1", "AUTOAWQ", 4, 128, (RECORD,))
+GOOD = MANIFEST.encode()
+
+
+def sealed(body: bytes, version: int = 1 << 16, magic: bytes = b"PAROSTRM") -> bytes:
+    """A manifest file of any body, its own hash right."""
+    head = struct.pack("<8sIQ32s", magic, version, len(body), hashlib.sha256(body).digest())
+    return head + body
+
+
+def changed(**fields) -> bytes:
+    """The good manifest with some fields of its record replaced."""
+    body = msgpack.unpackb(GOOD[52:])
+    body["entries"][0] |= fields
+    return sealed(msgpack.packb(body))
+
+
+def test_a_manifest_comes_back_as_it_was():
+    assert Manifest.decode(GOOD) == MANIFEST
+
+
+def test_a_newer_minor_version_is_read_and_a_newer_major_refused():
+    body = GOOD[52:]
+    assert Manifest.decode(sealed(body, 1 << 16 | 7)) == MANIFEST
+    with pytest.raises(ManifestError, match="format 2"):
+        Manifest.decode(sealed(body, 2 << 16))
+
+
+def test_every_flipped_bit_is_noticed():
+    for position in range(len(GOOD) * 8):
+        data = bytearray(GOOD)
+        data[position // 8] ^= 1 << position % 8
+        if 8 <= position // 8 < 10:  # the minor version: any is fine
+            assert Manifest.decode(bytes(data)) == MANIFEST
+            continue
+        with pytest.raises(ManifestError):
+            Manifest.decode(bytes(data))
+
+
+def test_every_truncation_is_noticed():
+    for length in range(len(GOOD)):
+        with pytest.raises(ManifestError):
+            Manifest.decode(GOOD[:length])
+    with pytest.raises(ManifestError):
+        Manifest.decode(GOOD + b"\0")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"key": "../../etc/passwd"},
+        {"key": "D" * 64},
+        {"key": "d" * 63},
+        {"digest": "e" * 64},
+        {"size": "20"},
+        {"size": True},
+        {"dropped": 0},
+        {"borrowed_sha256": ["x"]},
+        {"borrowed_sha256": "b" * 64},
+        {"tensors": [["__class__.x", "U32", [1]]]},
+        {"tensors": [["x", "F99", [1]]]},
+        {"tensors": [["x", "U32", [-1]]]},
+        {"tensors": [["x", "U32", [True]]]},
+        {"tensors": [["x", "U32", [1] * 9]]},
+        {"tensors": [["x", "U32"]]},
+        {"tensors": [[["x"], "U32", [1]]]},
+        {"shard": 1},
+    ],
+)
+def test_a_field_that_cannot_be_is_noticed(fields):
+    with pytest.raises(ManifestError):
+        Manifest.decode(changed(**fields))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        msgpack.packb(1),
+        msgpack.packb([]),
+        msgpack.packb({}),
+        msgpack.packb(float("nan")),
+        msgpack.packb(msgpack.ExtType(1, b"x")),
+        msgpack.packb(msgpack.Timestamp(1)),
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\x91" * 5000,
+        b"\x82\xa1a\x01\xa1a\x02",
+    ],
+)
+def test_a_body_that_is_no_manifest_is_noticed(body):
+    with pytest.raises(ManifestError):
+        Manifest.decode(sealed(body))
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300)
+def test_any_bytes_give_a_manifest_error(body):
+    for data in (body, sealed(body)):
+        with pytest.raises(ManifestError):
+            Manifest.decode(data)
+
+
+def test_a_model_name_that_is_no_utf8_can_be_written():
+    from dataclasses import replace
+
+    named = replace(MANIFEST, model=b"bad\xff".decode("utf-8", "surrogateescape"))
+    assert Manifest.decode(named.encode()).model == "bad?"

@@ -1,0 +1,80 @@
+"""A task's key: whatever changes a byte of the entry is in it, and nothing else is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from paroquant_stream.task import OPERATION_VERSIONS, Operation, Part, Task
+from paroquant_stream.tensorfile import TensorSpec
+
+SHA, OTHER = "1" * 64, "2" * 64
+ZEROS = Part("x.qzeros", "I32", (2, 4), "a.safetensors", 100, 132)
+SCALES = Part("x.scales", "F16", (2, 32), "b.safetensors", 200, 328)
+BIASES = Operation("awq_biases", ((ZEROS, SCALES),), (TensorSpec("x.biases", "F16", (32, 2)),), (("v", 1),))
+TASK = Task("a.safetensors", 1000, (BIASES,))
+
+
+def with_operation(**changes) -> Task:
+    return replace(TASK, operations=(replace(BIASES, **changes),))
+
+
+def with_part(index: int, **changes) -> Task:
+    parts = [ZEROS, SCALES]
+    parts[index] = replace(parts[index], **changes)
+    return with_operation(slices=(tuple(parts),))
+
+
+DIFFERENT = {
+    "operation": with_operation(kind="copy"),
+    "output name": with_operation(outputs=(TensorSpec("y.biases", "F16", (32, 2)),)),
+    "output dtype": with_operation(outputs=(TensorSpec("x.biases", "F32", (32, 2)),)),
+    "output shape": with_operation(outputs=(TensorSpec("x.biases", "F16", (2, 32)),)),
+    "value": with_operation(values=(("v", 2),)),
+    "part name": with_part(0, name="x.other"),
+    "part dtype": with_part(1, dtype="BF16"),
+    "part shape": with_part(1, shape=(4, 16)),
+    "own part lent": with_part(1, shard="a.safetensors"),
+}
+SAME = {
+    "lender renamed": with_part(1, shard="c.safetensors"),
+    "lender's tensor moved": with_part(1, start=300, stop=428),
+    "shard renamed": Task(
+        "z.safetensors",
+        1000,
+        (replace(BIASES, slices=((replace(ZEROS, shard="z.safetensors"), SCALES),)),),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_the_key_changes_with_the(what):
+    assert DIFFERENT[what].key(SHA, [OTHER]) != TASK.key(SHA, [OTHER])
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_the_key_stays_with_the(what):
+    assert SAME[what].key(SHA, [OTHER]) == TASK.key(SHA, [OTHER])
+
+
+def test_the_key_changes_with_the_shard_and_with_what_is_borrowed(monkeypatch):
+    keys = {TASK.key(SHA, [OTHER]), TASK.key(OTHER, [OTHER]), TASK.key(SHA, [SHA]), TASK.key(SHA, [])}
+    assert len(keys) == 4
+
+
+def test_the_key_changes_with_an_operations_version(monkeypatch):
+    before = TASK.key(SHA, [OTHER])
+    monkeypatch.setitem(OPERATION_VERSIONS, "awq_biases", 99)
+    assert replace(TASK).key(SHA, [OTHER]) != before
+
+
+def test_the_key_is_pinned():
+    """A change here rebuilds every cache of every user; make it on purpose."""
+    assert TASK.key(SHA, [OTHER]) == "42e91d40abaa3e8d386be885f4fe6a3ae2b769d30a70d09e1a11f2a3d24c410d"
+
+
+def test_borrowed_parts_are_listed_once_by_lender():
+    twice = replace(TASK, operations=(BIASES, BIASES))
+    assert twice.borrowed == {"b.safetensors": (SCALES,)}
+    assert len(twice.borrowed_sha256({"x.scales": bytes(32)})) == 1

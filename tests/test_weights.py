@@ -1,0 +1,91 @@
+"""Entries as arrays: only what was written, pieces of stacks joined in the order of the experts."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from paroquant_stream.api import make_request
+from paroquant_stream.conversion import convert
+from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
+from paroquant_stream.weights import _join_pieces, _stack_experts, read_weights
+
+
+@pytest.fixture
+def converted(model_dir):
+    request = make_request(model_dir, jobs=1)
+    return convert(request).manifest, request.store
+
+
+def everything(_name: str) -> bool:
+    return True
+
+
+def test_every_tensor_of_the_manifest_is_read(converted):
+    manifest, store = converted
+    weights = read_weights(manifest, store, everything)
+    assert {name: array.shape for name, array in weights.items()} == {
+        tensor.name: tensor.shape for record in manifest.entries for tensor in record.tensors
+    }
+
+
+def test_an_entry_without_a_wanted_tensor_is_not_opened(converted):
+    manifest, store = converted
+    only = next(t.name for t in manifest.entries[0].tensors)
+    for record in manifest.entries[1:]:
+        store.entry_path(record.key).unlink()
+    assert set(read_weights(manifest, store, only.__eq__)) == {only}
+
+
+@pytest.mark.parametrize("position", [9, 20_000, -1])
+def test_a_flipped_bit_is_noticed_and_the_entry_taken_out_of_use(converted, position):
+    manifest, store = converted
+    path = store.entry_path(manifest.entries[0].key)
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EntryDamaged, match=manifest.entries[0].key):
+        read_weights(manifest, store, everything)
+    assert not path.exists()
+
+
+def test_a_truncated_or_absent_entry_is_noticed(converted):
+    manifest, store = converted
+    path = store.entry_path(manifest.entries[0].key)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(EntryDamaged, match="bytes, found"):
+        read_weights(manifest, store, everything)
+    with pytest.raises(StoreError, match="cannot be opened"):
+        read_weights(manifest, store, everything)
+
+
+def test_an_entry_as_its_writer_left_it_is_not_hashed_again(converted, monkeypatch):
+    manifest, store = converted
+    monkeypatch.setattr("paroquant_stream.weights.hash_entry", lambda *_: pytest.fail("hashed"))
+    assert read_weights(manifest, store, everything)
+
+
+def test_pieces_are_joined_in_the_order_of_the_experts():
+    def piece(*experts: int) -> mx.array:
+        return mx.array(np.array([[e] for e in experts], np.uint32))
+
+    joined = _join_pieces(
+        {"x.experts_10_10": piece(10), "x.experts_0_1": piece(0, 1), "x.experts_2_9": piece(*range(2, 10))}
+    )
+    assert list(joined) == ["x"]
+    assert joined["x"].flatten().tolist() == list(range(11))
+
+
+def test_a_missing_run_of_experts_is_named():
+    with pytest.raises(AssemblyError, match="x: experts 0 to 1 are in no entry"):
+        _join_pieces({"x.experts_2_3": mx.zeros((2, 1))})
+
+
+def test_unquantized_experts_are_stacked():
+    weights = {f"l.experts.{e}.up_proj.weight": mx.full((2, 2), e) for e in range(12)}
+    stacked = _stack_experts(weights)
+    assert stacked["l.switch_mlp.up_proj.weight"].shape == (12, 2, 2)
+    assert stacked["l.switch_mlp.up_proj.weight"][10, 0, 0].item() == 10
+    with pytest.raises(AssemblyError, match="experts are missing between 0 and 2"):
+        _stack_experts({f"l.experts.{e}.up_proj.weight": mx.zeros(1) for e in (0, 2)})
