@@ -1,4 +1,4 @@
-"""ParoQuant checkpoints as MLX-native cache entries: convert once, load at the speed of the disk."""
+"""ParoQuant checkpoints as MLX-native cache entries: convert once, load fast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are first used: `import paroquant_stream` costs nothing."""
+    """The public names, imported when first used: `import paroquant_stream` costs nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -26,7 +26,9 @@ def make_request(
     force: bool = False,
     jobs: int | None = None,
 ) -> Request:
-    """The request for converting `model_path` with these options; downloads a model named by a Hub id."""
+    """The request for converting `model_path` with these options; downloads a model named by a Hub
+    id.
+    """
     directory = resolve(model_path)
     jobs = jobs or min(8, os.cpu_count() or 1)
     if in_place:
@@ -37,7 +39,7 @@ def make_request(
 
 
 def run_conversion(request: Request, progress: Progress | None = None) -> Conversion:
-    """A finished conversion with a report for each shard; see `convert_checkpoint` for the errors."""
+    """A finished conversion with a report for each shard; errors as `convert_checkpoint`."""
     return convert(request, progress)
 
 
@@ -50,15 +52,17 @@ def convert_checkpoint(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """The manifest of the converted model; shards whose entries are in the cache are not converted again.
+    """The manifest of the converted model; shards whose entries are in the cache are not converted
+    again.
 
     `model_path`: a model directory or a Hub repository id. `cache_dir`: default the user's cache.
-    `in_place`: into `<model_path>/mlx` instead. `force`: convert every shard again. `jobs`: workers,
-    default one a core and at most 8; each holds the input and output of one linear. `progress(shard,
-    bytes done, bytes in all)` is called from the workers.
+    `in_place`: into `<model_path>/mlx` instead. `force`: convert every shard again. `jobs`:
+    workers, default one a core and at most 8; each holds the input and output of one linear.
+    `progress(shard, bytes done, bytes in all)` is called from the workers.
 
-    Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError. Later:
-    SourceChanged and StoreError; what was published stays and the next call goes on from there.
+    Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError.
+    Later: SourceChanged and StoreError; what was published stays and the next call goes on from
+    there.
     """
     request = make_request(
         model_path, cache_dir=cache_dir, in_place=in_place, force=force, jobs=jobs
@@ -81,8 +85,8 @@ def load(
     `force_text=True` loads a vision model's text part through mlx-lm. A conversion inside the model
     directory is used first, if it fits the sources.
 
-    Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the model's
-    parameters do not match one to one.
+    Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the
+    model's parameters do not match one to one.
     """
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs)
     from .model import assemble  # imports MLX, which conversion may not need

@@ -1,7 +1,7 @@
 """The source model directory: its config, its index, its shards and their headers.
 
-`model.safetensors.index.json` decides which files are shards; without it, exactly `model.safetensors`.
-Nothing is ever found by a glob: a stray file would change the model.
+`model.safetensors.index.json` decides which files are shards; without it, exactly
+`model.safetensors`. Nothing is ever found by a glob: a stray file would change the model.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Shard:
     def open(self) -> int:
         """A descriptor of the shard's bytes.
 
-        A symlink is followed only inside the model directory or to a blob of the Hub's cache. Raises
-        CheckpointError when the file is absent or the link leads elsewhere.
+        A symlink is followed only inside the model directory or to a blob of the Hub's cache.
+        Raises CheckpointError when the file is absent or the link leads elsewhere.
         """
         if self.path.is_symlink() and not (hub_blob(self.path) or _stays_inside(self.path)):
             raise CheckpointError(
-                f"{self.path}: a link to {os.readlink(self.path)}, outside of the model directory and of a "
-                "Hub cache; copy the file there or link the whole directory"
+                f"{self.path}: a link to {os.readlink(self.path)}, outside of the model directory "
+                "and of a Hub cache; copy the file there or link the whole directory"
             )
         try:
             return open_regular(self.path)
@@ -70,8 +70,9 @@ class Shard:
     def hub_sha256(self) -> str | None:
         """The SHA-256 that the Hub's cache gives in the blob's name, if it is one.
 
-        Exactly one hop: since huggingface_hub PR 4498 the blob may itself be a link to a Xet hash, which
-        is 64 hex digits too and no SHA-256. It is the server's claim: an identity, never a proof.
+        Exactly one hop: since huggingface_hub PR 4498 the blob may itself be a link to a Xet hash,
+        which is 64 hex digits too and no SHA-256. It is the server's claim: an identity, never a
+        proof.
         """
         blob = hub_blob(self.path)
         return blob.name if blob and re.fullmatch("[0-9a-f]{64}", blob.name) else None
@@ -107,8 +108,8 @@ class Checkpoint:
     def headers(self) -> dict[str, Header]:
         """Every shard's header by shard name, checked against the index.
 
-        Raises CheckpointError listing each tensor that the index and the headers do not agree on, and
-        each tensor that two shards hold.
+        Raises CheckpointError listing each tensor that the index and the headers do not agree on,
+        and each tensor that two shards hold.
         """
         headers = {shard.name: shard.header() for shard in self.shards}
         issues: list[str] = []
@@ -145,7 +146,8 @@ def config_digest(directory: Path) -> str:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The checkpoint in `directory`; reads config and index, no shard.
 
-    Raises CheckpointError for a missing or malformed config or index and for a shard that is absent.
+    Raises CheckpointError for a missing or malformed config or index and for a shard that is
+    absent.
     """
     config_text, index_text = _read_texts(directory)
     config = _parse_object(config_text, directory / "config.json")

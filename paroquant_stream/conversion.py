@@ -1,8 +1,8 @@
 """One conversion from a model directory to a published manifest; a rerun is the same flow.
 
-    directory -> Checkpoint -> Layout -> Plan      headers only; every defect is reported before any work
-              -> jobs -> EntryRecords              a shard whose key is in the store is not converted
-              -> Manifest, published last          so it never names an entry that is not there
+    directory -> Checkpoint -> Layout -> Plan   headers only; defects are reported before any work
+              -> jobs -> EntryRecords           a shard whose key is in the store is not converted
+              -> Manifest, published last       so it never names an entry that is not there
 
 When nothing changed none of this runs: the manifest, the memo and one stat a file tell so.
 """
@@ -79,8 +79,8 @@ def read_manifest(request: Request) -> Manifest | None:
 def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) -> str | None:
     """Why the manifest does not hold for the model as it is now, or None when it surely does.
 
-    A shard whose digest is in no memo and no blob name counts as changed, unless `read_unknown`: then
-    it is hashed.
+    A shard whose digest is in no memo and no blob name counts as changed, unless `read_unknown`:
+    then it is hashed.
     """
     if manifest.transform != TRANSFORM:
         return "made by another version"
@@ -204,7 +204,9 @@ def _manifest(
 
 
 class _Ticker:
-    """Turns a worker's ticks into progress: every source byte is ticked twice, hashed and converted."""
+    """Turns a worker's ticks into progress: every source byte is ticked twice, hashed and
+    converted.
+    """
 
     def __init__(
         self, task: Task, checkpoint: Callable[[], None], progress: Progress | None

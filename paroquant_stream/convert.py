@@ -17,9 +17,9 @@ from .errors import ParoquantStreamError
 from .report import ShardReport
 
 DESCRIPTION = """\
-Convert a ParoQuant checkpoint into MLX-native entries in the cache. Only shards that changed are converted;
-an interrupted conversion goes on where it was. Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143
-interrupted."""
+Convert a ParoQuant checkpoint into MLX-native entries in the cache. Only shards that changed are
+converted; an interrupted conversion goes on where it was. Exit code: 0 done, 1 failed, 2 wrong
+usage, 130 or 143 interrupted."""
 
 
 class Terminated(BaseException):
@@ -119,7 +119,8 @@ def _summary(conversion: Conversion) -> str:
     reused = len(conversion.shards) - len(converted)
     size = sum(report.bytes_out for report in converted)
     return (
-        f"{conversion.manifest.model}: {len(converted)} converted ({_bytes(size)}), {reused} reused "
+        f"{conversion.manifest.model}: "
+        f"{len(converted)} converted ({_bytes(size)}), {reused} reused "
         f"in {conversion.seconds:.1f} s; {conversion.manifest_path}"
     )
 
@@ -139,14 +140,16 @@ def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
         for report in reports:
             print(_survey_line(report))
         print(
-            f"{len(work)} of {len(reports)} shards to convert: {_bytes(totals['bytes_to_read'])} to read, "
+            f"{len(work)} of {len(reports)} shards to convert: "
+            f"{_bytes(totals['bytes_to_read'])} to read, "
             f"{_bytes(totals['bytes_to_write'])} to write, {_bytes(totals['bytes_free'])} free"
         )
 
 
 def _survey_line(report: ShardReport) -> str:
     verb = "convert" if report.action == "converted" else "reuse"
-    return f"{verb:7}  {report.shard}  {_bytes(report.bytes_in)} -> {_bytes(report.bytes_out)}  {report.why}"
+    sizes = f"{_bytes(report.bytes_in)} -> {_bytes(report.bytes_out)}"
+    return f"{verb:7}  {report.shard}  {sizes}  {report.why}"
 
 
 def _bytes(count: int) -> str:

@@ -1,8 +1,9 @@
-"""Identities of bytes: SHA-256 of sources and parts, XXH3-128 of entries, and the memo that saves both.
+"""Identities of bytes: SHA-256 of sources and parts, XXH3-128 of entries, and the memo that saves
+both.
 
-SHA-256 is the Hub's own identity of a shard. XXH3 detects damage, not malice, at a tenth of the cost.
-A memo trusts `stat`, so it is made only for a file that was left alone for `RACY_SECONDS` before its
-hash began (git's racy rule); a store through mmap into an already dirty page escapes it.
+SHA-256 is the Hub's own identity of a shard. XXH3 detects damage, not malice, at a tenth of the
+cost. A memo trusts `stat`, so it is made only for a file that was left alone for `RACY_SECONDS`
+before its hash began (git's racy rule); a store through mmap into an already dirty page escapes it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Memo:
             temp.unlink(missing_ok=True)
 
     def knows_size(self, size: int) -> bool:
-        """Whether a file of this size was ever hashed, so that hashing first may save a conversion."""
+        """Whether a file of this size was ever hashed: hashing first may save a conversion."""
         return any(self.directory.glob(f"{size}-*"))
 
     def _path(self, stamp: FileStamp) -> Path:
@@ -94,8 +95,8 @@ def read_chunks(
 ) -> Iterator[memoryview[int]]:
     """The bytes `start:stop` in order, each chunk a view into one buffer that the next one reuses.
 
-    Every chunk is a multiple of `multiple` bytes, as `stop - start` must be. Raises SourceChanged when
-    the file ends before `stop`.
+    Every chunk is a multiple of `multiple` bytes, as `stop - start` must be. Raises SourceChanged
+    when the file ends before `stop`.
     """
     size = min(max(CHUNK // multiple, 1) * multiple, max(stop - start, 1))
     buffer = memoryview(bytearray(size))
@@ -123,10 +124,11 @@ class SourceDigest:
 def hash_source(
     fd: int, tensors: Iterable[TensorInfo], size: int, label: str, tick: Callable[[int], None]
 ) -> SourceDigest:
-    """The digest of the whole file at `fd`, and the fingerprint of each of `tensors` (in file order).
+    """The digest of the whole file at `fd`, and the fingerprint of each of `tensors` (in file
+    order).
 
-    `tick(bytes)` is called after every chunk and may raise to stop. Raises SourceChanged when the file
-    is shorter than `size`.
+    `tick(bytes)` is called after every chunk and may raise to stop. Raises SourceChanged when the
+    file is shorter than `size`.
     """
     whole = hashlib.sha256()
     fingerprints: dict[str, bytes] = {}

@@ -42,7 +42,9 @@ class ManifestError(ParoquantStreamError):
 
 
 class AssemblyError(ParoquantStreamError):
-    """The stored tensors and the model's parameters do not match one to one; lists every difference."""
+    """The stored tensors and the model's parameters do not match one to one; lists every
+    difference.
+    """
 
 
 class MissingExtra(ParoquantStreamError):

@@ -1,7 +1,8 @@
 """Where jobs run: inline, or in threads of this process; results come as they finish.
 
-Threads and processes were even on 2 cores (numpy and hashlib release the interpreter's lock), and threads
-start at once, so threads it is. One job runs inline, for a traceback that a person can read.
+Threads and processes were even on 2 cores (numpy and hashlib release the interpreter's lock), and
+threads start at once, so threads it is. One job runs inline, for a traceback that a person can
+read.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The layouts: how each spells the parts of a quantized linear, and which one a checkpoint is in.
 
-    AUTOAWQ             X.qweight I32 (K, N/8)           X.scales, X.qzeros (K/G, ...)           X.theta ...
-    AWQ_QLINEAR         X.qlinear.qweight I32 (K, N/8)   X.qlinear.scales, .qzeros      X.rotation.theta ...
-    PARO_NATIVE         X.qlinear.qweight I16 (N/4, K)   X.qlinear.scales, .scaled_zeros    "
-    PARO_NATIVE_LEGACY  the same names, TinyChat interleave, padded group rows, negative scaled_zeros
+    AUTOAWQ             X.qweight I32 (K, N/8), X.qzeros, X.scales, X.theta, ...
+    AWQ_QLINEAR         X.qlinear.qweight I32 (K, N/8), X.qlinear.qzeros, ... X.rotation.theta, ...
+    PARO_NATIVE         X.qlinear.qweight I16 (N/4, K), X.qlinear.scaled_zeros, ... X.rotation.theta
+    PARO_NATIVE_LEGACY  the same names; TinyChat interleave, padded rows, negative scaled_zeros
 
-N outputs, K inputs, G the group size. AWQ_QLINEAR comes from an early AutoAWQ converter and is rare.
+N outputs, K inputs, G the group size. AWQ_QLINEAR comes from an early AutoAWQ converter and is
+rare.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Layout(enum.Enum):
 
     @property
     def roles(self) -> dict[str, str]:
-        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias or a rotation's."""
+        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias or a
+        rotation's.
+        """
         if self is Layout.AUTOAWQ:
             plain = ("qweight", "scales", "bias", *_ROTATION)
             return {name: name for name in plain} | {"qzeros": "zeros"}
@@ -128,7 +131,7 @@ def _layout_of(config: Mapping[str, Any], name: str, dtype: str) -> Layout:
     if dtype == "I32":
         return Layout.AWQ_QLINEAR if nested else Layout.AUTOAWQ
     if nested and dtype == "I16":
-        # Shapes cannot tell the two apart when K/G is a multiple of the padding, so the config must.
+        # Shapes cannot tell them apart when K/G is a multiple of the padding: the config must.
         legacy = "paroquant_config" in config and "quantization_config" not in config
         return Layout.PARO_NATIVE_LEGACY if legacy else Layout.PARO_NATIVE
     raise LayoutError(

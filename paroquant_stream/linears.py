@@ -1,4 +1,5 @@
-"""One quantized linear: whether its parts are all there and fit, and the operations that convert it.
+"""One quantized linear: whether its parts are all there and fit, and the operations that convert
+it.
 
 N outputs, K inputs, G the group size:
 

@@ -1,9 +1,9 @@
 """The manifest: which entry holds which shard, and what every tensor in it is.
 
-    8 bytes magic | u32 major << 16 | minor | u64 body length | 32 bytes SHA-256 of the body | msgpack body
+    8 bytes magic | u32 major << 16 | minor | u64 body length | SHA-256 of the body | msgpack body
 
-A manifest is a memo that can be rebuilt: whatever is wrong with its bytes, it reads as no manifest. The
-hash is integrity, not authenticity.
+A manifest is a memo that can be rebuilt: whatever is wrong with its bytes, it reads as no manifest.
+The hash is integrity, not authenticity.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Manifest:
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """The manifest in a file's bytes. Raises ManifestError for any defect or a newer major version."""
+        """The manifest in a file's bytes. Raises ManifestError for any defect or a newer major
+        version.
+        """
         body = _checked_body(data)
         try:
             fields = msgpack.unpackb(

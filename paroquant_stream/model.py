@@ -1,4 +1,6 @@
-"""assemble(): the MLX model of a manifest, every parameter from a stored tensor and every tensor used."""
+"""assemble(): the MLX model of a manifest, every parameter from a stored tensor and every tensor
+used.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import model_class
 from .errors import AssemblyError
 from .manifest import Manifest
+from .model_class import (
+    TOWER_PREFIXES,
+    build,
+    is_vision_model,
+    load_config,
+    load_tokenizer,
+    sanitize,
+)
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
 from .weights import read_weights
@@ -28,15 +37,15 @@ def assemble(
 ) -> tuple[nn.Module, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
 
-    Raises AssemblyError listing every tensor that the model has no place for, every parameter without a
-    tensor, and every shape that does not fit.
+    Raises AssemblyError listing every tensor that the model has no place for, every parameter
+    without a tensor, and every shape that does not fit.
     """
-    config = model_class.load_config(directory)
+    config = load_config(directory)
     names = [tensor.name for record in manifest.entries for tensor in record.tensors]
-    is_vlm = model_class.is_vision_model(config, names, force_text)
-    model = model_class.build(config, is_vlm)
+    is_vlm = is_vision_model(config, names, force_text)
+    model = build(config, is_vlm)
     weights = read_weights(
-        manifest, store, lambda name: is_vlm or not name.startswith(model_class.TOWER_PREFIXES)
+        manifest, store, lambda name: is_vlm or not name.startswith(TOWER_PREFIXES)
     )
     weights = _sanitize(model, weights, is_vlm)
     weights = _align_experts(model, weights)
@@ -46,15 +55,15 @@ def assemble(
     if not lazy:
         mx.eval(model.parameters())
     model.eval()
-    return model, model_class.load_tokenizer(directory, config, model, is_vlm), is_vlm
+    return model, load_tokenizer(directory, config, model, is_vlm), is_vlm
 
 
 def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
     """The weights under the model's names, each quantized embedding's scales and biases beside it.
 
-    Of a quantized embedding or head only the weight passes through `sanitize`, which knows unquantized
-    ones; where that array went, its scales and biases follow. Dropped, or of no use to the model, all
-    three go.
+    Of a quantized embedding or head only the weight passes through `sanitize`, which knows
+    unquantized ones; where that array went, its scales and biases follow. Dropped, or of no use to
+    the model, all three go.
     """
     companions: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
     for name in [
@@ -69,7 +78,7 @@ def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
                 weights.pop(f"{module}.biases"),
             )
     before = dict(weights)
-    weights = model_class.sanitize(model, weights, is_vlm)
+    weights = sanitize(model, weights, is_vlm)
     modules = {path for path, _ in model.named_modules()}
     for name, array in list(weights.items()):
         if id(array) not in companions:
@@ -85,16 +94,19 @@ def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
 
 _DROPPED = re.compile(
     r"(^|.*\.)(mtp\.|rotary_emb|input_(min|max)$|output_(min|max)$|lm_head\.weight$)"
-    r"|.*\.layers\.\d+\.self_attn\.([kv]_proj|[kv]_norm)\."  # layers that share another layer's K and V
+    r"|.*\.layers\.\d+\.self_attn\.([kv]_proj|[kv]_norm)\."  # of layers that share K and V
 )
-"""What a model class may drop of a checkpoint; a tower in text mode is never read in the first place."""
+"""What a model class may drop of a checkpoint; a tower in text mode is never read in the first
+place.
+"""
 
 
 def _check_dropped(before: Weights, after: Weights) -> None:
-    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs those of a known one.
+    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs those of a known
+    one.
 
-    A tensor that is not in `after` was dropped, unless a new one in `after` has its tail: then it was
-    changed (a norm shifted, a convolution transposed).
+    A tensor that is not in `after` was dropped, unless a new one in `after` has its tail: then it
+    was changed (a norm shifted, a convolution transposed).
     """
     kept = {id(array) for array in after.values()}
     known = {id(array) for array in before.values()}
@@ -118,7 +130,9 @@ def _tail(name: str) -> str:
 
 
 def _align_experts(model: nn.Module, weights: Weights) -> Weights:
-    """Stacked experts under the path of the model's own MoE module (`switch_mlp`, `experts.switch_glu`)."""
+    """Stacked experts under the path of the model's own MoE module (`switch_mlp`,
+    `experts.switch_glu`).
+    """
     paths = [path for path, module in model.named_modules() if type(module).__name__ == "SwitchGLU"]
     homes = {
         path.rsplit(".switch_mlp", 1)[0] if path.endswith(".switch_mlp") else None for path in paths
@@ -126,12 +140,10 @@ def _align_experts(model: nn.Module, weights: Weights) -> Weights:
     aligned: Weights = {}
     for name, array in weights.items():
         base, marker, rest = name.partition(".switch_mlp.")
+        home = f"{base}.switch_mlp"
         if marker and base not in homes:
-            home = next(
-                (path for path in paths if path.startswith(base + ".")), f"{base}.switch_mlp"
-            )
-            name = f"{home}.{rest}"
-        aligned[name] = array
+            home = next((path for path in paths if path.startswith(base + ".")), home)
+        aligned[f"{home}.{rest}" if marker else name] = array
     return aligned
 
 
@@ -162,7 +174,7 @@ def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int)
 
 
 def _check(model: nn.Module, weights: Weights) -> None:
-    """Raises AssemblyError unless weights and parameters match one to one in name, shape and kind."""
+    """Raises AssemblyError unless weights and parameters match in name, shape and kind."""
     parameters = dict(tree_flatten(model.parameters()))
     issues = [f"{name}: no stored tensor" for name in parameters.keys() - weights.keys()]
     issues += [f"{name}: no such parameter" for name in weights.keys() - parameters.keys()]
@@ -170,13 +182,12 @@ def _check(model: nn.Module, weights: Weights) -> None:
         wanted, found = parameters[name], weights[name]
         if wanted.shape != found.shape or _kind(wanted) != _kind(found):
             issues.append(
-                f"{name}: the model has {wanted.dtype} {wanted.shape}, stored is {found.dtype} {found.shape}"
+                f"{name}: the model has {wanted.dtype} {wanted.shape}, "
+                f"stored is {found.dtype} {found.shape}"
             )
     if issues:
-        raise AssemblyError(
-            f"{len(issues)} differences between the model class and the stored tensors:"
-            + _listed(issues)
-        )
+        count = f"{len(issues)} differences between the model class and the stored tensors:"
+        raise AssemblyError(count + _listed(issues))
 
 
 def _kind(array: mx.array) -> Any:

@@ -1,4 +1,5 @@
-"""The boundary to mlx-lm and mlx-vlm: which class a model is, how its names are sanitized, its tokenizer.
+"""The boundary to mlx-lm and mlx-vlm: which class a model is, how its names are sanitized, its
+tokenizer.
 
 Everything of theirs that is used is used here.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +32,9 @@ _PARTS = ["text", "vision", "perceiver", "projector", "audio"]
 
 
 def is_vision_model(config: Mapping[str, Any], names: Collection[str], force_text: bool) -> bool:
-    """Whether a model is loaded through mlx-vlm: a vision config, a tower's tensor, and no `force_text`."""
+    """Whether a model is loaded through mlx-vlm: a vision config, a tower's tensor, and no
+    `force_text`.
+    """
     tower = any(name.startswith(TOWER_PREFIXES) for name in names)
     return bool(config.get("vision_config")) and tower and not force_text
 
@@ -46,19 +49,19 @@ def load_config(directory: Path) -> dict[str, Any]:
 def build(config: dict[str, Any], is_vlm: bool) -> nn.Module:
     """The model of a config, at its lazy random start.
 
-    Raises AssemblyError for a model type that the library does not know, MissingExtra when the library
-    is not installed.
+    Raises AssemblyError for a model type that the library does not know, MissingExtra when the
+    library is not installed.
     """
     try:
         if not is_vlm:
             model_class, arguments = _mlx_lm()._get_classes(config)
-            return model_class(arguments.from_dict(config))
+            return cast(nn.Module, model_class(arguments.from_dict(config)))
         utils = _mlx_vlm()
         module, _ = utils.get_model_and_args(config=config)
         arguments = utils.update_module_configs(
             module.ModelConfig.from_dict(config), module, config, _PARTS
         )
-        return module.Model(arguments)
+        return cast(nn.Module, module.Model(arguments))
     except ValueError as error:
         raise AssemblyError(f"model_type {config.get('model_type')!r}: {error}") from error
 
@@ -73,7 +76,7 @@ def sanitize(model: nn.Module, weights: dict[str, mx.array], is_vlm: bool) -> di
         *(getattr(model, name, None) for name in ("vision_tower", "language_model", "audio_tower")),
     )
     for part in parts if is_vlm else (model,):
-        if hasattr(part, "sanitize"):
+        if part is not None and hasattr(part, "sanitize"):
             weights = part.sanitize(weights)
     return weights
 
@@ -105,7 +108,7 @@ def _mlx_vlm() -> Any:
         import mlx_vlm.utils
     except ImportError as error:
         raise MissingExtra(
-            "a vision model needs mlx-vlm: pip install 'paroquant_stream[vlm]', or load its text part "
-            f"with force_text=True ({error})"
+            "a vision model needs mlx-vlm: pip install 'paroquant_stream[vlm]', or load its text "
+            f"part with force_text=True ({error})"
         ) from error
     return mlx_vlm.utils

@@ -1,7 +1,7 @@
 """What each kind of operation does to the bytes of its parts, a slice at a time.
 
-Every function yields `(index of the output, chunk)`; the chunks of one output come in order. The kinds
-and their versions are in `task.OPERATION_VERSIONS`: change a result, raise the number.
+Every function yields `(index of the output, chunk)`; the chunks of one output come in order. The
+kinds and their versions are in `task.OPERATION_VERSIONS`: change a result, raise the number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import repack
+from .repack import awq_biases, awq_stripes, group_scales, legacy_weight, native_biases
 from .source import Source
 from .task import Operation, Part
 
@@ -50,37 +50,39 @@ def _copy(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chun
 
 
 def _awq_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
-    for stripe in repack.awq_stripes(_array(source, parts[0])):
+    for stripe in awq_stripes(_array(source, parts[0])):
         yield 0, _bytes_of(stripe)
 
 
 def _awq_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
     zeros, scales = parts
-    yield 0, _bytes_of(repack.awq_biases(_array(source, scales), _array(source, zeros)))
+    yield 0, _bytes_of(awq_biases(_array(source, scales), _array(source, zeros)))
 
 
 def _group_scales(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
-    yield 0, _bytes_of(repack.group_scales(_array(source, parts[0])))
+    yield 0, _bytes_of(group_scales(_array(source, parts[0])))
 
 
 def _native_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
-    yield 0, _bytes_of(repack.native_biases(_array(source, parts[0])))
+    yield 0, _bytes_of(native_biases(_array(source, parts[0])))
 
 
 def _legacy_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
-    yield 0, _bytes_of(repack.legacy_weight(_array(source, parts[0])))
+    yield 0, _bytes_of(legacy_weight(_array(source, parts[0])))
 
 
 def _legacy_rows(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
-    """Scales, or biases: the stored scaled_zeros are -scale*zero already. Rows beyond K/G are padding."""
-    yield 0, _bytes_of(repack.group_scales(_array(source, parts[0])[: values["groups"]]))
+    """Scales, or biases: the stored scaled_zeros are -scale*zero already. Rows beyond K/G are
+    padding.
+    """
+    yield 0, _bytes_of(group_scales(_array(source, parts[0])[: values["groups"]]))
 
 
 def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
     """Weight, scales and biases of an embedding, by MLX on the CPU.
 
-    CPU and GPU round halves differently (32,742 of 16.8 M codes), and entries must not depend on the
-    device. Groups never cross a row, so chunks of rows give the same bits as the whole.
+    CPU and GPU round halves differently (32,742 of 16.8 M codes), and entries must not depend on
+    the device. Groups never cross a row, so chunks of rows give the same bits as the whole.
     """
     import mlx.core as mx  # here, because converting a shard without an embedding needs no MLX
 

@@ -1,7 +1,8 @@
 """The plan: for every shard one task, for every task its operations; from headers and config alone.
 
-Ownership makes each shard independent: an output belongs to the shard of its first part, and whatever
-else it needs is borrowed. Every defect of the checkpoint is found here, before a byte is converted.
+Ownership makes each shard independent: an output belongs to the shard of its first part, and
+whatever else it needs is borrowed. Every defect of the checkpoint is found here, before a byte is
+converted.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def _operation_of_rest(part: Part, quantization: Quantization, issues: list[str]
     bits, group_size = quantization.bits, quantization.group_size
     if columns % group_size:
         issues.append(
-            f"{part.name} in {part.shard}: rows of {columns} do not divide by group_size {group_size}"
+            f"{part.name} in {part.shard}: rows of {columns} do not divide by "
+            f"group_size {group_size}"
         )
     grid = (rows, columns // group_size)
     outputs = (
@@ -162,7 +164,7 @@ def _widest(stacks: _Stacks) -> dict[str, int]:
 
 
 def _shared_rotation_issues(stacks: _Stacks, operations: list[Operation]) -> Iterator[str]:
-    """Rotations that a layer's experts need and do not have, or have in a shape that does not fit."""
+    """Rotations that a layer's experts need and lack, or have in a shape that does not fit."""
     found = {op.outputs[0].name: op for op in operations if "_rot_" in op.outputs[0].name}
     for name, members in stacks.items():
         layer, _, leaf = name.partition(".switch_mlp.")

@@ -1,7 +1,8 @@
-"""Nibble arithmetic: 4-bit words, scales and zeros of each layout into MLX's order. Arrays in, arrays out.
+"""Nibble arithmetic: 4-bit words, scales and zeros of each layout into MLX's order. Arrays in,
+arrays out.
 
-MLX keeps a linear of N outputs and K inputs as uint32 (N, K/8): eight consecutive inputs a word, the
-lowest nibble first. AutoAWQ keeps (K, N/8): eight outputs a word, in the order 0 2 4 6 1 3 5 7.
+MLX keeps a linear of N outputs and K inputs as uint32 (N, K/8): eight consecutive inputs a word,
+the lowest nibble first. AutoAWQ keeps (K, N/8): eight outputs a word, in the order 0 2 4 6 1 3 5 7.
 So eight rows of one column are an 8 x 8 block of nibbles that must be transposed:
 
     row k     ........        distance 1: swap nibbles of rows 0,1 | 2,3 | 4,5 | 6,7
@@ -9,8 +10,9 @@ So eight rows of one column are an 8 x 8 block of nibbles that must be transpose
       ...                     distance 4: swap halves of rows 0,4 | 1,5 | 2,6 | 3,7
     row k+7   ........        (Hacker's Delight, 2nd ed., section 7-3, with nibbles for bits)
 
-Two columns are read as one uint64 and sixteen rows at once; a fourth swap, of 32-bit halves at distance
-8, then leaves the two words of one output side by side, so that the last step moves 8-byte items.
+Two columns are read as one uint64 and sixteen rows at once; a fourth swap, of 32-bit halves at
+distance 8, then leaves the two words of one output side by side, so that the last step moves 8-byte
+items.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ _OUTPUTS = tuple(8 * (row // 8) + _AWQ_ORDER[row % 8] for row in range(_ROWS))
 def awq_stripes(qweight: Array) -> Iterator[Array]:
     """Runs of whole rows of MLX's weight, in order, each valid until the next is asked for.
 
-    `qweight`: C-contiguous 32-bit words (K, N/8), K a multiple of 16. Each stripe: uint32 (rows, K/8),
-    rows a multiple of 8, at most 1024 (4 MB for K = 8192); no array of the output's size is made.
-    Raises ValueError for another K.
+    `qweight`: C-contiguous 32-bit words (K, N/8), K a multiple of 16. Each stripe: uint32 (rows,
+    K/8), rows a multiple of 8, at most 1024 (4 MB for K = 8192); no array of the output's size is
+    made. Raises ValueError for another K.
     """
     inputs, columns = qweight.shape
     if inputs % _ROWS:
@@ -95,10 +97,11 @@ def awq_zeros(qzeros: Array) -> Array:
 
 
 def awq_biases(scales: Array, qzeros: Array) -> Array:
-    """MLX's biases, float16 (N, K/G): -(scale * zero) rounded once, so a zero point of 0 gives -0.0.
+    """MLX's biases, float16 (N, K/G): -(scale * zero) rounded once, so a zero point of 0 gives
+    -0.0.
 
-    `scales`: float16 (K/G, N). `qzeros`: packed (K/G, N/8). A float16 times a 4-bit integer is exact in
-    float32.
+    `scales`: float16 (K/G, N). `qzeros`: packed (K/G, N/8). A float16 times a 4-bit integer is
+    exact in float32.
     """
     product = scales.astype(np.float32) * awq_zeros(qzeros)
     return np.ascontiguousarray((-product).astype(np.float16).T)
@@ -115,7 +118,8 @@ def native_biases(scaled_zeros: Array) -> Array:
 
 
 def native_weight(qweight: Array) -> Array:
-    """MLX's weight, uint32 (N, K/8), of PARO_NATIVE's int16 (N/4, K): the same bytes, nothing copied.
+    """MLX's weight, uint32 (N, K/8), of PARO_NATIVE's int16 (N/4, K): the same bytes, nothing
+    copied.
 
     The four nibbles of an int16 are four consecutive inputs of one output.
     """

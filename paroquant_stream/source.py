@@ -1,9 +1,10 @@
-"""One task's sources while it runs: its shard, the shards it borrows from, and proof of what was read.
+"""One task's sources while it runs: its shard, the shards it borrows from, and proof of what was
+read.
 
-The shard is read twice: in file order for its SHA-256, and in the entry's order for conversion (from the
-page cache by then), because the entry is hashed front to back as well and the two orders differ. An XXH3
-fingerprint of every tensor ties the two passes together: an entry is filed only under the hash of the
-very bytes that it was made from.
+The shard is read twice: in file order for its SHA-256, and in the entry's order for conversion
+(from the page cache by then), because the entry is hashed front to back as well and the two orders
+differ. An XXH3 fingerprint of every tensor ties the two passes together: an entry is filed only
+under the hash of the very bytes that it was made from.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ class Source:
         self._stamp = FileStamp.of(os.fstat(self._fd(task.shard)))
 
     def known_sha256(self) -> str | None:
-        """The shard's SHA-256 if no byte must be read for it: from the memo or the Hub's blob name."""
+        """The shard's SHA-256 if it needs no reading: from the memo or the Hub's blob name."""
         if self._digest:
             return self._digest.sha256
         return self._memo.lookup(self._stamp) or Shard(self._task.shard, self._path()).hub_sha256
 
     def may_be_known(self) -> bool:
-        """Whether the store has seen a shard of this size, so that hashing first may save the work."""
+        """Whether the store has seen a shard of this size: hashing first may save the work."""
         return self._memo.knows_size(self._stamp.size)
 
     def hash(self) -> SourceDigest:
@@ -62,7 +63,7 @@ class Source:
 
     @contextmanager
     def hashing(self, beside: bool) -> Iterator[None]:
-        """Hashes the shard before the body runs, or in a thread beside it, done when the body is."""
+        """Hashes the shard before the body, or in a thread beside it, done when the body is."""
         if not beside:
             self.hash()
             yield
@@ -88,8 +89,9 @@ class Source:
         return data
 
     def chunks(self, part: Part, multiple: int = 1) -> Iterator[memoryview[int]]:
-        """The bytes of an owned part in chunks of a multiple of `multiple` bytes, each valid until the
-        next."""
+        """The bytes of an owned part in chunks of a multiple of `multiple` bytes, each valid until
+        the next.
+        """
         fingerprint = xxhash.xxh3_128()
         label = str(self._path(part.shard))
         for chunk in read_chunks(self._fd(part.shard), part.start, part.stop, label, multiple):
@@ -107,7 +109,8 @@ class Source:
         return self._task.borrowed_sha256(self._borrowed)
 
     def check(self) -> str:
-        """The SHA-256 of the shard, once it is sure that the parts read are the bytes that were hashed.
+        """The SHA-256 of the shard, once it is sure that the parts read are the bytes that were
+        hashed.
 
         Raises SourceChanged when they are not, or when the file changed since it was opened.
         """

@@ -45,7 +45,7 @@ _thread_locks: dict[str, threading.Lock] = {}  # flock does not hold two threads
 
 
 def user_cache_root() -> Path:
-    """The user's cache directory: $PAROQUANT_STREAM_CACHE, else under $XDG_CACHE_HOME or ~/.cache."""
+    """The user's cache: $PAROQUANT_STREAM_CACHE, else under $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("PAROQUANT_STREAM_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -58,7 +58,7 @@ class Store:
 
     root: Path
     private: bool = True
-    """Directories 0700 and files 0600 whatever the umask; a tree beside a model follows the umask."""
+    """Directories 0700, files 0600 whatever the umask; a tree beside a model follows it."""
     read_only: bool = False
     """Nothing is written, not even a memo: for a look at what would be done."""
 
@@ -117,7 +117,7 @@ class Store:
             raise StoreError(f"{path}: the entry cannot be opened: {error}") from error
 
     def read_manifest(self, name: str, limit: int) -> bytes | None:
-        """The first `limit` + 1 bytes of a manifest, or None when it is absent or cannot be read."""
+        """The first `limit` + 1 bytes of a manifest, or None when it is absent or unreadable."""
         with contextlib.suppress(OSError, MalformedFile):
             fd = open_regular(self.manifest_path(name), follow=False)
             with os.fdopen(fd, "rb") as file:
@@ -162,8 +162,9 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Holds the lock of this name, between threads and processes; on a file system without locks,
-        or after `LOCK_TIMEOUT`, goes on without it."""
+        """Holds the lock of this name, between threads and processes; on a file system without
+        locks, or after `LOCK_TIMEOUT`, goes on without it.
+        """
         path = str(self._path("locks", f"{name}.lock"))
         with _thread_locks.setdefault(path, threading.Lock()):
             mode = 0o600 if self.private else 0o666
@@ -217,10 +218,11 @@ class NewFile:
             raise _write_error(self._path, self._size - self._written, error) from error
 
     def publish(self, target: Path) -> FileStamp:
-        """Makes the file durable under the name `target`, in place of what is there; returns its stamp.
+        """Makes the file durable under the name `target`, in place of what is there; returns its
+        stamp.
 
-        Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel has
-        dropped the pages by then. Raises StoreError.
+        Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel
+        has dropped the pages by then. Raises StoreError.
         """
         try:
             os.fsync(self._fd)
@@ -256,7 +258,8 @@ def _write_error(path: Path, needed: int, error: OSError) -> StoreError:
     reason = f"{path}: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         status = os.statvfs(path.parent)
-        reason += f"; {needed:,} bytes needed, {status.f_bavail * status.f_frsize:,} free; make room and run again"
+        free = status.f_bavail * status.f_frsize
+        reason += f"; {needed:,} bytes needed, {free:,} free; make room and run again"
     return StoreError(reason)
 
 

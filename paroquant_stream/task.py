@@ -1,8 +1,8 @@
 """Parts, operations and tasks: what one shard gives, and the key of the entry that comes of it.
 
-An entry's key is a SHA-256 over everything that decides its bytes: the format, the shard's SHA-256, the
-bytes borrowed from other shards, and the task's canonical description. No file name and no path is in
-it, so moving, copying or renaming a model reconverts nothing.
+An entry's key is a SHA-256 over everything that decides its bytes: the format, the shard's SHA-256,
+the bytes borrowed from other shards, and the task's canonical description. No file name and no path
+is in it, so moving, copying or renaming a model reconverts nothing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Operation:
     kind: str
     """A key of `OPERATION_VERSIONS`."""
     slices: tuple[tuple[Part, ...], ...]
-    """For each slice of the outputs' first axis its parts, the owned one first. A stack of experts has
-    one slice an expert; anything else has one."""
+    """For each slice of the outputs' first axis its parts, the owned one first. A stack of experts
+    has one slice an expert; anything else has one.
+    """
     outputs: tuple[TensorSpec, ...]
     values: tuple[tuple[str, int], ...] = ()
     """Numbers from the config or a foreign header that the result depends on."""
@@ -91,7 +92,7 @@ class Task:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the canonical description: operations with versions, outputs, parts, values."""
+        """SHA-256 of the description: operations with versions, outputs, parts, values."""
         place = {shard: index for index, shard in enumerate((self.shard, *self.borrowed))}
 
         def describe(operation: Operation) -> list[Any]:
@@ -108,8 +109,8 @@ class Task:
     def borrowed_sha256(self, part_digests: Mapping[str, bytes]) -> list[str]:
         """One SHA-256 per lending shard over the SHA-256 of each part borrowed from it, in order.
 
-        `part_digests`: SHA-256 of every borrowed part's bytes by tensor name. Hashing digests and not
-        the bytes themselves lets the parts be read in any order.
+        `part_digests`: SHA-256 of every borrowed part's bytes by tensor name. Hashing digests and
+        not the bytes themselves lets the parts be read in any order.
         """
         return [
             hashlib.sha256(b"".join(part_digests[part.name] for part in parts)).hexdigest()

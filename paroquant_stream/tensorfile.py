@@ -2,9 +2,9 @@
 
     8 bytes N, little endian | N bytes JSON, padded with spaces | tensor bytes, no holes
 
-`mx.load` accepts 18 kinds of malformed file that the safetensors library refuses, one of them a heap
-overrun; so every header is checked here, in Python integers, before a byte is allocated or MLX sees it.
-What is accepted here, the safetensors library accepts too.
+`mx.load` accepts 18 kinds of malformed file that the safetensors library refuses, one of them a
+heap overrun; so every header is checked here, in Python integers, before a byte is allocated or MLX
+sees it. What is accepted here, the safetensors library accepts too.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
 def strict_json(text: bytes, label: str) -> Any:
     """The value of a JSON text, refusing what parsers disagree on.
 
-    Duplicate keys, floats that are not numbers, a byte order mark, bytes after the value and integers
-    over 20 digits are MalformedFile.
+    Duplicate keys, floats that are not numbers, a byte order mark, bytes after the value and
+    integers over 20 digits are MalformedFile.
     """
     try:
         return json.loads(
@@ -202,7 +202,7 @@ def _tensor(name: str, entry: Any, data_start: int, label: str) -> TensorInfo:
 
 
 def check_name(name: str, label: str) -> None:
-    """Raises MalformedFile unless `name` is a dotted path of plain words, safe to walk in a model."""
+    """Raises MalformedFile unless `name` is a dotted path of plain words."""
     parts = name.split(".")
     if (
         len(name) > 256
@@ -227,16 +227,17 @@ def _check_coverage(tensors: Sequence[TensorInfo], start: int, size: int, label:
         start = tensor.stop
     if start != size:
         raise MalformedFile(
-            f"{label}: the header describes {start:,} bytes, the file has {size:,}; download it again"
+            f"{label}: the header describes {start:,} bytes, the file has {size:,}; "
+            "download it again"
         )
 
 
 def lay_out(specs: Iterable[TensorSpec]) -> tuple[bytes, tuple[TensorInfo, ...]]:
     """The header bytes of a file of these tensors, and the tensors in file order with their ranges.
 
-    Tensors whose size is a multiple of `PAGE` come first, each on a page; the rest follow by falling
-    item size, so that each is aligned to its items and no hole is needed. Equal specs in an equal
-    order give equal bytes on every system.
+    Tensors whose size is a multiple of `PAGE` come first, each on a page; the rest follow by
+    falling item size, so that each is aligned to its items and no hole is needed. Equal specs in an
+    equal order give equal bytes on every system.
     """
     ordered = sorted(specs, key=lambda s: 0 if s.nbytes % PAGE == 0 else 16 - DTYPE_BYTES[s.dtype])
     table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -264,8 +265,8 @@ def file_size(specs: Iterable[TensorSpec]) -> int:
 class TensorWriter:
     """Writes the file that `lay_out` described front to back through `sink`, header first.
 
-    A tensor out of turn, cut short or overrun is a programming error and raises AssertionError, so that
-    no file of the wrong form is ever published.
+    A tensor out of turn, cut short or overrun is a programming error and raises AssertionError, so
+    that no file of the wrong form is ever published.
     """
 
     def __init__(self, sink: Callable[[memoryview], None], header: bytes) -> None:

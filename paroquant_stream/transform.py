@@ -44,8 +44,8 @@ class Outcome:
 def run_task(job: Job, tick: Tick) -> Outcome:
     """Gives the entry of one shard: the one in the store if its key is there, else a new one.
 
-    Raises CheckpointError or MalformedFile for a shard that cannot be read, SourceChanged when its bytes
-    changed meanwhile (nothing is stored then), StoreError when the entry cannot be written.
+    Raises CheckpointError or MalformedFile for a shard that cannot be read, SourceChanged when its
+    bytes changed meanwhile (nothing is stored then), StoreError when the entry cannot be written.
     """
     started = time.monotonic()
     source = open_source(job, tick)
@@ -66,8 +66,8 @@ def open_source(job: Job, tick: Tick) -> Source:
 def find_entry(job: Job, source: Source) -> EntryRecord | None:
     """The record of the entry that the store already has for this shard, or None.
 
-    The shard's SHA-256 comes from the memo or the Hub's blob name; else the shard is hashed if the store
-    has seen one of its size, since that may save the conversion.
+    The shard's SHA-256 comes from the memo or the Hub's blob name; else the shard is hashed if the
+    store has seen one of its size, since that may save the conversion.
     """
     sha256 = source.known_sha256()
     seen = job.known is not None and job.known.source_size == job.task.size
@@ -85,7 +85,7 @@ def find_entry(job: Job, source: Source) -> EntryRecord | None:
 
 
 def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord | None:
-    """The record of a published entry whose record was lost; a malformed one is taken out of use."""
+    """The record of an entry whose record was lost; a malformed entry is taken out of use."""
     header, tensors = lay_out(job.task.outputs)
     size = tensors[-1].stop if tensors else len(header)
     try:

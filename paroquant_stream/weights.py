@@ -1,4 +1,4 @@
-"""The tensors of a manifest's entries, as one dict of lazy MLX arrays, the pieces of stacks joined."""
+"""The tensors of a manifest's entries, as one dict of lazy MLX arrays, stacks whole."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def read_weights(
 ) -> dict[str, mx.array]:
     """Name -> lazy array of every wanted tensor; stacks whole, shape (experts, ...).
 
-    An entry without a wanted tensor is not opened. Raises EntryDamaged, after taking the entry out of
-    use, when its bytes are not those that were written; StoreError when it is absent.
+    An entry without a wanted tensor is not opened. Raises EntryDamaged, after taking the entry out
+    of use, when its bytes are not those that were written; StoreError when it is absent.
     """
     weights: dict[str, mx.array] = {}
     for record in manifest.entries:

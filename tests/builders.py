@@ -1,4 +1,6 @@
-"""Tiny checkpoints made on the spot: random bytes in the right shapes, no torch, a few milliseconds."""
+"""Tiny checkpoints made on the spot: random bytes in the right shapes, no torch, a few
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def cut_evenly(shards: int) -> Cut:
 
     def cut(names: list[str]) -> dict[str, str]:
         size = -(-len(names) // shards)
-        return {n: f"model-{i // size + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)}
+        return {
+            n: f"model-{i // size + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)
+        }
 
     return cut
 
@@ -105,7 +109,9 @@ def cut_apart(shards: int) -> Cut:
     """Neighbours in different shards: qweight, qzeros and scales of one linear never together."""
 
     def cut(names: list[str]) -> dict[str, str]:
-        return {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)}
+        return {
+            n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)
+        }
 
     return cut
 

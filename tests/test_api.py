@@ -15,7 +15,9 @@ pytestmark = pytest.mark.usefixtures("settled")
 
 
 def no_conversion(monkeypatch):
-    monkeypatch.setattr("paroquant_stream.transform._convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(
+        "paroquant_stream.transform._convert", lambda *_: pytest.fail("converted again")
+    )
 
 
 def test_gives_the_manifest(model_dir):

@@ -113,13 +113,21 @@ def test_nothing_of_a_model_is_executed_or_unpickled(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "compile", "__import__"}
-        if isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "shell", "allow_pickle"}:
+        if isinstance(node, ast.keyword) and node.arg in {
+            "trust_remote_code",
+            "shell",
+            "allow_pickle",
+        }:
             assert isinstance(node.value, ast.Constant), path
             assert node.value.value is False, path
 
 
 def test_every_room_has_its_tests():
     tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
-    covered_elsewhere = {"__init__": "test_convert", "__main__": "test_main", "source": "test_source"}
+    covered_elsewhere = {"__init__": "test_convert", "__main__": "test_main"}
+        "__init__": "test_convert",
+        "__main__": "test_main",
+        "source": "test_source",
+    }
     for room in {room_of(path) for path in ROOMS}:
         assert covered_elsewhere.get(room, f"test_{room}") in tests, room

@@ -27,7 +27,9 @@ def test_the_index_decides_which_files_are_shards(model_dir):
     assert [shard.name for shard in checkpoint.shards] == sorted(
         f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)
     )
-    assert {t.name for h in checkpoint.headers().values() for t in h.tensors} == set(llama_tensors())
+    assert {t.name for h in checkpoint.headers().values() for t in h.tensors} == set(
+        llama_tensors()
+    )
 
 
 def test_without_an_index_only_model_safetensors_is_a_shard(tmp_path):
@@ -58,7 +60,9 @@ def test_a_shard_name_that_is_no_plain_name_is_refused(model_dir, name):
         open_checkpoint(model_dir)
 
 
-@pytest.mark.parametrize("text", [b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": []}', b"{", b"\xff"])
+@pytest.mark.parametrize(
+    "text", [b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": []}', b"{", b"\xff"]
+)
 def test_an_index_of_the_wrong_form_is_refused(model_dir, text):
     (model_dir / INDEX).write_bytes(text)
     with pytest.raises(MalformedFile, match=r"index\.json"):
@@ -73,7 +77,9 @@ def test_a_duplicate_key_in_the_config_is_refused(model_dir):
 
 def test_a_tensor_that_the_index_puts_elsewhere_is_named_with_both_shards(model_dir):
     set_weight_map(model_dir, lambda weights: weights.update({"model.norm.weight": FIRST}))
-    with pytest.raises(CheckpointError, match=f"norm.weight: the index says {FIRST}, it lies in model-00003"):
+    with pytest.raises(
+        CheckpointError, match=f"norm.weight: the index says {FIRST}, it lies in model-00003"
+    ):
         open_checkpoint(model_dir).headers()
 
 

@@ -116,7 +116,10 @@ def test_the_same_content_gives_the_same_bytes_in_another_store(model_dir, tmp_p
     two = run(model_dir, cache_dir=tmp_path / "two")
     assert [r.digest for r in one.manifest.entries] == [r.digest for r in two.manifest.entries]
     for record in one.manifest.entries:
-        paths = [s.store.entry_path(record.key) for s in (make_request(model_dir, cache_dir=tmp_path / n) for n in ("one", "two"))]
+        paths = [
+            s.store.entry_path(record.key)
+            for s in (make_request(model_dir, cache_dir=tmp_path / n) for n in ("one", "two"))
+        ]
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -124,7 +127,9 @@ def test_the_same_content_gives_the_same_bytes_in_another_store(model_dir, tmp_p
 def test_the_number_of_jobs_never_changes_a_bit(model_dir, tmp_path, jobs):
     result = convert(make_request(model_dir, cache_dir=tmp_path / str(jobs), jobs=jobs))
     reference = run(model_dir)
-    assert [r.digest for r in result.manifest.entries] == [r.digest for r in reference.manifest.entries]
+    assert [r.digest for r in result.manifest.entries] == [
+        r.digest for r in reference.manifest.entries
+    ]
 
 
 def test_a_lost_manifest_costs_no_conversion(model_dir):
@@ -211,7 +216,7 @@ def test_nothing_is_written_for_a_defective_checkpoint(tmp_path):
 def test_a_truncated_shard_is_named(model_dir, tmp_path):
     shard = model_dir / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(Exception, match="model-00002-of-00003.*download it again"):
+    with pytest.raises(Exception, match=r"model-00002-of-00003.*download it again"):
         run(model_dir, cache_dir=tmp_path / "cache")
 
 
@@ -265,7 +270,10 @@ def test_a_shard_that_just_changed_is_not_trusted_by_its_stat(model_dir, monkeyp
 
 def test_progress_ends_at_the_size_of_every_shard(model_dir):
     last: dict[str, tuple[int, int]] = {}
-    convert(make_request(model_dir, jobs=2), lambda shard, done, size: last.update({shard: (done, size)}))
+    convert(
+        make_request(model_dir, jobs=2),
+        lambda shard, done, size: last.update({shard: (done, size)}),
+    )
     assert len(last) == 3
     assert all(done == size for done, size in last.values())
 

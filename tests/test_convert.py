@@ -81,7 +81,13 @@ def test_force_converts_again(arguments, capsys):
 
 @pytest.mark.parametrize(
     "wrong",
-    [[], ["--jobs", "0", "x"], ["--jobs", "many", "x"], ["x", "--in-place", "--cache-dir", "y"], ["x", "--nope"]],
+    [
+        [],
+        ["--jobs", "0", "x"],
+        ["--jobs", "many", "x"],
+        ["x", "--in-place", "--cache-dir", "y"],
+        ["x", "--nope"],
+    ],
 )
 def test_wrong_usage_exits_with_2(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -151,14 +157,26 @@ def test_a_run_without_work_imports_nothing_heavy(arguments):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, paroquant_stream; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     for heavy in ("numpy", "mlx", "msgpack", "transformers", "huggingface_hub", "tqdm", "filelock"):
         assert f"'{heavy}'" not in names
 
 
 def test_a_shard_without_an_embedding_is_converted_without_mlx(tmp_path):
-    tensors = {n: a for n, a in llama_tensors().items() if not n.startswith(("model.embed", "lm_head"))}
+    tensors = {
+        n: a for n, a in llama_tensors().items() if not n.startswith(("model.embed", "lm_head"))
+    }
     directory = write_checkpoint(tmp_path / "m", tensors)
-    command = [sys.executable, "-c", LIGHT, str(directory), "--cache-dir", str(tmp_path / "c"), "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        LIGHT,
+        str(directory),
+        "--cache-dir",
+        str(tmp_path / "c"),
+        "--quiet",
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out == "['numpy']\n"

@@ -33,7 +33,10 @@ def test_at_most_so_many_run_at_once():
 
 def test_one_job_runs_in_the_calling_thread():
     main = threading.current_thread()
-    assert list(run_all(lambda _item, _: threading.current_thread() is main, [1, 2], 1)) == [True, True]
+    assert list(run_all(lambda _item, _: threading.current_thread() is main, [1, 2], 1)) == [
+        True,
+        True,
+    ]
 
 
 def test_the_first_error_stops_the_others_and_is_raised():

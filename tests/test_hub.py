@@ -13,7 +13,9 @@ def test_a_directory_is_itself(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["absent", "/absent/model", "./a/b", "a/b/c", "~/absent"])
-def test_what_is_no_directory_and_no_repository_id_is_refused_without_asking_the_hub(name, monkeypatch):
+def test_what_is_no_directory_and_no_repository_id_is_refused_without_asking_the_hub(
+    name, monkeypatch
+):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="neither a model directory nor a repository id"):
         resolve(name)
@@ -47,5 +49,7 @@ def test_what_the_hub_says_reaches_the_user(monkeypatch):
         raise OSError("404: no such repository")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(CheckpointError, match="owner/name: no such directory, and the Hub says: 404"):
+    with pytest.raises(
+        CheckpointError, match="owner/name: no such directory, and the Hub says: 404"
+    ):
         resolve("owner/name")

@@ -1,4 +1,6 @@
-"""Runs that are killed at every file-system step, or told to stop: nothing is lost, nothing half done."""
+"""Runs that are killed at every file-system step, or told to stop: nothing is lost, nothing half
+done.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,10 @@ def published(cache) -> dict[str, str]:
     return found
 
 
-def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(scattered_dir, tmp_path):
-    """SIGKILL before each file-system call in turn, until a run gets through without being killed."""
+def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(
+    scattered_dir, tmp_path
+):
+    """SIGKILL before each file-system call in turn, until a run gets through unkilled."""
     whole = convert(make_request(scattered_dir, cache_dir=tmp_path / "whole", jobs=1))
     right = {record.key: record.digest for record in whole.manifest.entries}
     step, killed = 0, 0
@@ -65,7 +69,9 @@ def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(scat
         step += 1
         cache = tmp_path / f"cache{step}"
         arguments = [str(scattered_dir), "--cache-dir", str(cache), "--jobs", "1", "--json"]
-        run = subprocess.run([sys.executable, "-c", KILL, str(step), *arguments], capture_output=True)
+        run = subprocess.run(
+            [sys.executable, "-c", KILL, str(step), *arguments], capture_output=True
+        )
         if run.returncode == 0:
             break
         assert run.returncode == -signal.SIGKILL, run.stderr.decode()

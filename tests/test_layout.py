@@ -36,9 +36,9 @@ def test_a_config_without_quantization_is_refused():
 
 
 def test_quantization_inside_text_config_is_found():
-    assert read_quantization({"text_config": {"paroquant_config": {"nbit": 4, "group_size": 64}}}) == (
-        Quantization(4, 64)
-    )
+    assert read_quantization(
+        {"text_config": {"paroquant_config": {"nbit": 4, "group_size": 64}}}
+    ) == (Quantization(4, 64))
 
 
 @pytest.mark.parametrize(

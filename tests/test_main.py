@@ -26,5 +26,7 @@ def test_without_a_command_says_how_it_is_used():
 
 def test_the_module_form_of_a_command_does_not_warn(model_dir, tmp_path):
     command = [sys.executable, "-W", "error", "-m", "paroquant_stream.convert", str(model_dir)]
-    done = subprocess.run([*command, "--cache-dir", str(tmp_path / "c")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--cache-dir", str(tmp_path / "c")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -21,7 +21,9 @@ from paroquant_stream.errors import MissingExtra
         ({"vision_config": None}, ["model.visual.x"], False, False),
     ],
 )
-def test_a_vision_model_has_a_config_a_tower_and_is_not_forced_to_text(config, names, force_text, expected):
+def test_a_vision_model_has_a_config_a_tower_and_is_not_forced_to_text(
+    config, names, force_text, expected
+):
     assert model_class.is_vision_model(config, names, force_text) is expected
 
 

@@ -1,4 +1,4 @@
-"""Repacking against a reference of one nibble at a time, and against the public loader's functions."""
+"""Repacking against a reference of one nibble at a time, and against the public loader."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_the_sweep_removes_temps_of_dead_runs_and_no_others(store):
         path.write_bytes(b"1234")
     os.utime(old, (0, 0))
     assert store.sweep() == 8
-    assert {path for path in tmp.iterdir()} == {alive, foreign}
+    assert set(tmp.iterdir()) == {alive, foreign}
 
 
 def test_a_quarantined_entry_is_a_miss(store):

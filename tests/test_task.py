@@ -12,7 +12,9 @@ from paroquant_stream.tensorfile import TensorSpec
 SHA, OTHER = "1" * 64, "2" * 64
 ZEROS = Part("x.qzeros", "I32", (2, 4), "a.safetensors", 100, 132)
 SCALES = Part("x.scales", "F16", (2, 32), "b.safetensors", 200, 328)
-BIASES = Operation("awq_biases", ((ZEROS, SCALES),), (TensorSpec("x.biases", "F16", (32, 2)),), (("v", 1),))
+BIASES = Operation(
+    "awq_biases", ((ZEROS, SCALES),), (TensorSpec("x.biases", "F16", (32, 2)),), (("v", 1),)
+)
 TASK = Task("a.safetensors", 1000, (BIASES,))
 
 
@@ -59,7 +61,12 @@ def test_the_key_stays_with_the(what):
 
 
 def test_the_key_changes_with_the_shard_and_with_what_is_borrowed(monkeypatch):
-    keys = {TASK.key(SHA, [OTHER]), TASK.key(OTHER, [OTHER]), TASK.key(SHA, [SHA]), TASK.key(SHA, [])}
+    keys = {
+        TASK.key(SHA, [OTHER]),
+        TASK.key(OTHER, [OTHER]),
+        TASK.key(SHA, [SHA]),
+        TASK.key(SHA, []),
+    }
     assert len(keys) == 4
 
 
@@ -71,7 +78,9 @@ def test_the_key_changes_with_an_operations_version(monkeypatch):
 
 def test_the_key_is_pinned():
     """A change here rebuilds every cache of every user; make it on purpose."""
-    assert TASK.key(SHA, [OTHER]) == "42e91d40abaa3e8d386be885f4fe6a3ae2b769d30a70d09e1a11f2a3d24c410d"
+    assert (
+        TASK.key(SHA, [OTHER]) == "42e91d40abaa3e8d386be885f4fe6a3ae2b769d30a70d09e1a11f2a3d24c410d"
+    )
 
 
 def test_borrowed_parts_are_listed_once_by_lender():

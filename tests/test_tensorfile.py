@@ -24,7 +24,9 @@ from paroquant_stream.tensorfile import (
 )
 
 
-def file_of(path: Path, header: bytes | dict, data: bytes = bytes(8), length: int | None = None) -> Path:
+def file_of(
+    path: Path, header: bytes | dict, data: bytes = bytes(8), length: int | None = None
+) -> Path:
     """A file with this header, as JSON or verbatim."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
@@ -66,10 +68,12 @@ REFUSED = {
     "negative offset": ({"a": tensor(offsets=(-8, 0))}, bytes(8)),
     "one offset": ({"a": tensor(offsets=(0,))}, bytes(8)),
     "offsets near 2**64": ({"a": tensor(offsets=(2**64 - 8, 2**64))}, bytes(8)),
-    "huge integer": (b'{"a":{"dtype":"U8","shape":[1' + b"0" * 30 + b'],"data_offsets":[0,1]}}', b"\0"),
+    "huge integer": (b'{"a":{"dtype":"U8","shape":[1' + b"0" * 30 + b'],"data_offsets":[0,1]}}',
+                     b"\0"),
     "duplicate name": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
                        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', bytes(1)),
-    "duplicate field": (b'{"a":{"dtype":"U8","shape":[2],"shape":[1],"data_offsets":[0,1]}}', bytes(1)),
+    "duplicate field": (b'{"a":{"dtype":"U8","shape":[2],"shape":[1],"data_offsets":[0,1]}}',
+                        bytes(1)),
     "unknown field": ({"a": tensor(extra=1)}, bytes(8)),
     "missing field": ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
     "unknown dtype": ({"a": tensor("F31")}, bytes(8)),
@@ -77,7 +81,8 @@ REFUSED = {
     "eight-bit float": ({"a": tensor("F8_E4M3", (8,))}, bytes(8)),
     "dtype no string": ({"a": tensor(dtype=3)}, bytes(8)),
     "rank 10,000": ({"a": tensor(shape=(1,) * 10_000, offsets=(0, 4))}, bytes(4)),
-    "zero size with huge rest": ({"a": tensor(shape=(0, 2**31 - 1, 2**31 - 1), offsets=(0, 0))}, b""),
+    "zero size with huge rest": ({"a": tensor(shape=(0, 2**31 - 1, 2**31 - 1), offsets=(0, 0))},
+                                 b""),
     "list for header": (b"[1, 2, 3]", b""),
     "bytes after the JSON": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}x', bytes(1)),
     "NUL padding": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}\0\0', bytes(1)),
@@ -145,9 +150,16 @@ def test_a_short_read_is_an_error(tmp_path):
     os.close(fd)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"__metadata__": None}, {"__metadata__": {"format": "pt"}}])
+@pytest.mark.parametrize(
+    "metadata", [{}, {"__metadata__": None}, {"__metadata__": {"format": "pt"}}]
+)
 def test_accepts_what_safetensors_writes_or_allows(metadata, tmp_path):
-    header = {**metadata, "a.b": tensor(), "c": tensor("U8", (), (8, 9)), "d": tensor("F16", (0, 3), (9, 9))}
+    header = {
+        **metadata,
+        "a.b": tensor(),
+        "c": tensor("U8", (), (8, 9)),
+        "d": tensor("F16", (0, 3), (9, 9)),
+    }
     path = file_of(tmp_path / "x", header, bytes(9))
     assert [t.name for t in read(path).tensors] == ["a.b", "c", "d"]
     assert set(load(path.read_bytes())) == {"a.b", "c", "d"}
@@ -214,7 +226,9 @@ def test_a_tensor_out_of_turn_or_too_long_is_never_written():
 
 
 def test_whatever_is_refused_here_but_not_by_safetensors_is_on_this_list(tmp_path):
-    """The second opinion: the differences between the two are known, and each is ours being stricter."""
+    """The second opinion: the differences between the two are known, and each is ours being
+    stricter.
+    """
     stricter = set()
     for case, (header, data) in REFUSED.items():
         if case == "empty file":

@@ -71,7 +71,11 @@ def test_pieces_are_joined_in_the_order_of_the_experts():
         return mx.array(np.array([[e] for e in experts], np.uint32))
 
     joined = _join_pieces(
-        {"x.experts_10_10": piece(10), "x.experts_0_1": piece(0, 1), "x.experts_2_9": piece(*range(2, 10))}
+        {
+            "x.experts_10_10": piece(10),
+            "x.experts_0_1": piece(0, 1),
+            "x.experts_2_9": piece(*range(2, 10)),
+        }
     )
     assert list(joined) == ["x"]
     assert joined["x"].flatten().tolist() == list(range(11))

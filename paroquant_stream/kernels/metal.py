@@ -1,0 +1,95 @@
+"""The rotation through the Metal kernel of the installed `paroquant` package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+
+from .tables import RotationTables, Rounds
+
+MAX_GROUP_SIZE = 128
+MAX_KROT = 16
+"""Sizes of the kernel's own arrays, in threadgroup memory and registers."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Per pair and round one word and two coefficients: 12 bytes, 48 a channel for krot 8."""
+
+    channel_scales: mx.array
+    """float32 (dims,)."""
+    pairs: mx.array
+    """int32 (krot, dims / 2): i in the low half of the word, j in the high; local to the group."""
+    cos: mx.array
+    """float32 (krot, dims / 2)."""
+    sin: mx.array
+    """float32 (krot, dims / 2)."""
+
+    @classmethod
+    def build(cls, rounds: Rounds) -> Self:
+        """These tables, as arrays that need no stream."""
+        return cls(
+            channel_scales=mx.array(rounds.channel_scales),
+            pairs=mx.array((rounds.first | rounds.second << 16).astype(np.int32)),
+            cos=mx.array(rounds.cos),
+            sin=mx.array(rounds.sin),
+        )
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of its arrays."""
+        return [self.channel_scales, self.pairs, self.cos, self.sin]
+
+
+def usable(tables: RotationTables) -> bool:
+    """Whether the kernel can run this rotation on the default device."""
+    return (
+        on_metal()
+        and tables.group_size <= MAX_GROUP_SIZE
+        and tables.krot <= MAX_KROT
+        and package_kernel() is not None
+    )
+
+
+def on_metal() -> bool:
+    """Whether the default device is a Metal GPU."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
+@cache
+def package_kernel() -> Callable[[int], Any] | None:
+    """The package's `get_rotation_kernel`, or None without the package."""
+    try:
+        from paroquant.kernels.metal import get_rotation_kernel  # optional, only of use on a Mac
+    except (ImportError, OSError):  # OSError: a build of the package without the kernel's source
+        return None
+    kernel: Callable[[int], Any] = get_rotation_kernel
+    return kernel
+
+
+def rotate(x: mx.array, tables: RotationTables) -> mx.array:
+    """`x` scaled and rotated, in its own shape and dtype; only where `usable(tables)`."""
+    get_kernel = package_kernel()
+    rows = x.reshape(-1, tables.dims)
+    count = rows.shape[0]
+    if get_kernel is None or count == 0:  # an empty grid is no valid launch
+        return x
+    form = tables.form(Form)
+    tile = 1 if count == 1 else 4  # rows a threadgroup takes; the two that the package itself uses
+    threads = tables.group_size // 2  # one for each pair of a group
+    sizes = mx.array([count, tables.dims, tables.krot, tables.group_size], dtype=mx.int32)
+    (out,) = get_kernel(tile)(
+        inputs=[rows, form.pairs, form.cos, form.sin, form.channel_scales, sizes],
+        output_shapes=[rows.shape],
+        output_dtypes=[rows.dtype],
+        grid=(math.ceil(count / tile) * threads, tables.dims // tables.group_size, 1),
+        threadgroup=(threads, 1, 1),
+    )
+    result: mx.array = out.reshape(x.shape)
+    return result
