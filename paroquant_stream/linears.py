@@ -59,23 +59,17 @@ class Linear:
         ]
         if missing:
             return [f"{name}: missing; the other parts lie in {where}" for name in missing]
-        found = []
         if self.is_expert and self.parts.keys() & set(_ROTATION):
-            found.append(f"{self.module}: an expert with a rotation of its own; experts share one")
+            return [f"{self.module}: an expert with a rotation of its own; experts share one"]
         qweight = self.parts["qweight"]
         if len(qweight.shape) != 2 or 0 in qweight.shape:
-            return [
-                *found,
-                _mismatch(qweight, "two dimensions", "I32" if self.layout.is_awq else "I16"),
-            ]
+            return [_mismatch(qweight, "two dimensions", "I32" if self.layout.is_awq else "I16")]
         if self.inputs % self.quantization.group_size:
-            group_size = self.quantization.group_size
-            found.append(
+            return [
                 f"{qweight.name} in {qweight.shard}: {self.inputs} inputs do not divide by "
-                f"group_size {group_size} of config.json"
-            )
-            return found
-        return found + [issue for part in self.parts.values() for issue in self._shape_issues(part)]
+                f"group_size {self.quantization.group_size} of config.json"
+            ]
+        return [issue for part in self.parts.values() for issue in self._shape_issues(part)]
 
     def _shape_issues(self, part: Part) -> Iterator[str]:
         role = next(role for role, known in self.parts.items() if known is part)
@@ -86,9 +80,8 @@ class Linear:
     def _expected(self, role: str) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
         """The shapes and dtypes that a part may have."""
         inputs, outputs, groups = self.inputs, self.outputs, self.groups
-        krot = (
-            self.parts["theta"].shape[0] if not self.is_expert and self.parts["theta"].shape else 0
-        )
+        rotation = [self.parts[role].shape for role in ("theta", "pairs") if role in self.parts]
+        krot = next((shape[0] for shape in rotation if len(shape) == 2), 1)
         if self.layout is Layout.PARO_NATIVE_LEGACY and role in ("scales", "zeros"):
             padding = _LEGACY_ROW_PADDING[self.quantization.group_size]
             padded = -(-groups // padding) * padding
@@ -103,9 +96,9 @@ class Linear:
             case "bias":
                 return ((outputs,),), _FLOATS
             case "theta":
-                return ((krot or 1, inputs // 2),), _FLOATS
+                return ((krot, inputs // 2),), _FLOATS
             case "pairs":
-                return ((krot or 1, inputs),), ("I16",)
+                return ((krot, inputs),), ("I16",)
         return ((1, inputs), (inputs,)), _FLOATS  # channel_scales
 
     def operations(self) -> Iterator[Operation]:
@@ -128,7 +121,7 @@ class Linear:
             yield Operation("copy", ((parts["qweight"],),), (weight,))
             yield Operation("group_scales", ((parts["scales"],),), (scales,))
             yield Operation("native_biases", ((parts["zeros"],),), (biases,))
-        for role in parts.keys() - {"qweight", "scales", "zeros"}:
+        for role in sorted(parts.keys() - {"qweight", "scales", "zeros"}):
             shape = (1, self.inputs) if role == "channel_scales" else parts[role].shape
             output = TensorSpec(f"{self.module}.{role}", parts[role].dtype, shape)
             yield Operation("copy", ((parts[role],),), (output,))

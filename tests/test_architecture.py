@@ -125,9 +125,5 @@ def test_nothing_of_a_model_is_executed_or_unpickled(path):
 def test_every_room_has_its_tests():
     tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
     covered_elsewhere = {"__init__": "test_convert", "__main__": "test_main"}
-        "__init__": "test_convert",
-        "__main__": "test_main",
-        "source": "test_source",
-    }
     for room in {room_of(path) for path in ROOMS}:
         assert covered_elsewhere.get(room, f"test_{room}") in tests, room

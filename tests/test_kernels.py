@@ -1,0 +1,291 @@
+"""The rotation against its definition in float64, the Metal calling convention, and the chooser."""
+
+from __future__ import annotations
+
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from paroquant_stream import kernels
+from paroquant_stream.kernels import RotationTables, metal, reference
+
+BOUNDS = {mx.float16: 1e-3, mx.bfloat16: 8e-3, mx.float32: 1e-6}
+
+
+def make_rotation(dims, group_size, krot, seed=0):
+    """Random theta, pairs and channel_scales of a checkpoint, as numpy arrays."""
+    random = np.random.default_rng(seed)
+    groups = dims // group_size
+    pairs = [
+        np.concatenate([random.permutation(group_size) for _ in range(groups)]) for _ in range(krot)
+    ]
+    theta = random.uniform(-np.pi, np.pi, (krot, dims // 2))
+    channel_scales = random.uniform(0.5, 2.0, (1, dims))
+    return theta.astype(np.float16), np.int16(pairs), channel_scales.astype(np.float16)
+
+
+def rotate_float64(x, theta, pairs, channel_scales, group_size, rounds=None):
+    """The definition, pair by pair; `rounds` gives the order of the rounds if not the stored one."""
+    y = np.array(x, np.float64) * channel_scales.astype(np.float64).reshape(-1)
+    angles = theta.astype(np.float64)
+    for k in range(len(theta)) if rounds is None else rounds:
+        for pair, angle in enumerate(angles[k]):
+            start = 2 * pair // group_size * group_size
+            i, j = start + int(pairs[k, 2 * pair]), start + int(pairs[k, 2 * pair + 1])
+            y_i, y_j = y[..., i].copy(), y[..., j].copy()
+            y[..., i] = y_i * np.cos(angle) + y_j * np.sin(angle)
+            y[..., j] = y_j * np.cos(angle) - y_i * np.sin(angle)
+    return y
+
+
+def make_x(shape, dtype=mx.float32, seed=1):
+    return mx.array(np.random.default_rng(seed).standard_normal(shape), dtype=mx.float32).astype(
+        dtype
+    )
+
+
+def to_float64(array):
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def error(y, expected):
+    """norm(y - expected) / norm(expected)."""
+    found = to_float64(y) if isinstance(y, mx.array) else y
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def tables_of(parameters, group_size):
+    return RotationTables(*(mx.array(values) for values in parameters), group_size)
+
+
+@pytest.mark.parametrize("krot", range(1, 17))
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_rotation_is_within_its_bound_of_float64(group_size, krot):
+    dims = 3 * group_size
+    parameters = make_rotation(dims, group_size, krot, seed=krot)
+    tables = tables_of(parameters, group_size)
+    for dtype, bound in BOUNDS.items():
+        x = make_x((64, dims), dtype)
+        expected = rotate_float64(to_float64(x), *parameters, group_size)
+        for batch in (1, 64):
+            y = kernels.rotate(x[:batch], tables)
+            assert y.dtype == dtype
+            assert y.shape == (batch, dims)
+            assert error(y, expected[:batch]) < bound
+
+
+def test_wrong_rotations_are_far_outside_the_bounds():
+    """The bounds can tell: what a wrong kernel would give misses them by more than a hundredfold."""
+    theta, pairs, scales = make_rotation(384, 128, 8)
+    x = make_x((64, 384))
+    y = kernels.rotate(x, tables_of((theta, pairs, scales), 128))
+    swapped = pairs.reshape(8, -1, 2)[..., ::-1].reshape(8, -1)
+    wrong = {
+        "skipped": rotate_float64(x, theta, pairs, scales, 128, rounds=[]),
+        "no last round": rotate_float64(x, theta, pairs, scales, 128, rounds=range(7)),
+        "rounds reversed": rotate_float64(x, theta, pairs, scales, 128, rounds=range(7, -1, -1)),
+        "two rounds swapped": rotate_float64(
+            x, theta, pairs, scales, 128, rounds=[0, 1, 2, 4, 3, 5, 6, 7]
+        ),
+        "angles negated": rotate_float64(x, -theta, pairs, scales, 128),
+        "i and j exchanged": rotate_float64(x, theta, swapped, scales, 128),
+        "pairs of another round": rotate_float64(x, theta, np.roll(pairs, 1, 0), scales, 128),
+        "not scaled": rotate_float64(x, theta, pairs, np.ones_like(scales), 128),
+        "scaled afterwards": rotate_float64(x, theta, pairs, np.ones_like(scales), 128)
+        * scales.astype(np.float64),
+    }
+    for what, result in wrong.items():
+        assert error(y, result) > 0.1, what
+    assert error(y, rotate_float64(x, theta, pairs, scales, 128)) < 1e-6
+
+
+def test_rotation_without_scales_keeps_the_norm_of_every_group():
+    theta, pairs, scales = make_rotation(512, 64, 8)
+    x = make_x((5, 512))
+    y = kernels.rotate(x, tables_of((theta, pairs, np.ones_like(scales)), 64))
+    norms = [np.linalg.norm(to_float64(a).reshape(5, 8, 64), axis=-1) for a in (x, y)]
+    np.testing.assert_allclose(*norms, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 70])
+def test_rows_give_the_same_bits_alone_and_in_any_tile(rows):
+    tables = tables_of(make_rotation(256, 64, 8), 64)
+    x = make_x((rows, 256), mx.float16)
+    together = kernels.rotate(x, tables)
+    alone = [kernels.rotate(x[row : row + 1], tables) for row in range(rows)]
+    assert together.shape == x.shape
+    assert all(mx.array_equal(a, together[row]) for row, a in enumerate(y[0] for y in alone))
+
+
+def test_leading_axes_are_kept():
+    tables = tables_of(make_rotation(128, 32, 4), 32)
+    x = make_x((2, 3, 5, 128))
+    y = kernels.rotate(x, tables)
+    assert mx.array_equal(y, kernels.rotate(x.reshape(-1, 128), tables).reshape(x.shape))
+
+
+def test_x_of_another_width_is_refused_even_if_it_reshapes():
+    tables = tables_of(make_rotation(256, 64, 2), 64)
+    with pytest.raises(ValueError, match=r"over 256 channels, x has shape \(2, 128\)"):
+        kernels.rotate(make_x((2, 128)), tables)
+
+
+def test_parameters_that_do_not_belong_together_are_refused():
+    theta, pairs, scales = (mx.array(values) for values in make_rotation(256, 64, 4))
+    with pytest.raises(ValueError, match="do not belong together"):
+        RotationTables(theta[:3], pairs, scales, 64)
+    with pytest.raises(ValueError, match="do not belong together"):
+        RotationTables(theta, pairs, scales[:, :128], 64)
+    with pytest.raises(ValueError, match="groups of 96"):
+        RotationTables(theta, pairs, scales, 96)
+
+
+def test_a_round_that_names_a_channel_twice_is_refused_with_its_place():
+    theta, pairs, scales = make_rotation(256, 64, 4)
+    pairs[2, 64 * 3 + 5] = pairs[2, 64 * 3]
+    with pytest.raises(ValueError, match="pairs of round 2, group 3"):
+        kernels.prepare(tables_of((theta, pairs, scales), 64))
+
+
+def test_scales_in_one_axis_and_bfloat16_parameters_work():
+    theta, pairs, scales = (mx.array(values) for values in make_rotation(256, 64, 4))
+    x = make_x((3, 256))
+    flat = kernels.rotate(x, RotationTables(theta, pairs, scales.reshape(-1), 64))
+    assert mx.array_equal(flat, kernels.rotate(x, RotationTables(theta, pairs, scales, 64)))
+    brain = [theta.astype(mx.bfloat16), pairs, scales.astype(mx.bfloat16)]
+    expected = rotate_float64(
+        to_float64(x), to_float64(brain[0]), np.array(pairs), to_float64(brain[2]), 64
+    )
+    assert error(kernels.rotate(x, RotationTables(*brain, 64)), expected) < 1e-6
+
+
+def test_more_channels_than_16_bits_can_number_work():
+    theta, pairs, scales = make_rotation(1 << 17, 128, 1)
+    x = make_x((1, 1 << 17))
+    y = kernels.rotate(x, tables_of((theta, pairs, scales), 128))
+    last = slice(-128, None)
+    expected = rotate_float64(x[:, last], theta[:, -64:], pairs[:, last], scales[:, last], 128)
+    assert error(y[:, last], expected) < 1e-6
+
+
+def test_tables_report_their_bytes_and_their_build_time():
+    tables = tables_of(make_rotation(512, 128, 8), 128)
+    assert (tables.nbytes, tables.build_seconds) == (0, 0.0)
+    kernels.prepare(tables)
+    assert tables.nbytes == 512 * (8 * (2 + 4 + 4) + 4)
+    assert tables.build_seconds > 0
+    built = tables.build_seconds
+    kernels.rotate(make_x((1, 512)), tables)
+    assert tables.build_seconds == built
+
+
+def on_a_pretended_gpu(monkeypatch, launches):
+    """Runs the package's Metal kernel as numpy, launched as the package launches it."""
+
+    def get_kernel(tile):
+        def launch(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
+            x, words, cos, sin, scales, sizes = inputs
+            rows, dims, krot, group_size = sizes.tolist()
+            threads = group_size // 2
+            assert threadgroup == (threads, 1, 1)
+            assert words.dtype == sizes.dtype == mx.int32
+            assert words.shape == cos.shape == sin.shape == (krot, dims // 2)
+            assert scales.shape == (dims,)
+            assert (rows, dims) == x.shape == output_shapes[0]
+            launches.append((tile, grid))
+            values, out = to_float64(x) * to_float64(scales), np.zeros((rows, dims))
+            for block in range(grid[0] // threads):
+                for group in range(grid[1]):
+                    here = slice(block * tile, (block + 1) * tile)
+                    area = values[here, group * group_size : (group + 1) * group_size].copy()
+                    for k in range(krot):
+                        mine = slice(group * threads, (group + 1) * threads)
+                        word = np.array(words)[k, mine]
+                        i, j = word & 0xFFFF, word >> 16
+                        c, s = np.array(cos)[k, mine], np.array(sin)[k, mine]
+                        a, b = area[:, i].copy(), area[:, j].copy()
+                        area[:, i], area[:, j] = a * c + b * s, b * c - a * s
+                    out[here, group * group_size : (group + 1) * group_size] = area
+            return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
+
+        return launch
+
+    monkeypatch.setattr(metal, "on_metal", lambda: True)
+    monkeypatch.setattr(metal, "package_kernel", lambda: get_kernel)
+
+
+@pytest.mark.parametrize(("group_size", "krot"), [(32, 1), (64, 8), (128, 16)])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_metal_tables_and_launch_give_the_rotation(monkeypatch, group_size, krot, batch):
+    """Simulated: the words, coefficients and grid are right; the kernel itself needs a Mac."""
+    launches = []
+    on_a_pretended_gpu(monkeypatch, launches)
+    dims = 3 * group_size
+    parameters = make_rotation(dims, group_size, krot)
+    x = make_x((batch, dims), mx.float16)
+    y = kernels.rotate(x, tables_of(parameters, group_size))
+    assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-3
+    tile = 1 if batch == 1 else 4
+    assert launches == [(tile, (-(-batch // tile) * group_size // 2, 3, 1))]
+
+
+def test_metal_is_left_alone_beyond_the_kernels_limits_and_for_no_rows(monkeypatch):
+    launches = []
+    on_a_pretended_gpu(monkeypatch, launches)
+    for group_size, krot in [(256, 8), (128, 17)]:
+        parameters = make_rotation(512, group_size, krot)
+        x = make_x((2, 512))
+        y = kernels.rotate(x, tables_of(parameters, group_size))
+        assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-6
+    assert kernels.rotate(make_x((0, 512)), tables_of(make_rotation(512, 128, 8), 128)).size == 0
+    assert launches == []
+
+
+def test_tables_follow_the_device_of_each_call(monkeypatch):
+    """Moving to another device after the first call adds that kernel's form."""
+    tables = tables_of(make_rotation(256, 64, 4), 64)
+    x = make_x((2, 256))
+    before = kernels.rotate(x, tables)
+    alone = tables.nbytes
+    on_a_pretended_gpu(monkeypatch, [])
+    assert error(kernels.rotate(x, tables), to_float64(before)) < 1e-6
+    assert tables.nbytes == alone + 256 * (4 * (2 + 2 + 2) + 4)
+
+
+def test_without_a_metal_gpu_the_reference_runs(monkeypatch):
+    if metal.on_metal():
+        pytest.skip("this machine has one")
+    monkeypatch.setattr(metal, "rotate", None)
+    tables = tables_of(make_rotation(256, 64, 4), 64)
+    x = make_x((2, 256))
+    assert mx.array_equal(kernels.rotate(x, tables), reference.rotate(x, tables))
+
+
+def test_without_the_paroquant_package_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(metal, "on_metal", lambda: True)
+    monkeypatch.setitem(sys.modules, "paroquant.kernels.metal", None)
+    metal.package_kernel.cache_clear()
+    try:
+        tables = tables_of(make_rotation(256, 64, 4), 64)
+        assert not metal.usable(tables)
+        x = make_x((2, 256))
+        assert mx.array_equal(kernels.rotate(x, tables), reference.rotate(x, tables))
+    finally:
+        metal.package_kernel.cache_clear()
+
+
+def test_the_installed_package_still_has_the_kernel_that_is_called(monkeypatch):
+    """Its inputs by name and order, and its limits: a release that changes them fails here."""
+    package = pytest.importorskip("paroquant.kernels.metal.rotation")
+    made = {}
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda **options: made.update(options))
+    package.get_rotation_kernel.__wrapped__(4)
+    assert made["input_names"] == [
+        *("x", "packed_pairs", "cos_theta", "sin_theta", "channel_scales", "params")
+    ]
+    assert made["output_names"] == ["out"]
+    limits = (package._MAX_GROUP_SIZE, package._MAX_KROT)
+    assert limits == (metal.MAX_GROUP_SIZE, metal.MAX_KROT)
+    assert metal.package_kernel() is package.get_rotation_kernel

@@ -1,0 +1,103 @@
+"""One linear: its parts are checked in every layout, and become the same outputs."""
+
+from __future__ import annotations
+
+import pytest
+
+from paroquant_stream.layout import Layout, Quantization
+from paroquant_stream.linears import Linear
+from paroquant_stream.task import Part
+
+K, N, G = 256, 64, 64
+GROUPS, PADDED = K // G, 16
+
+
+def linear(layout: Layout, is_expert: bool = False, **changes) -> Linear:
+    """A linear of K inputs and N outputs in a layout; `changes` gives dtype and shape, or None."""
+    specs = {
+        "qweight": ("I32", (K, N // 8)) if layout.is_awq else ("I16", (N // 4, K)),
+        "scales": ("F16", (GROUPS, N)),
+        "zeros": ("I32", (GROUPS, N // 8)) if layout.is_awq else ("F16", (GROUPS, N)),
+    }
+    if layout is Layout.PARO_NATIVE_LEGACY:
+        specs |= {"scales": ("F16", (PADDED, N)), "zeros": ("F16", (PADDED, N))}
+    if not is_expert:
+        specs |= {
+            "theta": ("F16", (8, K // 2)),
+            "pairs": ("I16", (8, K)),
+            "channel_scales": ("F16", (1, K)),
+        }
+    made = Linear("m.q_proj", layout, Quantization(4, G), is_expert)
+    for role, spec in (specs | changes).items():
+        if spec:
+            name = layout.spell("m.q_proj", role)
+            made.parts[role] = Part(name, *spec, shard="a.safetensors", start=0, stop=1)
+    return made
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_whole_linear_has_no_issue_and_three_outputs_beside_its_copies(layout):
+    made = linear(layout, bias=("F16", (N,)))
+    assert made.issues() == []
+    outputs = {o.name: (o.dtype, o.shape) for op in made.operations() for o in op.outputs}
+    assert outputs == {
+        "m.q_proj.weight": ("U32", (N, K // 8)),
+        "m.q_proj.scales": ("F16", (N, GROUPS)),
+        "m.q_proj.biases": ("F16", (N, GROUPS)),
+        "m.q_proj.theta": ("F16", (8, K // 2)),
+        "m.q_proj.pairs": ("I16", (8, K)),
+        "m.q_proj.channel_scales": ("F16", (1, K)),
+        "m.q_proj.bias": ("F16", (N,)),
+    }
+
+
+def test_operations_come_in_the_same_order_every_time():
+    made = linear(Layout.AUTOAWQ, bias=("F16", (N,)))
+    names = [operation.outputs[0].name for operation in made.operations()]
+    assert names[3:] == [f"m.q_proj.{role}" for role in ("bias", "channel_scales", "pairs", "theta")]
+
+
+def test_channel_scales_of_one_dimension_become_a_row():
+    made = linear(Layout.AUTOAWQ, channel_scales=("F16", (K,)))
+    assert made.issues() == []
+    shapes = {o.name: o.shape for op in made.operations() for o in op.outputs}
+    assert shapes["m.q_proj.channel_scales"] == (1, K)
+
+
+@pytest.mark.parametrize("rows", [GROUPS, PADDED])
+def test_legacy_group_rows_may_be_padded(rows):
+    made = linear(Layout.PARO_NATIVE_LEGACY, scales=("F16", (rows, N)), zeros=("F16", (rows, N)))
+    assert made.issues() == []
+    values = {op.kind: op.values for op in made.operations()}
+    assert values["legacy_scales"] == values["legacy_biases"] == (("groups", GROUPS),)
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("role", ["scales", "zeros", "theta", "pairs", "channel_scales"])
+def test_a_missing_part_is_named_as_the_layout_spells_it(layout, role):
+    (issue,) = linear(layout, **{role: None}).issues()
+    assert issue.startswith(f"{layout.spell('m.q_proj', role)}: missing")
+    assert "a.safetensors" in issue
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("role", ["scales", "zeros", "theta", "pairs", "channel_scales", "bias"])
+def test_a_part_of_the_wrong_shape_is_named_with_expected_and_found(layout, role):
+    (issue,) = linear(layout, **{role: ("F16", (5, 7, 3))}).issues()
+    assert issue.startswith(layout.spell("m.q_proj", role))
+    assert "expected" in issue
+    assert "found F16 (5, 7, 3)" in issue
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_inputs_that_do_not_divide_by_the_group_size_are_named(layout):
+    shape = (K + 32, N // 8) if layout.is_awq else (N // 4, K + 32)
+    dtype = "I32" if layout.is_awq else "I16"
+    (issue,) = linear(layout, qweight=(dtype, shape)).issues()
+    assert "288 inputs do not divide by group_size 64" in issue
+
+
+def test_an_expert_needs_no_rotation_and_may_have_none():
+    assert linear(Layout.AUTOAWQ, is_expert=True).issues() == []
+    (issue,) = linear(Layout.AUTOAWQ, is_expert=True, theta=("F16", (8, K // 2))).issues()
+    assert "experts share one" in issue

@@ -1,0 +1,85 @@
+"""Operations: every kind is implemented, and gives the bytes that MLX would hold."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from paroquant_stream import operations
+from paroquant_stream.operations import run_operation
+from paroquant_stream.task import OPERATION_VERSIONS, Operation, Part
+from paroquant_stream.tensorfile import TensorSpec
+
+
+class Bytes:
+    """A source that holds its parts in memory."""
+
+    def __init__(self, arrays: dict[str, bytes], chunk: int = 100) -> None:
+        self.arrays, self.chunk = arrays, chunk
+
+    def whole(self, part):
+        return self.arrays[part.name]
+
+    def chunks(self, part, multiple=1):
+        data = self.arrays[part.name]
+        size = max(self.chunk // multiple, 1) * multiple
+        for start in range(0, len(data), size):
+            yield memoryview(data[start : start + size])
+
+
+def part(name: str, dtype: str, shape: tuple[int, ...]) -> Part:
+    size = TensorSpec(name, dtype, shape).nbytes
+    return Part(name, dtype, shape, "a.safetensors", 0, size)
+
+
+def results(operation: Operation, source: Bytes) -> list[bytes]:
+    found = [b""] * len(operation.outputs)
+    for index, chunk in run_operation(operation, source):
+        found[index] += bytes(chunk)
+    return found
+
+
+def test_every_kind_has_a_version_and_every_version_a_kind():
+    assert operations._KINDS.keys() == OPERATION_VERSIONS.keys()
+
+
+def test_a_copy_has_the_same_bytes():
+    spec = part("x", "BF16", (70, 3))
+    data = np.random.default_rng(0).bytes(420)
+    assert results(Operation("copy", ((spec,),), (spec,)), Bytes({"x": data})) == [data]
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("chunk", [1, 1000, 10**6])
+def test_an_embedding_is_quantized_by_rows_to_the_bits_of_the_whole(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(operations, "_QUANTIZE_ROWS_BYTES", 700)
+    kind = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}[dtype]
+    array = mx.array(np.random.default_rng(0).normal(size=(50, 128))).astype(kind)
+    raw = array if dtype != "BF16" else array.view(mx.uint16)
+    spec = part("e.weight", dtype, (50, 128))
+    outputs = tuple(TensorSpec(f"e.{leaf}", "U32", (1,)) for leaf in ("weight", "scales", "biases"))
+    values = (("bits", 4), ("group_size", 64))
+    found = results(
+        Operation("quantize", ((spec,),), outputs, values), Bytes({"e.weight": np.array(raw).tobytes()}, chunk)
+    )
+    for data, wanted in zip(found, mx.quantize(array, 64, 4, stream=mx.cpu), strict=True):
+        stored = wanted.view(mx.uint16) if wanted.dtype == mx.bfloat16 else wanted
+        assert data == np.array(stored).tobytes()
+
+
+def test_mx_quantize_still_has_the_bits_that_entries_were_made_with():
+    """Golden: if MLX changes its rounding, entries of two MLX versions must not share a key."""
+    import hashlib
+
+    weight = mx.array(np.sin(np.arange(64 * 256, dtype=np.float32)).reshape(64, 256)).astype(mx.float16)
+    digest = hashlib.sha256()
+    for array in mx.quantize(weight, 128, 4, stream=mx.cpu):
+        digest.update(np.array(array).tobytes())
+    assert digest.hexdigest() == "f407f7d7fc595d8bbcac3dfea45890afa15fde1d2301f06c7fe4fb3462e54199"
+
+
+def test_slices_of_a_stack_follow_each_other():
+    one, two = part("a", "I16", (4,)), part("b", "I16", (4,))
+    operation = Operation("copy", ((one,), (two,)), (TensorSpec("s", "I16", (2, 4)),))
+    assert results(operation, Bytes({"a": b"11111111", "b": b"22222222"})) == [b"1111111122222222"]

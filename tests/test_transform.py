@@ -1,0 +1,92 @@
+"""run_task: one shard in, one published entry out, or nothing."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from paroquant_stream.api import make_request
+from paroquant_stream.conversion import plan_model
+from paroquant_stream.errors import Cancelled
+from paroquant_stream.tensorfile import PAGE, lay_out
+from paroquant_stream.transform import Job, Outcome, run_task
+from tests.builders import llama_tensors
+
+
+@pytest.fixture
+def jobs(scattered_dir) -> list[Job]:
+    request = make_request(scattered_dir)
+    request.store.create()
+    plan, _ = plan_model(request)
+    return [Job(task, request.directory, request.store) for task in plan.tasks]
+
+
+def ignore(_count: int) -> None:
+    pass
+
+
+def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
+    tensors = llama_tensors()
+    for job in jobs:
+        record = run_task(job, ignore).record
+        arrays = load_file(job.store.entry_path(record.key))
+        assert {(n, a.shape) for n, a in arrays.items()} == {(t.name, t.shape) for t in record.tensors}
+        for name, array in arrays.items():
+            if name in tensors and "embed" not in name and "head" not in name:
+                if not name.endswith(".scales"):
+                    assert array.tobytes() == tensors[name].tobytes()
+
+
+def test_data_starts_on_a_page(jobs):
+    record = run_task(jobs[0], ignore).record
+    header, _ = lay_out(record.tensors)
+    assert len(header) % PAGE == 0
+    assert jobs[0].store.entry_path(record.key).read_bytes().startswith(header)
+
+
+def test_biases_use_scales_that_lie_in_another_shard(jobs):
+    tensors = llama_tensors()
+    borrowers = [job for job in jobs if job.task.borrowed]
+    assert borrowers
+    for job in borrowers:
+        arrays = load_file(job.store.entry_path(run_task(job, ignore).record.key))
+        for name in (n for n in arrays if n.endswith("_proj.biases")):
+            scales = tensors[name.replace("biases", "scales")]
+            zeros = tensors[name.replace("biases", "qzeros")].view(np.uint32)
+            first = -(scales[0, 0].astype(np.float32) * np.float32(zeros[0, 0] & 15)).astype(np.float16)
+            assert arrays[name][0, 0] == first
+
+
+def test_jobs_and_outcomes_pickle_small(jobs):
+    assert len(pickle.dumps(jobs)) < 100_000
+    outcome = run_task(pickle.loads(pickle.dumps(jobs[0])), ignore)
+    assert isinstance(pickle.loads(pickle.dumps(outcome)), Outcome)
+    assert len(pickle.dumps(outcome)) < 20_000
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tick", [1, 5, 20])
+def test_a_cancelled_task_leaves_nothing(jobs, threads, tick):
+    from dataclasses import replace
+
+    ticks = []
+
+    def stop(_count):
+        ticks.append(1)
+        if len(ticks) >= tick:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        run_task(replace(jobs[0], threads=threads), stop)
+    assert not list(jobs[0].store.root.rglob("*.safetensors"))
+    assert not list((jobs[0].store.root / "v1" / "tmp").iterdir())
+
+
+def test_every_source_byte_is_ticked_twice(jobs):
+    ticks: list[int] = []
+    run_task(jobs[0], ticks.append)
+    header = 8 + int.from_bytes((jobs[0].directory / jobs[0].task.shard).read_bytes()[:8], "little")
+    assert sum(ticks) == 2 * (jobs[0].task.size - header)
