@@ -157,6 +157,7 @@ def _convert_shards(
     started: float,
 ) -> Conversion:
     from .executor import run_all  # with transform it brings numpy, which a run without work spares
+    from .source import Buffers
     from .transform import Job, Outcome, run_task
 
     known = {record.shard: record for record in before.entries} if before else {}
@@ -166,8 +167,12 @@ def _convert_shards(
         for task in plan.tasks
     ]
 
+    workers = threading.local()
+
     def work(job: Job, checkpoint: Callable[[], None]) -> Outcome:
-        return run_task(job, _Ticker(job.task, checkpoint, progress))
+        if not hasattr(workers, "buffers"):
+            workers.buffers = Buffers()
+        return run_task(job, _Ticker(job.task, checkpoint, progress), workers.buffers)
 
     reports: dict[str, ShardReport] = {}
     records: dict[str, EntryRecord] = {}

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -110,8 +111,11 @@ def _as_json(conversion: Conversion) -> dict[str, Any]:
 
 def peak_rss_bytes() -> int:
     """The most memory that this process held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss counts the parent's memory before exec
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def _summary(conversion: Conversion) -> str:

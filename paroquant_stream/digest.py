@@ -90,26 +90,28 @@ class Memo:
         return self.directory / f"{stamp.size}-{stamp.device:x}-{stamp.inode:x}"
 
 
-def read_chunks(
-    fd: int, start: int, stop: int, label: str, multiple: int = 1
-) -> Iterator[memoryview[int]]:
-    """The bytes `start:stop` in order, each chunk a view into one buffer that the next one reuses.
+def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
+    """Fills `view` with the bytes from `start` on. Raises SourceChanged when the file ends before."""
+    filled = 0
+    while filled < len(view):
+        count = os.preadv(fd, [view[filled:]], start + filled)
+        if not count:
+            raise SourceChanged(f"{label}: became shorter while it was read; convert it again")
+        filled += count
 
-    Every chunk is a multiple of `multiple` bytes, as `stop - start` must be. Raises SourceChanged
-    when the file ends before `stop`.
+
+def read_chunks(
+    fd: int, start: int, stop: int, label: str, buffer: memoryview
+) -> Iterator[memoryview]:
+    """The bytes `start:stop` in order, each chunk a view into `buffer`, which the next one reuses.
+
+    Raises SourceChanged when the file ends before `stop`.
     """
-    size = min(max(CHUNK // multiple, 1) * multiple, max(stop - start, 1))
-    buffer = memoryview(bytearray(size))
     while start < stop:
-        chunk = buffer[: min(size, stop - start)]
-        filled = 0
-        while filled < len(chunk):
-            count = os.preadv(fd, [chunk[filled:]], start + filled)
-            if not count:
-                raise SourceChanged(f"{label}: became shorter while it was read; convert it again")
-            filled += count
+        chunk = buffer[: min(len(buffer), stop - start)]
+        read_into(fd, chunk, start, label)
         yield chunk
-        start += filled
+        start += len(chunk)
 
 
 @dataclass(frozen=True)
@@ -130,20 +132,21 @@ def hash_source(
     `tick(bytes)` is called after every chunk and may raise to stop. Raises SourceChanged when the
     file is shorter than `size`.
     """
+    buffer = memoryview(bytearray(min(CHUNK, size or 1)))
     whole = hashlib.sha256()
     fingerprints: dict[str, bytes] = {}
     position = 0
     for tensor in tensors:
-        for chunk in read_chunks(fd, position, tensor.start, label):  # the header
+        for chunk in read_chunks(fd, position, tensor.start, label, buffer):  # the header
             whole.update(chunk)
         fingerprint = xxhash.xxh3_128()
-        for chunk in read_chunks(fd, tensor.start, tensor.stop, label):
+        for chunk in read_chunks(fd, tensor.start, tensor.stop, label, buffer):
             whole.update(chunk)
             fingerprint.update(chunk)
             tick(len(chunk))
         fingerprints[tensor.name] = fingerprint.digest()
         position = tensor.stop
-    for chunk in read_chunks(fd, position, size, label):
+    for chunk in read_chunks(fd, position, size, label, buffer):
         whole.update(chunk)
     return SourceDigest(whole.hexdigest(), fingerprints)
 
@@ -157,7 +160,7 @@ def hash_file(fd: int, label: str, memo: Memo) -> str:
     return sha256
 
 
-def sha256_of(data: bytes) -> bytes:
+def sha256_of(data: memoryview) -> bytes:
     """SHA-256 of a part that another shard's task borrows, 32 bytes."""
     return hashlib.sha256(data).digest()
 
@@ -165,6 +168,7 @@ def sha256_of(data: bytes) -> bytes:
 def hash_entry(fd: int, label: str) -> str:
     """XXH3-128 of a whole file, in hex."""
     digest = xxhash.xxh3_128()
-    for chunk in read_chunks(fd, 0, os.fstat(fd).st_size, label):
+    buffer = memoryview(bytearray(CHUNK))
+    for chunk in read_chunks(fd, 0, os.fstat(fd).st_size, label, buffer):
         digest.update(chunk)
     return digest.hexdigest()

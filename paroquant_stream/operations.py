@@ -36,8 +36,8 @@ def run_operation(operation: Operation, source: Source) -> Chunks:
         yield from convert(source, parts, dict(operation.values))
 
 
-def _array(source: Source, part: Part) -> npt.NDArray[Any]:
-    return np.frombuffer(source.whole(part), _DTYPES[part.dtype]).reshape(part.shape)
+def _array(source: Source, part: Part, slot: int = 0) -> npt.NDArray[Any]:
+    return np.frombuffer(source.whole(part, slot), _DTYPES[part.dtype]).reshape(part.shape)
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
@@ -56,7 +56,7 @@ def _awq_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -
 
 def _awq_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
     zeros, scales = parts
-    yield 0, _bytes_of(awq_biases(_array(source, scales), _array(source, zeros)))
+    yield 0, _bytes_of(awq_biases(_array(source, scales, slot=1), _array(source, zeros)))
 
 
 def _group_scales(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:

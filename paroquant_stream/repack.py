@@ -51,23 +51,31 @@ def awq_stripes(qweight: Array) -> Iterator[Array]:
     blocks = inputs // _ROWS
     words = qweight.view(np.uint32).reshape(blocks, _ROWS, columns)
     stripe = np.empty((min(_TILE_COLUMNS, -(-columns // 2)), _ROWS, blocks), np.uint64)
+    height, breadth = min(_TILE_BLOCKS, blocks), len(stripe)
+    space = np.empty(_ROWS * height * breadth * 3 // 2, np.uint64)
     for first in range(0, columns, 2 * _TILE_COLUMNS):
         part = words[:, :, first : first + 2 * _TILE_COLUMNS]
         width = part.shape[2]
         for start in range(0, blocks, _TILE_BLOCKS):
             rows = part[start : start + _TILE_BLOCKS]
-            tile = np.zeros((_ROWS, len(rows), -(-width // 2)), np.uint64)
+            shape = (_ROWS, len(rows), -(-width // 2))
+            size = shape[0] * shape[1] * shape[2]
+            tile, scratch = space[:size].reshape(shape), space[size : size * 3 // 2]
+            if width % 2:
+                tile[:, :, -1] = 0
             tile.view(np.uint32)[:, :, :width] = rows.transpose(1, 0, 2)
-            _transpose_nibbles(tile)
+            _transpose_nibbles(tile, scratch)
             for row, output in enumerate(_OUTPUTS):
                 stripe[: tile.shape[2], output, start : start + len(rows)] = tile[row].T
         # An odd number of columns leaves the second half of the last uint64 column empty.
         yield stripe.reshape(-1, blocks).view(np.uint32)[: 8 * width]
 
 
-def _transpose_nibbles(tile: Array) -> None:
-    """Transposes every 16 x 2 block of words of `tile`, uint64 (16, blocks, columns), in place."""
-    scratch = np.empty((_ROWS // 2, *tile.shape[1:]), np.uint64)
+def _transpose_nibbles(tile: Array, scratch: Array) -> None:
+    """Transposes every 16 x 2 block of words of `tile`, uint64 (16, blocks, columns), in place.
+
+    `scratch`: uint64, half as many items.
+    """
     for distance, mask in _STAGES:
         pairs = tile.reshape(_ROWS // (2 * distance), 2, distance, *tile.shape[1:])
         low, high = pairs[:, 0], pairs[:, 1]

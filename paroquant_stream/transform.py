@@ -11,7 +11,7 @@ from .digest import FileStamp, hash_entry
 from .errors import StoreError
 from .manifest import EntryRecord
 from .operations import run_operation
-from .source import Source, Tick
+from .source import Buffers, Source, Tick
 from .store import Store
 from .task import Task
 from .tensorfile import TensorInfo, TensorWriter, lay_out, pread_exactly
@@ -41,14 +41,16 @@ class Outcome:
     seconds: float
 
 
-def run_task(job: Job, tick: Tick) -> Outcome:
+def run_task(job: Job, tick: Tick, buffers: Buffers | None = None) -> Outcome:
     """Gives the entry of one shard: the one in the store if its key is there, else a new one.
+
+    `buffers`: the worker's own, used again from task to task.
 
     Raises CheckpointError or MalformedFile for a shard that cannot be read, SourceChanged when its
     bytes changed meanwhile (nothing is stored then), StoreError when the entry cannot be written.
     """
     started = time.monotonic()
-    source = open_source(job, tick)
+    source = open_source(job, tick, buffers)
     try:
         record = None if job.force else find_entry(job, source)
         converted = record is None
@@ -58,9 +60,9 @@ def run_task(job: Job, tick: Tick) -> Outcome:
         source.close()
 
 
-def open_source(job: Job, tick: Tick) -> Source:
+def open_source(job: Job, tick: Tick, buffers: Buffers | None = None) -> Source:
     """The job's shard, opened."""
-    return Source(job.task, job.directory, job.store.memo, tick)
+    return Source(job.task, job.directory, job.store.memo, tick, buffers)
 
 
 def find_entry(job: Job, source: Source) -> EntryRecord | None:

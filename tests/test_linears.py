@@ -54,7 +54,9 @@ def test_a_whole_linear_has_no_issue_and_three_outputs_beside_its_copies(layout)
 def test_operations_come_in_the_same_order_every_time():
     made = linear(Layout.AUTOAWQ, bias=("F16", (N,)))
     names = [operation.outputs[0].name for operation in made.operations()]
-    assert names[3:] == [f"m.q_proj.{role}" for role in ("bias", "channel_scales", "pairs", "theta")]
+    assert names[3:] == [
+        f"m.q_proj.{role}" for role in ("bias", "channel_scales", "pairs", "theta")
+    ]
 
 
 def test_channel_scales_of_one_dimension_become_a_row():

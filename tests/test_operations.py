@@ -18,7 +18,7 @@ class Bytes:
     def __init__(self, arrays: dict[str, bytes], chunk: int = 100) -> None:
         self.arrays, self.chunk = arrays, chunk
 
-    def whole(self, part):
+    def whole(self, part, slot=0):
         return self.arrays[part.name]
 
     def chunks(self, part, multiple=1):
@@ -61,7 +61,8 @@ def test_an_embedding_is_quantized_by_rows_to_the_bits_of_the_whole(dtype, chunk
     outputs = tuple(TensorSpec(f"e.{leaf}", "U32", (1,)) for leaf in ("weight", "scales", "biases"))
     values = (("bits", 4), ("group_size", 64))
     found = results(
-        Operation("quantize", ((spec,),), outputs, values), Bytes({"e.weight": np.array(raw).tobytes()}, chunk)
+        Operation("quantize", ((spec,),), outputs, values),
+        Bytes({"e.weight": np.array(raw).tobytes()}, chunk),
     )
     for data, wanted in zip(found, mx.quantize(array, 64, 4, stream=mx.cpu), strict=True):
         stored = wanted.view(mx.uint16) if wanted.dtype == mx.bfloat16 else wanted
@@ -72,7 +73,9 @@ def test_mx_quantize_still_has_the_bits_that_entries_were_made_with():
     """Golden: if MLX changes its rounding, entries of two MLX versions must not share a key."""
     import hashlib
 
-    weight = mx.array(np.sin(np.arange(64 * 256, dtype=np.float32)).reshape(64, 256)).astype(mx.float16)
+    weight = mx.array(np.sin(np.arange(64 * 256, dtype=np.float32)).reshape(64, 256)).astype(
+        mx.float16
+    )
     digest = hashlib.sha256()
     for array in mx.quantize(weight, 128, 4, stream=mx.cpu):
         digest.update(np.array(array).tobytes())

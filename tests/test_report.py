@@ -25,9 +25,7 @@ OLD = EntryRecord("a", "1" * 64, 10, ("2" * 64,), "3" * 64, "4" * 64, "5" * 32, 
 )
 def test_the_reason_is_the_first_that_holds(before, changes, forced, why):
     new = replace(OLD, **changes)
-    found = why_converted(
-        before, new.source_sha256, new.borrowed_sha256, new.task_sha256, forced
-    )
+    found = why_converted(before, new.source_sha256, new.borrowed_sha256, new.task_sha256, forced)
     assert why in found
     assert report_converted(new, before, forced, 1.0).why == found
 

@@ -95,7 +95,7 @@ def test_a_linear_has_exactly_the_stored_parameters():
 
 
 def test_nothing_takes_a_rotated_layer_for_a_plain_quantized_one():
-    """`nn.quantize` asks for to_quantized; mlx-vlm multiplies by a QuantizedLinear's weight itself."""
+    """`nn.quantize` asks for to_quantized; mlx-vlm multiplies by a QuantizedLinear's weight."""
     for layer in (Rotation(64, group_size=64), make_linear()):
         assert not hasattr(layer, "to_quantized")
         assert not isinstance(layer, (nn.Linear, nn.QuantizedLinear))
@@ -155,7 +155,7 @@ def test_the_output_dtype_is_the_promotion_of_x_and_scales(x_dtype, scales_dtype
     y = layer(make_x((2, 192), x_dtype))
     assert y.dtype == expected
     reference = to_float64(layer(make_x((2, 192), x_dtype).astype(mx.float32)))
-    assert error(y, reference) < (1e-2 if expected == mx.bfloat16 else 5e-3)
+    assert error(y, reference) < (4e-2 if expected == mx.bfloat16 else 5e-3)
 
 
 def test_tables_are_no_parameters_and_are_reported():

@@ -33,7 +33,9 @@ def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
     for job in jobs:
         record = run_task(job, ignore).record
         arrays = load_file(job.store.entry_path(record.key))
-        assert {(n, a.shape) for n, a in arrays.items()} == {(t.name, t.shape) for t in record.tensors}
+        assert {(n, a.shape) for n, a in arrays.items()} == {
+            (t.name, t.shape) for t in record.tensors
+        }
         for name, array in arrays.items():
             if name in tensors and "embed" not in name and "head" not in name:
                 if not name.endswith(".scales"):
@@ -56,7 +58,9 @@ def test_biases_use_scales_that_lie_in_another_shard(jobs):
         for name in (n for n in arrays if n.endswith("_proj.biases")):
             scales = tensors[name.replace("biases", "scales")]
             zeros = tensors[name.replace("biases", "qzeros")].view(np.uint32)
-            first = -(scales[0, 0].astype(np.float32) * np.float32(zeros[0, 0] & 15)).astype(np.float16)
+            first = -(scales[0, 0].astype(np.float32) * np.float32(zeros[0, 0] & 15)).astype(
+                np.float16
+            )
             assert arrays[name][0, 0] == first
 
 
