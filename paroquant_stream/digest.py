@@ -91,7 +91,7 @@ class Memo:
 
 
 def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
-    """Fills `view` with the bytes from `start` on. Raises SourceChanged when the file ends before."""
+    """Fills `view` with the bytes from `start` on; SourceChanged when the file ends before."""
     filled = 0
     while filled < len(view):
         count = os.preadv(fd, [view[filled:]], start + filled)

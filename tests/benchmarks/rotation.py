@@ -6,7 +6,6 @@ rounds       the form in use (`kernels.rotate`): krot gathers with float32 coeff
 last axis    the same gathers along the last axis, all rows in one pass
 block        one orthogonal matrix per group, composed in float64, in the dtype of x
 block f32    the same in float32, whatever x is
-matmul       for scale: the 4-bit product with dims outputs that follows in the model
 
 Every form runs once per round of measurement, in turn; the figures are medians. Errors are
 norm(y - ref) / norm(ref) against float64 in numpy.
@@ -84,15 +83,13 @@ def forms(dims: int, dtype: mx.Dtype, tables: RotationTables, rounds: Rounds) ->
     """Every form by its name, its tables evaluated."""
     scales = mx.array(rounds.channel_scales)
     exact = mx.array(block_matrices(rounds).astype(np.float32))
-    weight = mx.quantize(mx.random.normal((dims, dims), dtype=mx.float16), GROUP, 4)
     matrices = exact.astype(dtype)
-    mx.eval(matrices, weight)
+    mx.eval(matrices)
     return {
         "rounds": lambda x: kernels.rotate(x, tables),
         "last axis": last_axis_form(tables.form(reference.Form)),
         "block": block_form(matrices, scales),
         "block f32": block_form(exact, scales),
-        "matmul": lambda x: mx.quantized_matmul(x, *weight, group_size=GROUP, bits=4),
     }
 
 
@@ -124,13 +121,14 @@ def table_lines(dims: int, rows: list[int], repeats: int) -> Iterator[str]:
             for form, rotate in candidates.items():
                 found = np.array(rotate(x).astype(mx.float32), np.float64)
                 error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-                cells.append(f"{times[form]:8.2f} {'' if form == 'matmul' else f'{error:.0e}':>5}")
+                cells.append(f"{times[form]:8.2f} {error:.0e}")
             yield f"| {dims:5} | {name:8} | {count:4} | " + " | ".join(cells) + " |"
     start = time.perf_counter()
     block_matrices(rounds)
     composed = time.perf_counter() - start
     yield (
-        f"tables, dims {dims}: rounds {tables.nbytes / 1e6:.2f} MB in {tables.build_seconds:.3f} s, "
+        f"tables, dims {dims}: "
+        f"rounds {tables.nbytes / 1e6:.2f} MB in {tables.build_seconds:.3f} s, "
         f"block float16 {dims * GROUP * 2 / 1e6:.2f} MB, float32 {dims * GROUP * 4 / 1e6:.2f} MB "
         f"in {composed:.3f} s; a 70B model: rounds "
         f"{CHANNELS_70B * tables.nbytes / dims / 1e9:.2f} GB, "
@@ -145,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    names = ("rounds", "last axis", "block", "block f32", "matmul")
+    names = ("rounds", "last axis", "block", "block f32")
     print(f"{mx.default_device()}, group_size {GROUP}, krot {KROT}; milliseconds and error")
     print("|  dims | dtype    | rows | " + " | ".join(f"{name:14}" for name in names) + " |")
     for dims in options.dims:

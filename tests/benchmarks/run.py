@@ -1,4 +1,4 @@
-"""Runs the benchmark: conversion beside a copy, repacking beside memcpy, memory by number of shards.
+"""Runs the benchmark: conversion beside a copy, repacking beside memcpy, memory by shards.
 
     python tests/benchmarks/run.py [--layers 8] [--rounds 3] [--work DIR] [--json FILE]
 
@@ -135,7 +135,8 @@ def print_rounds(measured: dict[str, list[Row]]) -> None:
                 "  <- system time far above the median" if run["system"] > 1.5 * usual[name] else ""
             )
             print(
-                f"  {name:7} wall {run['wall']:6.2f}  user {run['user']:6.2f}  system {run['system']:6.2f}{mark}"
+                f"  {name:7} wall {run['wall']:6.2f}  user {run['user']:6.2f}  "
+                f"system {run['system']:6.2f}{mark}"
             )
 
 
