@@ -55,7 +55,7 @@ def assemble(
     if not lazy:
         mx.eval(model.parameters())
     model.eval()
-    return model, load_tokenizer(directory, config, model, is_vlm), is_vlm
+    return model, load_tokenizer(directory, config, is_vlm), is_vlm
 
 
 def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:

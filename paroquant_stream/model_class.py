@@ -6,6 +6,7 @@ Everything of theirs that is used is used here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import AssemblyError, MissingExtra
+
+logger = logging.getLogger(__name__)
 
 TOWER_PREFIXES = (
     "vision_tower.",
@@ -62,7 +65,7 @@ def build(config: dict[str, Any], is_vlm: bool) -> nn.Module:
             module.ModelConfig.from_dict(config), module, config, _PARTS
         )
         return cast(nn.Module, module.Model(arguments))
-    except ValueError as error:
+    except (TypeError, ValueError, KeyError) as error:  # a key missing in the config is any of these
         raise AssemblyError(f"model_type {config.get('model_type')!r}: {error}") from error
 
 
@@ -81,16 +84,29 @@ def sanitize(model: nn.Module, weights: dict[str, mx.array], is_vlm: bool) -> di
     return weights
 
 
-def load_tokenizer(
-    directory: Path, config: Mapping[str, Any], model: nn.Module, is_vlm: bool
-) -> Any:
+def load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> Any:
     """The tokenizer of a text model, or the processor of a vision model.
 
-    Without processor files a vision model gets its tokenizer. No code of the model is ever run.
+    A vision model without processor files gets its tokenizer. No code of the model is ever run: asked
+    for nothing, transformers would ask the user.
     """
+    end = config.get("eos_token_id")
     if not is_vlm:
-        return _mlx_lm().load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
-    raise NotImplementedError
+        extra = {"trust_remote_code": False}
+        return _mlx_lm().load_tokenizer(directory, extra, eos_token_ids=end)
+    utils = _mlx_vlm()
+    try:
+        processor = utils.load_processor(directory, eos_token_ids=end, trust_remote_code=False)
+        image_processor = utils.load_image_processor(directory, trust_remote_code=False)
+        if image_processor is not None:
+            processor.image_processor = image_processor
+        return processor
+    except (ImportError, TypeError, AttributeError, OSError, ValueError) as error:
+        logger.warning("no processor for %s, only its tokenizer: %s", directory, error)
+    tokenizer = utils.load_tokenizer(directory)
+    if not hasattr(tokenizer, "stopping_criteria"):
+        tokenizer.stopping_criteria = utils.StoppingCriteria(end, tokenizer)
+    return tokenizer
 
 
 def _mlx_lm() -> Any:

@@ -43,5 +43,5 @@ def test_without_mlx_vlm_the_extra_and_force_text_are_named(monkeypatch):
 def test_end_of_text_tokens_of_the_generation_config_reach_the_tokenizer(model_dir):
     (model_dir / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
     config = model_class.load_config(model_dir)
-    tokenizer = model_class.load_tokenizer(model_dir, config, None, is_vlm=False)
+    tokenizer = model_class.load_tokenizer(model_dir, config, is_vlm=False)
     assert {1, 7} <= set(tokenizer.eos_token_ids)
