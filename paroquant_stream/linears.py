@@ -20,6 +20,7 @@ from .tensorfile import TensorSpec
 
 _FLOATS = ("F16", "BF16", "F32")
 _ROTATION = ("theta", "pairs", "channel_scales")
+_LEGACY_INPUTS = 64  # a TinyChat block
 _LEGACY_ROW_PADDING = {128: 8, 64: 16, 32: 32}  # group rows of a TinyChat linear come in multiples
 
 
@@ -68,6 +69,11 @@ class Linear:
             return [
                 f"{qweight.name} in {qweight.shard}: {self.inputs} inputs do not divide by "
                 f"group_size {self.quantization.group_size} of config.json"
+            ]
+        if self.layout is Layout.PARO_NATIVE_LEGACY and self.inputs % _LEGACY_INPUTS:
+            return [
+                f"{qweight.name} in {qweight.shard}: {self.inputs} inputs; TinyChat packs multiples "
+                f"of {_LEGACY_INPUTS}"
             ]
         return [issue for part in self.parts.values() for issue in self._shape_issues(part)]
 

@@ -65,7 +65,11 @@ def build(config: dict[str, Any], is_vlm: bool) -> nn.Module:
             module.ModelConfig.from_dict(config), module, config, _PARTS
         )
         return cast(nn.Module, module.Model(arguments))
-    except (TypeError, ValueError, KeyError) as error:  # a key missing in the config is any of these
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+    ) as error:  # a key missing in the config is any of these
         raise AssemblyError(f"model_type {config.get('model_type')!r}: {error}") from error
 
 

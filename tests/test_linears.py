@@ -103,3 +103,10 @@ def test_an_expert_needs_no_rotation_and_may_have_none():
     assert linear(Layout.AUTOAWQ, is_expert=True).issues() == []
     (issue,) = linear(Layout.AUTOAWQ, is_expert=True, theta=("F16", (8, K // 2))).issues()
     assert "experts share one" in issue
+
+
+def test_legacy_inputs_come_in_blocks_of_64():
+    made = linear(Layout.PARO_NATIVE_LEGACY, qweight=("I16", (N // 4, 96)))
+    made = Linear("m", made.layout, Quantization(4, 32), False, made.parts)
+    (issue,) = made.issues()
+    assert "96 inputs; TinyChat packs multiples of 64" in issue
