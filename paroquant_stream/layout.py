@@ -41,28 +41,36 @@ class Layout(enum.Enum):
 
     @property
     def roles(self) -> dict[str, str]:
-        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias or a
-        rotation's.
-        """
-        if self is Layout.AUTOAWQ:
-            plain = ("qweight", "scales", "bias", *_ROTATION)
-            return {name: name for name in plain} | {"qzeros": "zeros"}
-        zeros = "qlinear.qzeros" if self is Layout.AWQ_QLINEAR else "qlinear.scaled_zeros"
-        linear = {f"qlinear.{name}": name for name in ("qweight", "scales", "bias")}
-        return linear | {zeros: "zeros"} | {f"rotation.{name}": name for name in _ROTATION}
+        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias, a rotation's."""
+        return _ROLES[self]
 
     def split(self, name: str) -> tuple[str, str] | None:
         """Module path and part of a tensor's name, or None if no suffix of this layout fits.
 
         A `.bias` or `.scales` of a module without qweight is split too: the plan knows the modules.
         """
-        pieces = name.rsplit(".", 1 if self is Layout.AUTOAWQ else 2)
-        role = self.roles.get(".".join(pieces[1:]))
-        return (pieces[0], role) if role else None
+        module, _, suffix = name.rpartition(".")
+        if self is not Layout.AUTOAWQ:
+            module, _, parent = module.rpartition(".")
+            suffix = f"{parent}.{suffix}"
+        role = _ROLES[self].get(suffix)
+        return (module, role) if role else None
 
     def spell(self, module: str, role: str) -> str:
         """The name of a module's part in this layout."""
         return next(f"{module}.{suffix}" for suffix, known in self.roles.items() if known == role)
+
+
+def _roles(layout: Layout) -> dict[str, str]:
+    if layout is Layout.AUTOAWQ:
+        plain = ("qweight", "scales", "bias", *_ROTATION)
+        return {name: name for name in plain} | {"qzeros": "zeros"}
+    zeros = "qlinear.qzeros" if layout is Layout.AWQ_QLINEAR else "qlinear.scaled_zeros"
+    linear = {f"qlinear.{name}": name for name in ("qweight", "scales", "bias")}
+    return linear | {zeros: "zeros"} | {f"rotation.{name}": name for name in _ROTATION}
+
+
+_ROLES = {layout: _roles(layout) for layout in Layout}
 
 
 @dataclass(frozen=True)

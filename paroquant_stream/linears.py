@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .layout import Layout, Quantization
 from .task import Operation, Part
@@ -35,12 +36,12 @@ class Linear:
     """Experts have no rotation of their own; their layer shares one."""
     parts: dict[str, Part] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def inputs(self) -> int:
         """K."""
         return self.parts["qweight"].shape[0 if self.layout.is_awq else 1]
 
-    @property
+    @cached_property
     def outputs(self) -> int:
         """N."""
         rows, columns = self.parts["qweight"].shape
@@ -67,52 +68,52 @@ class Linear:
             return [_mismatch(qweight, "two dimensions", "I32" if self.layout.is_awq else "I16")]
         if self.inputs % self.quantization.group_size:
             return [
-                f"{qweight.name} in {qweight.shard}: {self.inputs} inputs do not divide by "
-                f"group_size {self.quantization.group_size} of config.json"
+                f"{qweight.name} in {qweight.shard}: {self.inputs} inputs do not divide "
+                f"by group_size {self.quantization.group_size} of config.json"
             ]
         if self.layout is Layout.PARO_NATIVE_LEGACY and self.inputs % _LEGACY_INPUTS:
             return [
                 f"{qweight.name} in {qweight.shard}: {self.inputs} inputs; TinyChat packs multiples "
                 f"of {_LEGACY_INPUTS}"
             ]
-        return [issue for part in self.parts.values() for issue in self._shape_issues(part)]
+        expected = self._expected()
+        return [
+            _mismatch(part, " or ".join(map(str, expected[role][1])), "/".join(expected[role][0]))
+            for role, part in self.parts.items()
+            if part.dtype not in expected[role][0] or part.shape not in expected[role][1]
+        ]
 
-    def _shape_issues(self, part: Part) -> Iterator[str]:
-        role = next(role for role, known in self.parts.items() if known is part)
-        shapes, dtypes = self._expected(role)
-        if part.shape not in shapes or part.dtype not in dtypes:
-            yield _mismatch(part, " or ".join(map(str, shapes)), "/".join(dtypes))
-
-    def _expected(self, role: str) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
-        """The shapes and dtypes that a part may have."""
+    def _expected(self) -> dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]:
+        """The dtypes and shapes that each part may have."""
         inputs, outputs, groups = self.inputs, self.outputs, self.groups
-        rotation = [self.parts[role].shape for role in ("theta", "pairs") if role in self.parts]
-        krot = next((shape[0] for shape in rotation if len(shape) == 2), 1)
-        if self.layout is Layout.PARO_NATIVE_LEGACY and role in ("scales", "zeros"):
+        awq = self.layout.is_awq
+        grids: tuple[tuple[int, ...], ...] = ((groups, outputs),)
+        if self.layout is Layout.PARO_NATIVE_LEGACY:
             padding = _LEGACY_ROW_PADDING[self.quantization.group_size]
-            padded = -(-groups // padding) * padding
-            return ((padded, outputs), (groups, outputs)), ("F16",)
-        match role:
-            case "qweight":
-                return (self.parts["qweight"].shape,), ("I32",) if self.layout.is_awq else ("I16",)
-            case "zeros" if self.layout.is_awq:
-                return ((groups, outputs // 8),), ("I32",)
-            case "scales" | "zeros":
-                return ((groups, outputs),), ("F16",)
-            case "bias":
-                return ((outputs,),), _FLOATS
-            case "theta":
-                return ((krot, inputs // 2),), _FLOATS
-            case "pairs":
-                return ((krot, inputs),), ("I16",)
-        return ((1, inputs), (inputs,)), _FLOATS  # channel_scales
+            grids = ((-(-groups // padding) * padding, outputs), *grids)
+        expected: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {
+            "qweight": (("I32",) if awq else ("I16",), (self.parts["qweight"].shape,)),
+            "scales": (("F16",), grids),
+            "zeros": (("I32",), ((groups, outputs // 8),)) if awq else (("F16",), grids),
+        }
+        if len(self.parts) > len(expected):
+            rounds = [self.parts[role].shape for role in ("theta", "pairs") if role in self.parts]
+            krot = next((shape[0] for shape in rounds if len(shape) == 2), 1)
+            expected |= {
+                "bias": (_FLOATS, ((outputs,),)),
+                "theta": (_FLOATS, ((krot, inputs // 2),)),
+                "pairs": (("I16",), ((krot, inputs),)),
+                "channel_scales": (_FLOATS, ((1, inputs), (inputs,))),
+            }
+        return expected
 
     def operations(self) -> Iterator[Operation]:
         """What converts this linear; `issues()` must be empty."""
-        grid = (self.outputs, self.groups)
-        weight = TensorSpec(f"{self.module}.weight", "U32", (self.outputs, self.inputs // 8))
-        scales = TensorSpec(f"{self.module}.scales", "F16", grid)
-        biases = TensorSpec(f"{self.module}.biases", "F16", grid)
+        module, outputs, inputs = self.module, self.outputs, self.inputs
+        grid = (outputs, self.groups)
+        weight = TensorSpec(f"{module}.weight", "U32", (outputs, inputs // 8))
+        scales = TensorSpec(f"{module}.scales", "F16", grid)
+        biases = TensorSpec(f"{module}.biases", "F16", grid)
         parts = self.parts
         legacy = (("groups", self.groups),) if self.layout is Layout.PARO_NATIVE_LEGACY else ()
         if self.layout.is_awq:
@@ -128,8 +129,8 @@ class Linear:
             yield Operation("group_scales", ((parts["scales"],),), (scales,))
             yield Operation("native_biases", ((parts["zeros"],),), (biases,))
         for role in sorted(parts.keys() - {"qweight", "scales", "zeros"}):
-            shape = (1, self.inputs) if role == "channel_scales" else parts[role].shape
-            output = TensorSpec(f"{self.module}.{role}", parts[role].dtype, shape)
+            shape = (1, inputs) if role == "channel_scales" else parts[role].shape
+            output = TensorSpec(f"{module}.{role}", parts[role].dtype, shape)
             yield Operation("copy", ((parts[role],),), (output,))
 
 

@@ -7,6 +7,7 @@ converted.
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,13 +31,29 @@ class Plan:
     tasks: tuple[Task, ...]
 
 
-def make_plan(headers: Mapping[str, Header], layout: Layout, quantization: Quantization,
-              experts: int | None = None) -> Plan:  # fmt: skip
+def make_plan(
+    headers: Mapping[str, Header],
+    layout: Layout,
+    quantization: Quantization,
+    experts: int | None = None,
+) -> Plan:
     """The plan of a checkpoint with these headers by shard name.
 
     `experts`: how many experts a layer has, if the config says so. Linear in the number of tensors.
     Raises PlanError listing everything that is missing, left over or does not fit.
     """
+    collecting = gc.isenabled()
+    gc.disable()  # nothing here is cyclic, and collecting half a million objects took 1.2 of 2.3 s
+    try:
+        return _make_plan(headers, layout, quantization, experts)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _make_plan(
+    headers: Mapping[str, Header], layout: Layout, quantization: Quantization, experts: int | None
+) -> Plan:
     parts = [
         Part(t.name, t.dtype, t.shape, shard, t.start, t.stop)
         for shard, header in headers.items()
@@ -80,15 +97,13 @@ def _group(
 ) -> tuple[dict[str, Linear], list[Part]]:
     """The quantized linears by module path, and the tensors that belong to none."""
     linears: dict[str, Linear] = {}
-    for part in parts:
-        split = layout.split(part.name)
+    splits = [layout.split(part.name) for part in parts]
+    for split in splits:
         if split and split[1] == "qweight":
-            linears[split[0]] = Linear(
-                split[0], layout, quantization, bool(EXPERT.fullmatch(split[0]))
-            )
+            expert = EXPERT.fullmatch(split[0]) is not None
+            linears[split[0]] = Linear(split[0], layout, quantization, expert)
     rest = []
-    for part in parts:
-        split = layout.split(part.name)
+    for part, split in zip(parts, splits, strict=True):
         if split and split[0] in linears:
             linears[split[0]].parts[split[1]] = part
         else:

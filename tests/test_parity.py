@@ -69,8 +69,10 @@ def test_every_parameter_of_a_text_model_is_the_expected_one(row):
 
 @pytest.mark.parametrize("row", VISION, ids=name_of)
 def test_every_parameter_of_a_vision_model_is_the_expected_one(row):
-    """Where the public loader drops experts or the tower, the text part is the text model's, and the
-    rest is what strict loading leaves: every tensor of the tower in its parameter."""
+    """Where the public loader drops experts or the tower, the text part is the text model's.
+
+    The rest is what strict loading leaves: every tensor of the tower in its parameter.
+    """
     model, _, is_vlm = load(FIXTURES / row["name"])
     assert is_vlm
     found = parameters(model)
