@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-COMMANDS = ("convert",)
+COMMANDS = ("cache", "convert")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,4 +24,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .convert import exit_now
+
+    exit_now(main())

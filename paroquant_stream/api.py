@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .conversion import Conversion, Progress, Request, convert, read_manifest, staleness
 from .errors import EntryDamaged
@@ -16,6 +17,11 @@ from .store import Store, user_cache_root
 logger = logging.getLogger(__name__)
 IN_PLACE = "mlx"
 """The directory inside a model directory in which a conversion can be shipped with the model."""
+
+
+def cache_store(cache_dir: str | Path | None = None) -> Store:
+    """The cache in `cache_dir`, default the user's."""
+    return Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())
 
 
 def make_request(
@@ -31,10 +37,7 @@ def make_request(
     """
     directory = resolve(model_path)
     jobs = jobs or min(8, os.cpu_count() or 1)
-    if in_place:
-        store = Store(directory / IN_PLACE, private=False)
-    else:
-        store = Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())
+    store = Store(directory / IN_PLACE, private=False) if in_place else cache_store(cache_dir)
     return Request(str(model_path), directory, store, in_place, force, jobs)
 
 
@@ -78,12 +81,15 @@ def load(
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    verify: Literal["header", "full"] = "header",
 ) -> tuple[Any, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
 
     The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
     `force_text=True` loads a vision model's text part through mlx-lm. A conversion inside the model
-    directory is used first, if it fits the sources.
+    directory is used first, if it fits the sources. `verify="header"` checks size, names, dtypes
+    and shapes of every entry, and its hash unless its stat is as the writer left it; `"full"`
+    hashes every entry. A damaged entry is taken out of use and converted again, once.
 
     Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the
     model's parameters do not match one to one.
@@ -94,13 +100,18 @@ def load(
     def attempt() -> tuple[Any, Any, bool]:
         shipped = _shipped(request)
         manifest, store = shipped or (run_conversion(request, progress).manifest, request.store)
-        return assemble(request.directory, manifest, store, lazy=lazy, force_text=force_text)
+        return assemble(
+            request.directory,
+            manifest,
+            store,
+            lazy=lazy,
+            force_text=force_text,
+            full=verify == "full",
+        )
 
-    try:
+    with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
         return attempt()
-    except EntryDamaged as damage:  # the entry was taken out of use, so that it is converted again
-        logger.warning("%s", damage)
-        return attempt()
+    return attempt()
 
 
 def _shipped(request: Request) -> tuple[Manifest, Store] | None:

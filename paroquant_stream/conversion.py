@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, Shard, config_digest, open_checkpoint
 from .digest import FileStamp
-from .errors import ManifestError
+from .errors import ManifestError, StoreError
 from .layout import Quantization, detect, read_quantization
 from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .plan import Plan, make_plan
@@ -112,6 +112,7 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     SourceChanged or StoreError leave what was published before.
     """
     started = time.monotonic()
+    request.store.check_owner()
     before = read_manifest(request)
     if before is None or request.force or staleness(request, before):
         plan, checkpoint = plan_model(request)
@@ -160,6 +161,7 @@ def _convert_shards(
     from .source import Buffers
     from .transform import Job, Outcome, run_task
 
+    _check_space(request, plan)
     known = {record.shard: record for record in before.entries} if before else {}
     threads = max(1, request.jobs // len(plan.tasks))
     jobs = [
@@ -188,9 +190,23 @@ def _convert_shards(
             progress(record.shard, record.source_size, record.source_size)
     names = [task.shard for task in plan.tasks]
     manifest = _manifest(request, checkpoint, plan, [records[name] for name in names])
-    request.store.write_manifest(request.manifest_name, manifest.encode())
+    if manifest != before:  # equal, and a cache that cannot be written still serves
+        request.store.write_manifest(request.manifest_name, manifest.encode())
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
+
+
+def _check_space(request: Request, plan: Plan) -> None:
+    """Raises StoreError when what will surely be converted has no room: shards of unknown size."""
+    memo = request.store.memo
+    sure = [task for task in plan.tasks if request.force or not memo.knows_size(task.size)]
+    needed = sum(file_size(task.outputs) for task in sure)
+    free = request.store.free_bytes()
+    if needed > free:
+        raise StoreError(
+            f"{request.store.root}: {needed:,} bytes needed for {len(sure)} shards, {free:,} free; "
+            "make room or choose another --cache-dir"
+        )
 
 
 def _manifest(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import signal
 import sys
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from .api import make_request, run_conversion
 from .conversion import Conversion, Request, survey
@@ -91,7 +93,11 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_survey(request, arguments)
         return 0
     with _Bar(hidden=arguments.quiet or not sys.stderr.isatty()) as bar:
-        conversion = run_conversion(request, bar)
+        try:
+            conversion = run_conversion(request, bar)
+        except (KeyboardInterrupt, Terminated):
+            request.store.sweep(own=True)  # of workers that are still inside a system call
+            raise
     if arguments.json:
         print(json.dumps(_as_json(conversion)))
     elif not arguments.quiet:
@@ -198,5 +204,14 @@ class _Bar:
             self._bar.close()
 
 
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without waiting for workers that are still inside a system call."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if threading.active_count() > 1 and code in (130, 143):
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_now(main())

@@ -8,6 +8,7 @@ before its hash began (git's racy rule); a store through mmap into an already di
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,7 +81,8 @@ class Memo:
                 file.write(json.dumps([astuple(stamp), digest]).encode())
             os.replace(temp, path)
         except OSError:
-            temp.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temp.unlink()
 
     def knows_size(self, size: int) -> bool:
         """Whether a file of this size was ever hashed: hashing first may save a conversion."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from typing import TypeVar
 
 from .errors import Cancelled
 
+PATIENCE = 1.0
+"""Seconds an interrupted run waits for its workers; an fsync of gigabytes cannot be cut short."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -24,7 +26,8 @@ def run_all(
     """`function(item, checkpoint)` of every item, as they finish, at most `jobs` at once.
 
     `checkpoint()` raises Cancelled once another job has failed or the caller was interrupted; a job
-    calls it after every chunk. The first error is raised when every running job has ended.
+    calls it after every chunk. The first error is raised when every running job has ended;
+    an interrupt after `PATIENCE`, with jobs perhaps still running.
     """
     if jobs == 1 or len(items) <= 1:
         for item in items:
@@ -37,9 +40,18 @@ def run_all(
             raise Cancelled("another shard failed or the run was interrupted")
 
     pool = ThreadPoolExecutor(min(jobs, len(items)))
+    futures: list[Future[_Result]] = []
+    patience: float | None = None
     try:
-        for future in as_completed([pool.submit(function, item, checkpoint) for item in items]):
+        futures += [pool.submit(function, item, checkpoint) for item in items]
+        for future in as_completed(futures):
             yield future.result()
-    finally:  # an error, an interrupt, or a caller that stopped listening
+    except Exception:
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM, or a caller that stopped listening
+        patience = PATIENCE
+        raise
+    finally:
         stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(futures, patience)

@@ -41,7 +41,7 @@ class Layout(enum.Enum):
 
     @property
     def roles(self) -> dict[str, str]:
-        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias, a rotation's."""
+        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias, theta, ..."""
         return _ROLES[self]
 
     def split(self, name: str) -> tuple[str, str] | None:
@@ -88,7 +88,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization:
     """
     block = _quantization_block(config)
     method = block.get("quant_method", "paroquant")
-    if method != "paroquant":
+    if str(method).lower() != "paroquant":  # legacy files spell it ParoQuant
         raise LayoutError(f"config.json: expected quant_method paroquant, found {method!r}")
     bits, group_size = block.get("bits", block.get("nbit", 4)), block.get("group_size", 128)
     if type(bits) is not int or bits != 4:

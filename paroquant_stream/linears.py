@@ -73,8 +73,8 @@ class Linear:
             ]
         if self.layout is Layout.PARO_NATIVE_LEGACY and self.inputs % _LEGACY_INPUTS:
             return [
-                f"{qweight.name} in {qweight.shard}: {self.inputs} inputs; TinyChat packs multiples "
-                f"of {_LEGACY_INPUTS}"
+                f"{qweight.name} in {qweight.shard}: {self.inputs} inputs; TinyChat packs "
+                f"multiples of {_LEGACY_INPUTS}"
             ]
         expected = self._expected()
         return [

@@ -5,6 +5,7 @@ used.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .model_class import (
 )
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
-from .weights import read_weights
+from .weights import check_entries, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,13 @@ Weights = dict[str, mx.array]
 
 
 def assemble(
-    directory: Path, manifest: Manifest, store: Store, *, lazy: bool, force_text: bool
+    directory: Path,
+    manifest: Manifest,
+    store: Store,
+    *,
+    lazy: bool,
+    force_text: bool,
+    full: bool = False,
 ) -> tuple[nn.Module, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
 
@@ -41,21 +48,47 @@ def assemble(
     without a tensor, and every shape that does not fit.
     """
     config = load_config(directory)
-    names = [tensor.name for record in manifest.entries for tensor in record.tensors]
-    is_vlm = is_vision_model(config, names, force_text)
+    tensors = [tensor for record in manifest.entries for tensor in record.tensors]
+    is_vlm = is_vision_model(config, [tensor.name for tensor in tensors], force_text)
+
+    def wanted(name: str) -> bool:
+        return is_vlm or not name.startswith(TOWER_PREFIXES)
+
+    if not lazy:
+        _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
     model = build(config, is_vlm)
-    weights = read_weights(
-        manifest, store, lambda name: is_vlm or not name.startswith(TOWER_PREFIXES)
-    )
+    weights = read_weights(manifest, store, wanted, full)
     weights = _sanitize(model, weights, is_vlm)
     weights = _align_experts(model, weights)
     _swap_layers(model, weights, manifest.bits, manifest.group_size)
     _check(model, weights)
     model.load_weights(list(weights.items()))
     if not lazy:
-        mx.eval(model.parameters())
+        _evaluate(model, manifest, store)
     model.eval()
     return model, load_tokenizer(directory, config, is_vlm), is_vlm
+
+
+def _check_memory(needed: int) -> None:
+    """Raises AssemblyError when the weights cannot fit: out of memory, MLX crashes the process."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise AssemblyError(
+            f"the weights take {needed:,} bytes, this machine has {memory:,}; lazy=True loads them "
+            "all the same, as they are used"
+        )
+
+
+def _evaluate(model: nn.Module, manifest: Manifest, store: Store) -> None:
+    """Reads all parameters. After a failure no array may be used: a second eval would give zeros.
+
+    Raises EntryDamaged when an entry is the cause, else AssemblyError.
+    """
+    try:
+        mx.eval(model.parameters())
+    except Exception as error:
+        check_entries(manifest, store)
+        raise AssemblyError(f"MLX could not read the weights: {error}") from error
 
 
 def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:

@@ -91,8 +91,8 @@ def sanitize(model: nn.Module, weights: dict[str, mx.array], is_vlm: bool) -> di
 def load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> Any:
     """The tokenizer of a text model, or the processor of a vision model.
 
-    A vision model without processor files gets its tokenizer. No code of the model is ever run: asked
-    for nothing, transformers would ask the user.
+    A vision model without processor files gets its tokenizer. No code of the model is ever run, and
+    transformers is told so, else it would ask the user.
     """
     end = config.get("eos_token_id")
     if not is_vlm:

@@ -8,15 +8,12 @@
       v1/locks/<name>.lock                           never deleted: deleting one lets two in
       v1/tmp/<host>-<pid>-<32 hex>                   what a run writes before it publishes
 
-Publishing is: temp file, fsync, rename, fsync of the directory. Without the first fsync a power cut
-leaves a committed name with no bytes (seen on ext4); without the second, no name. A lock only saves
-double work: correctness comes from content keys, unique temp names and rename.
+A lock only saves double work: correctness comes from content keys, unique temp names and rename.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -29,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import xxhash
 
-from .digest import FileStamp, Memo
+from .digest import Memo
 from .errors import MalformedFile, StoreError
+from .newfile import NewFile, sync_directory
 from .tensorfile import open_regular
 
 logger = logging.getLogger(__name__)
@@ -40,7 +37,6 @@ logger = logging.getLogger(__name__)
 TEMP_MAX_AGE = 24 * 3600  # s after which a temp of another host counts as dead
 LOCK_TIMEOUT = 3600.0  # s to wait for another process on the same model before working beside it
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
-_NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
 _thread_locks: dict[str, threading.Lock] = {}  # flock does not hold two threads of a process apart
 
 
@@ -78,14 +74,39 @@ class Store:
         """Where the manifest of this name lies or would lie."""
         return self._path("manifests", f"{name}.msgpack")
 
+    def check_owner(self) -> None:
+        """Raises StoreError when others own the cache or can write into it, and so choose weights.
+
+        A tree beside a model has the model directory's own trust, and a cache that is not there yet
+        is nobody's.
+        """
+        for path in (self.root, self._path()) if self.private else ():
+            try:
+                status = os.stat(path)
+            except OSError:  # absent, or in the way of `create`, which says so
+                continue
+            if status.st_uid != os.geteuid():
+                raise StoreError(
+                    f"{path}: owned by user {status.st_uid}, not by you ({os.geteuid()}); choose a "
+                    "cache of your own with --cache-dir"
+                )
+            if status.st_mode & 0o022:
+                raise StoreError(
+                    f"{path}: others can write into it (mode {status.st_mode & 0o777:03o}); run "
+                    f"`chmod go-w {path}` if you trust what is in it, else remove it"
+                )
+
     def create(self) -> None:
         """Makes the directories. Raises StoreError when that is not possible."""
         mode = 0o700 if self.private else 0o777
         try:
             self.root.mkdir(mode=mode, parents=True, exist_ok=True)
-            for name in ("entries", "manifests", "memo", "locks", "tmp"):
-                self._path().mkdir(mode=mode, exist_ok=True)
-                self._path(name).mkdir(mode=mode, exist_ok=True)
+            if not self._path("tmp").exists():
+                for name in ("entries", "manifests", "memo", "locks", "tmp"):
+                    self._path().mkdir(mode=mode, exist_ok=True)
+                    self._path(name).mkdir(mode=mode, exist_ok=True)
+                for path in (self._path(), self.root, self.root.parent):
+                    sync_directory(path)
             tag = self.root / "CACHEDIR.TAG"
             if self.private and not tag.exists():
                 tag.write_text(_CACHEDIR_TAG)
@@ -140,6 +161,12 @@ class Store:
         finally:
             file.discard()
 
+    def manifest_names(self) -> list[str]:
+        """The names of all manifests."""
+        with contextlib.suppress(OSError):
+            return sorted(path.stem for path in self._path("manifests").glob("*.msgpack"))
+        return []
+
     def quarantine(self, key: str) -> None:
         """Takes a damaged entry out of use; the next sweep removes it."""
         if self.read_only:
@@ -148,14 +175,15 @@ class Store:
         with contextlib.suppress(OSError):
             os.replace(self.entry_path(key), self._path("tmp", name))
 
-    def sweep(self) -> int:
-        """Removes the temps of dead runs; returns their number of bytes."""
+    def sweep(self, own: bool = False) -> int:
+        """Removes the temps of dead runs, with `own` this process's too; returns their bytes."""
         freed = 0
         with contextlib.suppress(OSError):
             for path in self._path("tmp").iterdir():
                 with contextlib.suppress(OSError):
                     status = path.stat(follow_symlinks=False)
-                    if _is_dead(path.name, time.time() - status.st_mtime):
+                    mine = own and path.name.startswith(f"{_host()}-{os.getpid()}-")
+                    if mine or _is_dead(path.name, time.time() - status.st_mtime):
                         path.unlink()
                         freed += status.st_size
         return freed
@@ -179,88 +207,6 @@ class Store:
                 yield
             finally:
                 lock.release()
-
-
-class NewFile:
-    """A temp file of the store; `write` hashes, `publish` gives it its name."""
-
-    def __init__(self, path: Path, size: int, mode: int) -> None:
-        self._path, self._size, self._written = path, size, 0
-        self._hash = xxhash.xxh3_128()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self._fd = os.open(path, flags, mode)
-            try:
-                if size and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fd, 0, size)
-            except OSError as error:
-                if error.errno not in _NO_FALLOCATE:
-                    self.discard()
-                    raise
-        except OSError as error:
-            raise _write_error(path, size, error) from error
-
-    @property
-    def digest(self) -> str:
-        """XXH3-128 of the bytes written so far, in hex."""
-        return self._hash.hexdigest()
-
-    def write(self, chunk: memoryview) -> None:
-        """Appends all of `chunk`. Raises StoreError."""
-        self._hash.update(chunk)
-        chunk = chunk.cast("B")
-        try:
-            while chunk:
-                count = os.write(self._fd, chunk)
-                self._written += count
-                chunk = chunk[count:]
-        except OSError as error:
-            raise _write_error(self._path, self._size - self._written, error) from error
-
-    def publish(self, target: Path) -> FileStamp:
-        """Makes the file durable under the name `target`, in place of what is there; returns its
-        stamp.
-
-        Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel
-        has dropped the pages by then. Raises StoreError.
-        """
-        try:
-            os.fsync(self._fd)
-            status = os.fstat(self._fd)
-            if not status.st_size == self._written == self._size:
-                raise StoreError(
-                    f"{self._path}: {status.st_size:,} bytes on disk, {self._size:,} expected"
-                )
-            target.parent.mkdir(mode=0o700 if status.st_mode & 0o077 == 0 else 0o777, exist_ok=True)
-            os.replace(self._path, target)
-            _sync_directory(target.parent)
-            return FileStamp.of(os.stat(target))
-        except OSError as error:
-            raise _write_error(target, 0, error) from error
-
-    def discard(self) -> None:
-        """Closes the file and removes the temp if it is still there."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._path.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_error(path: Path, needed: int, error: OSError) -> StoreError:
-    reason = f"{path}: {error.strerror}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        status = os.statvfs(path.parent)
-        free = status.f_bavail * status.f_frsize
-        reason += f"; {needed:,} bytes needed, {free:,} free; make room and run again"
-    return StoreError(reason)
 
 
 def _host() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import defaultdict
@@ -16,15 +17,17 @@ from .manifest import EntryRecord, Manifest
 from .store import Store
 from .tensorfile import lay_out, pread_exactly
 
+logger = logging.getLogger(__name__)
 _PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
 _EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>\w+_proj\.\w+)")
 
 
 def read_weights(
-    manifest: Manifest, store: Store, wanted: Callable[[str], bool]
+    manifest: Manifest, store: Store, wanted: Callable[[str], bool], full: bool = False
 ) -> dict[str, mx.array]:
     """Name -> lazy array of every wanted tensor; stacks whole, shape (experts, ...).
 
+    Size and header of an entry are always checked, its digest when its stat is not known or `full`.
     An entry without a wanted tensor is not opened. Raises EntryDamaged, after taking the entry out
     of use, when its bytes are not those that were written; StoreError when it is absent.
     """
@@ -32,26 +35,45 @@ def read_weights(
     for record in manifest.entries:
         names = [tensor.name for tensor in record.tensors if wanted(tensor.name)]
         if names:
-            arrays = _read_entry(record, store)
+            arrays = _read_entry(record, store, full)
             weights.update((name, arrays[name]) for name in names)
     return _stack_experts(_join_pieces(weights))
 
 
-def _read_entry(record: EntryRecord, store: Store) -> dict[str, mx.array]:
+def check_entries(manifest: Manifest, store: Store) -> None:
+    """Reads every byte of the entries. Raises EntryDamaged, the entry taken out of use."""
+    for record in manifest.entries:
+        os.close(_open_checked(record, store, full=True))
+
+
+def _read_entry(record: EntryRecord, store: Store, full: bool) -> dict[str, mx.array]:
     """The entry's arrays, through the very descriptor that was checked."""
-    fd = store.open_entry(record.key)
+    fd = _open_checked(record, store, full)
     try:
-        problem = _defect(record, store, fd)
-        if problem:
-            store.quarantine(record.key)
-            raise EntryDamaged(f"{store.entry_path(record.key)}: {problem}; taken out of use")
         return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
     finally:
         os.close(fd)
 
 
-def _defect(record: EntryRecord, store: Store, fd: int) -> str | None:
-    """What is wrong with an entry: size and header always, the digest unless its stat is known."""
+def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
+    """A descriptor of a sound entry; a damaged one is taken out of use."""
+    fd = store.open_entry(record.key)
+    try:
+        problem = _defect(record, store, fd, full)
+    except BaseException:
+        os.close(fd)
+        raise
+    if problem:
+        os.close(fd)
+        store.quarantine(record.key)
+        message = f"{store.entry_path(record.key)}: {problem}; taken out of use"
+        logger.warning("%s", message)
+        raise EntryDamaged(message)
+    return fd
+
+
+def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
+    """What is wrong with an entry: size and header, and the digest unless its stat is known."""
     stamp = FileStamp.of(os.fstat(fd))
     label = str(store.entry_path(record.key))
     if stamp.size != record.size:
@@ -59,7 +81,7 @@ def _defect(record: EntryRecord, store: Store, fd: int) -> str | None:
     header, _ = lay_out(record.tensors)
     if pread_exactly(fd, 0, min(len(header), stamp.size), label) != header:
         return "the header is not the one that was written"
-    if store.memo.lookup(stamp) == record.digest:
+    if not full and store.memo.lookup(stamp) == record.digest:
         return None
     digest = hash_entry(fd, label)
     if digest != record.digest:

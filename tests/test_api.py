@@ -9,7 +9,7 @@ import pytest
 import paroquant_stream
 from paroquant_stream import Manifest, convert_checkpoint, load
 from paroquant_stream.api import make_request
-from paroquant_stream.errors import CheckpointError
+from paroquant_stream.errors import AssemblyError, CheckpointError
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -95,3 +95,69 @@ def test_two_threads_that_load_one_cold_model_convert_it_once(model_dir, monkeyp
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: convert_checkpoint(model_dir, jobs=1), range(2)))
     assert len(converted) == 3
+
+
+def test_full_verification_finds_what_the_stat_does_not_show(model_dir, monkeypatch):
+    """The memo made to fit, as after a write through a mapping that no time shows."""
+    import os
+
+    from paroquant_stream.digest import FileStamp
+
+    manifest = convert_checkpoint(model_dir)
+    store = make_request(model_dir).store
+    path = store.entry_path(manifest.entries[0].key)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    store.memo.remember(FileStamp.of(os.stat(path)), manifest.entries[0].digest)
+    load(model_dir)
+    assert path.read_bytes() != good
+    load(model_dir, verify="full")
+    assert path.read_bytes() == good
+
+
+def test_an_entry_cut_short_while_it_is_loaded_is_converted_again(model_dir, monkeypatch):
+    """MLX reads lazily: the second eval of an array whose first failed would give zeros."""
+    import os
+
+    from paroquant_stream import model
+
+    manifest = convert_checkpoint(model_dir)
+    path = make_request(model_dir).store.entry_path(manifest.entries[0].key)
+    good, real, cut = path.read_bytes(), model.read_weights, []
+
+    def read_then_cut(*arguments):
+        weights = real(*arguments)
+        if not cut:
+            cut.append(path)
+            os.truncate(path, len(good) // 2)
+        return weights
+
+    monkeypatch.setattr(model, "read_weights", read_then_cut)
+    loaded, _, _ = load(model_dir)
+    assert cut
+    assert path.read_bytes() == good
+    wanted = load(model_dir)[0].model.norm.weight
+    assert loaded.model.norm.weight.tolist() == wanted.tolist()
+
+
+def test_a_failure_of_mlx_with_sound_entries_is_raised(model_dir, monkeypatch):
+    import mlx.core as mx
+
+    convert_checkpoint(model_dir)
+
+    def fail(*_):
+        raise RuntimeError("[read] Unable to read from file.")
+
+    monkeypatch.setattr(mx, "eval", fail)
+    with pytest.raises(AssemblyError, match="MLX could not read the weights"):
+        load(model_dir)
+
+
+def test_weights_that_the_machine_cannot_hold_are_refused_before_they_are_read(
+    model_dir, monkeypatch
+):
+    convert_checkpoint(model_dir)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}[name])
+    with pytest.raises(AssemblyError, match=r"this machine has 1,000; lazy=True"):
+        load(model_dir)
+    load(model_dir, lazy=True)

@@ -283,3 +283,26 @@ def test_a_read_only_survey_survives_a_store_that_is_not_there(model_dir, tmp_pa
     assert request.store.free_bytes() > 0
     assert read_manifest(request) is None
     assert replace(request.store, read_only=True).memo.read_only
+
+
+def test_a_disk_without_room_is_told_before_any_work_and_goes_on_once_there_is(
+    model_dir, monkeypatch
+):
+    from paroquant_stream.errors import StoreError
+    from paroquant_stream.store import Store
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "free_bytes", lambda _: 1000)
+        with pytest.raises(StoreError, match=r"[\d,]+ bytes needed for 3 shards, 1,000 free"):
+            run(model_dir)
+    assert set(actions(run(model_dir)).values()) == {"converted"}
+
+
+def test_a_cache_that_others_can_write_into_is_refused(model_dir):
+    from paroquant_stream.errors import StoreError
+
+    request = make_request(model_dir, jobs=1)
+    convert(request)
+    request.store.root.chmod(0o777)
+    with pytest.raises(StoreError, match="chmod go-w"):
+        run(model_dir)

@@ -104,6 +104,38 @@ def test_a_signal_ends_the_run_soon_and_cleanly(model_dir, tmp_path, number, cod
     assert not list((tmp_path / "cache" / "v1" / "tmp").iterdir())
 
 
+STUCK = """
+import os, sys, time
+from paroquant_stream import convert
+real = os.fsync
+def slow(fd):
+    print("stuck", file=sys.stderr, flush=True)
+    time.sleep(30)
+    real(fd)
+os.fsync = slow
+convert.exit_now(convert.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_does_not_wait_for_a_disk_that_takes_its_time(model_dir, tmp_path, number, code):
+    cache = tmp_path / "cache"
+    cache.joinpath("v1", "tmp").mkdir(parents=True)  # so that the first fsync is an entry's
+    for name in ("entries", "manifests", "memo", "locks"):
+        cache.joinpath("v1", name).mkdir()
+    arguments = [str(model_dir), "--cache-dir", str(cache), "--jobs", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stderr.readline().startswith(b"stuck")
+    process.send_signal(number)
+    sent = time.monotonic()
+    process.communicate(timeout=20)
+    assert time.monotonic() - sent < 2
+    assert process.returncode == code
+    assert not list((cache / "v1" / "tmp").iterdir())
+
+
 def test_eight_processes_on_one_model_convert_each_shard_once(model_dir, tmp_path):
     command = [sys.executable, "-m", "paroquant_stream.convert", str(model_dir), "--json"]
     command += ["--cache-dir", str(tmp_path / "cache"), "--jobs", "2"]

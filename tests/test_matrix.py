@@ -1,4 +1,6 @@
-"""Every family x layout x cut, made on the spot: pytest -m long tests/test_matrix.py -s
+"""Every family x layout x cut, made on the spot.
+
+    pytest -m long tests/test_matrix.py -s
 
 Needs torch and transformers beside the test extra; fixtures/README.md has the versions.
 """

@@ -45,6 +45,26 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert user_cache_root() == tmp_path / "home" / ".cache" / "paroquant" / "mlx_cache"
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
+def test_a_cache_that_others_can_write_into_is_refused_with_the_remedy(store, mode):
+    store.check_owner()
+    store.root.chmod(mode)
+    with pytest.raises(StoreError, match="chmod go-w"):
+        store.check_owner()
+
+
+def test_a_cache_of_another_user_is_refused_with_the_remedy(store, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(StoreError, match=r"not by you \(12345\).*--cache-dir"):
+        store.check_owner()
+
+
+def test_a_tree_beside_a_model_and_an_absent_cache_have_no_owner_to_check(store, tmp_path):
+    store.root.chmod(0o777)
+    Store(store.root, private=False).check_owner()
+    Store(tmp_path / "absent").check_owner()
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_directories_are_0700_and_files_0600_under_any_umask(tmp_path, umask):
     before = os.umask(umask)
@@ -118,7 +138,9 @@ def test_publishing_syncs_the_file_then_renames_then_syncs_the_directory(store, 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     publish(store, b"x")
-    assert calls == ["fsync file", "rename", "fsync directory"]
+    publish(store, b"y")
+    first = ["fsync file", "fsync directory", "rename", "fsync directory"]  # its directory is new
+    assert calls == [*first, "fsync file", "rename", "fsync directory"]
 
 
 @pytest.mark.parametrize("call", ["open", "posix_fallocate", "write", "fsync", "replace"])

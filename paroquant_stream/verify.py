@@ -1,0 +1,107 @@
+"""Whether the store holds what was written, and the model what was converted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+
+from .checkpoint import Shard
+from .conversion import Request, read_manifest
+from .digest import hash_entry, hash_source
+from .errors import ManifestError, ParoquantStreamError, StoreError
+from .manifest import MAX_BYTES, EntryRecord, Manifest
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not what it should be."""
+
+    path: Path
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        """`path: expected X, got Y`."""
+        return f"{self.path}: expected {self.expected}, got {self.found}"
+
+
+def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
+    """What is wrong with an entry, every byte of it read; safetensors gives a second opinion."""
+    path = store.entry_path(record.key)
+    try:
+        fd = store.open_entry(record.key)
+    except StoreError:
+        return Problem(path, f"{record.size:,} bytes", "no readable file")
+    try:
+        digest = hash_entry(fd, str(path))
+    finally:
+        os.close(fd)
+    if digest != record.digest:
+        return Problem(path, f"XXH3 {record.digest}", digest)
+    names = {tensor.name for tensor in record.tensors}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:  # reads the header alone
+            found = set(file.keys())
+    except safetensors.SafetensorError as error:
+        return Problem(path, "a file that safetensors opens", str(error))
+    return (
+        None if found == names else Problem(path, f"{len(names)} tensors", f"{len(found)} others")
+    )
+
+
+def verify_source(directory: Path, record: EntryRecord) -> Problem | None:
+    """What is wrong with a source shard, every byte of it read; a dropped one is absent rightly."""
+    shard = Shard(record.shard, directory / record.shard)
+    if record.dropped and not os.path.lexists(shard.path):
+        return None
+    try:
+        fd = shard.open()
+    except ParoquantStreamError as error:
+        return Problem(shard.path, f"SHA-256 {record.source_sha256}", str(error))
+    try:
+        size = os.fstat(fd).st_size
+        sha256 = hash_source(fd, (), size, str(shard.path), lambda _: None).sha256
+    finally:
+        os.close(fd)
+    if sha256 == record.source_sha256:
+        return None
+    return Problem(shard.path, f"SHA-256 {record.source_sha256}", sha256)
+
+
+def manifests_of(store: Store) -> Iterator[Manifest]:
+    """Every readable manifest of a store."""
+    for name in store.manifest_names():
+        data = store.read_manifest(name, MAX_BYTES)
+        try:
+            if data is not None:
+                yield Manifest.decode(data)
+        except ManifestError:
+            continue  # a miss everywhere, so here too
+
+
+def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
+    """The number of files read of one converted model, and what is wrong with them.
+
+    Raises StoreError when the model was never converted into this store.
+    """
+    manifest = read_manifest(request)
+    if manifest is None:
+        raise StoreError(f"{request.model}: not converted in {request.store.root}")
+    checks = [verify_entry(request.store, record) for record in manifest.entries]
+    if sources:
+        checks += [verify_source(request.directory, record) for record in manifest.entries]
+    return len(checks), [problem for problem in checks if problem]
+
+
+def verify_store(store: Store) -> tuple[int, list[Problem]]:
+    """The number of entries that some manifest names, and what is wrong with them."""
+    records = {
+        record.key: record for manifest in manifests_of(store) for record in manifest.entries
+    }
+    checks = [verify_entry(store, record) for record in records.values()]
+    return len(checks), [problem for problem in checks if problem]

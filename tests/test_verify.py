@@ -1,0 +1,74 @@
+"""Verification reads every byte, and says which file is not what it should be."""
+
+from __future__ import annotations
+
+import pytest
+
+from paroquant_stream.api import make_request
+from paroquant_stream.conversion import convert
+from paroquant_stream.errors import StoreError
+from paroquant_stream.verify import manifests_of, verify_model, verify_store
+
+
+@pytest.fixture
+def request_(model_dir):
+    request = make_request(model_dir, jobs=1)
+    convert(request)
+    return request
+
+
+def entry_paths(request_):
+    (manifest,) = manifests_of(request_.store)
+    return [request_.store.entry_path(record.key) for record in manifest.entries]
+
+
+def flip(path, position=-1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sound_model_has_no_problem(request_):
+    assert verify_model(request_, sources=True) == (6, [])
+    assert verify_model(request_, sources=False) == (3, [])
+    assert verify_store(request_.store) == (3, [])
+
+
+@pytest.mark.parametrize("position", [0, 9, 17_000, -1])
+def test_any_flipped_bit_of_an_entry_is_found_although_its_stat_is_remembered(request_, position):
+    path = entry_paths(request_)[1]
+    flip(path, position)
+    for count, problems in (verify_model(request_, False), verify_store(request_.store)):
+        assert count == 3
+        (problem,) = problems
+        assert problem.path == path
+        assert str(problem).startswith(f"{path}: expected XXH3 ")
+
+
+def test_an_absent_entry_is_found(request_):
+    path = entry_paths(request_)[0]
+    path.unlink()
+    _, (problem,) = verify_model(request_, False)
+    assert problem.path == path
+    assert problem.found == "no readable file"
+
+
+def test_a_changed_or_absent_source_is_found_when_asked_for(request_):
+    shards = sorted(request_.directory.glob("model-*"))
+    flip(shards[0])
+    shards[1].unlink()
+    assert verify_model(request_, sources=False) == (3, [])
+    _, problems = verify_model(request_, sources=True)
+    assert [problem.path for problem in problems] == shards[:2]
+
+
+def test_a_model_that_was_never_converted_is_an_error(request_, tmp_path):
+    with pytest.raises(StoreError, match="not converted"):
+        verify_model(make_request(request_.directory, cache_dir=tmp_path / "other"), False)
+
+
+def test_a_damaged_manifest_is_no_manifest(request_):
+    path = request_.store.manifest_path(request_.store.manifest_names()[0])
+    flip(path)
+    assert list(manifests_of(request_.store)) == []
+    assert verify_store(request_.store) == (0, [])
