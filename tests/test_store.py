@@ -207,6 +207,20 @@ def test_a_link_planted_for_an_entry_is_not_followed(store, tmp_path):
     assert store.entry_path(KEY).read_bytes() == b"entry"
 
 
+@pytest.mark.parametrize("plant", ["link", "file"])
+def test_what_is_planted_at_a_temp_name_is_neither_followed_nor_written(
+    store, tmp_path, monkeypatch, plant
+):
+    monkeypatch.setattr(store_module.secrets, "token_hex", lambda _: "0" * 32)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    temp = store.root / "v1" / "tmp" / f"{store_module._host()}-{os.getpid()}-{'0' * 32}"
+    temp.symlink_to(victim) if plant == "link" else os.link(victim, temp)
+    with pytest.raises(StoreError, match="File exists"):
+        publish(store, b"entry")
+    assert victim.read_bytes() == b"precious"
+
+
 def test_the_sweep_removes_temps_of_dead_runs_and_no_others(store):
     tmp = store.root / "v1" / "tmp"
     host = store_module._host()

@@ -93,3 +93,17 @@ def test_unquantized_experts_are_stacked():
     assert stacked["l.switch_mlp.up_proj.weight"][10, 0, 0].item() == 10
     with pytest.raises(AssemblyError, match="experts are missing between 0 and 2"):
         _stack_experts({f"l.experts.{e}.up_proj.weight": mx.zeros(1) for e in (0, 2)})
+
+
+def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
+    import os
+
+    from paroquant_stream.digest import FileStamp
+
+    manifest, store = converted
+    record = manifest.entries[0]
+    path = store.entry_path(record.key)
+    path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U16"', 1))
+    store.memo.remember(FileStamp.of(os.stat(path)), record.digest)
+    with pytest.raises(EntryDamaged, match="the header is not the one that was written"):
+        read_weights(manifest, store, everything)
