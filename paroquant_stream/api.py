@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from .conversion import Conversion, Progress, Request, convert, read_manifest, staleness
+from .conversion import Conversion, Progress, convert
 from .errors import EntryDamaged
 from .hub import resolve
 from .manifest import Manifest
+from .request import Request, read_manifest, staleness
 from .store import Store, user_cache_root
 
 logger = logging.getLogger(__name__)

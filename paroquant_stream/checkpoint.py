@@ -15,7 +15,8 @@ from typing import Any
 
 from .digest import Memo, hash_file
 from .errors import CheckpointError, MalformedFile
-from .tensorfile import Header, TensorInfo, open_regular, read_header, strict_json
+from .strictjson import strict_json
+from .tensorfile import Header, TensorInfo, open_regular, read_header
 
 __all__ = ["Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 

@@ -9,30 +9,24 @@ When nothing changed none of this runs: the manifest, the memo and one stat a fi
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import Checkpoint, Shard, config_digest, open_checkpoint
-from .digest import FileStamp
-from .errors import ManifestError, StoreError
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import StoreError
 from .layout import Quantization, detect, read_quantization
-from .manifest import MAX_BYTES, EntryRecord, Manifest
+from .manifest import EntryRecord, Manifest
 from .plan import Plan, make_plan
 from .report import ShardReport, report_converted, report_reused, why_converted
-from .store import Store
+from .request import Request, read_manifest, staleness
 from .task import TRANSFORM, Task
 from .tensorfile import file_size
 
 Progress = Callable[[str, int, int], None]
 """Called with a shard's name, the source bytes of it that are done, and its size."""
-OPTIONS = {"dtype": "source"}
-"""What a user may choose that changes an entry; part of a manifest's name."""
 
 
 @dataclass(frozen=True)
@@ -43,66 +37,6 @@ class Conversion:
     manifest_path: Path
     shards: tuple[ShardReport, ...]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Request:
-    """Which model, into which store."""
-
-    model: str
-    """As the user named it."""
-    directory: Path
-    store: Store
-    in_place: bool = False
-    force: bool = False
-    jobs: int = 1
-
-    @property
-    def manifest_name(self) -> str:
-        """The manifest's name in the store: by path in a cache, without any beside the model."""
-        options = json.dumps(OPTIONS, sort_keys=True)
-        if self.in_place:
-            return f"model-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
-        path = os.fsencode(self.directory.resolve())
-        return hashlib.sha256(path + b"\0" + options.encode()).hexdigest()
-
-
-def read_manifest(request: Request) -> Manifest | None:
-    """The manifest of an earlier conversion, or None; whatever is wrong with it, it is None."""
-    data = request.store.read_manifest(request.manifest_name, MAX_BYTES)
-    try:
-        return Manifest.decode(data) if data is not None else None
-    except ManifestError:
-        return None
-
-
-def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) -> str | None:
-    """Why the manifest does not hold for the model as it is now, or None when it surely does.
-
-    A shard whose digest is in no memo and no blob name counts as changed, unless `read_unknown`:
-    then it is hashed.
-    """
-    if manifest.transform != TRANSFORM:
-        return "made by another version"
-    if manifest.config_sha256 != config_digest(request.directory):
-        return "config.json or the index changed"
-    memo = request.store.memo
-    for record in manifest.entries:
-        shard = Shard(record.shard, request.directory / record.shard)
-        try:
-            stamp = FileStamp.of(os.stat(shard.path))
-        except FileNotFoundError:
-            if record.dropped:
-                continue
-            return f"{record.shard} is absent"
-        sha256 = memo.lookup(stamp) or shard.hub_sha256
-        if sha256 is None and read_unknown:
-            sha256 = shard.sha256(memo)
-        if sha256 != record.source_sha256:
-            return f"{record.shard} changed, or was never read where it is now"
-        if request.store.entry_size(record.key) != record.size:
-            return f"the entry of {record.shard} is absent or cut short"
-    return None
 
 
 def convert(request: Request, progress: Progress | None = None) -> Conversion:

@@ -15,9 +15,10 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from .api import make_request, run_conversion
-from .conversion import Conversion, Request, survey
+from .conversion import Conversion, survey
 from .errors import ParoquantStreamError
 from .report import ShardReport
+from .request import Request
 
 DESCRIPTION = """\
 Convert a ParoQuant checkpoint into MLX-native entries in the cache. Only shards that changed are

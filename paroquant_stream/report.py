@@ -51,20 +51,9 @@ def report_reused(
     record: EntryRecord, before: EntryRecord | None, seconds: float = 0.0
 ) -> ShardReport:
     """The report of a shard whose entry was there."""
-    why = (
-        "unchanged"
-        if before and before.key == record.key
-        else "its content is in the cache already"
-    )
-    return ShardReport(
-        record.shard,
-        "reused",
-        why,
-        record.key,
-        record.digest,
-        record.source_size,
-        record.size,
-        seconds,
+    same = before is not None and before.key == record.key
+    return _report(
+        record, "reused", "unchanged" if same else "its content is in the cache already", seconds
     )
 
 
@@ -75,13 +64,9 @@ def report_converted(
     why = why_converted(
         before, record.source_sha256, record.borrowed_sha256, record.task_sha256, forced
     )
-    return ShardReport(
-        record.shard,
-        "converted",
-        why,
-        record.key,
-        record.digest,
-        record.source_size,
-        record.size,
-        seconds,
-    )
+    return _report(record, "converted", why, seconds)
+
+
+def _report(record: EntryRecord, action: str, why: str, seconds: float) -> ShardReport:
+    sizes = (record.source_size, record.size)
+    return ShardReport(record.shard, action, why, record.key, record.digest, *sizes, seconds)

@@ -10,10 +10,10 @@ from pathlib import Path
 import safetensors
 
 from .checkpoint import Shard
-from .conversion import Request, read_manifest
 from .digest import hash_entry, hash_source
 from .errors import ManifestError, ParoquantStreamError, StoreError
 from .manifest import MAX_BYTES, EntryRecord, Manifest
+from .request import Request, read_manifest
 from .store import Store
 
 

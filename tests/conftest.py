@@ -25,6 +25,17 @@ def settled(monkeypatch):
 
 
 @pytest.fixture
+def on_the_cpu():
+    """Parity is promised on the CPU, whatever device the machine has."""
+    import mlx.core as mx
+
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture
 def model_dir(tmp_path) -> Path:
     """A tiny llama in three shards."""
     return write_checkpoint(tmp_path / "model", cut=cut_evenly(3))

@@ -12,10 +12,12 @@ ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__
 
 LEVELS = [
     {"errors", "repack", "kernels"},
-    {"tensorfile", "rotation"},
+    {"strictjson", "rotation"},
+    {"tensorfile"},
     {"digest", "layout", "manifest", "task"},
     {"checkpoint", "linears", "newfile", "report"},
     {"store"},
+    {"request"},
     {"plan", "source", "hub", "executor", "weights", "model_class"},
     {"operations", "model"},
     {"transform"},
@@ -130,6 +132,8 @@ def test_every_room_has_its_tests():
         "__init__": "test_convert",
         "__main__": "test_main",
         "newfile": "test_store",
+        "request": "test_conversion",
+        "strictjson": "test_tensorfile",
     }
     for room in {room_of(path) for path in ROOMS}:
         assert covered_elsewhere.get(room, f"test_{room}") in tests, room

@@ -24,15 +24,8 @@ from tests.conftest import FIXTURES
 
 DENSE, MOE = FIXTURES / "llama-awq-adversarial", FIXTURES / "qwen3_moe-awq-adversarial"
 HYBRID_MOE, GEMMA = FIXTURES / "qwen3_5_moe_text-awq-size", FIXTURES / "gemma4_moe-awq-adversarial"
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PROMPT = "w5 w9 w17 w42 w3"
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
 
 
 def rotation_matrix(theta, pairs, channel_scales, group: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from paroquant_stream.errors import AssemblyError
 from paroquant_stream.model_class import TOWER_PREFIXES
 from tests.conftest import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 CATALOG = json.loads((FIXTURES / "catalog.json").read_text())
 EXPECTED = FIXTURES / "expected"
 PUBLIC_IS_RIGHT = [
@@ -46,14 +47,6 @@ def assert_same(found: dict[str, mx.array], wanted: dict[str, mx.array]) -> None
     assert found.keys() == wanted.keys()
     unequal = [name for name in wanted if bits(found[name]) != bits(wanted[name])]
     assert unequal == []
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
 
 
 def name_of(row: dict) -> str:
