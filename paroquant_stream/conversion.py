@@ -159,9 +159,7 @@ def _manifest(
 
 
 class _Ticker:
-    """Turns a worker's ticks into progress: every source byte is ticked twice, hashed and
-    converted.
-    """
+    """Turns ticks into progress: every source byte is ticked twice, hashed and converted."""
 
     def __init__(
         self, task: Task, checkpoint: Callable[[], None], progress: Progress | None

@@ -44,8 +44,10 @@ def assemble(
 ) -> tuple[nn.Module, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
 
+    `lazy`: nothing is read before it is used. `full`: every entry is hashed before it is used.
     Raises AssemblyError listing every tensor that the model has no place for, every parameter
-    without a tensor, and every shape that does not fit.
+    without a tensor, and every shape that does not fit; EntryDamaged when an entry is not what was
+    written.
     """
     config = load_config(directory)
     tensors = [tensor for record in manifest.entries for tensor in record.tensors]
@@ -57,7 +59,7 @@ def assemble(
     if not lazy:
         _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
     model = build(config, is_vlm)
-    weights = read_weights(manifest, store, wanted, full)
+    weights = read_weights(manifest, store, wanted, full=full, lazy=lazy)
     weights = _sanitize(model, weights, is_vlm)
     weights = _align_experts(model, weights)
     _swap_layers(model, weights, manifest.bits, manifest.group_size)
@@ -129,14 +131,11 @@ _DROPPED = re.compile(
     r"(^|.*\.)(mtp\.|rotary_emb|input_(min|max)$|output_(min|max)$|lm_head\.weight$)"
     r"|.*\.layers\.\d+\.self_attn\.([kv]_proj|[kv]_norm)\."  # of layers that share K and V
 )
-"""What a model class may drop of a checkpoint; a tower in text mode is never read in the first
-place.
-"""
+"""What a model class may drop of a checkpoint; a tower in text mode is not read at all."""
 
 
 def _check_dropped(before: Weights, after: Weights) -> None:
-    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs those of a known
-    one.
+    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs the others.
 
     A tensor that is not in `after` was dropped, unless a new one in `after` has its tail: then it
     was changed (a norm shifted, a convolution transposed).

@@ -23,11 +23,17 @@ _EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>\w+_proj
 
 
 def read_weights(
-    manifest: Manifest, store: Store, wanted: Callable[[str], bool], full: bool = False
+    manifest: Manifest,
+    store: Store,
+    wanted: Callable[[str], bool],
+    *,
+    full: bool = False,
+    lazy: bool = False,
 ) -> dict[str, mx.array]:
     """Name -> lazy array of every wanted tensor; stacks whole, shape (experts, ...).
 
     Size and header of an entry are always checked, its digest when its stat is not known or `full`.
+    `lazy`: stacks are not joined before they are used.
     An entry without a wanted tensor is not opened. Raises EntryDamaged, after taking the entry out
     of use, when its bytes are not those that were written; StoreError when it is absent.
     """
@@ -37,7 +43,7 @@ def read_weights(
         if names:
             arrays = _read_entry(record, store, full)
             weights.update((name, arrays[name]) for name in names)
-    return _stack_experts(_join_pieces(weights))
+    return _stack_experts(_join_pieces(weights, lazy))
 
 
 def check_entries(manifest: Manifest, store: Store) -> None:
@@ -90,7 +96,7 @@ def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | Non
     return None
 
 
-def _join_pieces(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _join_pieces(weights: dict[str, mx.array], lazy: bool) -> dict[str, mx.array]:
     """Pieces `X.experts_<first>_<last>` become one X, in the order of the experts."""
     pieces: dict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
     for name in weights:
@@ -105,7 +111,8 @@ def _join_pieces(weights: dict[str, mx.array]) -> dict[str, mx.array]:
             parts.append(weights.pop(name))
             expected = last + 1
         weights[stack] = mx.concatenate(parts, axis=0)
-        mx.eval(weights[stack])  # one stack at a time: its pieces are freed before the next is read
+        if not lazy:
+            mx.eval(weights[stack])  # one at a time: its pieces are freed before the next is read
     return weights
 
 

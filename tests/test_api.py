@@ -125,8 +125,8 @@ def test_an_entry_cut_short_while_it_is_loaded_is_converted_again(model_dir, mon
     path = make_request(model_dir).store.entry_path(manifest.entries[0].key)
     good, real, cut = path.read_bytes(), model.read_weights, []
 
-    def read_then_cut(*arguments):
-        weights = real(*arguments)
+    def read_then_cut(*arguments, **options):
+        weights = real(*arguments, **options)
         if not cut:
             cut.append(path)
             os.truncate(path, len(good) // 2)

@@ -48,6 +48,15 @@ def test_lazy_leaves_the_parameters_unread(model_dir, monkeypatch):
     load(model_dir, lazy=True)
 
 
+def test_lazy_joins_no_stack(monkeypatch):
+    from tests.conftest import FIXTURES
+
+    directory = FIXTURES / "qwen3_moe-awq-adversarial"  # its experts are spread over the shards
+    convert_checkpoint(directory)
+    monkeypatch.setattr(mx, "eval", lambda *_: pytest.fail("something was evaluated"))
+    load(directory, lazy=True)
+
+
 def test_a_missing_an_extra_and_a_misshapen_tensor_are_one_error(tmp_path):
     norm = np.ones(HIDDEN + 32, np.float16)
     directory = checkpoint(
