@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -118,45 +119,69 @@ def read_chunks(
 
 @dataclass(frozen=True)
 class SourceDigest:
-    """One pass over a shard."""
+    """What one pass over a shard found."""
 
     sha256: str
     fingerprints: dict[str, bytes]
     """XXH3-128 of each tensor's bytes, to prove later that those same bytes were converted."""
 
 
-def hash_source(
-    fd: int, tensors: Iterable[TensorInfo], size: int, label: str, tick: Callable[[int], None]
-) -> SourceDigest:
-    """The digest of the whole file at `fd`, and the fingerprint of each of `tensors` (in file
-    order).
+class SourceHasher:
+    """Hashes a file front to back: the bytes it is given as they are read, and the gaps between."""
 
-    `tick(bytes)` is called after every chunk and may raise to stop. Raises SourceChanged when the
-    file is shorter than `size`.
-    """
-    buffer = memoryview(bytearray(min(CHUNK, size or 1)))
-    whole = hashlib.sha256()
-    fingerprints: dict[str, bytes] = {}
-    position = 0
-    for tensor in tensors:
-        for chunk in read_chunks(fd, position, tensor.start, label, buffer):  # the header
-            whole.update(chunk)
-        fingerprint = xxhash.xxh3_128()
-        for chunk in read_chunks(fd, tensor.start, tensor.stop, label, buffer):
-            whole.update(chunk)
-            fingerprint.update(chunk)
-            tick(len(chunk))
-        fingerprints[tensor.name] = fingerprint.digest()
-        position = tensor.stop
-    for chunk in read_chunks(fd, position, size, label, buffer):
-        whole.update(chunk)
-    return SourceDigest(whole.hexdigest(), fingerprints)
+    def __init__(
+        self,
+        fd: int,
+        tensors: Sequence[TensorInfo],
+        size: int,
+        label: str,
+        tick: Callable[[int], None],
+    ) -> None:
+        """`tensors` in file order; `tick(bytes)` follows every chunk and may raise to stop."""
+        self._fd, self._size, self._label, self._tick = fd, size, label, tick
+        self._whole, self._one = hashlib.sha256(), xxhash.xxh3_128()
+        self._left = deque(tensor for tensor in tensors if tensor.stop > tensor.start)
+        self._fingerprints = {t.name: self._one.digest() for t in tensors if t.stop == t.start}
+        self.position = 0
+
+    def update(self, view: memoryview) -> None:
+        """Hashes the bytes from `position` on."""
+        self._whole.update(view)
+        while view:
+            if not self._left:
+                self.position += len(view)
+                return
+            tensor = self._left[0]
+            inside = self.position >= tensor.start
+            chunk = view[: (tensor.stop if inside else tensor.start) - self.position]
+            if inside:
+                self._one.update(chunk)
+            self.position += len(chunk)
+            view = view[len(chunk) :]
+            if self.position == tensor.stop:
+                self._fingerprints[tensor.name] = self._one.digest()
+                self._one.reset()
+                self._left.popleft()
+
+    def advance(self, stop: int) -> None:
+        """Reads and hashes up to `stop`. Raises SourceChanged when the file ends before."""
+        if stop <= self.position:
+            return
+        buffer = memoryview(bytearray(min(CHUNK, stop - self.position)))
+        for chunk in read_chunks(self._fd, self.position, stop, self._label, buffer):
+            self.update(chunk)
+            self._tick(len(chunk))
+
+    def finish(self) -> SourceDigest:
+        """The digest, once the rest of the file is read."""
+        self.advance(self._size)
+        return SourceDigest(self._whole.hexdigest(), self._fingerprints)
 
 
 def hash_file(fd: int, label: str, memo: Memo) -> str:
     """SHA-256 of the file at `fd`, remembered if the file was left alone long enough."""
     started, stamp = time.time_ns(), FileStamp.of(os.fstat(fd))
-    sha256 = hash_source(fd, (), stamp.size, label, lambda _: None).sha256
+    sha256 = SourceHasher(fd, (), stamp.size, label, lambda _: None).finish().sha256
     if stamp.is_settled(started) and FileStamp.of(os.fstat(fd)) == stamp:
         memo.remember(stamp, sha256)
     return sha256

@@ -1,10 +1,10 @@
-"""One task's sources while it runs: its shard, the shards it borrows from, and proof of what was
-read.
+"""One task's sources while it runs: its shard, those it borrows from, and proof of what was read.
 
-The shard is read twice: in file order for its SHA-256, and in the entry's order for conversion
-(from the page cache by then), because the entry is hashed front to back as well and the two orders
-differ. An XXH3 fingerprint of every tensor ties the two passes together: an entry is filed only
-under the hash of the very bytes that it was made from.
+The shard is hashed in file order and converted in the entry's order, since the entry is hashed
+front to back as well. Where the two orders agree, and they do but for small tensors, one read
+serves both; what is read again must have the fingerprint (XXH3) of the bytes that were hashed. So
+an entry is filed only under the hash of the very bytes that it was made from. With a thread to
+spare, the hash runs beside the conversion.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .digest import (
     FileStamp,
     Memo,
     SourceDigest,
-    hash_source,
+    SourceHasher,
     read_chunks,
     read_into,
     sha256_of,
@@ -65,8 +65,12 @@ class Source:
         self._fingerprints: dict[str, bytes] = {}
         self._borrowed: dict[str, bytes] = {}
         self._digest: SourceDigest | None = None
-        self._stopped = False
-        self._stamp = FileStamp.of(os.fstat(self._fd(task.shard)))
+        self._stopped = self._beside = False
+        self._opened = time.time_ns()
+        fd, label = self._fd(task.shard), str(self._path())
+        self._stamp = FileStamp.of(os.fstat(fd))
+        tensors = read_header(fd, label).tensors
+        self._hasher = SourceHasher(fd, tensors, self._stamp.size, label, self._count)
 
     def known_sha256(self) -> str | None:
         """The shard's SHA-256 if it needs no reading: from the memo or the Hub's blob name."""
@@ -79,23 +83,17 @@ class Source:
         return self._memo.knows_size(self._stamp.size)
 
     def hash(self) -> SourceDigest:
-        """SHA-256 of the shard and the fingerprint of each of its tensors, in one pass, once."""
+        """SHA-256 of the shard and the fingerprint of each of its tensors, once."""
         if self._digest is None:
-            started = time.time_ns()
-            fd, label = self._fd(self._task.shard), str(self._path())
-            tensors = read_header(fd, label).tensors
-            self._digest = hash_source(fd, tensors, self._stamp.size, label, self._count)
-            if self._unchanged() and self._stamp.is_settled(started):
+            self._digest = self._hasher.finish()
+            if self._unchanged() and self._stamp.is_settled(self._opened):
                 self._memo.remember(self._stamp, self._digest.sha256)
         return self._digest
 
     @contextmanager
-    def hashing(self, beside: bool) -> Iterator[None]:
-        """Hashes the shard before the body, or in a thread beside it, done when the body is."""
-        if not beside:
-            self.hash()
-            yield
-            return
+    def hashing_beside(self) -> Iterator[None]:
+        """Hashes the shard in a thread beside the body, done when the body is."""
+        self._beside = True
         with ThreadPoolExecutor(1) as pool:
             hashed = pool.submit(self.hash)
             try:
@@ -109,12 +107,12 @@ class Source:
         """All bytes of a part, valid until the next call with the same `slot` (0 or 1)."""
         size = part.stop - part.start
         data = self._buffers.take(slot, size)
+        self._reach(part)
         read_into(self._fd(part.shard), data, part.start, str(self._path(part.shard)))
-        if part.shard == self._task.shard:
-            self._note(self._fingerprints, part, xxhash.xxh3_128(data).digest())
-            self._count(size)
-        else:
+        if part.shard != self._task.shard:
             self._note(self._borrowed, part, sha256_of(data))
+        elif not self._hash_now(data, part.start):
+            self._note(self._fingerprints, part, xxhash.xxh3_128(data).digest())
         return data
 
     def chunks(self, part: Part, multiple: int = 1) -> Iterator[memoryview]:
@@ -122,14 +120,30 @@ class Source:
 
         A chunk is valid until the next.
         """
-        fingerprint = xxhash.xxh3_128()
+        fingerprint, position, hashed = xxhash.xxh3_128(), part.start, True
         buffer = self._buffers.take(0, max(CHUNK // multiple, 1) * multiple)
+        self._reach(part)
         fd, label = self._fd(part.shard), str(self._path(part.shard))
         for chunk in read_chunks(fd, part.start, part.stop, label, buffer):
             fingerprint.update(chunk)
+            hashed &= self._hash_now(chunk, position)
+            position += len(chunk)
             yield chunk
-            self._count(len(chunk))
-        self._note(self._fingerprints, part, fingerprint.digest())
+        if not hashed:
+            self._note(self._fingerprints, part, fingerprint.digest())
+
+    def _reach(self, part: Part) -> None:
+        """Hashes up to an owned part, so that one read of it serves both hash and conversion."""
+        if part.shard == self._task.shard and not self._beside:
+            self._hasher.advance(part.start)
+
+    def _hash_now(self, data: memoryview, start: int) -> bool:
+        """Hashes the bytes just read at `start`, if it is their turn."""
+        now = not self._beside and self._hasher.position == start and self._digest is None
+        if now:
+            self._hasher.update(data)
+        self._count(len(data) * (2 if now else 1))
+        return now
 
     def borrowed_sha256(self) -> list[str]:
         """One SHA-256 for each lending shard; reads the borrowed parts that were not read yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def _convert(job: Job, source: Source) -> EntryRecord:
     header, tensors = lay_out(job.task.outputs)
     size = tensors[-1].stop if tensors else len(header)
     with job.store.new_file(size) as file:
-        with source.hashing(beside=job.threads > 1):
+        with source.hashing_beside() if job.threads > 1 else nullcontext():
             writer = TensorWriter(file.write, header)
             _write(job.task, source, writer, tensors)
             writer.finish(size)

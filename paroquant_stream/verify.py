@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors
 
 from .checkpoint import Shard
-from .digest import hash_entry, hash_source
+from .digest import SourceHasher, hash_entry
 from .errors import ManifestError, ParoquantStreamError, StoreError
 from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .request import Request, read_manifest
@@ -65,7 +65,7 @@ def verify_source(directory: Path, record: EntryRecord) -> Problem | None:
         return Problem(shard.path, f"SHA-256 {record.source_sha256}", str(error))
     try:
         size = os.fstat(fd).st_size
-        sha256 = hash_source(fd, (), size, str(shard.path), lambda _: None).sha256
+        sha256 = SourceHasher(fd, (), size, str(shard.path), lambda _: None).finish().sha256
     finally:
         os.close(fd)
     if sha256 == record.source_sha256:

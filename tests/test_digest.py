@@ -11,7 +11,14 @@ import pytest
 import xxhash
 
 from paroquant_stream import digest
-from paroquant_stream.digest import FileStamp, Memo, hash_entry, hash_file, hash_source, read_chunks
+from paroquant_stream.digest import (
+    FileStamp,
+    Memo,
+    SourceHasher,
+    hash_entry,
+    hash_file,
+    read_chunks,
+)
 from paroquant_stream.errors import SourceChanged
 from paroquant_stream.tensorfile import TensorInfo
 
@@ -57,17 +64,37 @@ def test_a_file_that_ends_early_is_an_error(fd):
         list(read_chunks(fd, 0, len(DATA) + 1, "x", memoryview(bytearray(100_000))))
 
 
+FIRST = TensorInfo("a", "U8", (100,), 10, 110)
+EMPTY = TensorInfo("e", "U8", (0,), 110, 110)
+SECOND = TensorInfo("b", "U8", (len(DATA) - 500,), 400, len(DATA) - 100)
+WANTED = {
+    "a": xxhash.xxh3_128_digest(DATA[10:110]),
+    "e": xxhash.xxh3_128_digest(b""),
+    "b": xxhash.xxh3_128_digest(DATA[400:-100]),
+}
+
+
 def test_one_pass_gives_the_hash_of_the_file_and_of_each_tensor(fd):
-    first = TensorInfo("a", "U8", (100,), 10, 110)
-    second = TensorInfo("b", "U8", (len(DATA) - 500,), 400, len(DATA) - 100)
-    ticks = []
-    found = hash_source(fd, (first, second), len(DATA), "x", ticks.append)
+    ticks: list[int] = []
+    hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", ticks.append)
+    found = hasher.finish()
     assert found.sha256 == hashlib.sha256(DATA).hexdigest()
-    assert found.fingerprints == {
-        "a": xxhash.xxh3_128_digest(DATA[10:110]),
-        "b": xxhash.xxh3_128_digest(DATA[400:-100]),
-    }
-    assert sum(ticks) == 100 + len(DATA) - 500
+    assert found.fingerprints == WANTED
+    assert sum(ticks) == len(DATA)
+
+
+def test_bytes_that_were_read_for_another_end_are_not_read_again(fd, monkeypatch):
+    hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", lambda _: None)
+    hasher.advance(50)
+    hasher.update(memoryview(DATA[50:5000]))
+    reads = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, v, at: reads.append(at) or real(f, v, at))
+    hasher.advance(1000)  # is behind
+    found = hasher.finish()
+    assert min(reads) == 5000
+    assert found.sha256 == hashlib.sha256(DATA).hexdigest()
+    assert found.fingerprints == WANTED
 
 
 def test_an_entry_is_hashed_whole(fd):

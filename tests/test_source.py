@@ -90,30 +90,39 @@ def test_a_source_changed_at_any_read_is_an_error_or_converted_as_it_then_is(
     assert refused > 5
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_a_change_that_stat_does_not_show_is_noticed_by_the_fingerprints(
-    directory, tmp_path, monkeypatch
+    directory, tmp_path, monkeypatch, threads
 ):
-    """A store through mmap may leave every time as it was."""
+    """A store through mmap may leave every time as it was; here between hash and conversion."""
+    real, fired = Source.hash, []
+
+    def hash_then_change(self):
+        digest = real(self)
+        if not fired:
+            fired.append(1)
+            rewrite(directory / "model.safetensors")()
+        return digest
+
     monkeypatch.setattr(Source, "_unchanged", lambda self: True)
-    real = Source.hashing
-
-    def hashing(self, beside):
-        context = real(self, beside)
-
-        class Then:
-            def __enter__(self):
-                context.__enter__()
-                rewrite(directory / "model.safetensors")()
-
-            def __exit__(self, *error):
-                return context.__exit__(*error)
-
-        return Then()
-
-    monkeypatch.setattr(Source, "hashing", hashing)
+    monkeypatch.setattr(Source, "may_be_known", lambda self: True)  # so it is hashed first
+    monkeypatch.setattr(Source, "hash", hash_then_change)
     with pytest.raises(SourceChanged, match="changed during the conversion"):
-        convert(make_request(directory, cache_dir=tmp_path / "cache", jobs=1))
+        convert(make_request(directory, cache_dir=tmp_path / "cache", jobs=threads))
+    assert fired
     assert entries(tmp_path) == []
+
+
+def test_the_large_tensors_of_a_shard_are_read_once(tmp_path, monkeypatch):
+    from tests.benchmarks.checkpoint import make_checkpoint
+
+    make_checkpoint(tmp_path / "m", layers=1, shards=1, hidden=1024, intermediate=2048, heads=8)
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    reads = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, v, at: reads.append(len(v[0])) or real(f, v, at))
+    convert(make_request(tmp_path / "m", cache_dir=tmp_path / "cache", jobs=1))
+    assert size < sum(reads) < 1.05 * size  # again: scales, for the biases
 
 
 def test_sources_are_read_and_never_mapped(directory, tmp_path, monkeypatch):
