@@ -191,3 +191,17 @@ def ask(port: int, body: dict) -> str | None:
         except OSError:
             time.sleep(0.2)
     return None
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe-awq-adversarial", "gemma4_moe-awq-adversarial"])
+def test_the_text_part_of_a_vision_model_gives_the_text_models_logits(name):
+    """Two libraries, two sets of MoE classes, the same entries."""
+    tokens = mx.array([[5, 9, 17, 42, 3]])
+    vision, _, is_vlm = load(FIXTURES / name)
+    text, _, _ = load(FIXTURES / name, force_text=True)
+    assert is_vlm
+    vision.set_dtype(mx.float32)
+    text.set_dtype(mx.float32)
+    found = np.array(vision.language_model(tokens).logits)
+    wanted = np.array(text(tokens))
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
