@@ -16,7 +16,7 @@ from typing import Any
 from .digest import Memo, hash_file
 from .errors import CheckpointError, MalformedFile
 from .strictjson import strict_json
-from .tensorfile import Header, TensorInfo, open_regular, read_header
+from .tensorfile import Header, TensorInfo, closing, open_regular, read_header
 
 __all__ = ["Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 
@@ -39,7 +39,7 @@ class Shard:
         A symlink is followed only inside the model directory or to a blob of the Hub's cache.
         Raises CheckpointError when the file is absent or the link leads elsewhere.
         """
-        if self.path.is_symlink() and not (hub_blob(self.path) or _stays_inside(self.path)):
+        if os.path.islink(self.path) and not (hub_blob(self.path) or _stays_inside(self.path)):
             raise CheckpointError(
                 f"{self.path}: a link to {os.readlink(self.path)}, outside of the model directory "
                 "and of a Hub cache; copy the file there or link the whole directory"
@@ -53,19 +53,13 @@ class Shard:
 
     def header(self) -> Header:
         """The validated header. Raises CheckpointError or MalformedFile."""
-        fd = self.open()
-        try:
+        with closing(self.open()) as fd:
             return read_header(fd, str(self.path))
-        finally:
-            os.close(fd)
 
     def sha256(self, memo: Memo) -> str:
         """SHA-256 of the whole shard, read now and remembered."""
-        fd = self.open()
-        try:
+        with closing(self.open()) as fd:
             return hash_file(fd, str(self.path), memo)
-        finally:
-            os.close(fd)
 
     @property
     def hub_sha256(self) -> str | None:
@@ -154,7 +148,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = _parse_object(config_text, directory / "config.json")
     if index_text is None:
         weight_map, names = None, [SINGLE_NAME]
-        if not (directory / SINGLE_NAME).exists():
+        if not os.path.exists(directory / SINGLE_NAME):
             raise CheckpointError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME} is there")
     else:
         weight_map = _parse_index(index_text, directory / INDEX_NAME)
@@ -175,7 +169,7 @@ def _digest(config_text: bytes, index_text: bytes | None) -> str:
 
 
 def _read_texts(directory: Path) -> tuple[bytes, bytes | None]:
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"{directory}: no such model directory")
     config_text = _read_text(directory / "config.json")
     if config_text is None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import xxhash
 
 from .errors import SourceChanged
-from .tensorfile import TensorInfo
+from .tensorfile import TensorInfo, file_status, unreadable
 
 CHUNK = 4 << 20  # bytes a read; larger ones leave the L2 cache before they are hashed
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
@@ -43,6 +43,11 @@ class FileStamp:
         return cls(
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
+
+    @classmethod
+    def of_fd(cls, fd: int, label: str) -> FileStamp:
+        """The stamp of an open file. Raises UnreadableFile."""
+        return cls.of(file_status(fd, label))
 
     def is_settled(self, now_ns: int) -> bool:
         """Whether a change after `now_ns` must show in the stamp."""
@@ -87,17 +92,25 @@ class Memo:
 
     def knows_size(self, size: int) -> bool:
         """Whether a file of this size was ever hashed: hashing first may save a conversion."""
-        return any(self.directory.glob(f"{size}-*"))
+        with contextlib.suppress(OSError):
+            return any(self.directory.glob(f"{size}-*"))
+        return False
 
     def _path(self, stamp: FileStamp) -> Path:
         return self.directory / f"{stamp.size}-{stamp.device:x}-{stamp.inode:x}"
 
 
 def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
-    """Fills `view` with the bytes from `start` on; SourceChanged when the file ends before."""
+    """Fills `view` with the bytes from `start` on.
+
+    Raises SourceChanged when the file ends before, UnreadableFile when the system cannot read it.
+    """
     filled = 0
     while filled < len(view):
-        count = os.preadv(fd, [view[filled:]], start + filled)
+        try:
+            count = os.preadv(fd, [view[filled:]], start + filled)
+        except OSError as error:
+            raise unreadable(label, error) from error
         if not count:
             raise SourceChanged(f"{label}: became shorter while it was read; convert it again")
         filled += count
@@ -180,9 +193,9 @@ class SourceHasher:
 
 def hash_file(fd: int, label: str, memo: Memo) -> str:
     """SHA-256 of the file at `fd`, remembered if the file was left alone long enough."""
-    started, stamp = time.time_ns(), FileStamp.of(os.fstat(fd))
+    started, stamp = time.time_ns(), FileStamp.of_fd(fd, label)
     sha256 = SourceHasher(fd, (), stamp.size, label, lambda _: None).finish().sha256
-    if stamp.is_settled(started) and FileStamp.of(os.fstat(fd)) == stamp:
+    if stamp.is_settled(started) and FileStamp.of_fd(fd, label) == stamp:
         memo.remember(stamp, sha256)
     return sha256
 
@@ -196,6 +209,6 @@ def hash_entry(fd: int, label: str) -> str:
     """XXH3-128 of a whole file, in hex."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(CHUNK))
-    for chunk in read_chunks(fd, 0, os.fstat(fd).st_size, label, buffer):
+    for chunk in read_chunks(fd, 0, file_status(fd, label).st_size, label, buffer):
         digest.update(chunk)
     return digest.hexdigest()

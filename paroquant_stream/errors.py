@@ -25,6 +25,10 @@ class PlanError(ParoquantStreamError):
     """Parts are missing, left over, doubled or of a shape that does not fit; lists every one."""
 
 
+class UnreadableFile(ParoquantStreamError):
+    """The system cannot read a file that is there; names the file and the system's reason."""
+
+
 class SourceChanged(ParoquantStreamError):
     """A shard's bytes changed while they were read; nothing was stored."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -16,10 +17,10 @@ def resolve(model: str | Path) -> Path:
     Raises CheckpointError when `model` is neither a directory nor a repository that can be had.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib raises on a disk error
         return path
     name = str(model)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if os.path.exists(path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{model}: neither a model directory nor a repository id like owner/name"
         )

@@ -6,6 +6,7 @@ leaves a committed name with no bytes (seen on ext4); without the second, no nam
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -68,7 +69,7 @@ class NewFile:
                 raise StoreError(
                     f"{self._path}: {status.st_size:,} bytes on disk, {self._size:,} expected"
                 )
-            if not target.parent.exists():
+            if not os.path.isdir(target.parent):
                 target.parent.mkdir(mode=_directory_mode(status.st_mode), exist_ok=True)
                 sync_directory(target.parent.parent)
             os.replace(self._path, target)
@@ -79,10 +80,12 @@ class NewFile:
 
     def discard(self) -> None:
         """Closes the file and removes the temp if it is still there."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._path.unlink(missing_ok=True)
+        fd, self._fd = self._fd, -1
+        with contextlib.suppress(OSError):  # nothing that was not synced is ever published
+            if fd >= 0:
+                os.close(fd)
+        with contextlib.suppress(OSError):  # the next run's sweep finds what stays
+            self._path.unlink(missing_ok=True)
 
 
 def _directory_mode(file_mode: int) -> int:
@@ -102,7 +105,9 @@ def sync_directory(path: Path) -> None:
 def _write_error(path: Path, needed: int, error: OSError) -> StoreError:
     reason = f"{path}: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        status = os.statvfs(path.parent)
-        free = status.f_bavail * status.f_frsize
-        reason += f"; {needed:,} bytes needed, {free:,} free; make room and run again"
+        reason += f"; {needed:,} bytes needed"
+        with contextlib.suppress(OSError):
+            status = os.statvfs(path.parent)
+            reason += f", {status.f_bavail * status.f_frsize:,} free"
+        reason += "; make room and run again"
     return StoreError(reason)

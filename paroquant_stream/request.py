@@ -69,6 +69,8 @@ def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) 
             if record.dropped:
                 continue
             return f"{record.shard} is absent"
+        except OSError as error:
+            return f"{record.shard} cannot be looked at: {error.strerror}"
         sha256 = memo.lookup(stamp) or shard.hub_sha256
         if sha256 is None and read_unknown:
             sha256 = shard.sha256(memo)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -68,8 +68,12 @@ class Source:
         self._stopped = self._beside = False
         self._opened = time.time_ns()
         fd, label = self._fd(task.shard), str(self._path())
-        self._stamp = FileStamp.of(os.fstat(fd))
-        tensors = read_header(fd, label).tensors
+        try:
+            self._stamp = FileStamp.of_fd(fd, label)
+            tensors = read_header(fd, label).tensors
+        except BaseException:
+            self.close()
+            raise
         self._hasher = SourceHasher(fd, tensors, self._stamp.size, label, self._count)
 
     def known_sha256(self) -> str | None:
@@ -175,7 +179,8 @@ class Source:
     def close(self) -> None:
         """Closes every shard."""
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            with suppress(OSError):  # they were only read
+                os.close(self._fds.popitem()[1])
 
     def _path(self, shard: str | None = None) -> Path:
         return self._directory / (shard or self._task.shard)
@@ -191,7 +196,8 @@ class Source:
         self._tick(size)
 
     def _unchanged(self) -> bool:
-        return FileStamp.of(os.fstat(self._fd(self._task.shard))) == self._stamp
+        stamp = FileStamp.of_fd(self._fd(self._task.shard), str(self._path()))
+        return stamp == self._stamp
 
     def _note(self, seen: dict[str, bytes], part: Part, digest: bytes) -> None:
         if seen.setdefault(part.name, digest) != digest:

@@ -101,14 +101,14 @@ class Store:
         mode = 0o700 if self.private else 0o777
         try:
             self.root.mkdir(mode=mode, parents=True, exist_ok=True)
-            if not self._path("tmp").exists():
+            if not os.path.isdir(self._path("tmp")):
                 for name in ("entries", "manifests", "memo", "locks", "tmp"):
                     self._path().mkdir(mode=mode, exist_ok=True)
                     self._path(name).mkdir(mode=mode, exist_ok=True)
                 for path in (self._path(), self.root, self.root.parent):
                     sync_directory(path)
             tag = self.root / "CACHEDIR.TAG"
-            if self.private and not tag.exists():
+            if self.private and not os.path.exists(tag):
                 tag.write_text(_CACHEDIR_TAG)
         except OSError as error:
             raise StoreError(
@@ -116,9 +116,13 @@ class Store:
             ) from error
 
     def free_bytes(self) -> int:
-        """Bytes free for entries, where the store lies or would lie."""
-        place = next(path for path in (self.root, *self.root.parents) if path.exists())
-        status = os.statvfs(place)
+        """Bytes free for entries, where the store lies or would lie. Raises StoreError."""
+        parents = (self.root, *self.root.parents)
+        place = next((path for path in parents if os.path.exists(path)), self.root)
+        try:
+            status = os.statvfs(place)
+        except OSError as error:
+            raise StoreError(f"{place}: cannot tell its free space: {error.strerror}") from error
         return status.f_bavail * status.f_frsize
 
     def entry_size(self, key: str) -> int | None:

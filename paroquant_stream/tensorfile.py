@@ -9,16 +9,17 @@ sees it. What is accepted here, the safetensors library accepts too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import MalformedFile
+from .errors import MalformedFile, UnreadableFile
 from .strictjson import strict_json
 
 DTYPE_BYTES = {
@@ -81,17 +82,50 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     fd = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:
+        os.close(fd)
+        raise
+    if not regular:
         os.close(fd)
         raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
     return fd
 
 
+@contextlib.contextmanager
+def closing(fd: int) -> Iterator[int]:
+    """Closes a descriptor that was only read from, after the body; nothing can be lost by it."""
+    try:
+        yield fd
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def file_status(fd: int, label: str) -> os.stat_result:
+    """What `fstat` says. Raises UnreadableFile when it fails."""
+    try:
+        return os.fstat(fd)
+    except OSError as error:
+        raise unreadable(label, error) from error
+
+
+def unreadable(label: str, error: OSError) -> UnreadableFile:
+    """The error for a file that the system cannot read."""
+    return UnreadableFile(
+        f"{label}: cannot be read: {error.strerror}; check the disk and run again"
+    )
+
+
 def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
-    """`length` bytes at `offset`; a short read is an error, never zeros."""
+    """`length` bytes at `offset`; a short read is an error, never zeros. Raises UnreadableFile."""
     chunks = []
     while length:
-        chunk = os.pread(fd, length, offset)
+        try:
+            chunk = os.pread(fd, length, offset)
+        except OSError as error:
+            raise unreadable(label, error) from error
         if not chunk:
             raise MalformedFile(f"{label}: ends {length:,} bytes before its header says it does")
         chunks.append(chunk)
@@ -105,7 +139,7 @@ def read_header(fd: int, label: str) -> Header:
 
     `label` names the file in errors. Raises MalformedFile with the first rule that is broken.
     """
-    size = os.fstat(fd).st_size
+    size = file_status(fd, label).st_size
     if size < 10:
         raise MalformedFile(
             f"{label}: expected a safetensors file, found {size} bytes; download it again"

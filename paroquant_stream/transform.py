@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from .operations import run_operation
 from .source import Buffers, Source, Tick
 from .store import Store
 from .task import Task
-from .tensorfile import TensorInfo, TensorWriter, lay_out, pread_exactly
+from .tensorfile import TensorInfo, TensorWriter, closing, lay_out, pread_exactly
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,13 @@ def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord 
         fd = job.store.open_entry(key)
     except StoreError:
         return None
-    try:
-        stamp = FileStamp.of(os.fstat(fd))
+    with closing(fd):
         label = str(job.store.entry_path(key))
+        stamp = FileStamp.of_fd(fd, label)
         if stamp.size != size or pread_exactly(fd, 0, len(header), label) != header:
             job.store.quarantine(key)
             return None
         digest = job.store.memo.lookup(stamp) or hash_entry(fd, label)
-    finally:
-        os.close(fd)
     return _record(job.task, sha256, borrowed, key, digest, size)
 
 

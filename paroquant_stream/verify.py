@@ -15,6 +15,7 @@ from .errors import ManifestError, ParoquantStreamError, StoreError
 from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .request import Request, read_manifest
 from .store import Store
+from .tensorfile import closing, file_status
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,8 @@ def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
         fd = store.open_entry(record.key)
     except StoreError:
         return Problem(path, f"{record.size:,} bytes", "no readable file")
-    try:
+    with closing(fd):
         digest = hash_entry(fd, str(path))
-    finally:
-        os.close(fd)
     if digest != record.digest:
         return Problem(path, f"XXH3 {record.digest}", digest)
     names = {tensor.name for tensor in record.tensors}
@@ -63,11 +62,9 @@ def verify_source(directory: Path, record: EntryRecord) -> Problem | None:
         fd = shard.open()
     except ParoquantStreamError as error:
         return Problem(shard.path, f"SHA-256 {record.source_sha256}", str(error))
-    try:
-        size = os.fstat(fd).st_size
+    with closing(fd):
+        size = file_status(fd, str(shard.path)).st_size
         sha256 = SourceHasher(fd, (), size, str(shard.path), lambda _: None).finish().sha256
-    finally:
-        os.close(fd)
     if sha256 == record.source_sha256:
         return None
     return Problem(shard.path, f"SHA-256 {record.source_sha256}", sha256)

@@ -15,7 +15,7 @@ from .digest import FileStamp, hash_entry
 from .errors import AssemblyError, EntryDamaged
 from .manifest import EntryRecord, Manifest
 from .store import Store
-from .tensorfile import lay_out, pread_exactly
+from .tensorfile import closing, lay_out, pread_exactly
 
 logger = logging.getLogger(__name__)
 _PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
@@ -49,16 +49,14 @@ def read_weights(
 def check_entries(manifest: Manifest, store: Store) -> None:
     """Reads every byte of the entries. Raises EntryDamaged, the entry taken out of use."""
     for record in manifest.entries:
-        os.close(_open_checked(record, store, full=True))
+        with closing(_open_checked(record, store, full=True)):
+            pass
 
 
 def _read_entry(record: EntryRecord, store: Store, full: bool) -> dict[str, mx.array]:
     """The entry's arrays, through the very descriptor that was checked."""
-    fd = _open_checked(record, store, full)
-    try:
+    with closing(_open_checked(record, store, full)) as fd:
         return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
-    finally:
-        os.close(fd)
 
 
 def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
@@ -80,8 +78,8 @@ def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
 
 def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
     """What is wrong with an entry: size and header, and the digest unless its stat is known."""
-    stamp = FileStamp.of(os.fstat(fd))
     label = str(store.entry_path(record.key))
+    stamp = FileStamp.of_fd(fd, label)
     if stamp.size != record.size:
         return f"expected {record.size:,} bytes, found {stamp.size:,}"
     header, _ = lay_out(record.tensors)
