@@ -136,7 +136,8 @@ def test_a_signal_does_not_wait_for_a_disk_that_takes_its_time(model_dir, tmp_pa
     assert not list((cache / "v1" / "tmp").iterdir())
 
 
-def test_eight_processes_on_one_model_convert_each_shard_once(model_dir, tmp_path):
+@pytest.mark.parametrize("_again", range(5))
+def test_eight_processes_on_one_model_convert_each_shard_once(model_dir, tmp_path, _again):
     command = [sys.executable, "-m", "paroquant_stream.convert", str(model_dir), "--json"]
     command += ["--cache-dir", str(tmp_path / "cache"), "--jobs", "2"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(8)]

@@ -108,3 +108,56 @@ def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
     store.memo.remember(FileStamp.of(os.stat(path)), record.digest)
     with pytest.raises(EntryDamaged, match="the header is not the one that was written"):
         read_weights(manifest, store, everything)
+
+
+def defect(record, store, full: bool) -> str | None:
+    """What is found wrong with the entry as it lies there now."""
+    import os
+
+    from paroquant_stream.weights import _defect
+
+    fd = os.open(store.entry_path(record.key), os.O_RDONLY)
+    try:
+        return _defect(record, store, fd, full)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_every_flipped_bit_of_an_entry_is_found(converted, stride):
+    """Each bit, or each fifth, of the length, the header's text and the data; of the padding each
+    77th. Without a remembered stat the default check finds them too.
+    """
+    import os
+
+    manifest, store = converted
+    record = min(manifest.entries, key=lambda record: record.size)
+    path = store.entry_path(record.key)
+    good = path.read_bytes()
+    text = 8 + good[8:].index(b"}}") + 2
+    bits = [*range(text * 8), *range(text * 8, 16_384 * 8, 77), *range(16_384 * 8, len(good) * 8)]
+    assert defect(record, store, full=True) is None
+    fd = os.open(path, os.O_WRONLY)
+    missed = []
+    for bit in bits[::stride]:
+        os.pwrite(fd, bytes([good[bit // 8] ^ 1 << bit % 8]), bit // 8)
+        if defect(record, store, full=True) is None or defect(record, store, full=False) is None:
+            missed.append(bit)
+        os.pwrite(fd, good[bit // 8 : bit // 8 + 1], bit // 8)
+    os.close(fd)
+    assert missed == []
+    assert defect(record, store, full=True) is None
+
+
+def test_every_truncation_and_an_appended_byte_are_found(converted):
+    import os
+
+    manifest, store = converted
+    record = manifest.entries[0]
+    path = store.entry_path(record.key)
+    with path.open("ab") as file:
+        file.write(b"\0")
+    assert "bytes, found" in defect(record, store, full=False)
+    for size in range(record.size - 1, -1, -1):
+        os.truncate(path, size)
+        assert "bytes, found" in defect(record, store, full=False)
