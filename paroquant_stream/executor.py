@@ -54,4 +54,5 @@ def run_all(
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        wait(futures, patience)
+        # a future cancelled in the queue never counts as done, so waiting for it would never end
+        wait([future for future in futures if not future.cancelled()], patience)

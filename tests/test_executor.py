@@ -80,3 +80,14 @@ def test_a_caller_that_stops_listening_stops_the_jobs():
     assert next(results) == 0
     results.close()
     assert ended.is_set()
+
+
+def test_an_error_ends_a_run_with_jobs_still_in_the_queue():
+    def work(item, _):
+        time.sleep(0.05)
+        raise StoreError("disk full")
+
+    started = time.monotonic()
+    with pytest.raises(StoreError, match="disk full"):
+        list(run_all(work, range(20), 2))
+    assert time.monotonic() - started < 1
