@@ -3,126 +3,186 @@ arrays out.
 
 MLX keeps a linear of N outputs and K inputs as uint32 (N, K/8): eight consecutive inputs a word,
 the lowest nibble first. AutoAWQ keeps (K, N/8): eight outputs a word, in the order 0 2 4 6 1 3 5 7.
-So eight rows of one column are an 8 x 8 block of nibbles that must be transposed:
+So eight rows of one column of words are an 8 x 8 block of nibbles that must be transposed. Three
+rounds of swaps do it (Hacker's Delight, 2nd ed., section 7-3, with nibbles for bits); here for
+4 x 4, where two rounds are enough:
 
-    row k     ........        distance 1: swap nibbles of rows 0,1 | 2,3 | 4,5 | 6,7
-    row k+1   ........        distance 2: swap nibble pairs of rows 0,2 | 1,3 | 4,6 | 5,7
-      ...                     distance 4: swap halves of rows 0,4 | 1,5 | 2,6 | 3,7
-    row k+7   ........        (Hacker's Delight, 2nd ed., section 7-3, with nibbles for bits)
+    row 0   a b c d     partners are one    a e c g     partners are two    a e i m
+    row 1   e f g h     row apart: swap     b f d h     rows apart: swap    b f j n
+    row 2   i j k l     b,e d,g j,m l,o     i m k o     cg,im dh,jn         c g k o
+    row 3   m n o p                         j n l p                         d h l p
 
-Two columns are read as one uint64 and sixteen rows at once; a fourth swap, of 32-bit halves at
-distance 8, then leaves the two words of one output side by side, so that the last step moves 8-byte
-items.
+A round is `t = ((low >> shift) ^ high) & mask; high ^= t; low ^= t << shift` on whole arrays of
+rows, the shift and the mask's runs being one, two and four nibbles. Where the shift is whole bytes,
+reading `low` that many bytes later is the shift, so those rounds take four passes instead of six.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Step = tuple[Callable[..., Any], Array, Any, Array]
 
-_ROWS = 16  # inputs of a block: two words of one output
-_TILE_BLOCKS, _TILE_COLUMNS = 64, 64  # 512 KB and half as much scratch: stays in a 1 MB L2 cache
-_STAGES = (
-    (1, 0x0F0F_0F0F_0F0F_0F0F),
-    (2, 0x00FF_00FF_00FF_00FF),
-    (4, 0x0000_FFFF_0000_FFFF),
-    (8, 0x0000_0000_FFFF_FFFF),
-)
+_SIDE = 8  # nibbles in a word, so rows in a block
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_OUTPUTS = tuple(8 * (row // 8) + _AWQ_ORDER[row % 8] for row in range(_ROWS))
-"""Which of a uint64 column's 16 outputs a row of a transposed block is."""
+_STRIPE_BYTES = 4 << 20  # stays in the L3 cache until it is hashed or written
+_TILE_BYTES = 640 << 10  # with its scratch 1 MB, an L2; at 256 KB numpy's calls cost a tenth more
+_LINE_WORDS = 16  # words in a cache line of 64 bytes
+_MIN_LINES = 3  # of a row copied at a time: single lines come in at half the rate
 
 
-def awq_stripes(qweight: Array) -> Iterator[Array]:
-    """Runs of whole rows of MLX's weight, in order, each valid until the next is asked for.
+def awq_stripes(qweight: Array, first_row: int = 0, last_row: int | None = None) -> Iterator[Array]:
+    """Runs of whole rows of MLX's weight, in order, each valid only until the next is asked for.
 
-    `qweight`: C-contiguous 32-bit words (K, N/8), K a multiple of 16. Each stripe: uint32 (rows,
-    K/8), rows a multiple of 8, at most 1024 (4 MB for K = 8192); no array of the output's size is
-    made. Raises ValueError for another K.
+    `qweight`: C-contiguous 32-bit words (K, N/8), K a multiple of 8. Each stripe: uint32 (rows,
+    K/8), rows a multiple of 8, about 4 MB (5.5 MB for K = 28,672), in one buffer that all stripes
+    of a call share; no array of the output's size is made. `first_row` and `last_row`, multiples
+    of 8, choose a part of the N rows, so that threads can share a matrix. Raises ValueError for
+    other numbers.
     """
-    inputs, columns = qweight.shape
-    if inputs % _ROWS:
-        raise ValueError(f"expected a multiple of {_ROWS} inputs, found {inputs}")
-    blocks = inputs // _ROWS
-    words = qweight.view(np.uint32).reshape(blocks, _ROWS, columns)
-    stripe = np.empty((min(_TILE_COLUMNS, -(-columns // 2)), _ROWS, blocks), np.uint64)
-    height, breadth = min(_TILE_BLOCKS, blocks), len(stripe)
-    space = np.empty(_ROWS * height * breadth * 3 // 2, np.uint64)
-    for first in range(0, columns, 2 * _TILE_COLUMNS):
-        part = words[:, :, first : first + 2 * _TILE_COLUMNS]
-        width = part.shape[2]
-        for start in range(0, blocks, _TILE_BLOCKS):
-            rows = part[start : start + _TILE_BLOCKS]
-            shape = (_ROWS, len(rows), -(-width // 2))
-            size = shape[0] * shape[1] * shape[2]
-            tile, scratch = space[:size].reshape(shape), space[size : size * 3 // 2]
-            if width % 2:
-                tile[:, :, -1] = 0
-            tile.view(np.uint32)[:, :, :width] = rows.transpose(1, 0, 2)
-            _transpose_nibbles(tile, scratch)
-            for row, output in enumerate(_OUTPUTS):
-                stripe[: tile.shape[2], output, start : start + len(rows)] = tile[row].T
-        # An odd number of columns leaves the second half of the last uint64 column empty.
-        yield stripe.reshape(-1, blocks).view(np.uint32)[: 8 * width]
-
-
-def _transpose_nibbles(tile: Array, scratch: Array) -> None:
-    """Transposes every 16 x 2 block of words of `tile`, uint64 (16, blocks, columns), in place.
-
-    `scratch`: uint64, half as many items.
-    """
-    for distance, mask in _STAGES:
-        pairs = tile.reshape(_ROWS // (2 * distance), 2, distance, *tile.shape[1:])
-        low, high = pairs[:, 0], pairs[:, 1]
-        swap = scratch.reshape(low.shape)
-        shift = np.uint64(4 * distance)
-        np.right_shift(low, shift, out=swap)
-        np.bitwise_xor(swap, high, out=swap)
-        np.bitwise_and(swap, np.uint64(mask), out=swap)
-        np.bitwise_xor(high, swap, out=high)
-        np.left_shift(swap, shift, out=swap)
-        np.bitwise_xor(low, swap, out=low)
+    words = qweight.view(np.uint32)
+    inputs, columns = words.shape
+    last_row = _SIDE * columns if last_row is None else last_row
+    if not inputs or inputs % _SIDE:
+        raise ValueError(f"expected a multiple of {_SIDE} inputs, found {inputs}")
+    if first_row % _SIDE or last_row % _SIDE or not 0 <= first_row <= last_row <= _SIDE * columns:
+        raise ValueError(
+            f"expected multiples of {_SIDE} up to {_SIDE * columns}, found {first_row}:{last_row}"
+        )
+    words = words[:, first_row // _SIDE : last_row // _SIDE]
+    width = max(1, min(_tile_columns(inputs), words.shape[1]))
+    buffer, tile = _workspace(inputs, width)
+    for first in range(0, words.shape[1], width):
+        part = words[:, first : first + width]
+        stripe = buffer[: part.size].reshape(-1, inputs // _SIDE)
+        _transpose(part, stripe, tile)
+        yield stripe
 
 
 def awq_weight(qweight: Array) -> Array:
-    """MLX's whole weight, uint32 (N, K/8), of AutoAWQ's `qweight` (K, N/8)."""
-    return np.concatenate([stripe.copy() for stripe in awq_stripes(qweight)])
+    """MLX's whole weight, uint32 (N, K/8), of AutoAWQ's `qweight` (K, N/8); K a multiple of 8."""
+    inputs, columns = qweight.shape
+    weight = np.empty((_SIDE * columns, inputs // _SIDE), np.uint32)
+    row = 0
+    for stripe in awq_stripes(qweight):
+        weight[row : row + len(stripe)] = stripe
+        row += len(stripe)
+    return weight
+
+
+def _tile_columns(inputs: int) -> int:
+    """Words in a row of a tile and columns in a stripe: an odd number of cache lines.
+
+    Walking down a tile in steps of a power of two uses only some sets of the L1 cache: 8 lines run
+    at 0.9 of the rate of 7.
+    """
+    lines = _STRIPE_BYTES // (4 * _LINE_WORDS * inputs)
+    return (max(lines, _MIN_LINES) | 1) * _LINE_WORDS
+
+
+def _workspace(inputs: int, width: int) -> tuple[Array, Array]:
+    """Space for a stripe, uint32, and for a tile and its scratch, uint32 (1.5 tiles).
+
+    One allocation, because numpy asks for huge pages from 4 MB on: 1.1 times the rate.
+    """
+    pitch = width + width % 2  # the arithmetic is on pairs of words
+    blocks = max(1, min(inputs // _SIDE, _TILE_BYTES // (4 * _SIDE * pitch)))
+    tile = _SIDE * blocks * pitch * 3 // 2
+    space = np.empty(tile + width * inputs, np.uint32)
+    return space[tile:], space[:tile]
+
+
+def _transpose(words: Array, rows: Array, space: Array) -> None:
+    """Writes `words` (K, columns) as MLX's `rows` (8 * columns, K/8), tile after tile.
+
+    A tile is uint32 (2, 2, 2, blocks, columns): the bits of a row's number in its block from the
+    lowest to the highest, so that the round of six passes has the longest runs.
+    """
+    inputs, columns = words.shape
+    pitch = columns + columns % 2
+    blocks = words.reshape(-1, 2, 2, 2, columns).transpose(3, 2, 1, 0, 4)
+    # Row b0 + 2 b1 + 4 b2 of a transposed block is output 2 b0 + 4 b1 + b2 of AutoAWQ's order.
+    outputs = rows.reshape(columns, 2, 2, 2, -1).transpose(2, 1, 3, 4, 0)
+    depth = len(space) // (_SIDE * pitch * 3 // 2)
+    steps: list[Step] = []
+    tile = space[:0]
+    for first in range(0, inputs // _SIDE, depth):
+        part = blocks[:, :, :, first : first + depth]
+        if tile.shape[:-1] != part.shape[:-1]:
+            size = _SIDE * part.shape[3] * pitch
+            flat, scratch = space[:size], space[size : size * 3 // 2]
+            steps = _swaps(flat.view(np.uint64), scratch.view(np.uint64))
+            tile = flat.reshape(*part.shape[:-1], pitch)
+        tile[..., :columns] = part
+        for operation, left, right, out in steps:
+            operation(left, right, out=out)
+        for row in np.ndindex(2, 2, 2):
+            outputs[row][first : first + depth] = tile[row][:, :columns]
+
+
+def _swaps(tile: Array, scratch: Array) -> list[Step]:
+    """The passes that transpose the blocks of a tile, as (operation, left, right, out)."""
+    low, high = tile.reshape(2, -1)
+    steps: list[Step] = [
+        (np.right_shift, low, np.uint64(4), scratch),
+        (np.bitwise_xor, scratch, high, scratch),
+        (np.bitwise_and, scratch, np.uint64(0x0F0F_0F0F_0F0F_0F0F), scratch),
+        (np.bitwise_xor, high, scratch, high),
+        (np.left_shift, scratch, np.uint64(4), scratch),
+        (np.bitwise_xor, low, scratch, low),
+    ]
+    for pairs, mask in ((2, 0x00FF_00FF_00FF_00FF), (4, 0x0000_FFFF_0000_FFFF)):
+        shift = pairs // 2  # bytes
+        halves = tile.view(np.uint8).reshape(pairs, 2, -1)
+        low, high = halves[:, 0, shift:], halves[:, 1, :-shift]
+        swap = scratch.view(np.uint8).reshape(pairs, -1)[:, :-shift]
+        steps += [
+            (np.bitwise_xor, low, high, swap),
+            (np.bitwise_and, scratch, np.uint64(mask), scratch),  # clears the bytes left over
+            (np.bitwise_xor, high, swap, high),
+            (np.bitwise_xor, low, swap, low),
+        ]
+    return steps
 
 
 def awq_zeros(qzeros: Array) -> Array:
     """Zero points, uint8 (K/G, N), of AutoAWQ's packed 32-bit `qzeros` (K/G, N/8)."""
     groups, columns = qzeros.shape
-    zeros = np.empty((groups, columns, 8), np.uint8)
+    zeros = np.empty((groups, columns, _SIDE), np.uint8)
     words = qzeros.view(np.uint32)
     for nibble, output in enumerate(_AWQ_ORDER):
         zeros[:, :, output] = (words >> np.uint32(4 * nibble)) & np.uint32(15)
-    return zeros.reshape(groups, columns * 8)
+    return zeros.reshape(groups, columns * _SIDE)
 
 
 def awq_biases(scales: Array, qzeros: Array) -> Array:
     """MLX's biases, float16 (N, K/G): -(scale * zero) rounded once, so a zero point of 0 gives
     -0.0.
 
-    `scales`: float16 (K/G, N). `qzeros`: packed (K/G, N/8). A float16 times a 4-bit integer is
-    exact in float32.
+    `scales`: float16 or float32 (K/G, N). `qzeros`: packed (K/G, N/8). A float16 times a 4-bit
+    integer is exact in float32.
     """
-    product = scales.astype(np.float32) * awq_zeros(qzeros)
-    return np.ascontiguousarray((-product).astype(np.float16).T)
+    product = awq_zeros(qzeros).astype(np.float32)
+    product *= scales
+    np.negative(product, out=product)
+    return np.ascontiguousarray(product.astype(np.float16).T)
 
 
 def group_scales(scales: Array) -> Array:
-    """MLX's scales (N, K/G) of scales stored by group, (K/G, N); the dtype stays."""
-    return np.ascontiguousarray(scales.T)
+    """MLX's scales, float16 (N, K/G), of scales stored by group: float16 or float32 (K/G, N)."""
+    return np.ascontiguousarray(scales.astype(np.float16, copy=False).T)
 
 
-def native_biases(scaled_zeros: Array) -> Array:
-    """MLX's biases, float16 (N, K/G), of PARO_NATIVE's `scaled_zeros` = +scale * zero, (K/G, N)."""
-    return np.ascontiguousarray(-scaled_zeros.T)
+def bf16_to_float32(stored: Array) -> Array:
+    """The float32 values of bfloat16 bit patterns, uint16 of any shape: a bfloat16 is the upper
+    half of a float32.
+    """
+    return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def native_weight(qweight: Array) -> Array:
@@ -132,21 +192,45 @@ def native_weight(qweight: Array) -> Array:
     The four nibbles of an int16 are four consecutive inputs of one output.
     """
     quarter, inputs = qweight.shape
-    return qweight.reshape(-1).view(np.uint32).reshape(4 * quarter, inputs // 8)
+    return qweight.reshape(-1).view(np.uint32).reshape(4 * quarter, inputs // _SIDE)
+
+
+def native_biases(scaled_zeros: Array) -> Array:
+    """MLX's biases, float16 (N, K/G), of PARO_NATIVE's `scaled_zeros` = +scale * zero, (K/G, N)."""
+    return np.ascontiguousarray((-scaled_zeros).astype(np.float16, copy=False).T)
 
 
 def legacy_weight(qweight: Array) -> Array:
     """MLX's weight, uint32 (N, K/8), of PARO_NATIVE_LEGACY's int16 (N/4, K), K a multiple of 64.
 
     TinyChat's interleave: 64 int16 hold 64 inputs of four outputs, 16 int16 an output; in every 32
-    inputs, input c lies in nibble 8*((c % 8) // 2) + 4*(c % 2) + c // 8.
+    inputs, input c lies in nibble 8*((c % 8) // 2) + 4*(c % 2) + c // 8. So byte i of MLX's word w
+    is nibbles w and w + 4 of stored word i.
     """
     quarter, inputs = qweight.shape
     blocks = qweight.reshape(quarter, inputs // 64, 4, 16).swapaxes(1, 2)
-    words = np.ascontiguousarray(blocks).view(np.uint32).reshape(4 * quarter, inputs // 32, 4)
-    order = np.array([8 * (c % 8 // 2) + 4 * (c % 2) + c // 8 for c in range(32)])
-    result = np.zeros_like(words)
-    for column, slot in enumerate(order):
-        nibble = (words[:, :, slot // 8] >> np.uint32(4 * (slot % 8))) & np.uint32(15)
-        result[:, :, column // 8] |= nibble << np.uint32(4 * (column % 8))
-    return result.reshape(4 * quarter, inputs // 8)
+    words = blocks.copy().view(np.uint32).reshape(-1, 4)
+    for distance, mask in ((8, 0x0000_FF00), (4, 0x00F0_00F0)):  # 01234567 -> 04152637
+        swap = words >> np.uint32(distance)
+        swap ^= words
+        swap &= np.uint32(mask)
+        words ^= swap
+        swap <<= np.uint32(distance)
+        words ^= swap
+    stored = words.view(np.uint8).reshape(-1, 4, 4)
+    weight = np.empty_like(stored)
+    for word, byte in np.ndindex(4, 4):
+        weight[:, word, byte] = stored[:, byte, word]
+    return weight.reshape(-1).view(np.uint32).reshape(4 * quarter, inputs // _SIDE)
+
+
+def legacy_group_rows(array: Array, groups: int) -> Array:
+    """The `groups` = K/G rows that mean something, (K/G, N), of an array padded to more rows."""
+    return array[:groups]
+
+
+def legacy_biases(scaled_zeros: Array, groups: int) -> Array:
+    """MLX's biases, float16 (N, K/G), of PARO_NATIVE_LEGACY's padded `scaled_zeros`, which are
+    -scale * zero already.
+    """
+    return group_scales(legacy_group_rows(scaled_zeros, groups))
