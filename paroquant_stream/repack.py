@@ -208,20 +208,24 @@ def legacy_weight(qweight: Array) -> Array:
     is nibbles w and w + 4 of stored word i.
     """
     quarter, inputs = qweight.shape
-    blocks = qweight.reshape(quarter, inputs // 64, 4, 16).swapaxes(1, 2)
-    words = blocks.copy().view(np.uint32).reshape(-1, 4)
-    for distance, mask in ((8, 0x0000_FF00), (4, 0x00F0_00F0)):  # 01234567 -> 04152637
-        swap = words >> np.uint32(distance)
-        swap ^= words
-        swap &= np.uint32(mask)
-        words ^= swap
-        swap <<= np.uint32(distance)
-        words ^= swap
-    stored = words.view(np.uint8).reshape(-1, 4, 4)
-    weight = np.empty_like(stored)
-    for word, byte in np.ndindex(4, 4):
-        weight[:, word, byte] = stored[:, byte, word]
-    return weight.reshape(-1).view(np.uint32).reshape(4 * quarter, inputs // _SIDE)
+    weight = np.empty((quarter, 4 * inputs // _SIDE), np.uint32)
+    rows = max(1, _TILE_BYTES // (8 * inputs))  # with their temporaries they stay in the L2
+    for first in range(0, quarter, rows):
+        part = qweight[first : first + rows]
+        blocks = part.reshape(len(part), inputs // 64, 4, 16).swapaxes(1, 2)
+        words = blocks.copy().view(np.uint32)
+        for distance, mask in ((8, 0x0000_FF00), (4, 0x00F0_00F0)):  # 01234567 -> 04152637
+            swap = words >> np.uint32(distance)
+            swap ^= words
+            swap &= np.uint32(mask)
+            words ^= swap
+            swap <<= np.uint32(distance)
+            words ^= swap
+        stored = words.view(np.uint8).reshape(-1, 4, 4)
+        target = weight[first : first + rows].view(np.uint8).reshape(-1, 4, 4)
+        for word, byte in np.ndindex(4, 4):
+            target[:, word, byte] = stored[:, byte, word]
+    return weight.reshape(4 * quarter, inputs // _SIDE)
 
 
 def legacy_group_rows(array: Array, groups: int) -> Array:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from paroquant.inference.backends.mlx import load as public
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from paroquant_stream import repack
 
+public = pytest.importorskip(
+    "paroquant.inference.backends.mlx.load", reason="the public loader comes with the test extra"
+)
+
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-SHAPES = [(32, 8), (64, 64), (256, 1048), (2080, 56), (1056, 2056), (16, 8)]
+SHAPES = [(8, 8), (32, 8), (64, 64), (24, 72), (256, 1048), (2088, 56), (1056, 2056), (32768, 456)]
 
 
 def awq_packed(codes: np.ndarray) -> np.ndarray:
@@ -47,22 +56,98 @@ def test_awq_weights_come_out_as_mlx_packs_them(rng, inputs, outputs):
     assert np.array_equal(weight, public._pack_mlx(public._unpack_and_reorder(packed).T))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_awq_weights_of_any_eights_of_inputs_and_outputs_come_out_right(blocks, columns, seed):
+    raw = codes(np.random.default_rng(seed), 8 * blocks, 8 * columns)
+    assert np.array_equal(repack.awq_weight(awq_packed(raw)), mlx_packed(raw.T))
+
+
+@pytest.mark.parametrize("inputs", [32, 1000, 32768])
+def test_tiles_of_every_depth_give_the_same_words(rng, monkeypatch, inputs):
+    raw = codes(rng, inputs, 120)
+    packed = awq_packed(raw)
+    for size in (1, 5000, 1 << 30):
+        monkeypatch.setattr(repack, "_TILE_BYTES", size)
+        assert np.array_equal(repack.awq_weight(packed), mlx_packed(raw.T))
+
+
 def test_stripes_are_whole_rows_in_order_in_a_buffer_that_is_used_again(rng):
-    packed = awq_packed(codes(rng, 32, 5000))
+    packed = awq_packed(codes(rng, 32768, 1000))
     stripes = []
     copies = []
     for stripe in repack.awq_stripes(packed):
         stripes.append(stripe)
         copies.append(stripe.copy())
     assert len(stripes) > 2
-    assert all(stripe.shape[1] == 4 and len(stripe) <= 1024 for stripe in stripes)
+    assert all(stripe.shape[1] == 4096 and len(stripe) % 8 == 0 for stripe in stripes)
+    assert all(stripe.flags.c_contiguous for stripe in stripes)
     assert np.shares_memory(stripes[0], stripes[1])
     assert np.array_equal(np.concatenate(copies), repack.awq_weight(packed))
 
 
-def test_inputs_that_no_group_size_allows_are_refused():
-    with pytest.raises(ValueError, match="multiple of 16 inputs, found 24"):
-        next(repack.awq_stripes(np.zeros((24, 8), np.int32)))
+@pytest.mark.parametrize("inputs", [2048, 4096, 5120, 8192, 14336, 28672])
+def test_stripes_hold_about_four_megabytes(inputs):
+    stripe = next(repack.awq_stripes(np.zeros((inputs, 512), np.int32)))
+    assert 3 << 20 <= stripe.nbytes <= 6 << 20
+
+
+def test_a_repack_needs_no_array_of_the_outputs_size():
+    packed = np.zeros((8192, 2048), np.int32)
+    tracemalloc.start()
+    for _ in repack.awq_stripes(packed):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("cuts", [(8,), (800, 808), (0, 504, 1000)])
+def test_ranges_of_rows_join_to_the_whole(rng, cuts):
+    packed = awq_packed(codes(rng, 80, 1000))
+    bounds = [0, *cuts, 1000]
+    parts = [
+        stripe.copy()
+        for first, last in itertools.pairwise(bounds)
+        for stripe in repack.awq_stripes(packed, first, last)
+    ]
+    assert np.array_equal(np.concatenate(parts), repack.awq_weight(packed))
+
+
+def test_threads_over_ranges_of_one_matrix_do_not_disturb_each_other(rng):
+    packed = awq_packed(codes(rng, 4096, 4096))
+    weight = np.empty((4096, 512), np.uint32)
+
+    def work(first: int) -> None:
+        row = first
+        for stripe in repack.awq_stripes(packed, first, first + 1024):
+            weight[row : row + len(stripe)] = stripe
+            row += len(stripe)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(0, 4096, 1024)))
+    assert np.array_equal(weight, repack.awq_weight(packed))
+
+
+def test_the_packed_words_are_left_as_they_were(rng):
+    packed = awq_packed(codes(rng, 64, 64))
+    packed.flags.writeable = False
+    repack.awq_weight(packed)
+    legacy = legacy_packed(codes(rng, 4, 64))  # one block of 64, which a reshape need not copy
+    legacy.flags.writeable = False
+    repack.legacy_weight(legacy)
+
+
+@pytest.mark.parametrize("inputs", [0, 4, 20])
+def test_inputs_that_do_not_fill_words_are_refused(inputs):
+    with pytest.raises(ValueError, match=f"multiple of 8 inputs, found {inputs}"):
+        next(repack.awq_stripes(np.zeros((inputs, 8), np.int32)))
+
+
+@pytest.mark.parametrize(("first", "last"), [(4, 64), (0, 60), (0, 72), (-8, 64), (16, 8)])
+def test_ranges_outside_the_rows_or_between_eights_are_refused(first, last):
+    with pytest.raises(ValueError, match=f"multiples of 8 up to 64, found {first}:{last}"):
+        next(repack.awq_stripes(np.zeros((8, 8), np.int32), first, last))
 
 
 def test_zeros_are_unpacked_in_the_order_of_the_outputs(rng):
@@ -113,6 +198,49 @@ def legacy_packed(raw: np.ndarray) -> np.ndarray:
     words = nibbles.reshape(outputs // 4, inputs, 4).astype(np.uint16)
     packed = sum((words[:, :, i] << np.uint16(4 * i) for i in range(4)), np.uint16(0))
     return packed.astype(np.uint16).view(np.int16)
+
+
+def test_native_scales_and_biases_have_the_public_loaders_bits(rng):
+    import mlx.core as mx
+
+    scaled_zeros = rng.uniform(-0.1, 0.1, (3, 32)).astype(np.float16)
+    scaled_zeros[:, ::5] = 0
+    scales = rng.uniform(0.001, 0.02, (3, 32)).astype(np.float16)
+    weights = {
+        "x.qlinear.qweight": mx.array(mlx_packed(codes(rng, 32, 96)).view(np.int16).reshape(8, 96)),
+        "x.qlinear.scales": mx.array(scales),
+        "x.qlinear.scaled_zeros": mx.array(scaled_zeros),
+    }
+    expected = public._convert_paro_native(weights, 32)
+    biases = repack.native_biases(scaled_zeros)
+    assert biases.tobytes() == np.array(expected["x.biases"]).tobytes()
+    assert repack.group_scales(scales).tobytes() == np.array(expected["x.scales"]).tobytes()
+    assert biases.flags.c_contiguous
+
+
+def test_float32_scales_are_rounded_once_and_after_the_product(rng):
+    scales = rng.uniform(0.001, 0.02, (4, 64)).astype(np.float32)
+    zeros = codes(rng, 4, 64)
+    biases = repack.awq_biases(scales, awq_packed(zeros))
+    expected = (-scales * zeros.astype(np.float32)).astype(np.float16).T
+    assert biases.dtype == np.float16
+    assert biases.tobytes() == expected.tobytes()
+    assert np.array_equal(repack.group_scales(scales), scales.astype(np.float16).T)
+
+
+def test_bfloat16_values_are_the_float32_with_the_same_upper_half():
+    bits = np.array([[0x3F80, 0xC000, 0x8000], [0x0001, 0x7F80, 0x3E20]], np.uint16)
+    values = repack.bf16_to_float32(bits)
+    assert np.array_equal(values, np.float32([[1, -2, -0.0], [2.0**-133, np.inf, 0.15625]]))
+    assert np.signbit(values[0, 2])
+
+
+def test_legacy_padding_is_dropped_and_its_biases_keep_their_sign(rng):
+    padded = rng.normal(size=(8, 16)).astype(np.float16)
+    assert np.array_equal(repack.legacy_group_rows(padded, 3), padded[:3])
+    biases = repack.legacy_biases(padded, 3)
+    assert biases.shape == (16, 3)
+    assert biases.tobytes() == padded[:3].T.tobytes()
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(4, 64), (32, 128), (24, 320)])
