@@ -8,6 +8,7 @@ import sys
 
 from .api import cache_store, make_request
 from .errors import ParoquantStreamError
+from .report import shown
 from .verify import verify_model, verify_store
 
 DESCRIPTION = """\
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _verify(arguments)
     except ParoquantStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
         return 1
 
 
@@ -57,7 +58,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(json.dumps({"files": count, "problems": listed}))
     else:
         for problem in problems:
-            print(problem)
+            print(shown(problem))
         print(f"{count} files read, {len(problems)} differ")
     return 1 if problems else 0
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from .api import make_request, run_conversion
 from .conversion import Conversion, survey
 from .errors import ParoquantStreamError
-from .report import ShardReport
+from .report import ShardReport, shown
 from .request import Request
 
 DESCRIPTION = """\
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments)
     except ParoquantStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
         print("interrupted; finished shards are kept, run again to go on", file=sys.stderr)
@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_as_json(conversion)))
     elif not arguments.quiet:
-        print(_summary(conversion))
+        print(shown(_summary(conversion)))
     return 0
 
 
@@ -149,7 +149,7 @@ def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
         print(json.dumps({"model": request.model, "dry_run": True, "shards": shards, **totals}))
     elif not arguments.quiet:
         for report in reports:
-            print(_survey_line(report))
+            print(shown(_survey_line(report)))
         print(
             f"{len(work)} of {len(reports)} shards to convert: "
             f"{_bytes(totals['bytes_to_read'])} to read, "

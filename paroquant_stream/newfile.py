@@ -68,7 +68,9 @@ class NewFile:
             # fallocate gives the file its size at once: a write that was lost shows in the offset
             reached = min(status.st_size, os.lseek(self._fd, 0, os.SEEK_CUR))
             if not reached == self._written == self._size:
-                raise StoreError(f"{self._path}: {reached:,} bytes on disk, {self._size:,} expected")
+                raise StoreError(
+                    f"{self._path}: {reached:,} bytes on disk, {self._size:,} expected"
+                )
             if not os.path.isdir(target.parent):
                 target.parent.mkdir(mode=_directory_mode(status.st_mode), exist_ok=True)
                 sync_directory(target.parent.parent)

@@ -70,3 +70,14 @@ def report_converted(
 def _report(record: EntryRecord, action: str, why: str, seconds: float) -> ShardReport:
     sizes = (record.source_size, record.size)
     return ShardReport(record.shard, action, why, record.key, record.digest, *sizes, seconds)
+
+
+def shown(text: object, keep: str = "") -> str:
+    """The text for a terminal: control characters and broken UTF-8, which a path may hold, escaped.
+
+    `keep`: characters that stay as they are, like the newlines of a list of defects.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )

@@ -156,8 +156,11 @@ def read_header(fd: int, label: str) -> Header:
     text = pread_exactly(fd, 8, length, label)
     if not text.startswith(b"{"):
         raise MalformedFile(f"{label}: the header does not start with '{{'")
+    if text.count(b'":') > 4 * MAX_TENSORS + 1000:  # parsed, 400,000 tensors take 300 MB
+        raise MalformedFile(f"{label}: over the limit of {MAX_TENSORS:,} tensors")
     table = strict_json(text.rstrip(b" "), label)
-    metadata = table.pop("__metadata__", None) or {}
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is what mx.save_safetensors writes
     if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
         raise MalformedFile(f"{label}: __metadata__ is not a map of strings")
     if len(table) > MAX_TENSORS:
