@@ -19,6 +19,14 @@ from .errors import StoreError
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
 
 
+_open: set[Path] = set()
+
+
+def is_open(path: Path) -> bool:
+    """Whether this process is writing the temp file at `path`."""
+    return path in _open
+
+
 class NewFile:
     """A temp file of the store; `write` hashes, `publish` gives it its name."""
 
@@ -28,6 +36,7 @@ class NewFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._fd = os.open(path, flags, mode)
+            _open.add(path)
             try:
                 if size and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._fd, 0, size)
@@ -71,11 +80,10 @@ class NewFile:
                 raise StoreError(
                     f"{self._path}: {reached:,} bytes on disk, {self._size:,} expected"
                 )
-            if not os.path.isdir(target.parent):
-                target.parent.mkdir(mode=_directory_mode(status.st_mode), exist_ok=True)
-                sync_directory(target.parent.parent)
+            target.parent.mkdir(mode=_directory_mode(status.st_mode), exist_ok=True)
             os.replace(self._path, target)
             sync_directory(target.parent)
+            sync_directory(target.parent.parent)  # it may hold a new directory's name
             return FileStamp.of(os.stat(target))
         except OSError as error:
             raise _write_error(target, 0, error) from error
@@ -83,6 +91,7 @@ class NewFile:
     def discard(self) -> None:
         """Closes the file and removes the temp if it is still there."""
         fd, self._fd = self._fd, -1
+        _open.discard(self._path)
         with contextlib.suppress(OSError):  # nothing that was not synced is ever published
             if fd >= 0:
                 os.close(fd)

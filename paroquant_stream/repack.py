@@ -31,7 +31,7 @@ Step = tuple[Callable[..., Any], Array, Any, Array]
 _SIDE = 8  # nibbles in a word, so rows in a block
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _STRIPE_BYTES = 4 << 20  # stays in the L3 cache until it is hashed or written
-_TILE_BYTES = 640 << 10  # with its scratch 1 MB, an L2; at 256 KB numpy's calls cost a tenth more
+_TILE_BYTES = 640 << 10  # with its scratch 1 MB, an L2; at 256 KB numpy calls cost 5 % more
 _LINE_WORDS = 16  # words in a cache line of 64 bytes
 _MIN_LINES = 3  # of a row copied at a time: single lines come in at half the rate
 
@@ -93,7 +93,8 @@ def _workspace(inputs: int, width: int) -> tuple[Array, Array]:
     pitch = width + width % 2  # the arithmetic is on pairs of words
     blocks = max(1, min(inputs // _SIDE, _TILE_BYTES // (4 * _SIDE * pitch)))
     tile = _SIDE * blocks * pitch * 3 // 2
-    space = np.empty(tile + width * inputs, np.uint32)
+    space = np.empty(_LINE_WORDS + tile + width * inputs, np.uint32)
+    space = space[-(space.ctypes.data // 4) % _LINE_WORDS :]  # on a cache line: 1.03 times the rate
     return space[tile:], space[:tile]
 
 

@@ -29,7 +29,7 @@ import filelock
 
 from .digest import Memo
 from .errors import MalformedFile, StoreError
-from .newfile import NewFile, sync_directory
+from .newfile import NewFile, is_open, sync_directory
 from .tensorfile import open_regular
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,13 @@ class Store:
         for path in (self.root, self._path()) if self.private else ():
             try:
                 status = os.stat(path)
-            except OSError:  # absent, or in the way of `create`, which says so
+            except (
+                FileNotFoundError,
+                NotADirectoryError,
+            ):  # `create` makes it, or says what is wrong
                 continue
+            except OSError as error:
+                raise StoreError(f"{path}: cannot be looked at: {error.strerror}") from error
             if status.st_uid != os.geteuid():
                 raise StoreError(
                     f"{path}: owned by user {status.st_uid}, not by you ({os.geteuid()}); choose a "
@@ -101,15 +106,14 @@ class Store:
         mode = 0o700 if self.private else 0o777
         try:
             self.root.mkdir(mode=mode, parents=True, exist_ok=True)
-            if not os.path.isdir(self._path("tmp")):
-                for name in ("entries", "manifests", "memo", "locks", "tmp"):
-                    self._path().mkdir(mode=mode, exist_ok=True)
-                    self._path(name).mkdir(mode=mode, exist_ok=True)
-                for path in (self._path(), self.root, self.root.parent):
-                    sync_directory(path)
+            for name in ("entries", "manifests", "memo", "locks", "tmp"):
+                self._path().mkdir(mode=mode, exist_ok=True)
+                self._path(name).mkdir(mode=mode, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"
-            if self.private and not os.path.exists(tag):
+            if self.private and not (tag.exists() and tag.stat().st_size == len(_CACHEDIR_TAG)):
                 tag.write_text(_CACHEDIR_TAG)
+            for path in (self._path(), self.root, self.root.parent):
+                sync_directory(path)
         except OSError as error:
             raise StoreError(
                 f"{self.root}: cannot make the cache: {error.strerror}; try --cache-dir"
@@ -132,6 +136,11 @@ class Store:
         except OSError:
             return None
         return status.st_size
+
+    def sync_entry(self, key: str) -> None:
+        """Makes an entry's name durable, as its writer may have been kept from it."""
+        with contextlib.suppress(OSError):
+            sync_directory(self.entry_path(key).parent)
 
     def open_entry(self, key: str) -> int:
         """A descriptor of the entry. Raises StoreError when it is absent or no regular file."""
@@ -180,13 +189,17 @@ class Store:
             os.replace(self.entry_path(key), self._path("tmp", name))
 
     def sweep(self, own: bool = False) -> int:
-        """Removes the temps of dead runs, with `own` this process's too; returns their bytes."""
+        """Removes the temps of dead runs and those that this process could not remove before.
+
+        With `own` also those that it is still writing. Returns the bytes freed.
+        """
         freed = 0
         with contextlib.suppress(OSError):
             for path in self._path("tmp").iterdir():
                 with contextlib.suppress(OSError):
                     status = path.stat(follow_symlinks=False)
-                    mine = own and path.name.startswith(f"{_host()}-{os.getpid()}-")
+                    mine = path.name.startswith(f"{_host()}-{os.getpid()}-")
+                    mine = mine and (own or not is_open(path))
                     if mine or _is_dead(path.name, time.time() - status.st_mtime):
                         path.unlink()
                         freed += status.st_size

@@ -101,6 +101,7 @@ def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord 
             job.store.quarantine(key)
             return None
         digest = job.store.memo.lookup(stamp) or hash_entry(fd, label)
+    job.store.sync_entry(key)
     return _record(job.task, sha256, borrowed, key, digest, size)
 
 

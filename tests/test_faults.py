@@ -150,8 +150,6 @@ def failed_call(model, cache, golden, fault) -> tuple[bool, list[str]]:
     wrong += [] if published(cache).items() <= golden.items() else ["WRONG BYTES"]
     run(model, cache)  # the same process, the fault gone
     wrong += [] if published(cache) == golden else ["WRONG BYTES after the fault"]
-    if fault[0] in ("unlink", "close"):  # a temp that could not be removed waits for a new process
-        Store(cache).sweep(own=True)
     wrong += ["temps left"] if temps(cache) else []
     shutil.rmtree(cache)
     return bool(seam.fired), [f"{problem}: {fault}" for problem in wrong]
@@ -378,7 +376,10 @@ def test_too_few_descriptors_are_one_line_and_exit_code_1(model, tmp_path, golde
         code, stderr = ended(process(script, *arguments))
         assert clean(code, stderr), stderr
         codes.append(code)
-        resumes(model, cache, golden)
+        # Without a descriptor for the memo a published shard is hashed and converted in one pass.
+        assert published(cache).items() <= golden.items()
+        run(model, cache)
+        assert published(cache) == golden
     assert codes[0] == 1
     assert codes[-1] == 0
 
