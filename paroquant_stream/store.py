@@ -231,10 +231,13 @@ def _host() -> str:
 
 
 def _is_dead(name: str, age: float) -> bool:
-    """Whether a temp's writer is gone: its process on this host, or a day without a write."""
+    """Whether a temp's writer is gone: on this host by its process, on another after a day.
+
+    Never by time alone where the process can be asked: clocks jump.
+    """
     host, _, rest = name.partition("-")
     pid = rest.partition("-")[0]
-    if age > TEMP_MAX_AGE or host != _host() or not pid.isdigit():
+    if host != _host() or not pid.isdigit():
         return age > TEMP_MAX_AGE
     try:
         os.kill(int(pid), 0)

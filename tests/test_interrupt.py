@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
 from paroquant_stream.digest import hash_entry
+from paroquant_stream.store import Store
 
 KILL = """
 import os, signal, sys
@@ -84,6 +86,65 @@ def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(
         assert published(cache) == right
         assert not list((cache / "v1" / "tmp").iterdir())
     assert killed > 30
+
+
+@pytest.mark.parametrize("pairs", [8, pytest.param(60, marks=pytest.mark.long)])
+def test_killed_again_while_it_resumes_it_still_comes_out_right(scattered_dir, tmp_path, pairs):
+    whole = convert(make_request(scattered_dir, cache_dir=tmp_path / "whole", jobs=1))
+    right = {record.key: record.digest for record in whole.manifest.entries}
+    steps, killed = random.Random(0), 0
+    for pair in range(pairs):
+        cache = tmp_path / f"cache{pair}"
+        arguments = [str(scattered_dir), "--cache-dir", str(cache), "--jobs", "1", "--quiet"]
+        for step in (steps.randint(5, 50), steps.randint(1, 40)):
+            done = subprocess.run(
+                [sys.executable, "-c", KILL, str(step), *arguments], capture_output=True
+            )
+            killed += done.returncode == -signal.SIGKILL
+            assert published(cache).items() <= right.items()
+        convert(make_request(scattered_dir, cache_dir=cache, jobs=1))
+        assert published(cache) == right
+    assert killed > pairs
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from paroquant_stream.store import Store
+with Store(Path(sys.argv[1])).lock("m"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_whose_holder_is_killed_is_free_at_once(tmp_path):
+    store = Store(tmp_path / "cache")
+    store.create()
+    command = [sys.executable, "-c", HOLD, str(store.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        holder.kill()
+    started = time.monotonic()
+    with store.lock("m"):
+        assert time.monotonic() - started < 1
+
+
+def test_a_process_that_has_used_mlx_converts_in_threads_of_any_kind(model_dir, tmp_path):
+    """MLX's own threads must not keep a conversion from ending (fork would hang)."""
+    import asyncio
+
+    import mlx.core as mx
+
+    mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
+
+    def run(name: str):
+        return convert(make_request(model_dir, cache_dir=tmp_path / name, jobs=2))
+
+    async def beside():
+        return await asyncio.wait_for(asyncio.to_thread(run, "thread"), 30)
+
+    first, second = run("main"), asyncio.run(beside())
+    assert [r.digest for r in first.manifest.entries] == [r.digest for r in second.manifest.entries]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
