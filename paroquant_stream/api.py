@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from .conversion import Conversion, Progress, convert
+from .conversion import Progress, convert
 from .errors import EntryDamaged
 from .hub import resolve
 from .manifest import Manifest
@@ -42,11 +42,6 @@ def make_request(
     return Request(str(model_path), directory, store, in_place, force, jobs)
 
 
-def run_conversion(request: Request, progress: Progress | None = None) -> Conversion:
-    """A finished conversion with a report for each shard; errors as `convert_checkpoint`."""
-    return convert(request, progress)
-
-
 def convert_checkpoint(
     model_path: str | Path,
     *,
@@ -71,7 +66,7 @@ def convert_checkpoint(
     request = make_request(
         model_path, cache_dir=cache_dir, in_place=in_place, force=force, jobs=jobs
     )
-    return run_conversion(request, progress).manifest
+    return convert(request, progress).manifest
 
 
 def load(
@@ -100,7 +95,7 @@ def load(
 
     def attempt() -> tuple[Any, Any, bool]:
         shipped = _shipped(request)
-        manifest, store = shipped or (run_conversion(request, progress).manifest, request.store)
+        manifest, store = shipped or (convert(request, progress).manifest, request.store)
         return assemble(
             request.directory,
             manifest,

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .descriptor import closing, open_regular
 from .digest import Memo, hash_file
 from .errors import CheckpointError, MalformedFile
 from .strictjson import strict_json
-from .tensorfile import Header, TensorInfo, closing, open_regular, read_header
+from .tensorfile import Header, TensorInfo, read_header
 
 __all__ = ["Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 

@@ -47,20 +47,26 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     """
     started = time.monotonic()
     request.store.check_owner()
-    before = read_manifest(request)
-    if before is None or request.force or staleness(request, before):
+    current = _current(request)
+    if current is None:
         plan, checkpoint = plan_model(request)
         request.store.create()
         request.store.sweep()
         with request.store.lock(request.manifest_name):
-            before = read_manifest(request)  # another process may have just done it
-            if before is None or request.force or staleness(request, before):
-                return _convert_shards(request, checkpoint, plan, before, progress, started)
+            current = _current(request)  # another process may have just done it
+            if current is None:
+                return _convert_shards(request, checkpoint, plan, progress, started)
     else:
         request.store.sweep()
-    reports = tuple(report_reused(record, record) for record in before.entries)
+    reports = tuple(report_reused(record, record) for record in current.entries)
     path = request.store.manifest_path(request.manifest_name)
-    return Conversion(before, path, reports, time.monotonic() - started)
+    return Conversion(current, path, reports, time.monotonic() - started)
+
+
+def _current(request: Request) -> Manifest | None:
+    """The manifest that still holds, if there is one and nothing is to be done again."""
+    manifest = None if request.force else read_manifest(request)
+    return manifest if manifest and staleness(request, manifest) is None else None
 
 
 def plan_model(request: Request) -> tuple[Plan, Checkpoint]:
@@ -87,7 +93,6 @@ def _convert_shards(
     request: Request,
     checkpoint: Checkpoint,
     plan: Plan,
-    before: Manifest | None,
     progress: Progress | None,
     started: float,
 ) -> Conversion:
@@ -96,6 +101,7 @@ def _convert_shards(
     from .transform import Job, Outcome, run_task
 
     _check_space(request, plan)
+    before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
     threads = max(1, request.jobs // len(plan.tasks))
     jobs = [

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from .api import make_request, run_conversion
-from .conversion import Conversion, survey
+from .api import make_request
+from .conversion import Conversion, convert, survey
 from .errors import ParoquantStreamError
 from .report import ShardReport, shown
 from .request import Request
@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     with _Bar(hidden=arguments.quiet or not sys.stderr.isatty()) as bar:
         try:
-            conversion = run_conversion(request, bar)
+            conversion = convert(request, bar)
         except (KeyboardInterrupt, Terminated):
             request.store.sweep(own=True)  # of workers that are still inside a system call
             raise

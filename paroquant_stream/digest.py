@@ -20,8 +20,9 @@ from pathlib import Path
 
 import xxhash
 
+from .descriptor import file_status, unreadable
 from .errors import SourceChanged
-from .tensorfile import TensorInfo, file_status, unreadable
+from .tensorfile import TensorInfo
 
 CHUNK = 4 << 20  # bytes a read; larger ones leave the L2 cache before they are hashed
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s

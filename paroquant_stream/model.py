@@ -26,7 +26,7 @@ from .model_class import (
 )
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
-from .weights import check_entries, read_weights
+from .weights import read_weights, reading
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def assemble(
     _check(model, weights)
     model.load_weights(list(weights.items()))
     if not lazy:
-        _evaluate(model, manifest, store)
+        with reading(manifest, store):
+            mx.eval(model.parameters())
     model.eval()
     return model, load_tokenizer(directory, config, is_vlm), is_vlm
 
@@ -79,18 +80,6 @@ def _check_memory(needed: int) -> None:
             f"the weights take {needed:,} bytes, this machine has {memory:,}; lazy=True loads them "
             "all the same, as they are used"
         )
-
-
-def _evaluate(model: nn.Module, manifest: Manifest, store: Store) -> None:
-    """Reads all parameters. After a failure no array may be used: a second eval would give zeros.
-
-    Raises EntryDamaged when an entry is the cause, else AssemblyError.
-    """
-    try:
-        mx.eval(model.parameters())
-    except Exception as error:
-        check_entries(manifest, store)
-        raise AssemblyError(f"MLX could not read the weights: {error}") from error
 
 
 def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:

@@ -19,12 +19,12 @@ from .errors import StoreError
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
 
 
-_open: set[Path] = set()
+_open: set[str] = set()
 
 
-def is_open(path: Path) -> bool:
-    """Whether this process is writing the temp file at `path`."""
-    return path in _open
+def is_open(name: str) -> bool:
+    """Whether this process is writing the temp file of this name, by whatever path."""
+    return name in _open
 
 
 class NewFile:
@@ -36,7 +36,7 @@ class NewFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._fd = os.open(path, flags, mode)
-            _open.add(path)
+            _open.add(path.name)
             try:
                 if size and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._fd, 0, size)
@@ -91,7 +91,7 @@ class NewFile:
     def discard(self) -> None:
         """Closes the file and removes the temp if it is still there."""
         fd, self._fd = self._fd, -1
-        _open.discard(self._path)
+        _open.discard(self._path.name)
         with contextlib.suppress(OSError):  # nothing that was not synced is ever published
             if fd >= 0:
                 os.close(fd)

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .repack import awq_biases, awq_stripes, group_scales, legacy_weight, native_biases
+from .repack import (
+    awq_biases,
+    awq_stripes,
+    group_scales,
+    legacy_group_rows,
+    legacy_weight,
+    native_biases,
+)
 from .source import Source
 from .task import Operation, Part
 
@@ -75,7 +82,7 @@ def _legacy_rows(source: Source, parts: tuple[Part, ...], values: Mapping[str, i
     """Scales, or biases: the stored scaled_zeros are -scale*zero already. Rows beyond K/G are
     padding.
     """
-    yield 0, _bytes_of(group_scales(_array(source, parts[0])[: values["groups"]]))
+    yield 0, _bytes_of(group_scales(legacy_group_rows(_array(source, parts[0]), values["groups"])))
 
 
 def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:

@@ -179,13 +179,6 @@ def group_scales(scales: Array) -> Array:
     return np.ascontiguousarray(scales.astype(np.float16, copy=False).T)
 
 
-def bf16_to_float32(stored: Array) -> Array:
-    """The float32 values of bfloat16 bit patterns, uint16 of any shape: a bfloat16 is the upper
-    half of a float32.
-    """
-    return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 def native_weight(qweight: Array) -> Array:
     """MLX's weight, uint32 (N, K/8), of PARO_NATIVE's int16 (N/4, K): the same bytes, nothing
     copied.
@@ -232,10 +225,3 @@ def legacy_weight(qweight: Array) -> Array:
 def legacy_group_rows(array: Array, groups: int) -> Array:
     """The `groups` = K/G rows that mean something, (K/G, N), of an array padded to more rows."""
     return array[:groups]
-
-
-def legacy_biases(scaled_zeros: Array, groups: int) -> Array:
-    """MLX's biases, float16 (N, K/G), of PARO_NATIVE_LEGACY's padded `scaled_zeros`, which are
-    -scale * zero already.
-    """
-    return group_scales(legacy_group_rows(scaled_zeros, groups))

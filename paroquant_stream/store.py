@@ -27,10 +27,10 @@ from pathlib import Path
 
 import filelock
 
+from .descriptor import open_regular
 from .digest import Memo
 from .errors import MalformedFile, StoreError
 from .newfile import NewFile, is_open, sync_directory
-from .tensorfile import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -164,11 +164,14 @@ class Store:
             file.write(memoryview(data))
             file.publish(self.manifest_path(name))
 
+    def _temp_path(self) -> Path:
+        """A name that no other run, process or host uses."""
+        return self._path("tmp", f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}")
+
     @contextlib.contextmanager
     def new_file(self, size: int) -> Iterator[NewFile]:
         """A file of `size` bytes to be written and published; removed if it is not published."""
-        name = f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}"
-        file = NewFile(self._path("tmp", name), size, 0o600 if self.private else 0o666)
+        file = NewFile(self._temp_path(), size, 0o600 if self.private else 0o666)
         try:
             yield file
         finally:
@@ -184,9 +187,8 @@ class Store:
         """Takes a damaged entry out of use; the next sweep removes it."""
         if self.read_only:
             return
-        name = f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}"
         with contextlib.suppress(OSError):
-            os.replace(self.entry_path(key), self._path("tmp", name))
+            os.replace(self.entry_path(key), self._temp_path())
 
     def sweep(self, own: bool = False) -> int:
         """Removes the temps of dead runs and those that this process could not remove before.
@@ -199,7 +201,7 @@ class Store:
                 with contextlib.suppress(OSError):
                     status = path.stat(follow_symlinks=False)
                     mine = path.name.startswith(f"{_host()}-{os.getpid()}-")
-                    mine = mine and (own or not is_open(path))
+                    mine = mine and (own or not is_open(path.name))
                     if mine or _is_dead(path.name, time.time() - status.st_mtime):
                         path.unlink()
                         freed += status.st_size

@@ -9,17 +9,14 @@ sees it. What is accepted here, the safetensors library accepts too.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .errors import MalformedFile, UnreadableFile
+from .descriptor import file_status, pread_exactly
+from .errors import MalformedFile
 from .strictjson import strict_json
 
 DTYPE_BYTES = {
@@ -72,66 +69,6 @@ class Header:
     size: int
     """Bytes of the whole file."""
     metadata: dict[str, str]
-
-
-def open_regular(path: Path, *, follow: bool = True) -> int:
-    """A descriptor of the regular file at `path`.
-
-    Never blocks on a FIFO and never opens a device. With `follow=False` a symlink is refused.
-    Raises MalformedFile for anything else than a regular file, and OSError as `os.open` does.
-    """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    fd = os.open(path, flags)
-    try:
-        regular = stat.S_ISREG(os.fstat(fd).st_mode)
-    except OSError:
-        os.close(fd)
-        raise
-    if not regular:
-        os.close(fd)
-        raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
-    return fd
-
-
-@contextlib.contextmanager
-def closing(fd: int) -> Iterator[int]:
-    """Closes a descriptor that was only read from, after the body; nothing can be lost by it."""
-    try:
-        yield fd
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-
-def file_status(fd: int, label: str) -> os.stat_result:
-    """What `fstat` says. Raises UnreadableFile when it fails."""
-    try:
-        return os.fstat(fd)
-    except OSError as error:
-        raise unreadable(label, error) from error
-
-
-def unreadable(label: str, error: OSError) -> UnreadableFile:
-    """The error for a file that the system cannot read."""
-    return UnreadableFile(
-        f"{label}: cannot be read: {error.strerror}; check the disk and run again"
-    )
-
-
-def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
-    """`length` bytes at `offset`; a short read is an error, never zeros. Raises UnreadableFile."""
-    chunks = []
-    while length:
-        try:
-            chunk = os.pread(fd, length, offset)
-        except OSError as error:
-            raise unreadable(label, error) from error
-        if not chunk:
-            raise MalformedFile(f"{label}: ends {length:,} bytes before its header says it does")
-        chunks.append(chunk)
-        offset += len(chunk)
-        length -= len(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def read_header(fd: int, label: str) -> Header:
@@ -257,8 +194,23 @@ def lay_out(specs: Iterable[TensorSpec]) -> tuple[bytes, tuple[TensorInfo, ...]]
 
 def file_size(specs: Iterable[TensorSpec]) -> int:
     """Bytes of the file that `lay_out` describes."""
-    header, tensors = lay_out(specs)
+    return end_of(*lay_out(specs))
+
+
+def end_of(header: bytes, tensors: Sequence[TensorInfo]) -> int:
+    """Bytes of the file with this header and these tensors."""
     return tensors[-1].stop if tensors else len(header)
+
+
+def layout_defect(fd: int, specs: Iterable[TensorSpec], label: str) -> str | None:
+    """How size or header of the file at `fd` differ from what `lay_out` gives for `specs`."""
+    header, tensors = lay_out(specs)
+    size, found = end_of(header, tensors), file_status(fd, label).st_size
+    if found != size:
+        return f"expected {size:,} bytes, found {found:,}"
+    if pread_exactly(fd, 0, len(header), label) != header:
+        return "the header is not the one that was written"
+    return None
 
 
 class TensorWriter:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .descriptor import closing
 from .digest import FileStamp, hash_entry
 from .errors import StoreError
 from .manifest import EntryRecord
@@ -14,7 +15,7 @@ from .operations import run_operation
 from .source import Buffers, Source, Tick
 from .store import Store
 from .task import Task
-from .tensorfile import TensorInfo, TensorWriter, closing, lay_out, pread_exactly
+from .tensorfile import TensorInfo, TensorWriter, end_of, lay_out, layout_defect
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,6 @@ def find_entry(job: Job, source: Source) -> EntryRecord | None:
 
 def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord | None:
     """The record of an entry whose record was lost; a malformed entry is taken out of use."""
-    header, tensors = lay_out(job.task.outputs)
-    size = tensors[-1].stop if tensors else len(header)
     try:
         fd = job.store.open_entry(key)
     except StoreError:
@@ -97,17 +96,17 @@ def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord 
     with closing(fd):
         label = str(job.store.entry_path(key))
         stamp = FileStamp.of_fd(fd, label)
-        if stamp.size != size or pread_exactly(fd, 0, len(header), label) != header:
+        if layout_defect(fd, job.task.outputs, label):
             job.store.quarantine(key)
             return None
         digest = job.store.memo.lookup(stamp) or hash_entry(fd, label)
     job.store.sync_entry(key)
-    return _record(job.task, sha256, borrowed, key, digest, size)
+    return _record(job.task, sha256, borrowed, key, digest, stamp.size)
 
 
 def _convert(job: Job, source: Source) -> EntryRecord:
     header, tensors = lay_out(job.task.outputs)
-    size = tensors[-1].stop if tensors else len(header)
+    size = end_of(header, tensors)
     with job.store.new_file(size) as file:
         with source.hashing_beside() if job.threads > 1 else nullcontext():
             writer = TensorWriter(file.write, header)

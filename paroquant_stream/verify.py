@@ -10,12 +10,12 @@ from pathlib import Path
 import safetensors
 
 from .checkpoint import Shard
-from .digest import SourceHasher, hash_entry
+from .descriptor import closing
+from .digest import Memo, hash_entry
 from .errors import ManifestError, ParoquantStreamError, StoreError
 from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .request import Request, read_manifest
 from .store import Store
-from .tensorfile import closing, file_status
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,15 @@ def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
     )
 
 
-def verify_source(directory: Path, record: EntryRecord) -> Problem | None:
+def verify_source(directory: Path, record: EntryRecord, memo: Memo) -> Problem | None:
     """What is wrong with a source shard, every byte of it read; a dropped one is absent rightly."""
     shard = Shard(record.shard, directory / record.shard)
     if record.dropped and not os.path.lexists(shard.path):
         return None
     try:
-        fd = shard.open()
+        sha256 = shard.sha256(memo)
     except ParoquantStreamError as error:
         return Problem(shard.path, f"SHA-256 {record.source_sha256}", str(error))
-    with closing(fd):
-        size = file_status(fd, str(shard.path)).st_size
-        sha256 = SourceHasher(fd, (), size, str(shard.path), lambda _: None).finish().sha256
     if sha256 == record.source_sha256:
         return None
     return Problem(shard.path, f"SHA-256 {record.source_sha256}", sha256)
@@ -91,7 +88,10 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
         raise StoreError(f"{request.model}: not converted in {request.store.root}")
     checks = [verify_entry(request.store, record) for record in manifest.entries]
     if sources:
-        checks += [verify_source(request.directory, record) for record in manifest.entries]
+        checks += [
+            verify_source(request.directory, record, request.store.memo)
+            for record in manifest.entries
+        ]
     return len(checks), [problem for problem in checks if problem]
 
 

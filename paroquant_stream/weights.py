@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import mlx.core as mx
 
+from .descriptor import closing
 from .digest import FileStamp, hash_entry
-from .errors import AssemblyError, EntryDamaged
+from .errors import AssemblyError, EntryDamaged, ParoquantStreamError
 from .manifest import EntryRecord, Manifest
 from .store import Store
-from .tensorfile import closing, lay_out, pread_exactly
+from .tensorfile import layout_defect
 
 logger = logging.getLogger(__name__)
 _PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
@@ -38,19 +40,31 @@ def read_weights(
     of use, when its bytes are not those that were written; StoreError when it is absent.
     """
     weights: dict[str, mx.array] = {}
-    for record in manifest.entries:
-        names = [tensor.name for tensor in record.tensors if wanted(tensor.name)]
-        if names:
-            arrays = _read_entry(record, store, full)
-            weights.update((name, arrays[name]) for name in names)
-    return _stack_experts(_join_pieces(weights, lazy))
+    with reading(manifest, store):
+        for record in manifest.entries:
+            names = [tensor.name for tensor in record.tensors if wanted(tensor.name)]
+            if names:
+                arrays = _read_entry(record, store, full)
+                weights.update((name, arrays[name]) for name in names)
+        return _stack_experts(_join_pieces(weights, lazy))
 
 
-def check_entries(manifest: Manifest, store: Store) -> None:
-    """Reads every byte of the entries. Raises EntryDamaged, the entry taken out of use."""
-    for record in manifest.entries:
-        with closing(_open_checked(record, store, full=True)):
-            pass
+@contextlib.contextmanager
+def reading(manifest: Manifest, store: Store) -> Iterator[None]:
+    """Guards a body in which MLX reads: after a failure no array of it may be used, for a second
+    eval would give zeros.
+
+    Raises EntryDamaged, the entry taken out of use, when an entry is the cause, else AssemblyError.
+    """
+    try:
+        yield
+    except ParoquantStreamError:
+        raise
+    except Exception as error:
+        for record in manifest.entries:
+            with closing(_open_checked(record, store, full=True)):
+                pass
+        raise AssemblyError(f"MLX could not read the weights: {error}") from error
 
 
 def _read_entry(record: EntryRecord, store: Store, full: bool) -> dict[str, mx.array]:
@@ -80,11 +94,8 @@ def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | Non
     """What is wrong with an entry: size and header, and the digest unless its stat is known."""
     label = str(store.entry_path(record.key))
     stamp = FileStamp.of_fd(fd, label)
-    if stamp.size != record.size:
-        return f"expected {record.size:,} bytes, found {stamp.size:,}"
-    header, _ = lay_out(record.tensors)
-    if pread_exactly(fd, 0, min(len(header), stamp.size), label) != header:
-        return "the header is not the one that was written"
+    if problem := layout_defect(fd, record.tensors, label):
+        return problem
     if not full and store.memo.lookup(stamp) == record.digest:
         return None
     digest = hash_entry(fd, label)

@@ -140,6 +140,32 @@ def test_an_entry_cut_short_while_it_is_loaded_is_converted_again(model_dir, mon
     assert loaded.model.norm.weight.tolist() == wanted.tolist()
 
 
+def test_an_entry_cut_short_while_stacks_are_joined_is_converted_again(tmp_path, monkeypatch):
+    """Pieces of experts are evaluated before the rest: the same guard must hold there."""
+    import os
+
+    from paroquant_stream import weights
+    from tests.conftest import FIXTURES
+
+    directory, cache = FIXTURES / "qwen3_moe-awq-adversarial", tmp_path / "cache"
+    manifest = convert_checkpoint(directory, cache_dir=cache)
+    store = make_request(directory, cache_dir=cache).store
+    pieces = [r for r in manifest.entries if any(".experts_" in t.name for t in r.tensors)]
+    path = store.entry_path(pieces[0].key)
+    good, real, cut = path.read_bytes(), weights._join_pieces, []
+
+    def cut_then_join(found, lazy):
+        if not cut:
+            cut.append(path)
+            os.truncate(path, 20_000)
+        return real(found, lazy)
+
+    monkeypatch.setattr(weights, "_join_pieces", cut_then_join)
+    load(directory, cache_dir=cache)
+    assert cut
+    assert path.read_bytes() == good
+
+
 def test_a_failure_of_mlx_with_sound_entries_is_raised(model_dir, monkeypatch):
     import mlx.core as mx
 

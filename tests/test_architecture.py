@@ -12,7 +12,7 @@ ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__
 
 LEVELS = [
     {"errors", "repack", "kernels"},
-    {"strictjson", "rotation"},
+    {"descriptor", "strictjson", "rotation"},
     {"tensorfile"},
     {"digest", "layout", "manifest", "task"},
     {"checkpoint", "linears", "newfile", "report"},
@@ -134,6 +134,7 @@ def test_every_room_has_its_tests():
         "newfile": "test_store",
         "request": "test_conversion",
         "strictjson": "test_tensorfile",
+        "descriptor": "test_tensorfile",
     }
     for room in {room_of(path) for path in ROOMS}:
         assert covered_elsewhere.get(room, f"test_{room}") in tests, room

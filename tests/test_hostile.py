@@ -17,10 +17,11 @@ from safetensors.numpy import load as second_opinion
 
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.convert import main
+from paroquant_stream.descriptor import open_regular
 from paroquant_stream.errors import EntryDamaged, MalformedFile
 from paroquant_stream.manifest import EntryRecord, Manifest
 from paroquant_stream.store import Store
-from paroquant_stream.tensorfile import TensorSpec, open_regular, read_header
+from paroquant_stream.tensorfile import TensorSpec, read_header
 from paroquant_stream.weights import read_weights
 from tests.builders import cut_evenly, write_checkpoint
 from tests.test_tensorfile import REFUSED, file_of, tensor
@@ -168,7 +169,8 @@ def test_entries_under_each_others_names_are_made_again(tmp_path):
 BOMBS = """
 import os, resource, sys, time
 from paroquant_stream.errors import MalformedFile
-from paroquant_stream.tensorfile import open_regular, read_header
+from paroquant_stream.descriptor import open_regular
+from paroquant_stream.tensorfile import read_header
 from paroquant_stream.convert import peak_rss_bytes
 before, started = peak_rss_bytes(), time.monotonic()
 try:

@@ -228,17 +228,10 @@ def test_float32_scales_are_rounded_once_and_after_the_product(rng):
     assert np.array_equal(repack.group_scales(scales), scales.astype(np.float16).T)
 
 
-def test_bfloat16_values_are_the_float32_with_the_same_upper_half():
-    bits = np.array([[0x3F80, 0xC000, 0x8000], [0x0001, 0x7F80, 0x3E20]], np.uint16)
-    values = repack.bf16_to_float32(bits)
-    assert np.array_equal(values, np.float32([[1, -2, -0.0], [2.0**-133, np.inf, 0.15625]]))
-    assert np.signbit(values[0, 2])
-
-
 def test_legacy_padding_is_dropped_and_its_biases_keep_their_sign(rng):
     padded = rng.normal(size=(8, 16)).astype(np.float16)
     assert np.array_equal(repack.legacy_group_rows(padded, 3), padded[:3])
-    biases = repack.legacy_biases(padded, 3)
+    biases = repack.group_scales(repack.legacy_group_rows(padded, 3))
     assert biases.shape == (16, 3)
     assert biases.tobytes() == padded[:3].T.tobytes()
 

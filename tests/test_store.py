@@ -94,6 +94,14 @@ def test_a_temp_that_could_not_be_removed_goes_with_the_next_sweep(store, monkey
         kept.publish(store.entry_path(KEY))
 
 
+def test_a_temp_that_is_being_written_is_spared_by_a_sweep_through_another_path(store, tmp_path):
+    (tmp_path / "link").symlink_to(store.root)
+    with store.new_file(1) as file:
+        assert Store(tmp_path / "link").sweep() == 0
+        file.write(memoryview(b"x"))
+        file.publish(store.entry_path(KEY))
+
+
 def test_a_tree_beside_a_model_and_an_absent_cache_have_no_owner_to_check(store, tmp_path):
     store.root.chmod(0o777)
     Store(store.root, private=False).check_owner()

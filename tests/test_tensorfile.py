@@ -11,6 +11,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from paroquant_stream.descriptor import open_regular, pread_exactly
 from paroquant_stream.errors import MalformedFile
 from paroquant_stream.tensorfile import (
     PAGE,
@@ -18,8 +19,6 @@ from paroquant_stream.tensorfile import (
     TensorWriter,
     file_size,
     lay_out,
-    open_regular,
-    pread_exactly,
     read_header,
 )
 
