@@ -24,6 +24,7 @@ from .report import ShardReport, report_converted, report_reused, why_converted
 from .request import Request, read_manifest, staleness
 from .task import TRANSFORM, Task
 from .tensorfile import file_size
+from .trace import SILENCE, Trace
 
 Progress = Callable[[str, int, int], None]
 """Called with a shard's name, the source bytes of it that are done, and its size."""
@@ -39,7 +40,9 @@ class Conversion:
     seconds: float
 
 
-def convert(request: Request, progress: Progress | None = None) -> Conversion:
+def convert(
+    request: Request, progress: Progress | None = None, trace: Trace = SILENCE
+) -> Conversion:
     """Brings the store up to date with the model and publishes the manifest.
 
     Raises CheckpointError, MalformedFile, LayoutError or PlanError before anything is written;
@@ -49,13 +52,14 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
     request.store.check_owner()
     current = _current(request)
     if current is None:
-        plan, checkpoint = plan_model(request)
+        with trace.span("plan"):
+            plan, checkpoint = plan_model(request)
         request.store.create()
         request.store.sweep()
         with request.store.lock(request.manifest_name):
             current = _current(request)  # another process may have just done it
             if current is None:
-                return _convert_shards(request, checkpoint, plan, progress, started)
+                return _convert_shards(request, checkpoint, plan, progress, trace, started)
     else:
         request.store.sweep()
     reports = tuple(report_reused(record, record) for record in current.entries)
@@ -94,31 +98,28 @@ def _convert_shards(
     checkpoint: Checkpoint,
     plan: Plan,
     progress: Progress | None,
+    trace: Trace,
     started: float,
 ) -> Conversion:
     from .executor import run_all  # with transform it brings numpy, which a run without work spares
-    from .source import Buffers
     from .transform import Job, Outcome, run_task
+    from .worker import Worker
 
     _check_space(request, plan)
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
-    threads = max(1, request.jobs // len(plan.tasks))
     jobs = [
-        Job(task, request.directory, request.store, request.force, threads, known.get(task.shard))
+        Job(task, request.directory, request.store, request.force, known.get(task.shard))
         for task in plan.tasks
     ]
 
-    workers = threading.local()
-
-    def work(job: Job, checkpoint: Callable[[], None]) -> Outcome:
-        if not hasattr(workers, "buffers"):
-            workers.buffers = Buffers()
-        return run_task(job, _Ticker(job.task, checkpoint, progress), workers.buffers)
+    def work(job: Job, worker: Worker) -> Outcome:
+        with trace.span("shard", job.task.shard):
+            return run_task(job, worker, _Ticker(job.task, worker.check, progress))
 
     reports: dict[str, ShardReport] = {}
     records: dict[str, EntryRecord] = {}
-    for outcome in run_all(work, jobs, request.jobs):
+    for outcome in run_all(work, jobs, request.jobs, trace):
         record, old = outcome.record, known.get(outcome.record.shard)
         records[record.shard] = record
         reports[record.shard] = (
@@ -187,6 +188,7 @@ class _Ticker:
 def survey(request: Request) -> tuple[ShardReport, ...]:
     """What `convert` would do for each shard and why; reads what it must and writes nothing."""
     from .transform import Job, find_entry, open_source
+    from .worker import Worker
 
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
@@ -201,7 +203,7 @@ def survey(request: Request) -> tuple[ShardReport, ...]:
             request.force,
             known=old,
         )
-        source = open_source(job, lambda _: None)
+        source = open_source(job, Worker(), lambda _: None)
         try:
             if record := None if request.force else find_entry(job, source):
                 reports.append(report_reused(record, old))

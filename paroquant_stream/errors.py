@@ -29,6 +29,10 @@ class UnreadableFile(ParoquantStreamError):
     """The system cannot read a file that is there; names the file and the system's reason."""
 
 
+class UnwritableFile(ParoquantStreamError):
+    """A file outside of the cache cannot be written; names it and the system's reason."""
+
+
 class SourceChanged(ParoquantStreamError):
     """A shard's bytes changed while they were read; nothing was stored."""
 

@@ -37,7 +37,7 @@ _QUANTIZE_ROWS_BYTES = (
 
 
 def run_operation(operation: Operation, source: Source) -> Chunks:
-    """The bytes of an operation's outputs, slice after slice."""
+    """The bytes of an operation's outputs, slice after slice; a chunk is valid until the next."""
     convert = _KINDS[operation.kind]
     for parts in operation.slices:
         yield from convert(source, parts, dict(operation.values))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,41 +25,25 @@ from .digest import (
     Memo,
     SourceDigest,
     SourceHasher,
-    read_chunks,
     read_into,
     sha256_of,
 )
 from .errors import Cancelled, SourceChanged
 from .task import Part, Task
 from .tensorfile import read_header
+from .worker import Worker
 
 Tick = Callable[[int], None]
 """Called with a number of source bytes just done; raises to stop the work."""
-
-
-class Buffers:
-    """Memory that one worker reads into, task after task.
-
-    Fresh pages for every linear cost more than repacking it: 28,000 faults for 117 MB.
-    """
-
-    def __init__(self) -> None:
-        self._slots = [memoryview(b""), memoryview(b"")]
-
-    def take(self, slot: int, size: int) -> memoryview:
-        """`size` bytes; what was taken from the same slot before is overwritten."""
-        if len(self._slots[slot]) < size:
-            self._slots[slot] = memoryview(bytearray(size))
-        return self._slots[slot][:size]
 
 
 class Source:
     """The bytes a task converts, read by pread on one descriptor a shard, never mapped."""
 
     def __init__(
-        self, task: Task, directory: Path, memo: Memo, tick: Tick, buffers: Buffers | None = None
+        self, task: Task, directory: Path, memo: Memo, tick: Tick, worker: Worker | None = None
     ) -> None:
-        self._buffers = buffers or Buffers()
+        self._worker = worker or Worker()
         self._task, self._directory, self._memo, self._tick = task, directory, memo, tick
         self._fds: dict[str, int] = {}
         self._fingerprints: dict[str, bytes] = {}
@@ -89,30 +73,29 @@ class Source:
     def hash(self) -> SourceDigest:
         """SHA-256 of the shard and the fingerprint of each of its tensors, once."""
         if self._digest is None:
-            self._digest = self._hasher.finish()
+            with self._worker.trace.span("hash the rest", self._task.shard):
+                self._digest = self._hasher.finish()
             if self._unchanged() and self._stamp.is_settled(self._opened):
                 self._memo.remember(self._stamp, self._digest.sha256)
         return self._digest
 
     @contextmanager
-    def hashing_beside(self) -> Iterator[None]:
-        """Hashes the shard in a thread beside the body, done when the body is."""
+    def hashing_beside(self, pool: Executor) -> Iterator[None]:
+        """Hashes the shard in a thread of `pool` beside the body, done when the body is."""
         self._beside = True
-        with ThreadPoolExecutor(1) as pool:
-            hashed = pool.submit(self.hash)
-            try:
-                yield
-            except BaseException:
-                self._stopped = True  # else leaving the pool waits for a whole shard
-                raise
-            hashed.result()
+        hashed = pool.submit(self.hash)
+        try:
+            yield
+        except BaseException:
+            self._stopped = True  # else leaving the pool waits for a whole shard
+            raise
+        hashed.result()
 
     def whole(self, part: Part, slot: int = 0) -> memoryview:
         """All bytes of a part, valid until the next call with the same `slot` (0 or 1)."""
         size = part.stop - part.start
-        data = self._buffers.take(slot, size)
         self._reach(part)
-        read_into(self._fd(part.shard), data, part.start, str(self._path(part.shard)))
+        data = self._read(part, part.start, self._worker.buffers.take(slot, size))
         if part.shard != self._task.shard:
             self._note(self._borrowed, part, sha256_of(data))
         elif not self._hash_now(data, part.start):
@@ -125,16 +108,23 @@ class Source:
         A chunk is valid until the next.
         """
         fingerprint, position, hashed = xxhash.xxh3_128(), part.start, True
-        buffer = self._buffers.take(0, max(CHUNK // multiple, 1) * multiple)
+        size = max(CHUNK // multiple, 1) * multiple
         self._reach(part)
-        fd, label = self._fd(part.shard), str(self._path(part.shard))
-        for chunk in read_chunks(fd, part.start, part.stop, label, buffer):
+        while position < part.stop:
+            buffer = self._worker.buffers.take(0, min(size, part.stop - position))
+            chunk = self._read(part, position, buffer)
             fingerprint.update(chunk)
             hashed &= self._hash_now(chunk, position)
             position += len(chunk)
             yield chunk
         if not hashed:
             self._note(self._fingerprints, part, fingerprint.digest())
+
+    def _read(self, part: Part, start: int, buffer: memoryview) -> memoryview:
+        """Fills `buffer` with the part's bytes from `start` on."""
+        with self._worker.trace.span("read", part.name):
+            read_into(self._fd(part.shard), buffer, start, str(self._path(part.shard)))
+        return buffer
 
     def _reach(self, part: Part) -> None:
         """Hashes up to an owned part, so that one read of it serves both hash and conversion."""
@@ -145,7 +135,8 @@ class Source:
         """Hashes the bytes just read at `start`, if it is their turn."""
         now = not self._beside and self._hasher.position == start and self._digest is None
         if now:
-            self._hasher.update(data)
+            with self._worker.trace.span("hash"):
+                self._hasher.update(data)
         self._count(len(data) * (2 if now else 1))
         return now
 

@@ -31,6 +31,7 @@ from .descriptor import open_regular
 from .digest import Memo
 from .errors import MalformedFile, StoreError
 from .newfile import NewFile, is_open, sync_directory
+from .trace import SILENCE, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +170,9 @@ class Store:
         return self._path("tmp", f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}")
 
     @contextlib.contextmanager
-    def new_file(self, size: int) -> Iterator[NewFile]:
+    def new_file(self, size: int, trace: Trace = SILENCE) -> Iterator[NewFile]:
         """A file of `size` bytes to be written and published; removed if it is not published."""
-        file = NewFile(self._temp_path(), size, 0o600 if self.private else 0o666)
+        file = NewFile(self._temp_path(), size, 0o600 if self.private else 0o666, trace)
         try:
             yield file
         finally:

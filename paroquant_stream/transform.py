@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from .descriptor import closing
 from .digest import FileStamp, hash_entry
 from .errors import StoreError
 from .manifest import EntryRecord
+from .newfile import NewFile
 from .operations import run_operation
-from .source import Buffers, Source, Tick
+from .source import Source, Tick
 from .store import Store
-from .task import Task
+from .task import Operation, Task
 from .tensorfile import TensorInfo, TensorWriter, end_of, lay_out, layout_defect
+from .worker import Worker
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,6 @@ class Job:
     store: Store
     force: bool = False
     """Convert even when the entry is there, and put the new one in its place."""
-    threads: int = 1
-    """2 or more: the shard's hash runs beside its conversion."""
     known: EntryRecord | None = None
     """The record of this shard in an earlier manifest."""
 
@@ -42,28 +43,26 @@ class Outcome:
     seconds: float
 
 
-def run_task(job: Job, tick: Tick, buffers: Buffers | None = None) -> Outcome:
+def run_task(job: Job, worker: Worker, tick: Tick) -> Outcome:
     """Gives the entry of one shard: the one in the store if its key is there, else a new one.
-
-    `buffers`: the worker's own, used again from task to task.
 
     Raises CheckpointError or MalformedFile for a shard that cannot be read, SourceChanged when its
     bytes changed meanwhile (nothing is stored then), StoreError when the entry cannot be written.
     """
     started = time.monotonic()
-    source = open_source(job, tick, buffers)
+    source = open_source(job, worker, tick)
     try:
         record = None if job.force else find_entry(job, source)
         converted = record is None
-        record = record or _convert(job, source)
+        record = record or _convert(job, source, worker)
         return Outcome(record, converted, time.monotonic() - started)
     finally:
         source.close()
 
 
-def open_source(job: Job, tick: Tick, buffers: Buffers | None = None) -> Source:
+def open_source(job: Job, worker: Worker, tick: Tick) -> Source:
     """The job's shard, opened."""
-    return Source(job.task, job.directory, job.store.memo, tick, buffers)
+    return Source(job.task, job.directory, job.store.memo, tick, worker)
 
 
 def find_entry(job: Job, source: Source) -> EntryRecord | None:
@@ -104,45 +103,70 @@ def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord 
     return _record(job.task, sha256, borrowed, key, digest, stamp.size)
 
 
-def _convert(job: Job, source: Source) -> EntryRecord:
+def _convert(job: Job, source: Source, worker: Worker) -> EntryRecord:
     header, tensors = lay_out(job.task.outputs)
     size = end_of(header, tensors)
-    with job.store.new_file(size) as file:
-        with source.hashing_beside() if job.threads > 1 else nullcontext():
-            writer = TensorWriter(file.write, header)
-            _write(job.task, source, writer, tensors)
-            writer.finish(size)
+    with job.store.new_file(size, worker.trace) as file:
+        _write(job.task, source, worker, file, header, tensors)
         borrowed = source.borrowed_sha256()
         sha256 = source.check()
         key = job.task.key(sha256, borrowed)
-        stamp = file.publish(job.store.entry_path(key))
+        worker.leave()
+        with worker.trace.span("publish", job.task.shard):
+            stamp = file.publish(job.store.entry_path(key))
         job.store.memo.remember(stamp, file.digest)
         return _record(job.task, sha256, borrowed, key, file.digest, size)
 
 
 def _write(
-    task: Task, source: Source, writer: TensorWriter, tensors: tuple[TensorInfo, ...]
+    task: Task,
+    source: Source,
+    worker: Worker,
+    file: NewFile,
+    header: bytes,
+    tensors: tuple[TensorInfo, ...],
 ) -> None:
-    """Converts the task's outputs in the order of the file; what comes before its turn is held.
-
-    Held are the scales and biases of a quantized embedding, 1/8 of its bytes in 16 bit.
+    """Converts the task's outputs in the order of the file; with a helper, the shard is hashed
+    beside the conversion.
     """
     makers = {
         output.name: operation for operation in task.operations for output in operation.outputs
     }
     held: dict[str, list[bytes]] = {}
-    for tensor in tensors:
-        if tensor.name in held:
-            for chunk in held.pop(tensor.name):
-                writer.write(tensor, memoryview(chunk))
-            continue
-        operation = makers[tensor.name]
-        for index, view in run_operation(operation, source):
-            name = operation.outputs[index].name
-            if name == tensor.name:
-                writer.write(tensor, view)
-            else:
-                held.setdefault(name, []).append(bytes(view))
+    writer = TensorWriter(file.write, header)
+    with worker.helper() as pool, source.hashing_beside(pool) if pool else nullcontext():
+        for tensor in tensors:
+            for chunk in _chunks(tensor, makers[tensor.name], source, worker, held):
+                writer.write(tensor, chunk)
+    writer.finish(end_of(header, tensors))
+
+
+def _chunks(
+    tensor: TensorInfo,
+    operation: Operation,
+    source: Source,
+    worker: Worker,
+    held: dict[str, list[bytes]],
+) -> Iterator[memoryview]:
+    """A tensor's bytes; what else its operation makes is held until its turn.
+
+    Held are the scales and biases of a quantized embedding, 1/8 of its bytes in 16 bit.
+    """
+    if tensor.name in held:
+        yield from (memoryview(chunk) for chunk in held.pop(tensor.name))
+        return
+    chunks = run_operation(operation, source)
+    while True:
+        with worker.trace.span(operation.kind, tensor.name):
+            made = next(chunks, None)
+        if made is None:
+            return
+        index, view = made
+        name = operation.outputs[index].name
+        if name == tensor.name:
+            yield view
+        else:
+            held.setdefault(name, []).append(bytes(view))
 
 
 def _record(
