@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .trace import SILENCE, Trace
 
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
 _BLOCK = 4 << 20  # bytes a write; a multiple of any disk's blocks, as O_DIRECT wants it
+_BLOCKS = 3  # on their way to the disk
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _open: set[str] = set()
 
@@ -42,10 +44,10 @@ class NewFile:
     def __init__(self, path: Path, size: int, mode: int, trace: Trace = SILENCE) -> None:
         self._path, self._size, self._written, self._trace = path, size, 0, trace
         self._hash = xxhash.xxh3_128()
-        self._blocks = [memoryview(b"")] * 2
-        self._filled = 0
+        self._block, self._filled = memoryview(b""), 0
+        self._spare: list[memoryview] = []
         self._writer: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._pending: deque[tuple[Future[None], memoryview]] = deque()
         try:
             self._fd = _create(path, mode, direct=size >= _BLOCK)
             _open.add(path.name)
@@ -71,32 +73,40 @@ class NewFile:
         self._hash.update(chunk)
         chunk = chunk.cast("B")
         while chunk:
-            if not self._blocks[0]:
-                self._blocks[0] = memoryview(mmap.mmap(-1, min(_BLOCK, self._room())))  # aligned
+            if not self._block:
+                self._block = self._empty_block()
             count = min(_BLOCK - self._filled, len(chunk))
-            self._blocks[0][self._filled : self._filled + count] = chunk[:count]
+            self._block[self._filled : self._filled + count] = chunk[:count]
             self._filled += count
             chunk = chunk[count:]
             if self._filled == _BLOCK:
                 self._hand_over()
 
-    def _room(self) -> int:
-        """Bytes that are still to come, rounded up to pages."""
-        return -(-max(self._size - self._written, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    def _empty_block(self) -> memoryview:
+        """Memory for a block, or for the rest of the file; on a page, as O_DIRECT wants it."""
+        if len(self._pending) == _BLOCKS:
+            self._wait(1)
+        if self._spare:
+            return self._spare.pop()
+        space = mmap.mmap(-1, min(_BLOCK, max(self._size - self._written, 1)))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                space.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(space)
 
     def _hand_over(self) -> None:
-        """Lets the full block be written, once that before it is."""
-        self._wait()
+        """Lets the full block be written."""
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        block, self._filled = self._blocks[0], 0
-        self._blocks.reverse()
-        self._pending = self._writer.submit(self._write, block)
+        block, self._block, self._filled = self._block, memoryview(b""), 0
+        self._pending.append((self._writer.submit(self._write, block), block))
 
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+    def _wait(self, count: int) -> None:
+        """Returns when the oldest `count` blocks are written. Raises what writing them raised."""
+        for _ in range(count):
+            future, block = self._pending.popleft()
+            future.result()
+            self._spare.append(block)
 
     def _write(self, block: memoryview) -> None:
         with self._trace.span("write"):
@@ -124,10 +134,10 @@ class NewFile:
         Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel
         has dropped the pages by then. Raises StoreError.
         """
-        self._wait()
+        self._wait(len(self._pending))
         try:
             _through_the_cache(self._fd)
-            self._write(self._blocks[0][: self._filled])
+            self._write(self._block[: self._filled])
             os.fsync(self._fd)
             status = os.fstat(self._fd)
             # fallocate gives the file its size at once: a write that was lost shows in the offset

@@ -32,6 +32,7 @@ _SIDE = 8  # nibbles in a word, so rows in a block
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _STRIPE_BYTES = 4 << 20  # stays in the L3 cache until it is hashed or written
 _TILE_BYTES = 640 << 10  # with its scratch 1 MB, an L2; at 256 KB numpy calls cost 5 % more
+_L1_ELEMENTS = 16 << 10  # of 2 bytes, 32 KB
 _LINE_WORDS = 16  # words in a cache line of 64 bytes
 _MIN_LINES = 3  # of a row copied at a time: single lines come in at half the rate
 
@@ -168,15 +169,31 @@ def awq_biases(scales: Array, qzeros: Array) -> Array:
     `scales`: float16 or float32 (K/G, N). `qzeros`: packed (K/G, N/8). A float16 times a 4-bit
     integer is exact in float32.
     """
-    product = awq_zeros(qzeros).astype(np.float32)
-    product *= scales
-    np.negative(product, out=product)
-    return np.ascontiguousarray(product.astype(np.float16).T)
+    biases = np.empty(scales.shape[::-1], np.float16)
+    for first, last in _column_tiles(scales):
+        product = awq_zeros(qzeros[:, first // _SIDE : last // _SIDE]).astype(np.float32)
+        product *= scales[:, first:last]
+        np.negative(product, out=product)
+        biases[first:last] = product.astype(np.float16).T
+    return biases
 
 
 def group_scales(scales: Array) -> Array:
     """MLX's scales, float16 (N, K/G), of scales stored by group: float16 or float32 (K/G, N)."""
-    return np.ascontiguousarray(scales.astype(np.float16, copy=False).T)
+    transposed = np.empty(scales.shape[::-1], np.float16)
+    for first, last in _column_tiles(scales):
+        transposed[first:last] = scales[:, first:last].astype(np.float16).T
+    return transposed
+
+
+def _column_tiles(array: Array) -> Iterator[tuple[int, int]]:
+    """Runs of columns that stay in the L1 cache, a multiple of 8 each: transposed one after another
+    they take 0.4 ns an element, and 2 ns when the array is transposed at once.
+    """
+    rows, columns = array.shape
+    width = max(_L1_ELEMENTS // max(rows, 1) // 32, 1) * 32
+    for first in range(0, columns, width):
+        yield first, min(first + width, columns)
 
 
 def native_weight(qweight: Array) -> Array:
@@ -191,7 +208,7 @@ def native_weight(qweight: Array) -> Array:
 
 def native_biases(scaled_zeros: Array) -> Array:
     """MLX's biases, float16 (N, K/G), of PARO_NATIVE's `scaled_zeros` = +scale * zero, (K/G, N)."""
-    return np.ascontiguousarray((-scaled_zeros).astype(np.float16, copy=False).T)
+    return group_scales(-scaled_zeros)
 
 
 def legacy_weight(qweight: Array) -> Array:
