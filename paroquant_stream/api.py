@@ -14,6 +14,7 @@ from .hub import resolve
 from .manifest import Manifest
 from .request import Request, read_manifest, staleness
 from .store import Store, user_cache_root
+from .trace import written_to
 
 logger = logging.getLogger(__name__)
 IN_PLACE = "mlx"
@@ -50,6 +51,7 @@ def convert_checkpoint(
     force: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
+    trace: str | Path | None = None,
 ) -> Manifest:
     """The manifest of the converted model; shards whose entries are in the cache are not converted
     again.
@@ -57,7 +59,8 @@ def convert_checkpoint(
     `model_path`: a model directory or a Hub repository id. `cache_dir`: default the user's cache.
     `in_place`: into `<model_path>/mlx` instead. `force`: convert every shard again. `jobs`:
     workers, default one a core and at most 8; each holds the input and output of one linear.
-    `progress(shard, bytes done, bytes in all)` is called from the workers.
+    `progress(shard, bytes done, bytes in all)` is called from the workers. `trace`: a file for the
+    stages of every worker, as chrome://tracing and ui.perfetto.dev show them.
 
     Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError.
     Later: SourceChanged and StoreError; what was published stays and the next call goes on from
@@ -66,7 +69,8 @@ def convert_checkpoint(
     request = make_request(
         model_path, cache_dir=cache_dir, in_place=in_place, force=force, jobs=jobs
     )
-    return convert(request, progress).manifest
+    with written_to(trace) as timed:
+        return convert(request, progress, timed).manifest
 
 
 def load(
@@ -78,6 +82,7 @@ def load(
     jobs: int | None = None,
     progress: Progress | None = None,
     verify: Literal["header", "full"] = "header",
+    trace: str | Path | None = None,
 ) -> tuple[Any, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
 
@@ -91,23 +96,27 @@ def load(
     model's parameters do not match one to one.
     """
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs)
-    from .model import assemble  # imports MLX, which conversion may not need
+    with written_to(trace) as timed:
+        with timed.span("import MLX"):
+            from .model import assemble  # conversion may not need it
 
-    def attempt() -> tuple[Any, Any, bool]:
-        shipped = _shipped(request)
-        manifest, store = shipped or (convert(request, progress).manifest, request.store)
-        return assemble(
-            request.directory,
-            manifest,
-            store,
-            lazy=lazy,
-            force_text=force_text,
-            full=verify == "full",
-        )
+        def attempt() -> tuple[Any, Any, bool]:
+            with timed.span("check the sources"):
+                shipped = _shipped(request)
+            manifest, store = shipped or (convert(request, progress, timed).manifest, request.store)
+            return assemble(
+                request.directory,
+                manifest,
+                store,
+                lazy=lazy,
+                force_text=force_text,
+                full=verify == "full",
+                trace=timed,
+            )
 
-    with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
+        with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
+            return attempt()
         return attempt()
-    return attempt()
 
 
 def _shipped(request: Request) -> tuple[Manifest, Store] | None:

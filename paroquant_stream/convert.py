@@ -19,6 +19,7 @@ from .conversion import Conversion, convert, survey
 from .errors import ParoquantStreamError
 from .report import ShardReport, shown
 from .request import Request
+from .trace import written_to
 
 DESCRIPTION = """\
 Convert a ParoQuant checkpoint into MLX-native entries in the cache. Only shards that changed are
@@ -49,6 +50,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the summary"
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write the stages of every worker, for chrome://tracing"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -93,9 +97,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _print_survey(request, arguments)
         return 0
-    with _Bar(hidden=arguments.quiet or not sys.stderr.isatty()) as bar:
+    hidden = arguments.quiet or not sys.stderr.isatty()
+    with written_to(arguments.trace) as trace, _Bar(hidden=hidden) as bar:
         try:
-            conversion = convert(request, bar)
+            conversion = convert(request, bar, trace)
         except (KeyboardInterrupt, Terminated):
             request.store.sweep(own=True)  # of workers that are still inside a system call
             raise

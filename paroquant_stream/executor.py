@@ -1,9 +1,8 @@
 """Where jobs run: inline, or in threads of this process; results come as they finish.
 
 Threads and processes were even on 2 cores (numpy and hashlib release the interpreter's lock), and
-threads start at once, so threads it is. There are twice as many as jobs: those beyond wait for a
-place, which a job gives back while its entry is flushed, so that the processors never wait for the
-disk. One job runs inline, for a traceback that a person can read.
+threads start at once, so threads it is. One job runs inline, for a traceback that a person can
+read.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def run_all(
     job calls it after every chunk. The first error is raised when every running job has ended;
     an interrupt after `PATIENCE`, with jobs perhaps still running.
     """
-    places = Places(jobs)
+    places = Places(jobs, len(items))
 
     def work(item: _Item) -> _Result:
         worker = Worker(places, trace)
@@ -45,7 +44,7 @@ def run_all(
     if jobs == 1 or len(items) <= 1:
         yield from (work(item) for item in items)
         return
-    pool = ThreadPoolExecutor(min(2 * jobs, len(items)), thread_name_prefix="worker")
+    pool = ThreadPoolExecutor(min(jobs, len(items)), thread_name_prefix="worker")
     futures: list[Future[_Result]] = []
     patience: float | None = None
     try:

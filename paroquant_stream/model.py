@@ -26,6 +26,7 @@ from .model_class import (
 )
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
+from .trace import SILENCE, Trace
 from .weights import read_weights, reading
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def assemble(
     lazy: bool,
     force_text: bool,
     full: bool = False,
+    trace: Trace = SILENCE,
 ) -> tuple[nn.Module, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
 
@@ -58,18 +60,21 @@ def assemble(
 
     if not lazy:
         _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
-    model = build(config, is_vlm)
-    weights = read_weights(manifest, store, wanted, full=full, lazy=lazy)
-    weights = _sanitize(model, weights, is_vlm)
-    weights = _align_experts(model, weights)
-    _swap_layers(model, weights, manifest.bits, manifest.group_size)
-    _check(model, weights)
-    model.load_weights(list(weights.items()))
+    with trace.span("build the model"):
+        model = build(config, is_vlm)
+    with trace.span("open the entries"):
+        weights = read_weights(manifest, store, wanted, full=full, lazy=lazy)
+    with trace.span("place the weights"):
+        weights = _align_experts(model, _sanitize(model, weights, is_vlm))
+        _swap_layers(model, weights, manifest.bits, manifest.group_size)
+        _check(model, weights)
+        model.load_weights(list(weights.items()))
     if not lazy:
-        with reading(manifest, store):
+        with trace.span("read"), reading(manifest, store):
             mx.eval(model.parameters())
     model.eval()
-    return model, load_tokenizer(directory, config, is_vlm), is_vlm
+    with trace.span("tokenizer"):
+        return model, load_tokenizer(directory, config, is_vlm), is_vlm
 
 
 def _check_memory(needed: int) -> None:

@@ -170,10 +170,12 @@ class NewFile:
 def _create(path: Path, mode: int, direct: bool) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     if direct and _DIRECT:
-        with contextlib.suppress(OSError):  # a file system without it, or what the next line raises
+        try:
             return os.open(path, flags | _DIRECT, mode)
-        with contextlib.suppress(OSError):  # it may have made the file before it refused
-            path.unlink()
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what a file system without O_DIRECT says
+                raise
+            path.unlink(missing_ok=True)  # Linux has made the file by then
     return os.open(path, flags, mode)
 
 

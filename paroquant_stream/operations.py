@@ -31,9 +31,7 @@ _DTYPES = {
     "I16": np.int16,
     "I32": np.uint32,
 }
-_QUANTIZE_ROWS_BYTES = (
-    4 << 20
-)  # a chunk of embedding rows and its codes stay in the L2 and L3 caches
+_QUANTIZE_ROWS_BYTES = 2 << 20  # with its codes it stays in the caches; two make a chunk read
 
 
 def run_operation(operation: Operation, source: Source) -> Chunks:
@@ -86,28 +84,42 @@ def _legacy_rows(source: Source, parts: tuple[Part, ...], values: Mapping[str, i
 
 
 def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
-    """Weight, scales and biases of an embedding, by MLX on the CPU.
+    """Weight, scales and biases of an embedding, chunk of rows after chunk of rows.
 
-    CPU and GPU round halves differently (32,742 of 16.8 M codes), and entries must not depend on
-    the device. Groups never cross a row, so chunks of rows give the same bits as the whole.
+    Groups never cross a row, so any cut between rows gives the same bits as the whole.
     """
-    import mlx.core as mx  # here, because converting a shard without an embedding needs no MLX
-
     part = parts[0]
     row_bytes = (part.stop - part.start) // part.shape[0]
     rows = max(_QUANTIZE_ROWS_BYTES // row_bytes, 1)
+
+    def quantize(stored: npt.NDArray[Any]) -> list[memoryview]:
+        return _quantize_rows(stored, part.dtype, values["group_size"], values["bits"])
+
     for chunk in source.chunks(part, row_bytes):
         stored = np.frombuffer(chunk, _DTYPES[part.dtype]).reshape(-1, part.shape[1])
-        for first in range(0, len(stored), rows):
-            weight = mx.array(stored[first : first + rows])
-            if part.dtype == "BF16":
-                weight = weight.view(mx.bfloat16)
-            results = list(mx.quantize(weight, values["group_size"], values["bits"], stream=mx.cpu))
-            if part.dtype == "BF16":  # numpy has none
-                results[1:] = [result.view(mx.uint16, stream=mx.cpu) for result in results[1:]]
-            mx.eval(results)
-            for index, result in enumerate(results):
-                yield index, _bytes_of(np.array(result, copy=False))
+        pieces = [stored[first : first + rows] for first in range(0, len(stored), rows)]
+        for results in source.spread(quantize, pieces):
+            yield from enumerate(results)
+
+
+def _quantize_rows(
+    stored: npt.NDArray[Any], dtype: str, group_size: int, bits: int
+) -> list[memoryview]:
+    """MLX's weight, scales and biases of some rows of `dtype`, computed on the CPU.
+
+    CPU and GPU round halves differently (32,742 of 16.8 M codes), and entries must not depend on
+    the device. Every thread has a CPU stream of its own in MLX.
+    """
+    import mlx.core as mx  # here, because converting a shard without an embedding needs no MLX
+
+    weight = mx.array(stored)
+    if dtype == "BF16":
+        weight = weight.view(mx.bfloat16, stream=mx.cpu)
+    results = list(mx.quantize(weight, group_size, bits, stream=mx.cpu))
+    if dtype == "BF16":  # numpy has none
+        results[1:] = [result.view(mx.uint16, stream=mx.cpu) for result in results[1:]]
+    mx.eval(results)
+    return [_bytes_of(np.array(result, copy=False)) for result in results]
 
 
 _KINDS: dict[str, Callable[[Source, tuple[Part, ...], Mapping[str, int]], Chunks]] = {

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -51,6 +52,8 @@ class Source:
         self._digest: SourceDigest | None = None
         self._stopped = self._beside = False
         self._opened = time.time_ns()
+        self.spread: Callable[..., Iterator[Any]] = map
+        """`map`, or one that works on several items at once."""
         fd, label = self._fd(task.shard), str(self._path())
         try:
             self._stamp = FileStamp.of_fd(fd, label)
@@ -73,7 +76,7 @@ class Source:
     def hash(self) -> SourceDigest:
         """SHA-256 of the shard and the fingerprint of each of its tensors, once."""
         if self._digest is None:
-            with self._worker.trace.span("hash the rest", self._task.shard):
+            with self._worker.trace.span("hash", self._task.shard):
                 self._digest = self._hasher.finish()
             if self._unchanged() and self._stamp.is_settled(self._opened):
                 self._memo.remember(self._stamp, self._digest.sha256)
@@ -81,8 +84,10 @@ class Source:
 
     @contextmanager
     def hashing_beside(self, pool: Executor) -> Iterator[None]:
-        """Hashes the shard in a thread of `pool` beside the body, done when the body is."""
-        self._beside = True
+        """Hashes the shard in a thread of `pool` beside the body, done when the body is; `spread`
+        uses the others.
+        """
+        self._beside, self.spread = True, pool.map
         hashed = pool.submit(self.hash)
         try:
             yield

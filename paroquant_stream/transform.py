@@ -111,7 +111,6 @@ def _convert(job: Job, source: Source, worker: Worker) -> EntryRecord:
         borrowed = source.borrowed_sha256()
         sha256 = source.check()
         key = job.task.key(sha256, borrowed)
-        worker.leave()
         with worker.trace.span("publish", job.task.shard):
             stamp = file.publish(job.store.entry_path(key))
         job.store.memo.remember(stamp, file.digest)

@@ -1,14 +1,14 @@
-"""What a job may use: one of `--jobs` places, memory that is kept from job to job, and helpers while
-a place is free. It gives its place back early, while the disk alone works.
+"""What a job may use: one of `--jobs` places, memory that is kept from job to job, and helpers
+where a place is left over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 
 from .errors import Cancelled
 from .trace import SILENCE, Trace
@@ -35,10 +35,12 @@ class Buffers:
 class Places:
     """As many places as jobs may work at once; each holds the buffers of the last who had it."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, waiting: int = 1) -> None:
+        """`waiting`: how many jobs will come for a place."""
         self._free: queue.LifoQueue[Buffers] = queue.LifoQueue()  # the last used is warm
         for _ in range(count):
             self._free.put(Buffers())
+        self._waiting = waiting
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -51,20 +53,20 @@ class Places:
             raise Cancelled("another shard failed or the run was interrupted")
 
     def wait(self) -> Buffers:
-        """Takes a place, as soon as there is one."""
+        """A place for a job, as soon as there is one. Raises Cancelled."""
         while True:
             self.check()
-            try:
-                return self._free.get(timeout=_LOOK)
-            except queue.Empty:
-                continue
+            with contextlib.suppress(queue.Empty):
+                buffers = self._free.get(timeout=_LOOK)
+                self._waiting -= 1
+                return buffers
 
     def ask(self) -> Buffers | None:
-        """Takes a place if one is free now."""
-        try:
-            return self._free.get_nowait()
-        except queue.Empty:
-            return None
+        """A place for a helper, if one is free that no job will come for."""
+        with contextlib.suppress(queue.Empty):
+            if self._free.qsize() > self._waiting:
+                return self._free.get_nowait()
+        return None
 
     def free(self, buffers: Buffers) -> None:
         """Gives a place back."""
@@ -88,20 +90,23 @@ class Worker:
         return self._held
 
     def leave(self) -> None:
-        """Gives the place back, if this job has it; what is left to do needs no processor."""
+        """Gives the place back, if this job still has it."""
         held, self._held = self._held, None
         if held is not None:
             self._places.free(held)
 
-    @contextmanager
+    @contextlib.contextmanager
     def helper(self) -> Iterator[Executor | None]:
-        """One more thread while the body runs, if a second place is free; else None."""
+        """Threads beside the job's own while the body runs, if a second place is free; else None.
+
+        Three, since two share what can be cut while one hashes.
+        """
         second = self._places.ask()
         if second is None:
             yield None
             return
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="helper") as pool:
+            with ThreadPoolExecutor(3, thread_name_prefix="helper") as pool:
                 yield pool
         finally:
             self._places.free(second)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import digest
+from paroquant_stream import digest, newfile
 from tests.builders import cut_apart, cut_evenly, write_checkpoint
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -22,6 +22,12 @@ def _own_cache(tmp_path, monkeypatch):
 def settled(monkeypatch):
     """Files count as left alone at once, so that their digests are remembered."""
     monkeypatch.setattr(digest, "RACY_SECONDS", -1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Even a tiny entry is written block by block, past the page cache and in a thread."""
+    monkeypatch.setattr(newfile, "_BLOCK", 4096)
 
 
 @pytest.fixture

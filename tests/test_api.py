@@ -87,9 +87,9 @@ def test_two_threads_that_load_one_cold_model_convert_it_once(model_dir, monkeyp
 
     real, converted = transform._convert, []
 
-    def counted(job, source):
+    def counted(job, *rest):
         converted.append(job.task.shard)
-        return real(job, source)
+        return real(job, *rest)
 
     monkeypatch.setattr(transform, "_convert", counted)
     with ThreadPoolExecutor(2) as pool:

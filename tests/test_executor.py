@@ -42,13 +42,13 @@ def test_one_job_runs_in_the_calling_thread():
 def test_the_first_error_stops_the_others_and_is_raised():
     stopped = []
 
-    def work(item, checkpoint):
+    def work(item, worker):
         if item == 0:
             time.sleep(0.05)
             raise StoreError("disk full")
         try:
             for _ in range(1000):
-                checkpoint()
+                worker.check()
                 time.sleep(0.005)
         except Cancelled:
             stopped.append(item)
@@ -64,14 +64,14 @@ def test_the_first_error_stops_the_others_and_is_raised():
 def test_a_caller_that_stops_listening_stops_the_jobs():
     started, ended = threading.Event(), threading.Event()
 
-    def work(item, checkpoint):
+    def work(item, worker):
         if item == 0:
             started.wait(5)
             return item
         started.set()
         try:
             while True:
-                checkpoint()
+                worker.check()
                 time.sleep(0.005)
         finally:
             ended.set()

@@ -42,7 +42,7 @@ END = "\nsys.exit(convert.main(sys.argv[1:]))"
 LINUX_ROOT = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="only root of Linux can mount"
 )
-pytestmark = pytest.mark.usefixtures("settled")
+pytestmark = pytest.mark.usefixtures("settled", "small_blocks")
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,8 @@ def test_a_write_that_only_says_it_was_done_is_noticed(model, cache, golden, log
     rules = [f"retval={size}:when={at}" for at, size in points(log, store, "write", 6)]
     results = list(inject(model, tmp_path, "write", rules))
     assert all("(INJECTED)" in trace for _, _, _, trace in results)
-    assert [published(place).items() <= golden.items() for place, *_ in results] == [True] * 6
+    assert len(results) > 3
+    assert all(published(place).items() <= golden.items() for place, *_ in results)
     assert all(code == 1 and clean(code, stderr) for _, code, stderr, _ in results)
 
 

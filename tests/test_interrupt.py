@@ -21,8 +21,8 @@ from paroquant_stream.store import Store
 
 KILL = """
 import os, signal, sys
-from paroquant_stream import convert, digest
-digest.RACY_SECONDS = -1
+from paroquant_stream import convert, digest, newfile
+digest.RACY_SECONDS, newfile._BLOCK = -1, 4096
 step, calls = int(sys.argv[1]), 0
 def deadly(real):
     def call(*arguments, **options):

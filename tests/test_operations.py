@@ -15,6 +15,8 @@ from paroquant_stream.tensorfile import TensorSpec
 class Bytes:
     """A source that holds its parts in memory."""
 
+    spread = map
+
     def __init__(self, arrays: dict[str, bytes], chunk: int = 100) -> None:
         self.arrays, self.chunk = arrays, chunk
 

@@ -20,7 +20,7 @@ from paroquant_stream.conversion import convert
 from tests.builders import cut_evenly, write_checkpoint
 
 pytestmark = [
-    pytest.mark.usefixtures("settled"),
+    pytest.mark.usefixtures("settled", "small_blocks"),
     pytest.mark.skipif(
         sys.platform != "linux" or os.geteuid() != 0, reason="only root of Linux can mount images"
     ),

@@ -13,6 +13,7 @@ from paroquant_stream.conversion import plan_model
 from paroquant_stream.errors import Cancelled
 from paroquant_stream.tensorfile import PAGE, lay_out
 from paroquant_stream.transform import Job, Outcome, run_task
+from paroquant_stream.worker import Places, Worker
 from tests.builders import llama_tensors
 
 
@@ -31,7 +32,7 @@ def ignore(_count: int) -> None:
 def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
     tensors = llama_tensors()
     for job in jobs:
-        record = run_task(job, ignore).record
+        record = run_task(job, Worker(), ignore).record
         arrays = load_file(job.store.entry_path(record.key))
         assert {(n, a.shape) for n, a in arrays.items()} == {
             (t.name, t.shape) for t in record.tensors
@@ -43,7 +44,7 @@ def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
 
 
 def test_data_starts_on_a_page(jobs):
-    record = run_task(jobs[0], ignore).record
+    record = run_task(jobs[0], Worker(), ignore).record
     header, _ = lay_out(record.tensors)
     assert len(header) % PAGE == 0
     assert jobs[0].store.entry_path(record.key).read_bytes().startswith(header)
@@ -54,7 +55,7 @@ def test_biases_use_scales_that_lie_in_another_shard(jobs):
     borrowers = [job for job in jobs if job.task.borrowed]
     assert borrowers
     for job in borrowers:
-        arrays = load_file(job.store.entry_path(run_task(job, ignore).record.key))
+        arrays = load_file(job.store.entry_path(run_task(job, Worker(), ignore).record.key))
         for name in (n for n in arrays if n.endswith("_proj.biases")):
             scales = tensors[name.replace("biases", "scales")]
             zeros = tensors[name.replace("biases", "qzeros")].view(np.uint32)
@@ -66,7 +67,7 @@ def test_biases_use_scales_that_lie_in_another_shard(jobs):
 
 def test_jobs_and_outcomes_pickle_small(jobs):
     assert len(pickle.dumps(jobs)) < 100_000
-    outcome = run_task(pickle.loads(pickle.dumps(jobs[0])), ignore)
+    outcome = run_task(pickle.loads(pickle.dumps(jobs[0])), Worker(), ignore)
     assert isinstance(pickle.loads(pickle.dumps(outcome)), Outcome)
     assert len(pickle.dumps(outcome)) < 20_000
 
@@ -74,8 +75,6 @@ def test_jobs_and_outcomes_pickle_small(jobs):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("tick", [1, 5, 20])
 def test_a_cancelled_task_leaves_nothing(jobs, threads, tick):
-    from dataclasses import replace
-
     ticks = []
 
     def stop(_count):
@@ -84,17 +83,15 @@ def test_a_cancelled_task_leaves_nothing(jobs, threads, tick):
             raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        run_task(replace(jobs[0], threads=threads), stop)
+        run_task(jobs[0], Worker(Places(threads)), stop)
     assert not list(jobs[0].store.root.rglob("*.safetensors"))
     assert not list((jobs[0].store.root / "v1" / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_byte_is_ticked_once_for_its_hash_and_once_for_its_conversion(jobs, threads):
-    from dataclasses import replace
-
     ticks: list[int] = []
-    run_task(replace(jobs[0], threads=threads), ticks.append)
+    run_task(jobs[0], Worker(Places(threads)), ticks.append)
     task = jobs[0].task
     parts = [part for op in task.operations for parts in op.slices for part in parts]
     converted = sum(part.stop - part.start for part in parts if part.shard == task.shard)

@@ -1,0 +1,82 @@
+"""Traces: stages are summed without those inside them, and a browser can show them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from paroquant_stream.api import convert_checkpoint
+from paroquant_stream.errors import UnwritableFile
+from paroquant_stream.trace import SILENCE, Trace, written_to
+
+
+def test_a_stage_is_summed_without_those_inside_it():
+    trace = Trace()
+    with trace.span("outer"):
+        time.sleep(0.02)
+        with trace.span("inner", "x"):
+            time.sleep(0.05)
+    outer, inner = trace.seconds()["outer"], trace.seconds()["inner"]
+    assert 0.02 <= outer < 0.05 <= inner
+
+
+def test_a_stage_that_fails_is_kept():
+    trace = Trace()
+    with pytest.raises(KeyError), trace.span("stage"):
+        raise KeyError
+    assert [span.stage for span in trace.spans] == ["stage"]
+
+
+def test_the_file_has_a_row_for_each_thread_and_a_slice_for_each_stage(tmp_path):
+    trace = Trace()
+
+    def beside():
+        with trace.span("there"):
+            pass
+
+    with trace.span("here", "of this"):
+        thread = threading.Thread(target=beside, name="other")
+        thread.start()
+        thread.join()
+        with trace.span("below"):
+            pass
+    trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    slices = {event["name"]: event for event in events if event["ph"] == "X"}
+    assert slices.keys() == {"here", "below", "there"}
+    here, below = slices["here"], slices["below"]
+    assert here["args"] == {"of": "of this"}
+    assert here["ts"] <= below["ts"] <= below["ts"] + below["dur"] <= here["ts"] + here["dur"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert names[here["tid"]] == names[below["tid"]] == "MainThread"
+    assert names[slices["there"]["tid"]] == "other"
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 9])
+def test_a_conversion_shows_every_stage_of_every_shard(model_dir, tmp_path, jobs):
+    convert_checkpoint(model_dir, jobs=jobs, trace=tmp_path / "t.json")
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    stages = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"plan", "shard", "read", "hash", "awq_weight", "write", "publish"} <= stages
+    shards = [event["args"]["of"] for event in events if event["name"] == "shard"]
+    assert len(shards) == len(set(shards)) == 3
+
+
+def test_a_trace_is_written_when_the_run_fails_too(tmp_path):
+    with pytest.raises(KeyError), written_to(tmp_path / "t.json") as trace, trace.span("x"):
+        raise KeyError
+    assert "x" in (tmp_path / "t.json").read_text()
+
+
+def test_no_path_is_no_trace(tmp_path):
+    with written_to(None) as trace, trace.span("x"):
+        assert trace is SILENCE
+    assert not SILENCE.spans
+
+
+def test_a_trace_that_cannot_be_written_names_the_file(tmp_path):
+    with pytest.raises(UnwritableFile, match=r"absent/t\.json: the trace cannot be written"):
+        Trace().write(tmp_path / "absent" / "t.json")
