@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arrival import Remote
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp
 from .errors import ManifestError
@@ -30,6 +31,10 @@ class Request:
     in_place: bool = False
     force: bool = False
     jobs: int = 1
+    remote: Remote | None = None
+    """Where shards come from that the directory lacks."""
+    drop_source: bool = False
+    """Remove each shard once its entry is durable and nothing else needs it."""
 
     @property
     def manifest_name(self) -> str:
@@ -43,7 +48,12 @@ class Request:
 
 def read_manifest(request: Request) -> Manifest | None:
     """The manifest of an earlier conversion, or None; whatever is wrong with it, it is None."""
-    data = request.store.read_manifest(request.manifest_name, MAX_BYTES)
+    return read_named(request.store, request.manifest_name)
+
+
+def read_named(store: Store, name: str) -> Manifest | None:
+    """The manifest of this name in a store, or None."""
+    data = store.read_manifest(name, MAX_BYTES)
     try:
         return Manifest.decode(data) if data is not None else None
     except ManifestError:
