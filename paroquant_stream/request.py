@@ -12,7 +12,7 @@ from .arrival import Remote
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp
 from .errors import ManifestError
-from .manifest import MAX_BYTES, Manifest
+from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .store import Store
 from .task import TRANSFORM
 
@@ -70,22 +70,31 @@ def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) 
         return "made by another version"
     if manifest.config_sha256 != config_digest(request.directory):
         return "config.json or the index changed"
-    memo = request.store.memo
     for record in manifest.entries:
         shard = Shard(record.shard, request.directory / record.shard)
-        try:
-            stamp = FileStamp.of(os.stat(shard.path))
-        except FileNotFoundError:
-            if record.dropped:
-                continue
-            return f"{record.shard} is absent"
-        except OSError as error:
-            return f"{record.shard} cannot be looked at: {error.strerror}"
-        sha256 = memo.lookup(stamp) or shard.hub_sha256
-        if sha256 is None and read_unknown:
-            sha256 = shard.sha256(memo)
-        if sha256 != record.source_sha256:
-            return f"{record.shard} changed, or was never read where it is now"
+        if not (record.dropped and not os.path.exists(shard.path)):
+            reason = _source_staleness(request, record, shard, read_unknown)
+            if reason:
+                return reason
         if request.store.entry_size(record.key) != record.size:
             return f"the entry of {record.shard} is absent or cut short"
+    return None
+
+
+def _source_staleness(
+    request: Request, record: EntryRecord, shard: Shard, read_unknown: bool
+) -> str | None:
+    """Why a shard is not the one of its record, or None when it surely is."""
+    memo = request.store.memo
+    try:
+        stamp = FileStamp.of(os.stat(shard.path))
+    except FileNotFoundError:
+        return f"{record.shard} is absent"
+    except OSError as error:
+        return f"{record.shard} cannot be looked at: {error.strerror}"
+    sha256 = memo.lookup(stamp) or shard.hub_sha256
+    if sha256 is None and read_unknown:
+        sha256 = shard.sha256(memo)
+    if sha256 != record.source_sha256:
+        return f"{record.shard} changed, or was never read where it is now"
     return None
