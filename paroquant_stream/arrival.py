@@ -9,6 +9,7 @@ ahead, so its shards are always on their way and nothing can wait for itself.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,8 +91,9 @@ class Arrivals:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        until = time.monotonic() + _PATIENCE
         for thread in self._threads:
-            thread.join(_PATIENCE)
+            thread.join(max(0.0, until - time.monotonic()))
 
     def wait_for(self, shards: Iterable[str], checkpoint: Callable[[], None]) -> None:
         """Returns when all of `shards` are there; `checkpoint()` may raise meanwhile.

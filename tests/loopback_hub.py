@@ -35,13 +35,15 @@ class LoopbackHub:
         """Method, what and range of every request, in order."""
         self.fault: Fault = lambda method, what: None
         self.sent = 0
-        hub = self
 
         class Handler(_Handler):
-            pass
+            hub = self
 
-        Handler.hub = hub
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                """A client that is killed or stops says nothing."""
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -120,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         what = "api" if api else "/".join(parts[4:])
         branches = hub.repos.get(f"{owner}/{name}")
         hub.log.append((method, what, range_))
-        fault = hub.fault(method, what)
+        fault = None if _is_head(range_) else hub.fault(method, what)
         if fault == "refuse":
             return self.hang_up()
         if fault == "401":

@@ -119,7 +119,7 @@ def test_it_gives_the_entries_of_the_same_files_in_a_directory(hub, right, jobs)
         REPO, jobs=jobs, progress=lambda shard, done, size: told.update({shard: (done, size)})
     )
     assert digests(manifest) == right
-    assert sorted(hub.downloads()) == sorted(names() * 2)  # the Hub, then its CDN
+    assert sorted(hub.downloads()) == names()
     assert sorted(told) == names()
     assert all(done == size for done, size in told.values())
     before = len(hub.log)
@@ -220,17 +220,21 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, source, right, commit, tm
 
 
 @pytest.mark.usefixtures("commit", "impatient")
-def test_a_connection_that_is_cut_in_the_middle_of_a_shard_goes_on_where_it_was(hub, right):
+def test_a_connection_that_is_cut_in_the_middle_of_a_shard_goes_on_where_it_was(
+    hub, right, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)  # else 10 MB
     cuts = []
 
     def cut_once(method, what):
-        if (method, what) == ("GET", names()[3]) and len(cuts) < 2:
-            cuts.append(what)
-            return "cut" if len(cuts) == 2 else None  # the first is the redirect
+        if (method, what) != ("GET", names()[3]) or cuts:
+            return None
+        cuts.append(what)
+        return "cut"
 
     hub.fault = cut_once
     assert digests(convert_checkpoint(REPO)) == right
-    assert len(cuts) == 2
+    assert cuts
     assert any(range_ and not range_.startswith("bytes=0-") for _, _, range_ in hub.log)
 
 
@@ -239,9 +243,10 @@ def test_a_hub_that_goes_away_is_one_error_and_the_next_run_goes_on(hub, right, 
     gone = []
 
     def go_away(method, what):
-        if what == names()[3]:
-            gone.append(what)
-            return "refuse"
+        if what != names()[3]:
+            return None
+        gone.append(what)
+        return "refuse"
 
     hub.fault = go_away
     with pytest.raises(CheckpointError, match=f"{names()[3]} cannot be had from the Hub"):
@@ -343,7 +348,7 @@ def test_with_drop_source_the_disk_never_holds_the_checkpoint_twice(hub, tmp_pat
 
     def measure(method, what):
         blobs = list((tmp_path / "hf").rglob("blobs/*"))
-        most.append(sum(blob.stat().st_size > 2000 and len(blob.name) == 64 for blob in blobs))
+        most.append(sum(len(blob.name.partition(".")[0]) == 64 for blob in blobs))
 
     hub.fault = measure
     manifest = convert_checkpoint(REPO, jobs=jobs, drop_source=True)
@@ -411,13 +416,13 @@ def test_a_signal_in_a_download_ends_the_run_soon_and_the_next_goes_on(
 
     hub.fault = hold
     process = command("--jobs", "1")
-    while not held:
-        time.sleep(0.01)
+    while not held or len(list((tmp_path / "user-cache").rglob("entries/*/*"))) < 2:
+        time.sleep(0.01)  # until it does nothing but wait; a signal inside `import mlx` is lost
         assert process.poll() is None
     process.send_signal(number)
     sent = time.monotonic()
     found, _, err = finish(process)
-    assert (found, time.monotonic() - sent < 2.5) == (code, True)
+    assert (found, time.monotonic() - sent < 2.5) == (code, True), err
     assert "interrupted" in err
     assert "Traceback" not in err
     hub.fault = lambda *_: None
