@@ -50,7 +50,7 @@ def kept_header(request: Request, record: EntryRecord) -> Header | None:
     """The header of a dropped shard as it was kept, or None if it is absent or damaged."""
     path = request.store.header_path(record.source_sha256)
     try:
-        with closing(open_regular(path, follow=False)) as fd, os.fdopen(os.dup(fd), "rb") as file:
+        with os.fdopen(open_regular(path, follow=False), "rb") as file:
             data = file.read(32 + 8 + MAX_HEADER)
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             return None
@@ -85,10 +85,11 @@ def usable(
 
 def _borrows_otherwise(request: Request, task: Task, record: EntryRecord) -> bool:
     """Whether a lender that is still there has other bytes now than the entry was made from."""
+    if len(task.borrowed) != len(record.borrowed_sha256):
+        return True
     lenders = zip(task.borrowed.items(), record.borrowed_sha256, strict=True)
     for (shard, parts), before in lenders:
-        path = request.directory / shard
-        if os.path.exists(path):
+        if os.path.exists(request.directory / shard):
             now = hashlib.sha256(b"".join(_part_digest(request, part) for part in parts))
             if now.hexdigest() != before:
                 return True

@@ -92,7 +92,10 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
         raise CheckpointError(
             f"{model}: neither a model directory nor a repository id like owner/name"
         )
-    directory = Path(_download(name, "config.json", revision)).parent
+    try:
+        directory = Path(_download(name, "config.json", revision)).parent
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; nor is there a directory of this name") from error
     remote = HubModel(name, directory.name)
     _fetch_small(remote)
     return directory, remote
@@ -130,7 +133,7 @@ def _download(
         raise
     except Exception as error:  # the Hub's client raises a dozen unrelated kinds
         raise CheckpointError(
-            f"{name}: no such directory, and {file} cannot be had from the Hub: {_one_line(error)}"
+            f"{name}: {file} cannot be had from the Hub: {_one_line(error)}"
         ) from error
 
 

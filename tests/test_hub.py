@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -407,12 +408,12 @@ def test_the_command_shows_no_bar_of_the_hubs_client():
 def test_a_signal_in_a_download_ends_the_run_soon_and_the_next_goes_on(
     hub, right, tmp_path, number, code
 ):
-    held = []
+    held, release = [], threading.Event()
 
     def hold(method, what):
         if (method, what) == ("GET", names()[2]):
             held.append(what)
-            time.sleep(3)
+            release.wait(5)
 
     hub.fault = hold
     process = command("--jobs", "1")
@@ -422,6 +423,7 @@ def test_a_signal_in_a_download_ends_the_run_soon_and_the_next_goes_on(
     process.send_signal(number)
     sent = time.monotonic()
     found, _, err = finish(process)
+    release.set()
     assert (found, time.monotonic() - sent < 2.5) == (code, True), err
     assert "interrupted" in err
     assert "Traceback" not in err
@@ -444,3 +446,38 @@ def test_killed_in_a_download_the_next_run_goes_on(hub, right, moment):
     assert finish(process)[0] == -signal.SIGKILL
     assert killed
     assert digests(convert_checkpoint(REPO, drop_source=True)) == right
+
+
+@pytest.mark.parametrize("users", [1, 2])
+def test_a_blob_that_the_hubs_client_shares_goes_with_its_last_user(tmp_path, users):
+    """Since its pull request 4498 a blob may be a link to a file that repositories share."""
+    from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store, shared_blob_path
+
+    cache, xet, sha256 = tmp_path / "hub", "e" * 64, "a" * 64
+    paths = []
+    for user in range(users):
+        repo = cache / f"models--owner--m{user}"
+        snapshot = repo / "snapshots" / ("c" * 40)
+        snapshot.mkdir(parents=True)
+        (repo / "blobs").mkdir()
+        (repo / "blobs" / sha256).write_bytes(b"12345")
+        assert publish_blob_to_shared_store(
+            blob_path=str(repo / "blobs" / sha256), xet_hash=xet, cache_dir=str(cache),
+            expected_size=5, replace_existing=False,
+        )  # fmt: skip
+        paths.append(snapshot / "model.safetensors")
+        paths[-1].symlink_to(f"../../blobs/{sha256}")
+    shared = shared_blob_path(cache, xet)
+    assert (cache / "models--owner--m0" / "blobs" / sha256).is_symlink()
+    room.remove(paths[0])
+    assert not os.path.lexists(paths[0])
+    assert not os.path.lexists(cache / "models--owner--m0" / "blobs" / sha256)
+    assert shared.exists() == (users == 2)
+    assert all(path.read_bytes() == b"12345" for path in paths[1:])
+
+
+def test_a_link_inside_the_model_directory_goes_with_its_file(tmp_path):
+    (tmp_path / "real.bin").write_bytes(b"x")
+    (tmp_path / "model.safetensors").symlink_to("real.bin")
+    room.remove(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
