@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,13 @@ import pytest
 from paroquant_stream import conversion, drop
 from paroquant_stream.api import load, make_request
 from paroquant_stream.conversion import convert, survey
-from paroquant_stream.errors import EntryDamaged, SourceChanged, SourceDropped, StoreError
+from paroquant_stream.errors import (
+    EntryDamaged,
+    ParoquantStreamError,
+    SourceChanged,
+    SourceDropped,
+    StoreError,
+)
 from paroquant_stream.request import read_manifest
 from tests.builders import CONFIG, cut_evenly, write_checkpoint
 
@@ -277,3 +284,38 @@ def test_a_manifest_that_lies_about_lenders_is_not_believed(scattered_dir):
     (scattered_dir / "config.json").write_text(json.dumps(CONFIG | {"note": 1}))
     with pytest.raises(SourceDropped, match="a part that it borrows changed"):
         run(scattered_dir)
+
+
+def test_a_disk_error_at_any_change_is_typed_and_the_next_run_completes(
+    model_dir, whole, tmp_path, monkeypatch
+):
+    """Every rename, unlink and fsync in turn fails once."""
+    step, typed, fired = 0, 0, True
+    while fired:
+        step, calls, fired = step + 1, 0, False
+        directory, cache = tmp_path / f"model{step}", tmp_path / f"cache{step}"
+        shutil.copytree(model_dir, directory)
+
+        def failing(real, step=step):
+            def call(*arguments, **options):
+                nonlocal calls, fired
+                calls += 1
+                if calls == step:
+                    fired = True
+                    raise OSError(errno.EIO, "Input/output error")
+                return real(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink", "fsync"):
+                patch.setattr(os, name, failing(getattr(os, name)))
+            try:
+                run(directory, cache_dir=cache, drop_source=True)
+            except ParoquantStreamError as error:
+                typed += "Input/output error" in str(error)
+        assert digests(run(directory, cache_dir=cache, drop_source=True)) == whole
+        assert shards(directory) == []
+        shutil.rmtree(directory)
+        shutil.rmtree(cache)
+    assert typed > 20
