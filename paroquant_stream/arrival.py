@@ -69,11 +69,6 @@ class Arrivals:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
-    @property
-    def expected(self) -> frozenset[str]:
-        """The shards that are still absent."""
-        return frozenset(self._absent)
-
     def __enter__(self) -> Arrivals:
         if self._remote:
             for _ in range(min(FETCHERS, len(self._queue))):

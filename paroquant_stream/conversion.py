@@ -129,6 +129,7 @@ def _convert_shards(
 
     dropper = Dropper(request, plan.tasks, dropped, manifest_of) if request.drop_source else None
     tally = Tally(progress, tasks, absent)
+    # at least `jobs`: of the tasks that hold a place, one is then always free to go on
     ahead = max(2, request.jobs) if request.drop_source else None
     reports = {n: report_reused(record, record) for n, record in dropped.items()}
     records = dict(dropped)
