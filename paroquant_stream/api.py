@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from .conversion import Progress, convert
+from .conversion import convert
 from .errors import EntryDamaged
-from .hub import resolve
+from .hub import locate
 from .manifest import Manifest
 from .request import Request, read_manifest, staleness
 from .store import Store, user_cache_root
+from .tally import Progress
 from .trace import written_to
 
 logger = logging.getLogger(__name__)
@@ -33,14 +34,16 @@ def make_request(
     in_place: bool = False,
     force: bool = False,
     jobs: int | None = None,
+    revision: str | None = None,
+    drop_source: bool = False,
 ) -> Request:
-    """The request for converting `model_path` with these options; downloads a model named by a Hub
-    id.
+    """The request for converting `model_path` with these options; of a model named by a Hub id it
+    downloads the config, the index and the tokenizer, no shard.
     """
-    directory = resolve(model_path)
+    directory, remote = locate(model_path, revision)
     jobs = jobs or min(8, os.cpu_count() or 1)
     store = Store(directory / IN_PLACE, private=False) if in_place else cache_store(cache_dir)
-    return Request(str(model_path), directory, store, in_place, force, jobs)
+    return Request(str(model_path), directory, store, in_place, force, jobs, remote, drop_source)
 
 
 def convert_checkpoint(
@@ -50,6 +53,8 @@ def convert_checkpoint(
     in_place: bool = False,
     force: bool = False,
     jobs: int | None = None,
+    revision: str | None = None,
+    drop_source: bool = False,
     progress: Progress | None = None,
     trace: str | Path | None = None,
 ) -> Manifest:
@@ -59,15 +64,24 @@ def convert_checkpoint(
     `model_path`: a model directory or a Hub repository id. `cache_dir`: default the user's cache.
     `in_place`: into `<model_path>/mlx` instead. `force`: convert every shard again. `jobs`:
     workers, default one a core and at most 8; each holds the input and output of one linear.
+    `revision`: branch, tag or commit of a Hub repository, default `main`; its shards are converted
+    while the next ones download. `drop_source`: **removes** each shard, downloaded or local, once
+    its entry was read back and no other task needs it; nothing asks before.
     `progress(shard, bytes done, bytes in all)` is called from the workers. `trace`: a file for the
     stages of every worker, as chrome://tracing and ui.perfetto.dev show them.
 
-    Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError.
-    Later: SourceChanged and StoreError; what was published stays and the next call goes on from
-    there.
+    Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError,
+    SourceDropped. Later: SourceChanged, SourceDamaged, StoreError, and CheckpointError for a shard
+    that cannot be downloaded; what was published stays and the next call goes on from there.
     """
     request = make_request(
-        model_path, cache_dir=cache_dir, in_place=in_place, force=force, jobs=jobs
+        model_path,
+        cache_dir=cache_dir,
+        in_place=in_place,
+        force=force,
+        jobs=jobs,
+        revision=revision,
+        drop_source=drop_source,
     )
     with written_to(trace) as timed:
         return convert(request, progress, timed).manifest
@@ -80,6 +94,7 @@ def load(
     *,
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
+    revision: str | None = None,
     progress: Progress | None = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
@@ -95,7 +110,7 @@ def load(
     Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the
     model's parameters do not match one to one.
     """
-    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs)
+    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
     with written_to(trace) as timed:
         with timed.span("import MLX"):
             from .model import assemble  # conversion may not need it

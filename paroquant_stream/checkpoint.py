@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,16 @@ class Checkpoint:
     config_sha256: str
     """SHA-256 of the bytes of config.json and of the index."""
 
+    given: Mapping[str, Header] = field(default_factory=dict)
+    """Headers of shards that the directory lacks, from the Hub or from before they were dropped."""
+
     def headers(self) -> dict[str, Header]:
         """Every shard's header by shard name, checked against the index.
 
         Raises CheckpointError listing each tensor that the index and the headers do not agree on,
         and each tensor that two shards hold.
         """
-        headers = {shard.name: shard.header() for shard in self.shards}
+        headers = {s.name: self.given.get(s.name) or s.header() for s in self.shards}
         issues: list[str] = []
         home: dict[str, str] = {}
         for name, header in headers.items():
@@ -139,23 +143,25 @@ def config_digest(directory: Path) -> str:
     return _digest(*_read_texts(directory))
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(
+    directory: Path, may_lack: Callable[[str], bool] = lambda _: False
+) -> Checkpoint:
     """The checkpoint in `directory`; reads config and index, no shard.
 
     Raises CheckpointError for a missing or malformed config or index and for a shard that is
-    absent.
+    absent, unless it is one that the directory `may_lack`.
     """
     config_text, index_text = _read_texts(directory)
     config = _parse_object(config_text, directory / "config.json")
     if index_text is None:
         weight_map, names = None, [SINGLE_NAME]
-        if not os.path.exists(directory / SINGLE_NAME):
+        if not os.path.exists(directory / SINGLE_NAME) and not may_lack(SINGLE_NAME):
             raise CheckpointError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME} is there")
     else:
         weight_map = _parse_index(index_text, directory / INDEX_NAME)
         names = sorted(set(weight_map.values()))
     shards = tuple(Shard(name, directory / name) for name in names)
-    absent = [shard.name for shard in shards if not os.path.lexists(shard.path)]
+    absent = [s.name for s in shards if not os.path.lexists(s.path) and not may_lack(s.name)]
     if absent:
         raise CheckpointError(
             f"{directory}: the index names absent shards: {', '.join(absent)}; download them"

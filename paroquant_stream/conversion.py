@@ -9,25 +9,29 @@ When nothing changed none of this runs: the manifest, the memo and one stat a fi
 
 from __future__ import annotations
 
-import threading
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .arrival import Arrivals
 from .checkpoint import Checkpoint, open_checkpoint
+from .drop import Dropper, dropped_records, gone, journal_name, kept_header, usable
 from .errors import StoreError
 from .layout import Quantization, detect, read_quantization
 from .manifest import EntryRecord, Manifest
 from .plan import Plan, make_plan
 from .report import ShardReport, report_converted, report_reused, why_converted
 from .request import Request, read_manifest, staleness
+from .tally import Progress, Tally
 from .task import TRANSFORM, Task
 from .tensorfile import file_size
 from .trace import SILENCE, Trace
 
-Progress = Callable[[str, int, int], None]
-"""Called with a shard's name, the source bytes of it that are done, and its size."""
+if TYPE_CHECKING:
+    from .transform import Outcome
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ def convert(
 ) -> Conversion:
     """Brings the store up to date with the model and publishes the manifest.
 
-    Raises CheckpointError, MalformedFile, LayoutError or PlanError before anything is written;
-    SourceChanged or StoreError leave what was published before.
+    Raises CheckpointError, MalformedFile, LayoutError, PlanError or SourceDropped before anything
+    is written; SourceChanged, SourceDamaged, StoreError, or CheckpointError for a shard that cannot
+    be fetched, leave what was published before.
     """
     started = time.monotonic()
     request.store.check_owner()
@@ -70,12 +75,29 @@ def convert(
 def _current(request: Request) -> Manifest | None:
     """The manifest that still holds, if there is one and nothing is to be done again."""
     manifest = None if request.force else read_manifest(request)
-    return manifest if manifest and staleness(request, manifest) is None else None
+    if manifest is None or staleness(request, manifest) is not None:
+        return None
+    paths = [request.directory / record.shard for record in manifest.entries]
+    return None if request.drop_source and any(map(os.path.lexists, paths)) else manifest
 
 
 def plan_model(request: Request) -> tuple[Plan, Checkpoint]:
-    """The plan and the checkpoint of a model; reads config, index and headers."""
-    checkpoint = open_checkpoint(request.directory)
+    """The plan and the checkpoint of a model; reads config, index and headers.
+
+    The headers of shards that the directory lacks are those that were kept when they were dropped,
+    or come from the Hub.
+    """
+    remote, dropped = request.remote, dropped_records(request)
+    may_lack = (lambda _: True) if remote else dropped.__contains__
+    checkpoint = open_checkpoint(request.directory, may_lack)
+    given = {name: kept_header(request, record) for name, record in dropped.items()}
+    known = {name: header for name, header in given.items() if header}
+    names = [s.name for s in checkpoint.shards if s.name not in known]
+    if remote and (absent := [n for n in names if not os.path.exists(request.directory / n)]):
+        known |= remote.headers(absent)
+    elif lost := given.keys() & set(names):
+        raise gone(request, dict.fromkeys(sorted(lost), "the header that was kept is damaged"))
+    checkpoint = replace(checkpoint, given=known)
     quantization = read_quantization(checkpoint.config)
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
@@ -101,47 +123,109 @@ def _convert_shards(
     trace: Trace,
     started: float,
 ) -> Conversion:
-    from .executor import run_all  # with transform it brings numpy, which a run without work spares
-    from .transform import Job, Outcome, run_task
-    from .worker import Worker
-
-    _check_space(request, plan)
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
-    jobs = [
-        Job(task, request.directory, request.store, request.force, known.get(task.shard))
-        for task in plan.tasks
-    ]
+    tasks, dropped, absent = _work(request, plan)
+    _check_space(request, tasks)
 
-    def work(job: Job, worker: Worker) -> Outcome:
-        with trace.span("shard", job.task.shard):
-            return run_task(job, worker, _Ticker(job.task, worker.check, progress))
+    def manifest_of(records: Sequence[EntryRecord]) -> Manifest:
+        return _manifest(request, checkpoint, plan, records)
 
-    reports: dict[str, ShardReport] = {}
-    records: dict[str, EntryRecord] = {}
-    for outcome in run_all(work, jobs, request.jobs, trace):
-        record, old = outcome.record, known.get(outcome.record.shard)
-        records[record.shard] = record
-        reports[record.shard] = (
-            report_converted(record, old, request.force, outcome.seconds)
-            if outcome.converted
-            else report_reused(record, old, outcome.seconds)
-        )
-        if progress:
-            progress(record.shard, record.source_size, record.source_size)
+    dropper = Dropper(request, plan.tasks, dropped, manifest_of) if request.drop_source else None
+    tally = Tally(progress, tasks, absent)
+    # at least `jobs`: of the tasks that hold a place, one is then always free to go on
+    ahead = max(2, request.jobs) if request.drop_source else None
+    reports = {n: report_reused(record, record) for n, record in dropped.items()}
+    records = dict(dropped)
+    with Arrivals(
+        request.remote, request.directory, absent, checkpoint.given, tally.add, ahead
+    ) as arrivals:
+        for outcome in _run(request, tasks, known, arrivals, tally, trace):
+            record, old = replace(outcome.record, dropped=False), known.get(outcome.record.shard)
+            records[record.shard] = record
+            reports[record.shard] = (
+                report_converted(record, old, request.force, outcome.seconds)
+                if outcome.converted
+                else report_reused(record, old, outcome.seconds)
+            )
+            if dropper:
+                dropper.finish_task(record)
+            arrivals.finish_task()
+            if progress:
+                progress(record.shard, record.source_size, record.source_size)
     names = [task.shard for task in plan.tasks]
-    manifest = _manifest(request, checkpoint, plan, [records[name] for name in names])
+    records |= dropper.dropped if dropper else {}
+    manifest = manifest_of([records[name] for name in names])
     if manifest != before:  # equal, and a cache that cannot be written still serves
         request.store.write_manifest(request.manifest_name, manifest.encode())
+    request.store.remove_manifest(journal_name(request))
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
 
 
-def _check_space(request: Request, plan: Plan) -> None:
-    """Raises StoreError when what will surely be converted has no room: shards of unknown size."""
+def _run(
+    request: Request,
+    tasks: Sequence[Task],
+    known: Mapping[str, EntryRecord],
+    arrivals: Arrivals,
+    tally: Tally,
+    trace: Trace,
+) -> Iterator[Outcome]:
+    """The outcomes of the tasks as they finish, each begun when its shards are there."""
+    from .executor import run_all  # with transform it brings numpy, which a run without work spares
+    from .transform import Job, run_task
+    from .worker import Worker
+
+    jobs = [
+        Job(task, request.directory, request.store, request.force, known.get(task.shard))
+        for task in tasks
+    ]
+
+    def work(job: Job, worker: Worker) -> Outcome:
+        def tick(count: int) -> None:
+            worker.check()
+            tally.add(job.task.shard, count)
+
+        with trace.span("wait for the shard", job.task.shard):
+            arrivals.wait_for((job.task.shard, *job.task.borrowed), worker.check)
+        with trace.span("shard", job.task.shard):
+            return run_task(job, worker, tick)
+
+    return run_all(work, jobs, request.jobs, trace)
+
+
+def _work(
+    request: Request, plan: Plan
+) -> tuple[list[Task], dict[str, EntryRecord], list[list[str]]]:
+    """The tasks to run, the records of dropped shards that hold, the absent shards of each task.
+
+    Raises SourceDropped when a shard must be read that nothing can bring.
+    """
+    dropped, reasons = usable(request, plan.tasks, dropped_records(request))
+    tasks = [task for task in plan.tasks if task.shard not in dropped]
+    absent = [
+        [s for s in (task.shard, *task.borrowed) if not os.path.exists(request.directory / s)]
+        for task in tasks
+    ]
+    if request.remote is None and any(absent):
+        lending = {
+            shard: reasons.get(shard, f"lends parts to {task.shard}")
+            for task, shards in zip(tasks, absent, strict=True)
+            for shard in shards
+        }
+        raise gone(request, lending)
+    return tasks, dropped, absent
+
+
+def _check_space(request: Request, tasks: Sequence[Task]) -> None:
+    """Raises StoreError when what will surely be converted has no room: shards of unknown size.
+
+    When sources are dropped their room is used again, so only what is made at once counts.
+    """
     memo = request.store.memo
-    sure = [task for task in plan.tasks if request.force or not memo.knows_size(task.size)]
-    needed = sum(file_size(task.outputs) for task in sure)
+    sure = [task for task in tasks if request.force or not memo.knows_size(task.size)]
+    sizes = sorted((file_size(task.outputs) for task in sure), reverse=True)
+    needed = sum(sizes[: request.jobs] if request.drop_source else sizes)
     free = request.store.free_bytes()
     if needed > free:
         raise StoreError(
@@ -151,7 +235,7 @@ def _check_space(request: Request, plan: Plan) -> None:
 
 
 def _manifest(
-    request: Request, checkpoint: Checkpoint, plan: Plan, records: list[EntryRecord]
+    request: Request, checkpoint: Checkpoint, plan: Plan, records: Sequence[EntryRecord]
 ) -> Manifest:
     quantization: Quantization = plan.quantization
     return Manifest(
@@ -165,55 +249,37 @@ def _manifest(
     )
 
 
-class _Ticker:
-    """Turns ticks into progress: every source byte is ticked twice, hashed and converted."""
-
-    def __init__(
-        self, task: Task, checkpoint: Callable[[], None], progress: Progress | None
-    ) -> None:
-        self._task, self._checkpoint, self._progress = task, checkpoint, progress
-        self._ticked = 0
-        self._lock = threading.Lock()  # hash and conversion may tick from two threads
-
-    def __call__(self, count: int) -> None:
-        self._checkpoint()
-        if self._progress:
-            with self._lock:
-                self._ticked += count
-                self._progress(
-                    self._task.shard, min(self._ticked // 2, self._task.size), self._task.size
-                )
-
-
 def survey(request: Request) -> tuple[ShardReport, ...]:
     """What `convert` would do for each shard and why; reads what it must and writes nothing."""
-    from .transform import Job, find_entry, open_source
-    from .worker import Worker
-
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
     plan, _ = plan_model(request)
-    reports = []
-    for task in plan.tasks:
+    tasks, dropped, absent = _work(request, plan)
+    reports = {n: report_reused(record, record) for n, record in dropped.items()}
+    for task, missing in zip(tasks, absent, strict=True):
         old = known.get(task.shard)
-        job = Job(
-            task,
-            request.directory,
-            replace(request.store, read_only=True),
-            request.force,
-            known=old,
+        reports[task.shard] = (
+            _report_work(task, "not downloaded yet") if missing else _survey(request, task, old)
         )
-        source = open_source(job, Worker(), lambda _: None)
-        try:
-            if record := None if request.force else find_entry(job, source):
-                reports.append(report_reused(record, old))
-                continue
-            sha256, borrowed = source.known_sha256(), source.borrowed_sha256()
-            why = why_converted(old, sha256, borrowed, task.sha256, request.force)
-            size = file_size(task.outputs)
-            reports.append(
-                ShardReport(task.shard, "converted", why, None, None, task.size, size, 0.0)
-            )
-        finally:
-            source.close()
-    return tuple(reports)
+    return tuple(reports[task.shard] for task in plan.tasks)
+
+
+def _survey(request: Request, task: Task, old: EntryRecord | None) -> ShardReport:
+    from .transform import Job, find_entry, open_source
+    from .worker import Worker
+
+    store = replace(request.store, read_only=True)
+    job = Job(task, request.directory, store, request.force, known=old)
+    source = open_source(job, Worker(), lambda _: None)
+    try:
+        if record := None if request.force else find_entry(job, source):
+            return report_reused(record, old)
+        sha256, borrowed = source.known_sha256(), source.borrowed_sha256()
+        return _report_work(task, why_converted(old, sha256, borrowed, task.sha256, request.force))
+    finally:
+        source.close()
+
+
+def _report_work(task: Task, why: str) -> ShardReport:
+    size = file_size(task.outputs)
+    return ShardReport(task.shard, "converted", why, None, None, task.size, size, 0.0)

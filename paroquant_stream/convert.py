@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from .api import make_request
 from .conversion import Conversion, convert, survey
-from .errors import ParoquantStreamError
+from .errors import CheckpointError, ParoquantStreamError
 from .report import ShardReport, shown
 from .request import Request
 from .trace import written_to
@@ -35,6 +35,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
     parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
+    )
+    parser.add_argument(
         "--jobs", type=_positive, metavar="N", help="workers (default: one a core, at most 8)"
     )
     where = parser.add_mutually_exclusive_group()
@@ -43,6 +46,14 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--in-place", action="store_true", help="convert into MODEL/mlx, to ship with the model"
+    )
+    parser.add_argument(
+        "--drop-source",
+        action="store_true",
+        help="remove each shard, downloaded or local, once its entry is safe and nothing needs it",
+    )
+    parser.add_argument(
+        "-y", "--yes", action="store_true", help="remove a local model's shards without asking"
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     parser.add_argument(
@@ -93,10 +104,14 @@ def _run(arguments: argparse.Namespace) -> int:
         in_place=arguments.in_place,
         force=arguments.force,
         jobs=arguments.jobs,
+        revision=arguments.revision,
+        drop_source=arguments.drop_source,
     )
     if arguments.dry_run:
         _print_survey(request, arguments)
         return 0
+    if request.drop_source and request.remote is None and not arguments.yes:
+        _ask(request)
     hidden = arguments.quiet or not sys.stderr.isatty()
     with written_to(arguments.trace) as trace, _Bar(hidden=hidden) as bar:
         try:
@@ -109,6 +124,19 @@ def _run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print(shown(_summary(conversion)))
     return 0
+
+
+def _ask(request: Request) -> None:
+    """Raises CheckpointError unless a person says that the model's own shards may go."""
+    question = (
+        f"{request.directory}: remove each shard once it is converted? "
+        f"Only the conversion in {request.store.root} will be left."
+    )
+    if not sys.stdin.isatty():
+        raise CheckpointError(f"{question} There is no terminal to ask on; say so with -y")
+    print(f"{shown(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CheckpointError("nothing was converted and nothing removed")
 
 
 def _as_json(conversion: Conversion) -> dict[str, Any]:

@@ -37,6 +37,14 @@ class SourceChanged(ParoquantStreamError):
     """A shard's bytes changed while they were read; nothing was stored."""
 
 
+class SourceDamaged(ParoquantStreamError):
+    """A downloaded shard's bytes are not those that the Hub names; nothing was stored."""
+
+
+class SourceDropped(ParoquantStreamError):
+    """A shard must be read again that `--drop-source` removed; names it and what changed."""
+
+
 class StoreError(ParoquantStreamError):
     """The cache cannot be read or written."""
 

@@ -1,32 +1,219 @@
-"""Models named by a Hub repository id: the local directory with their files."""
+"""Models named by a Hub repository id: their small files at once, their shards when asked.
+
+The commit is the one of the first answer and every later request names it, so a branch that moves
+meanwhile never mixes two revisions. Files land in the Hub's own cache by its own functions, so that
+other programs share them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import logging
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .errors import CheckpointError
+from .checkpoint import hub_blob
+from .errors import CheckpointError, ParoquantStreamError, StoreError
+from .tensorfile import Header, parse_header
 
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
-"""What a model needs: no code (`*.py`) and no pickles (`*.bin`) are ever fetched."""
+logger = logging.getLogger(__name__)
+
+PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+"""What a model needs beside its shards: no code (`*.py`) and no pickles (`*.bin`) are fetched."""
+_FIRST_BYTES = 1 << 18  # of a shard, by range; a header of 1,500 tensors fits
+_TOGETHER = 8  # small requests at once
 
 
-def resolve(model: str | Path) -> Path:
-    """The directory of a model: `model` itself if it is one, else its snapshot in the Hub's cache.
+@dataclass(frozen=True)
+class HubModel:
+    """A repository at one commit; an `arrival.Remote`."""
+
+    name: str
+    commit: str
+
+    def headers(self, shards: Sequence[str]) -> dict[str, Header]:
+        """The headers of these shards, each by a range request of its first bytes.
+
+        Raises CheckpointError naming all of them when one cannot be had, MalformedFile when one is
+        not valid.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        try:
+            with ThreadPoolExecutor(_TOGETHER) as pool:
+                return dict(zip(shards, pool.map(self._header, shards), strict=True))
+        except ParoquantStreamError:
+            raise
+        except Exception as error:  # the Hub's client raises a dozen unrelated kinds
+            listed = ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" * (len(shards) > 3))
+            raise CheckpointError(
+                f"{self.name} at {self.commit[:12]}: not in the Hub's cache: {listed}; "
+                f"and the Hub does not give it: {_one_line(error)}"
+            ) from error
+
+    def fetch(self, shard: str, tick: Callable[[int], None]) -> None:
+        """Downloads a shard into the Hub's cache. Raises CheckpointError."""
+        _download(self.name, shard, self.commit, tick)
+
+    def _header(self, shard: str) -> Header:
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(self.name, shard, revision=self.commit)
+        head, size = _first_bytes(url, _FIRST_BYTES)
+
+        def read(start: int, length: int) -> bytes:
+            nonlocal head
+            if start + length > len(head):
+                head, _ = _first_bytes(url, start + length)
+            return head[start : start + length]
+
+        return parse_header(read, size, f"{self.name}/{shard}")
+
+
+def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubModel | None]:
+    """The directory of a model, and where its shards come from if it is named by a repository id.
+
+    Of a repository the config, index and tokenizer are fetched, no shard; `revision` is a branch,
+    tag or commit, default `main`. Without a network what the Hub's cache has must do.
 
     Raises CheckpointError when `model` is neither a directory nor a repository that can be had.
     """
     path = Path(model).expanduser()
     if os.path.isdir(path):  # pathlib raises on a disk error
-        return path
+        if revision:
+            raise CheckpointError(f"{path}: a directory has no revision; --revision is for the Hub")
+        return path, None
     name = str(model)
     if os.path.exists(path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{model}: neither a model directory nor a repository id like owner/name"
         )
-    from huggingface_hub import snapshot_download  # 0.3 s, for this case alone
+    try:
+        directory = Path(_download(name, "config.json", revision)).parent
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; nor is there a directory of this name") from error
+    remote = HubModel(name, directory.name)
+    _fetch_small(remote)
+    return directory, remote
+
+
+def _fetch_small(remote: HubModel) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from huggingface_hub import HfApi
 
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+        files = HfApi().model_info(remote.name, revision=remote.commit).siblings or []
+    except Exception as error:  # no network, a token that expired: as above, a dozen kinds
+        logger.info("%s: going on with the Hub's cache: %s", remote.name, _one_line(error))
+        return
+    names = [file.rfilename for file in files]
+    small = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in PATTERNS)]
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        list(pool.map(lambda name: _download(remote.name, name, remote.commit), small))
+
+
+def _download(
+    name: str, file: str, revision: str | None, tick: Callable[[int], None] = lambda _: None
+) -> str:
+    """The path of a file in the Hub's cache, downloaded if it is not there."""
+    from huggingface_hub import hf_hub_download  # 0.3 s, for models from the Hub alone
+
+    class Bar(_Bar):
+        def update(self, n: float | None = 1) -> None:
+            tick(int(n or 0))
+
+    try:
+        return str(hf_hub_download(name, file, revision=revision, tqdm_class=Bar))
+    except ParoquantStreamError:  # from tick
+        raise
     except Exception as error:  # the Hub's client raises a dozen unrelated kinds
-        raise CheckpointError(f"{name}: no such directory, and the Hub says: {error}") from error
+        raise CheckpointError(
+            f"{name}: {file} cannot be had from the Hub: {_one_line(error)}"
+        ) from error
+
+
+class _Bar:
+    """What the Hub's client takes for a progress bar; it shows nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
+    """The first `count` bytes of a file, or all if it is shorter, and its size."""
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = build_hf_headers() | {
+        "Range": f"bytes=0-{count - 1}",
+        "Accept-Encoding": "identity",
+    }
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT
+    ) as response:
+        hf_raise_for_status(response)
+        given = response.headers.get("Content-Range", "").rpartition("/")[2]
+        size = int(given or response.headers["Content-Length"])
+        head = bytearray()
+        for chunk in response.iter_bytes():  # a server that knows no ranges sends the whole file
+            head += chunk
+            if len(head) >= count:
+                break
+    return bytes(head[:count]), size
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def remove(path: Path) -> None:
+    """Removes a shard for good: the file, and what its link leads to, the file first.
+
+    A blob of the Hub's cache that another revision links to stays. Raises StoreError.
+    """
+    blob = hub_blob(path)
+    try:
+        if blob and _is_linked_elsewhere(blob, path):
+            logger.warning("%s stays: another revision in the Hub's cache uses it", blob)
+        elif blob:
+            shared = Path(os.path.realpath(blob)) if blob.is_symlink() else None
+            blob.unlink(missing_ok=True)
+            _sweep_shared(shared, blob.parents[2])
+        elif path.is_symlink() and os.path.exists(path):
+            os.unlink(os.path.realpath(path))
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def _is_linked_elsewhere(blob: Path, path: Path) -> bool:
+    here = Path(os.path.realpath(path.parent), path.name)
+    for directory, _, names in os.walk(os.path.realpath(blob.parents[1] / "snapshots")):
+        for other in (Path(directory, name) for name in names):
+            if other != here and hub_blob(other) == blob:
+                return True
+    return False
+
+
+def _sweep_shared(shared: Path | None, cache: Path) -> None:
+    """Removes a file that the Hub's client shares between repositories, if no other uses it."""
+    if shared:
+        with contextlib.suppress(ImportError):  # from release 2 on, see pull request 4498 there
+            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
+
+            sweep_shared_blob(shared, cache_dir=cache)

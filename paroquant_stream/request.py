@@ -8,10 +8,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arrival import Remote
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp
 from .errors import ManifestError
-from .manifest import MAX_BYTES, Manifest
+from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .store import Store
 from .task import TRANSFORM
 
@@ -30,6 +31,10 @@ class Request:
     in_place: bool = False
     force: bool = False
     jobs: int = 1
+    remote: Remote | None = None
+    """Where shards come from that the directory lacks."""
+    drop_source: bool = False
+    """Remove each shard once its entry is durable and nothing else needs it."""
 
     @property
     def manifest_name(self) -> str:
@@ -43,7 +48,12 @@ class Request:
 
 def read_manifest(request: Request) -> Manifest | None:
     """The manifest of an earlier conversion, or None; whatever is wrong with it, it is None."""
-    data = request.store.read_manifest(request.manifest_name, MAX_BYTES)
+    return read_named(request.store, request.manifest_name)
+
+
+def read_named(store: Store, name: str) -> Manifest | None:
+    """The manifest of this name in a store, or None."""
+    data = store.read_manifest(name, MAX_BYTES)
     try:
         return Manifest.decode(data) if data is not None else None
     except ManifestError:
@@ -60,22 +70,31 @@ def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) 
         return "made by another version"
     if manifest.config_sha256 != config_digest(request.directory):
         return "config.json or the index changed"
-    memo = request.store.memo
     for record in manifest.entries:
         shard = Shard(record.shard, request.directory / record.shard)
-        try:
-            stamp = FileStamp.of(os.stat(shard.path))
-        except FileNotFoundError:
-            if record.dropped:
-                continue
-            return f"{record.shard} is absent"
-        except OSError as error:
-            return f"{record.shard} cannot be looked at: {error.strerror}"
-        sha256 = memo.lookup(stamp) or shard.hub_sha256
-        if sha256 is None and read_unknown:
-            sha256 = shard.sha256(memo)
-        if sha256 != record.source_sha256:
-            return f"{record.shard} changed, or was never read where it is now"
+        if not (record.dropped and not os.path.exists(shard.path)):
+            reason = _source_staleness(request, record, shard, read_unknown)
+            if reason:
+                return reason
         if request.store.entry_size(record.key) != record.size:
             return f"the entry of {record.shard} is absent or cut short"
+    return None
+
+
+def _source_staleness(
+    request: Request, record: EntryRecord, shard: Shard, read_unknown: bool
+) -> str | None:
+    """Why a shard is not the one of its record, or None when it surely is."""
+    memo = request.store.memo
+    try:
+        stamp = FileStamp.of(os.stat(shard.path))
+    except FileNotFoundError:
+        return f"{record.shard} is absent"
+    except OSError as error:
+        return f"{record.shard} cannot be looked at: {error.strerror}"
+    sha256 = memo.lookup(stamp) or shard.hub_sha256
+    if sha256 is None and read_unknown:
+        sha256 = shard.sha256(memo)
+    if sha256 != record.source_sha256:
+        return f"{record.shard} changed, or was never read where it is now"
     return None

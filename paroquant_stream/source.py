@@ -29,7 +29,7 @@ from .digest import (
     read_into,
     sha256_of,
 )
-from .errors import Cancelled, SourceChanged
+from .errors import Cancelled, SourceChanged, SourceDamaged
 from .task import Part, Task
 from .tensorfile import read_header
 from .worker import Worker
@@ -157,7 +157,8 @@ class Source:
         """The SHA-256 of the shard, once it is sure that the parts read are the bytes that were
         hashed.
 
-        Raises SourceChanged when they are not, or when the file changed since it was opened.
+        Raises SourceChanged when they are not, or when the file changed since it was opened;
+        SourceDamaged when the Hub's blob name claims another SHA-256.
         """
         digest = self.hash()
         changed = [
@@ -169,6 +170,12 @@ class Source:
             what = ", ".join(changed[:3]) or "its size or times"
             raise SourceChanged(
                 f"{self._path()}: {what} changed during the conversion; convert it again"
+            )
+        claimed = Shard(self._task.shard, self._path()).hub_sha256
+        if claimed not in (None, digest.sha256):
+            raise SourceDamaged(
+                f"{self._path()}: expected SHA-256 {claimed} as the Hub names it, found "
+                f"{digest.sha256}; remove {os.path.realpath(self._path())} and run again"
             )
         return digest.sha256
 

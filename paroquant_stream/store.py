@@ -4,6 +4,8 @@
       CACHEDIR.TAG                                   backup programs skip the cache
       v1/entries/ab/<64 hex key>.safetensors         immutable; ab: the key's first two digits
       v1/manifests/<64 hex model id>.msgpack         in place: model-<16 hex>.msgpack
+      v1/manifests/<model id>.dropped.msgpack        sources removed by a run that is not done yet
+      v1/headers/<64 hex SHA-256 of a shard>         of shards that were removed, see drop.py
       v1/memo/<size>-<device>-<inode>                digests by stat, see digest.py
       v1/locks/<name>.lock                           never deleted: deleting one lets two in
       v1/tmp/<host>-<pid>-<32 hex>                   what a run writes before it publishes
@@ -74,6 +76,10 @@ class Store:
     def manifest_path(self, name: str) -> Path:
         """Where the manifest of this name lies or would lie."""
         return self._path("manifests", f"{name}.msgpack")
+
+    def header_path(self, source_sha256: str) -> Path:
+        """Where the header of a dropped shard lies or would lie."""
+        return self._path("headers", source_sha256)
 
     def check_owner(self) -> None:
         """Raises StoreError when others own the cache or can write into it, and so choose weights.
@@ -164,6 +170,11 @@ class Store:
         with self.new_file(len(data)) as file:
             file.write(memoryview(data))
             file.publish(self.manifest_path(name))
+
+    def remove_manifest(self, name: str) -> None:
+        """Removes a manifest if it is there; what stays behind does no harm."""
+        with contextlib.suppress(OSError):
+            self.manifest_path(name).unlink()
 
     def _temp_path(self) -> Path:
         """A name that no other run, process or host uses."""

@@ -76,21 +76,34 @@ def read_header(fd: int, label: str) -> Header:
 
     `label` names the file in errors. Raises MalformedFile with the first rule that is broken.
     """
-    size = file_status(fd, label).st_size
+
+    def read(start: int, length: int) -> bytes:
+        return pread_exactly(fd, start, length, label)
+
+    return parse_header(read, file_status(fd, label).st_size, label)
+
+
+def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> Header:
+    """The validated header of a file of `size` bytes, wherever they are.
+
+    `read(start, length)` gives bytes of its beginning. Raises MalformedFile.
+    """
     if size < 10:
         raise MalformedFile(
             f"{label}: expected a safetensors file, found {size} bytes; download it again"
         )
-    length = int.from_bytes(pread_exactly(fd, 0, 8, label), "little")
+    length = int.from_bytes(read(0, 8), "little")
     if not 2 <= length <= min(MAX_HEADER, size - 8):
-        start = pread_exactly(fd, 0, min(size, 40), label)
+        start = read(0, min(size, 40))
         hint = (
             "a Git LFS pointer; run `git lfs pull`"
             if start.startswith(b"version https://git-lfs")
             else (f"a header length of {length:,} in a file of {size:,} bytes; download it again")
         )
         raise MalformedFile(f"{label}: expected a safetensors header, found {hint}")
-    text = pread_exactly(fd, 8, length, label)
+    text = read(8, length)
+    if len(text) != length:
+        raise MalformedFile(f"{label}: ends inside its header")
     if not text.startswith(b"{"):
         raise MalformedFile(f"{label}: the header does not start with '{{'")
     if text.count(b'":') > 4 * MAX_TENSORS + 1000:  # parsed, 400,000 tensors take 300 MB

@@ -42,6 +42,25 @@ def on_the_cpu():
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback and an empty Hub cache; no other Hub can be reached."""
+    from huggingface_hub import constants
+
+    from tests.loopback_hub import LoopbackHub
+
+    with LoopbackHub() as hub:
+        for name, value in hub.environment(tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)  # read when it was imported
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        yield hub
+
+
+@pytest.fixture
 def model_dir(tmp_path) -> Path:
     """A tiny llama in three shards."""
     return write_checkpoint(tmp_path / "model", cut=cut_evenly(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -180,3 +181,49 @@ def test_a_shard_without_an_embedding_is_converted_without_mlx(tmp_path):
     ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out == "['numpy']\n"
+
+
+class Person:
+    """A terminal with somebody who answers."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self) -> str:
+        return f"{self.answer}\n"
+
+
+def shards(directory) -> int:
+    return len(list(directory.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("y", 0, 0), ("", 1, 3), ("no", 1, 3)])
+def test_drop_source_asks_before_it_removes_a_models_own_shards(
+    model_dir, capsys, monkeypatch, answer, code, left
+):
+    monkeypatch.setattr("sys.stdin", Person(answer))
+    assert main([str(model_dir), "--drop-source"]) == code
+    assert shards(model_dir) == left
+    out, err = capsys.readouterr()
+    assert f"{model_dir}: remove each shard once it is converted?" in err
+    assert "[y/N]" in err
+    assert "[y/N]" not in out
+
+
+def test_drop_source_without_a_terminal_needs_a_yes(model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert main([str(model_dir), "--drop-source"]) == 1
+    assert "There is no terminal to ask on; say so with -y" in capsys.readouterr().err
+    assert shards(model_dir) == 3
+    assert main([str(model_dir), "--drop-source", "--dry-run"]) == 0
+    assert shards(model_dir) == 3
+    assert main([str(model_dir), "--drop-source", "-y"]) == 0
+    assert shards(model_dir) == 0
+
+
+def test_a_revision_of_a_directory_is_refused(model_dir, capsys):
+    assert main([str(model_dir), "--revision", "main"]) == 1
+    assert "--revision is for the Hub" in capsys.readouterr().err

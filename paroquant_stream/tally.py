@@ -1,0 +1,35 @@
+"""How far each shard is: bytes downloaded, hashed and converted, told to the caller."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from .task import Task
+
+Progress = Callable[[str, int, int], None]
+"""Called with a shard's name, the source bytes of it that are done, and its size."""
+
+
+class Tally:
+    """Turns ticks into progress: every source byte is ticked twice, hashed and converted, and once
+    more if it is downloaded.
+    """
+
+    def __init__(
+        self, progress: Progress | None, tasks: Sequence[Task], absent: Sequence[Sequence[str]]
+    ) -> None:
+        fetched = {shard for shards in absent for shard in shards}
+        self._progress = progress
+        self._sizes = {task.shard: task.size for task in tasks}
+        self._passes = {shard: 3 if shard in fetched else 2 for shard in self._sizes}
+        self._ticked = dict.fromkeys(self._sizes, 0)
+        self._lock = threading.Lock()  # download, hash and conversion tick from their threads
+
+    def add(self, shard: str, count: int) -> None:
+        """`count` more bytes of a shard are downloaded, hashed or converted."""
+        if self._progress and shard in self._sizes:
+            with self._lock:
+                self._ticked[shard] += count
+                size = self._sizes[shard]
+                self._progress(shard, min(self._ticked[shard] // self._passes[shard], size), size)

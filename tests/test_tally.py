@@ -1,0 +1,30 @@
+"""How far each shard is."""
+
+from __future__ import annotations
+
+from paroquant_stream.tally import Tally
+from paroquant_stream.task import Task
+
+
+def test_a_byte_counts_when_it_is_hashed_and_converted_and_downloaded_if_it_has_to_be():
+    told = []
+    tasks = [Task("here", 60, ()), Task("there", 60, ())]
+    tally = Tally(lambda *given: told.append(given), tasks, [[], ["there"]])
+    tally.add("here", 60)
+    tally.add("there", 60)
+    tally.add("here", 60)
+    tally.add("there", 60)
+    assert told == [("here", 30, 60), ("there", 20, 60), ("here", 60, 60), ("there", 40, 60)]
+
+
+def test_more_ticks_than_bytes_never_pass_the_size():
+    told = []
+    tally = Tally(lambda *given: told.append(given), [Task("a", 10, ())], [])
+    tally.add("a", 100)
+    assert told == [("a", 10, 10)]
+
+
+def test_nobody_is_told_of_a_shard_that_no_task_of_this_run_owns():
+    told = []
+    Tally(lambda *given: told.append(given), [Task("a", 10, ())], [["b"]]).add("b", 5)
+    assert told == []
