@@ -143,6 +143,11 @@ def config_digest(directory: Path) -> str:
     return _digest(*_read_texts(directory))
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json. Raises CheckpointError when it is absent or no JSON object."""
+    return _parse_object(_read_texts(directory)[0], directory / "config.json")
+
+
 def open_checkpoint(
     directory: Path, may_lack: Callable[[str], bool] = lambda _: False
 ) -> Checkpoint:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .checkpoint import read_config
 from .errors import AssemblyError
 from .manifest import Manifest
 from .model_class import (
@@ -51,19 +52,23 @@ def assemble(
     without a tensor, and every shape that does not fit; EntryDamaged when an entry is not what was
     written.
     """
-    config = load_config(directory)
     tensors = [tensor for record in manifest.entries for tensor in record.tensors]
-    is_vlm = is_vision_model(config, [tensor.name for tensor in tensors], force_text)
+    is_vlm = is_vision_model(read_config(directory), [t.name for t in tensors], force_text)
 
     def wanted(name: str) -> bool:
         return is_vlm or not name.startswith(TOWER_PREFIXES)
 
     if not lazy:
         _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
-    with trace.span("build the model"):
-        model = build(config, is_vlm)
     with trace.span("open the entries"):
         weights = read_weights(manifest, store, wanted, full=full, lazy=lazy)
+    if not lazy:
+        mx.async_eval(weights)  # read from here on, while seconds of imports go by
+    with trace.span("build the model"):
+        config = load_config(directory)
+        model = build(config, is_vlm)
+    with trace.span("tokenizer"):
+        tokenizer = load_tokenizer(directory, config, is_vlm)
     with trace.span("place the weights"):
         weights = _align_experts(model, _sanitize(model, weights, is_vlm))
         _swap_layers(model, weights, manifest.bits, manifest.group_size)
@@ -73,8 +78,7 @@ def assemble(
         with trace.span("read"), reading(manifest, store):
             mx.eval(model.parameters())
     model.eval()
-    with trace.span("tokenizer"):
-        return model, load_tokenizer(directory, config, is_vlm), is_vlm
+    return model, tokenizer, is_vlm
 
 
 def _check_memory(needed: int) -> None:
