@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .conversion import convert
 from .errors import EntryDamaged
@@ -14,8 +14,10 @@ from .hub import locate
 from .manifest import Manifest
 from .request import Request, read_manifest, staleness
 from .store import Store, user_cache_root
-from .tally import Progress
 from .trace import written_to
+
+if TYPE_CHECKING:
+    from .tally import Progress
 
 logger = logging.getLogger(__name__)
 IN_PLACE = "mlx"

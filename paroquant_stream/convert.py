@@ -15,9 +15,9 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from .api import make_request
-from .conversion import Conversion, convert, survey
+from .conversion import convert
 from .errors import CheckpointError, ParoquantStreamError
-from .report import ShardReport, shown
+from .report import Conversion, ShardReport, shown
 from .request import Request
 from .trace import written_to
 
@@ -170,6 +170,8 @@ def _summary(conversion: Conversion) -> str:
 
 
 def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
+    from .survey import survey  # here, because a run without work needs none of it
+
     reports = survey(replace(request, force=arguments.force))
     work = [report for report in reports if report.action == "converted"]
     totals = {

@@ -12,14 +12,17 @@ import fcntl
 import mmap
 import os
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from .digest import FileStamp
 from .errors import StoreError
 from .trace import SILENCE, Trace
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
 _BLOCK = 4 << 20  # bytes a write; a multiple of any disk's blocks, as O_DIRECT wants it
@@ -97,6 +100,10 @@ class NewFile:
     def _hand_over(self) -> None:
         """Lets the full block be written."""
         if self._writer is None:
+            from concurrent.futures import (
+                ThreadPoolExecutor,  # 3 ms, which a run without work saves
+            )
+
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         block, self._block, self._filled = self._block, memoryview(b""), 0
         self._pending.append((self._writer.submit(self._write, block), block))

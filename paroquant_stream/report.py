@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from .manifest import EntryRecord
+from .manifest import EntryRecord, Manifest
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,16 @@ class ShardReport:
     """Bytes of the shard."""
     bytes_out: int
     """Bytes of the entry."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion."""
+
+    manifest: Manifest
+    manifest_path: Path
+    shards: tuple[ShardReport, ...]
     seconds: float
 
 

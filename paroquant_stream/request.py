@@ -7,14 +7,17 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arrival import Remote
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp
 from .errors import ManifestError
 from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .store import Store
 from .task import TRANSFORM
+
+if TYPE_CHECKING:
+    from .arrival import Remote
 
 OPTIONS = {"dtype": "source"}
 """What a user may choose that changes an entry; part of a manifest's name."""

@@ -21,6 +21,8 @@ LEVELS = [
     {"plan", "source", "drop", "executor", "weights", "model_class"},
     {"operations", "model"},
     {"transform"},
+    {"survey"},
+    {"shards"},
     {"conversion"},
     {"api", "verify"},
     {"cache", "convert"},
@@ -132,6 +134,8 @@ def test_every_room_has_its_tests():
         "__init__": "test_convert",
         "__main__": "test_main",
         "request": "test_conversion",
+        "shards": "test_conversion",
+        "survey": "test_conversion",
         "strictjson": "test_tensorfile",
         "descriptor": "test_tensorfile",
     }

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import conversion, digest, request
+from paroquant_stream import digest, request
 from paroquant_stream.api import make_request
-from paroquant_stream.conversion import convert, survey
+from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, PlanError
 from paroquant_stream.manifest import Manifest
 from paroquant_stream.request import read_manifest, staleness
+from paroquant_stream.survey import survey
 from paroquant_stream.task import OPERATION_VERSIONS
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
@@ -187,7 +188,7 @@ def test_a_new_version_of_one_operation_rebuilds_only_what_used_it(tmp_path, mon
     directory = write_checkpoint(tmp_path / "m", tensors, cut)
     run(directory)
     monkeypatch.setitem(OPERATION_VERSIONS, "awq_weight", 2)
-    monkeypatch.setattr(conversion, "TRANSFORM", "newer")
+    monkeypatch.setattr(shards, "TRANSFORM", "newer")
     monkeypatch.setattr(request, "TRANSFORM", "newer")
     result = run(directory)
     assert [(r.shard, r.action) for r in result.shards] == [

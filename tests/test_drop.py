@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import conversion, drop
+from paroquant_stream import drop
 from paroquant_stream.api import load, make_request
-from paroquant_stream.conversion import convert, survey
+from paroquant_stream.arrival import Arrivals
+from paroquant_stream.conversion import convert
 from paroquant_stream.errors import (
     EntryDamaged,
     ParoquantStreamError,
@@ -24,6 +25,7 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.request import read_manifest
+from paroquant_stream.survey import survey
 from tests.builders import CONFIG, cut_evenly, write_checkpoint
 
 FIRST, SECOND, THIRD = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
@@ -263,13 +265,13 @@ def test_killed_while_it_drops_the_next_run_completes(model_dir, whole, tmp_path
 def test_the_journal_protects_what_was_dropped_until_the_manifest_does(model_dir, monkeypatch):
     request = make_request(model_dir, jobs=1, drop_source=True)
     names = []
-    real = conversion.Arrivals.finish_task
+    real = Arrivals.finish_task
 
     def look(self):
         names.append(request.store.manifest_names())
         real(self)
 
-    monkeypatch.setattr(conversion.Arrivals, "finish_task", look)
+    monkeypatch.setattr(Arrivals, "finish_task", look)
     convert(request)
     assert [drop.journal_name(request)] in names
     assert request.store.manifest_names() == [request.manifest_name]

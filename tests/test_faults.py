@@ -35,7 +35,8 @@ ROOT = Path(__file__).parent.parent
 CALLS = ("write", "fsync", "rename", "openat", "unlink", "fallocate", "close", "mkdir")
 START = """
 import fcntl, os, resource, sys
-from paroquant_stream import convert, digest, executor, source, transform
+import concurrent.futures.thread, filelock  # what a run imports when it finds work
+from paroquant_stream import convert, digest, executor, shards, source, transform
 digest.RACY_SECONDS = -1
 """
 END = "\nsys.exit(convert.main(sys.argv[1:]))"

@@ -21,9 +21,10 @@ from paroquant_stream import convert_checkpoint, load
 from paroquant_stream import hub as room
 from paroquant_stream.api import make_request
 from paroquant_stream.checkpoint import hub_blob
-from paroquant_stream.conversion import convert, survey
+from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, MalformedFile, PlanError, SourceDamaged
 from paroquant_stream.hub import PATTERNS, HubModel, locate
+from paroquant_stream.survey import survey
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
 REPO = "owner/name"

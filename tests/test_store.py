@@ -318,7 +318,7 @@ def test_a_file_system_without_locks_only_warns(store, monkeypatch, caplog):
         def acquire(self, **_):
             raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(store_module.filelock, "UnixFileLock", NoLock)
+    monkeypatch.setattr("filelock.UnixFileLock", NoLock)
     with store.lock("m"):
         pass
     assert "without the lock" in caplog.text

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from paroquant_stream.api import make_request
-from paroquant_stream.conversion import plan_model
 from paroquant_stream.errors import Cancelled
+from paroquant_stream.survey import plan_model
 from paroquant_stream.tensorfile import PAGE, lay_out
 from paroquant_stream.transform import Job, Outcome, run_task
 from paroquant_stream.worker import Places, Worker

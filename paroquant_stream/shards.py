@@ -1,0 +1,130 @@
+"""The shards that need work, converted as they arrive, and the manifest that names the entries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from .arrival import Arrivals
+from .checkpoint import Checkpoint
+from .drop import Dropper, journal_name
+from .errors import StoreError
+from .executor import run_all
+from .manifest import EntryRecord, Manifest
+from .plan import Plan
+from .report import Conversion, report_converted, report_reused
+from .request import Request, read_manifest
+from .survey import work_of
+from .tally import Progress, Tally
+from .task import TRANSFORM, Task
+from .tensorfile import file_size
+from .trace import Trace
+from .transform import Job, Outcome, run_task
+from .worker import Worker
+
+
+def convert_shards(
+    request: Request,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    progress: Progress | None,
+    trace: Trace,
+    started: float,
+) -> Conversion:
+    """Converts what is missing, publishes the manifest, and says what became of each shard."""
+    before = read_manifest(request)
+    known = {record.shard: record for record in before.entries} if before else {}
+    tasks, dropped, absent = work_of(request, plan)
+    _check_space(request, tasks)
+
+    def manifest_of(records: Sequence[EntryRecord]) -> Manifest:
+        return _manifest(request, checkpoint, plan, records)
+
+    dropper = Dropper(request, plan.tasks, dropped, manifest_of) if request.drop_source else None
+    tally = Tally(progress, tasks, absent)
+    # at least `jobs`: of the tasks that hold a place, one is then always free to go on
+    ahead = max(2, request.jobs) if request.drop_source else None
+    reports = {n: report_reused(record, record) for n, record in dropped.items()}
+    records = dict(dropped)
+    given = checkpoint.given
+    with Arrivals(request.remote, request.directory, absent, given, tally.add, ahead) as arrivals:
+        for outcome in _run(request, tasks, known, arrivals, tally, trace):
+            record, old = replace(outcome.record, dropped=False), known.get(outcome.record.shard)
+            records[record.shard] = record
+            if outcome.converted:
+                report = report_converted(record, old, request.force, outcome.seconds)
+            else:
+                report = report_reused(record, old, outcome.seconds)
+            reports[record.shard] = report
+            if dropper:
+                dropper.finish_task(record)
+            arrivals.finish_task()
+            if progress:
+                progress(record.shard, record.source_size, record.source_size)
+    names = [task.shard for task in plan.tasks]
+    records |= dropper.dropped if dropper else {}
+    manifest = manifest_of([records[name] for name in names])
+    if manifest != before:  # equal, and a cache that cannot be written still serves
+        request.store.write_manifest(request.manifest_name, manifest.encode())
+    request.store.remove_manifest(journal_name(request))
+    path = request.store.manifest_path(request.manifest_name)
+    return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
+
+
+def _run(
+    request: Request,
+    tasks: Sequence[Task],
+    known: Mapping[str, EntryRecord],
+    arrivals: Arrivals,
+    tally: Tally,
+    trace: Trace,
+) -> Iterator[Outcome]:
+    """The outcomes of the tasks as they finish, each begun when its shards are there."""
+    jobs = [
+        Job(task, request.directory, request.store, request.force, known.get(task.shard))
+        for task in tasks
+    ]
+
+    def work(job: Job, worker: Worker) -> Outcome:
+        def tick(count: int) -> None:
+            worker.check()
+            tally.add(job.task.shard, count)
+
+        with trace.span("wait for the shard", job.task.shard):
+            arrivals.wait_for((job.task.shard, *job.task.borrowed), worker.check)
+        with trace.span("shard", job.task.shard):
+            return run_task(job, worker, tick)
+
+    return run_all(work, jobs, request.jobs, trace)
+
+
+def _check_space(request: Request, tasks: Sequence[Task]) -> None:
+    """Raises StoreError when what will surely be converted has no room: shards of unknown size.
+
+    When sources are dropped their room is used again, so only what is made at once counts.
+    """
+    memo = request.store.memo
+    sure = [task for task in tasks if request.force or not memo.knows_size(task.size)]
+    sizes = sorted((file_size(task.outputs) for task in sure), reverse=True)
+    needed = sum(sizes[: request.jobs] if request.drop_source else sizes)
+    free = request.store.free_bytes()
+    if needed > free:
+        raise StoreError(
+            f"{request.store.root}: {needed:,} bytes needed for {len(sure)} shards, {free:,} free; "
+            "make room or choose another --cache-dir"
+        )
+
+
+def _manifest(
+    request: Request, checkpoint: Checkpoint, plan: Plan, records: Sequence[EntryRecord]
+) -> Manifest:
+    return Manifest(
+        request.model,
+        checkpoint.config_sha256,
+        TRANSFORM,
+        plan.layout.value,
+        plan.quantization.bits,
+        plan.quantization.group_size,
+        tuple(records),
+    )
