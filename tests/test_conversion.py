@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import digest, request
+from paroquant_stream import digest, request, shards
 from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, PlanError
