@@ -23,7 +23,8 @@ LEVELS = [
     {"transform"},
     {"conversion"},
     {"api", "verify"},
-    {"cache", "convert"},
+    {"dropin"},
+    {"cache", "convert", "run"},
     {"__main__", "__init__"},
 ]
 """Each room imports only from levels above it in this list."""
