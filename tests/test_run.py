@@ -105,7 +105,7 @@ def test_an_exception_of_the_program_keeps_its_traceback(here):
 
 def test_an_interrupt_reaches_the_program(here):
     (here / "waits.py").write_text(
-        "import time\nprint('up', flush=True)\ntry:\n    time.sleep(60)\n"
+        "import time\ntry:\n    print('up', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n    raise\n"
     )
     command = [sys.executable, "-m", "paroquant_stream.run", "waits.py"]
@@ -189,15 +189,30 @@ def test_help_stands_alone(capsys):
     assert "--cache-dir DIR" in text
 
 
-ON_LINUX = "import paroquant.inference.base as base\nbase.detect_backend = lambda: 'mlx'\n"
-"""paroquant's serve command takes its MLX backend on a Mac alone."""
-ON_THE_CPU = "import mlx.core as mx\nmx.set_default_device(mx.cpu)\n"
+PREPARED = """
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+import paroquant.inference.base as base
+base.detect_backend = lambda: "mlx"
+import mlx_lm.server as server
+main = server.main
+def main_with_config():
+    pair = server.load
+    config = {"model_type": "llama"}
+    server.load = lambda *a, return_config=False, **k: (*pair(*a, **k), *[config] * return_config)
+    main()
+server.main = main_with_config
+"""
+"""paroquant's serve command takes its MLX backend on a Mac alone, and in 0.1.16 hands its server a
+pair where mlx-lm 0.32.2 asks for the config as a third: without this, and with either loader, every
+request fails with `not enough values to unpack (expected 3, got 2)`.
+"""
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_paroquants_serve_command_answers_from_our_cache(tmp_path):
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(ON_LINUX + ON_THE_CPU)
+    (tmp_path / "site" / "sitecustomize.py").write_text(PREPARED)
     cache = tmp_path / "c"
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
