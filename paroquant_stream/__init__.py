@@ -6,14 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import convert_checkpoint, load
+    from .dropin import install, uninstall
     from .errors import ParoquantStreamError
     from .manifest import Manifest
 
 __version__ = "0.1.0"
-__all__ = ["Manifest", "ParoquantStreamError", "__version__", "convert_checkpoint", "load"]
+__all__ = [
+    "Manifest",
+    "ParoquantStreamError",
+    "__version__",
+    "convert_checkpoint",
+    "install",
+    "load",
+    "uninstall",
+]
 _HOMES = {
     "convert_checkpoint": "api",
     "load": "api",
+    "install": "dropin",
+    "uninstall": "dropin",
     "ParoquantStreamError": "errors",
     "Manifest": "manifest",
 }

@@ -67,5 +67,13 @@ class MissingExtra(ParoquantStreamError):
     """An optional package is needed and not installed; names the extra that brings it."""
 
 
+class LoaderMoved(ParoquantStreamError):
+    """The installed paroquant has no MLX loader that ours could replace; names its version."""
+
+
+class ProgramNotFound(ParoquantStreamError):
+    """The program to run is no module and no file that can be read."""
+
+
 class Cancelled(ParoquantStreamError):
     """The run was told to stop while this shard was being converted."""

@@ -25,7 +25,8 @@ LEVELS = [
     {"shards"},
     {"conversion"},
     {"api", "verify"},
-    {"cache", "convert"},
+    {"dropin"},
+    {"cache", "convert", "run"},
     {"__main__", "__init__"},
 ]
 """Each room imports only from levels above it in this list."""
