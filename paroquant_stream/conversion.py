@@ -58,6 +58,7 @@ def convert(request: Request, progress: Progress | None = None) -> Conversion:
                 return _convert_shards(request, checkpoint, plan, progress, started)
     else:
         request.store.sweep()
+    request.store.touch_manifest(request.manifest_name)
     reports = tuple(report_reused(record, record) for record in current.entries)
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(current, path, reports, time.monotonic() - started)
@@ -161,6 +162,7 @@ def _manifest(
         quantization.bits,
         quantization.group_size,
         tuple(records),
+        "" if request.in_place else str(request.directory.resolve()),
     )
 
 

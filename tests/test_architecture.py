@@ -11,18 +11,20 @@ PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
 
 LEVELS = [
-    {"errors", "repack", "kernels"},
+    {"errors", "exits", "repack", "kernels", "units"},
     {"descriptor", "strictjson", "rotation"},
     {"tensorfile"},
     {"digest", "layout", "manifest", "task"},
     {"checkpoint", "linears", "newfile", "report"},
-    {"store"},
-    {"request"},
+    {"store", "found"},
+    {"request", "running", "foreign"},
+    {"inventory"},
     {"plan", "source", "hub", "executor", "weights", "model_class"},
     {"operations", "model"},
     {"transform"},
     {"conversion"},
-    {"api", "verify"},
+    {"api", "verify", "freshness", "prune"},
+    {"listing", "removal", "cache_options"},
     {"cache", "convert"},
     {"__main__", "__init__"},
 ]
