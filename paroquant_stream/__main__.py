@@ -1,8 +1,12 @@
-"""`python -m paroquant_stream COMMAND ...`."""
+"""`paroquant-stream COMMAND ...`, which is `python -m paroquant_stream COMMAND ...`."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import NoReturn
+
+from .exits import end_with
 
 COMMANDS = ("cache", "convert", "run")
 
@@ -10,20 +14,41 @@ COMMANDS = ("cache", "convert", "run")
 def main(argv: list[str] | None = None) -> int:
     """Runs the command named first and returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] not in COMMANDS:
-        print(
-            f"usage: paroquant-stream {{{','.join(COMMANDS)}}} ...  (each takes --help)",
-            file=sys.stderr,
-        )
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    from importlib import import_module
-
-    command = import_module(f".{arguments[0]}", __package__)
-    code: int = command.main(arguments[1:])
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        print(_help())
+        return 0
+    if first == "--version":
+        package = import_module(__package__)
+        print(f"paroquant-stream {package.__version__}")
+        return 0
+    if first not in COMMANDS:
+        if first:
+            print(f"error: no command {first!r}", file=sys.stderr)
+        print(_help(), file=sys.stderr)
+        return 2
+    code: int = import_module(f".{first}", __package__).main(arguments[1:])
     return code
 
 
-if __name__ == "__main__":
-    from .convert import exit_now
+def _help() -> str:
+    """How it is used: each command with the first line of its module's docstring."""
+    lines = []
+    for name in COMMANDS:
+        text = (import_module(f".{name}", __package__).__doc__ or "").partition("\n")[0]
+        lines.append(f"  {name:9} {text.partition(': ')[2]}")
+    return (
+        "usage: paroquant-stream COMMAND ...\n\n"
+        "ParoQuant checkpoints as MLX-native cache entries: converted once, loaded fast.\n\n"
+        "commands, each with its own --help:\n" + "\n".join(lines) + "\n\n"
+        "  -h, --help  show this\n  --version   show the version"
+    )
 
-    exit_now(main())
+
+def console() -> NoReturn:
+    """The console script `paroquant-stream`."""
+    end_with(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -1,48 +1,139 @@
-"""COMMAND cache: look after the cache. `verify` reads every byte of it."""
+"""COMMAND cache: see what is converted, read it through, and remove it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from .api import cache_store, make_request
-from .errors import ParoquantStreamError
-from .report import shown
+from .cache_options import configure_parser
+from .errors import ParoquantStreamError, StoreError
+from .exits import end_with
+from .inventory import Inventory, Model, take_inventory
+from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
+from .prune import PrunePlan, Rules, plan_prune, plan_removal
+from .removal import execute
+from .report import bytes_text, shown
+from .request import model_id
 from .verify import verify_model, verify_store
-
-DESCRIPTION = """\
-verify: read every entry of MODEL, or of all models, and with --sources its shards too, and compare
-their hashes with those taken when they were written. Prints `path: expected X, got Y` for each that
-differs. Exit code: 0 all right, 1 something differs or failed, 2 wrong usage."""
-
-
-def configure_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    commands = parser.add_subparsers(dest="command", required=True)
-    verify = commands.add_parser("verify", description=DESCRIPTION)
-    verify.add_argument(
-        "model", nargs="?", help="a model directory or Hub id (default: all models)"
-    )
-    where = verify.add_mutually_exclusive_group()
-    where.add_argument("--cache-dir", metavar="DIR", help="the cache")
-    where.add_argument("--in-place", action="store_true", help="the conversion in MODEL/mlx")
-    verify.add_argument("--sources", action="store_true", help="read MODEL's shards too")
-    verify.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser("python -m paroquant_stream.cache")
+    parser = argparse.ArgumentParser("paroquant-stream cache", description=(__doc__ or "")[15:])
     configure_parser(parser)
     arguments = parser.parse_args(argv)
-    if arguments.model is None and (arguments.sources or arguments.in_place):
+    verify_all = arguments.command == "verify" and arguments.model is None
+    if verify_all and (arguments.sources or arguments.in_place):
         parser.error("--sources and --in-place need a MODEL")
     try:
-        return _verify(arguments)
+        return _COMMANDS[arguments.command](arguments)
     except ParoquantStreamError as error:
         print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; run again to go on", file=sys.stderr)
+        return 130
+
+
+def _inventory(arguments: argparse.Namespace) -> Inventory:
+    return take_inventory(cache_store(arguments.cache_dir))
+
+
+def _find(inventory: Inventory, names: Sequence[str]) -> list[Model]:
+    """The models of these names. Raises StoreError for a name that none has."""
+    found: dict[str, Model] = {}
+    for name in names:
+        path = model_id(Path(os.path.realpath(Path(name).expanduser())))
+        same = [model for model in inventory.models if model.id == path]
+        same = same or [m for m in inventory.models if name in m.names]
+        if not same:
+            raise StoreError(
+                f"{name}: not converted in {inventory.store.root}; `paroquant-stream cache ls` "
+                "lists what is"
+            )
+        found |= {model.id: model for model in same}
+    return list(found.values())
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    inventory = _inventory(arguments)
+    chosen = _find(inventory, arguments.models) if arguments.models else inventory.models
+    if arguments.quiet:
+        for model in chosen:
+            print(shown(model.name))
+        return 0
+    rows = [make_row(inventory, model) for model in chosen]
+    if arguments.json:
+        everything = as_json(inventory, rows)
+        print(json.dumps([x for x in everything if x["kind"] == "model" or not arguments.models]))
+        return 0
+    lines = table(inventory, rows, arguments.verbose or bool(arguments.models)) if rows else []
+    if not arguments.models:
+        lines += [*foreign_table(inventory), *footer(inventory)]
+    print("\n".join(lines).lstrip("\n"))
+    return 0
+
+
+def _path(arguments: argparse.Namespace) -> int:
+    if arguments.model is None:
+        print(shown(cache_store(arguments.cache_dir).root))
+        return 0
+    inventory = _inventory(arguments)
+    for model in _find(inventory, [arguments.model]):
+        entries = [inventory.store.entry_path(record.key) for record in model.records]
+        for path in (*(file.path for file in model.files), *entries):
+            print(shown(path))
+    return 0
+
+
+def _rm(arguments: argparse.Namespace) -> int:
+    inventory = _inventory(arguments)
+    return _carry_out(plan_removal(inventory, _find(inventory, arguments.models)), arguments)
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    inventory = _inventory(arguments)
+    rules = Rules(
+        arguments.max_size,
+        arguments.older_than,
+        arguments.orphans,
+        arguments.foreign,
+        frozenset(model.id for model in _find(inventory, arguments.keep)),
+    )
+    return _carry_out(plan_prune(inventory, rules), arguments)
+
+
+def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
+    """Shows the plan, asks, and removes. Raises StoreError without a yes."""
+    if not arguments.json:
+        size = bytes_text(plan.freed)
+        head = f"to remove, {size}:" if not plan.is_empty else "nothing to remove"
+        print("\n".join([head, *plan_lines(plan)]), flush=True)
+    freed = 0
+    if not (plan.is_empty or arguments.dry_run):
+        if not arguments.yes:
+            _ask()
+        started = time.monotonic()
+        freed = execute(plan)
+        if not arguments.json:
+            print(f"removed, {bytes_text(freed)} freed in {time.monotonic() - started:.1f} s")
+    if arguments.json:
+        print(json.dumps(plan_json(plan, arguments.dry_run)))
+    return 0
+
+
+def _ask() -> None:
+    if not sys.stdin.isatty():
+        raise StoreError("nothing removed: there is no terminal to ask on; add -y")
+    print("remove? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise StoreError("nothing removed")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -63,5 +154,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+_COMMANDS = {"ls": _ls, "path": _path, "rm": _rm, "prune": _prune, "verify": _verify}
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

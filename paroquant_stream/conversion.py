@@ -48,6 +48,7 @@ def convert(
                 return convert_shards(request, checkpoint, plan, progress, trace, started)
     else:
         request.store.sweep()
+    request.store.touch_manifest(request.manifest_name)
     reports = tuple(report_reused(record, record) for record in current.entries)
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(current, path, reports, time.monotonic() - started)

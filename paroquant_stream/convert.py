@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import signal
 import sys
-import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from .api import make_request
 from .conversion import convert
 from .errors import CheckpointError, ParoquantStreamError
-from .report import Conversion, ShardReport, shown
+from .exits import end_with
+from .report import Conversion, ShardReport, bytes_text, shown
 from .request import Request
 from .trace import written_to
 
@@ -77,7 +76,7 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser("python -m paroquant_stream.convert", description=DESCRIPTION)
+    parser = argparse.ArgumentParser("paroquant-stream convert", description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -164,7 +163,7 @@ def _summary(conversion: Conversion) -> str:
     size = sum(report.bytes_out for report in converted)
     return (
         f"{conversion.manifest.model}: "
-        f"{len(converted)} converted ({_bytes(size)}), {reused} reused "
+        f"{len(converted)} converted ({bytes_text(size)}), {reused} reused "
         f"in {conversion.seconds:.1f} s; {conversion.manifest_path}"
     )
 
@@ -187,24 +186,16 @@ def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
             print(shown(_survey_line(report)))
         print(
             f"{len(work)} of {len(reports)} shards to convert: "
-            f"{_bytes(totals['bytes_to_read'])} to read, "
-            f"{_bytes(totals['bytes_to_write'])} to write, {_bytes(totals['bytes_free'])} free"
+            f"{bytes_text(totals['bytes_to_read'])} to read, "
+            f"{bytes_text(totals['bytes_to_write'])} to write, "
+            f"{bytes_text(totals['bytes_free'])} free"
         )
 
 
 def _survey_line(report: ShardReport) -> str:
     verb = "convert" if report.action == "converted" else "reuse"
-    sizes = f"{_bytes(report.bytes_in)} -> {_bytes(report.bytes_out)}"
+    sizes = f"{bytes_text(report.bytes_in)} -> {bytes_text(report.bytes_out)}"
     return f"{verb:7}  {report.shard}  {sizes}  {report.why}"
-
-
-def _bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 class _Bar:
@@ -240,14 +231,5 @@ class _Bar:
             self._bar.close()
 
 
-def exit_now(code: int) -> NoReturn:
-    """Ends the process without waiting for workers that are still inside a system call."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if threading.active_count() > 1 and code in (130, 143):
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    exit_now(main())
+    end_with(main)

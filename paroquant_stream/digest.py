@@ -68,7 +68,7 @@ class Memo:
     def lookup(self, stamp: FileStamp) -> str | None:
         """The digest of the file with this stamp, if it is known."""
         try:
-            found, digest = json.loads(self._path(stamp).read_bytes())
+            found, digest = json.loads(self.path(stamp).read_bytes())
         except (OSError, ValueError, TypeError):
             return None
         known = (
@@ -80,7 +80,7 @@ class Memo:
         """Keeps `digest` for the file with this stamp."""
         if self.read_only:
             return
-        path = self._path(stamp)
+        path = self.path(stamp)
         temp = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
         try:
             fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -97,7 +97,8 @@ class Memo:
             return any(self.directory.glob(f"{size}-*"))
         return False
 
-    def _path(self, stamp: FileStamp) -> Path:
+    def path(self, stamp: FileStamp) -> Path:
+        """Where the digest of the file with this stamp lies or would lie."""
         return self.directory / f"{stamp.size}-{stamp.device:x}-{stamp.inode:x}"
 
 

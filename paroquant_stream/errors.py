@@ -57,6 +57,10 @@ class ManifestError(ParoquantStreamError):
     """A manifest's bytes are damaged or from a newer format; treated as no manifest."""
 
 
+class NewerManifest(ManifestError):
+    """A manifest is from a newer format: which entries it names cannot be told, so they stay."""
+
+
 class AssemblyError(ParoquantStreamError):
     """The stored tensors and the model's parameters do not match one to one; lists every
     difference.

@@ -9,6 +9,7 @@ The hash is integrity, not authenticity.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 
 import msgpack
 
-from .errors import ManifestError
+from .errors import ManifestError, NewerManifest
 from .tensorfile import DTYPE_BYTES, TensorSpec, check_name
 
 MAGIC = b"PAROSTRM"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1  # 1.1: directory
 MAX_BYTES = 64 << 20  # 100,000 tensors take 7 MB
+_MAX_PATH = 4096  # bytes, Linux's PATH_MAX
 _HEAD = struct.Struct("<8sIQ32s")
 _HEX64 = re.compile("[0-9a-f]{64}")
 _HEX32 = re.compile("[0-9a-f]{32}")
@@ -64,6 +66,11 @@ class Manifest:
     bits: int
     group_size: int
     entries: tuple[EntryRecord, ...]
+    directory: str = ""
+    """The model's resolved directory, for the cache commands; empty beside a model, and before 1.1.
+
+    Believed only where the manifest's own name is the hash of it.
+    """
 
     def encode(self) -> bytes:
         """The bytes of a manifest file."""
@@ -76,6 +83,7 @@ class Manifest:
                 "bits": self.bits,
                 "group_size": self.group_size,
                 "entries": [_pack_record(record) for record in self.entries],
+                "directory": os.fsencode(self.directory),
             }
         )
         return (
@@ -84,8 +92,8 @@ class Manifest:
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """The manifest in a file's bytes. Raises ManifestError for any defect or a newer major
-        version.
+        """The manifest in a file's bytes. Raises ManifestError for any defect, NewerManifest for a
+        newer major version.
         """
         body = _checked_body(data)
         try:
@@ -93,7 +101,7 @@ class Manifest:
                 body,
                 strict_map_key=True,
                 max_str_len=4096,
-                max_bin_len=64,
+                max_bin_len=_MAX_PATH,
                 max_array_len=200_000,
                 max_map_len=10_000,
                 max_ext_len=0,
@@ -108,6 +116,7 @@ class Manifest:
                 _typed(fields, "bits", int),
                 _typed(fields, "group_size", int),
                 entries,
+                _directory(fields),
             )
         except ManifestError:
             raise
@@ -123,7 +132,7 @@ def _checked_body(data: bytes) -> bytes:
     if magic != MAGIC or length != len(body):
         raise ManifestError("not a manifest: wrong magic or length")
     if version >> 16 != MAJOR:
-        raise ManifestError(f"manifest format {version >> 16}, this version reads {MAJOR}")
+        raise NewerManifest(f"manifest format {version >> 16}, this version reads {MAJOR}")
     if hashlib.sha256(body).digest() != sha256:
         raise ManifestError("damaged: the body's SHA-256 does not fit")
     return body
@@ -147,8 +156,11 @@ def _unpack_record(fields: dict[str, Any]) -> EntryRecord:
         type(h) is str and _HEX64.fullmatch(h) for h in _typed(fields, "borrowed_sha256", list)
     ):
         raise ManifestError("borrowed_sha256 is no list of SHA-256")
+    shard: str = _typed(fields, "shard", str)
+    if shard in ("", ".", "..") or "/" in shard or "\0" in shard:
+        raise ManifestError("shard: no file name")
     return EntryRecord(
-        _typed(fields, "shard", str),
+        shard,
         _hex(fields, "source_sha256"),
         _typed(fields, "source_size", int),
         tuple(fields["borrowed_sha256"]),
@@ -169,6 +181,13 @@ def _unpack_tensor(fields: list[Any]) -> TensorSpec:
     if not all(type(dim) is int and 0 <= dim < 2**31 for dim in shape):
         raise ManifestError(f"{name}: a dimension that no tensor has")
     return TensorSpec(name, dtype, tuple(shape))
+
+
+def _directory(fields: dict[str, Any]) -> str:
+    path: bytes = _typed({"directory": b"", **fields}, "directory", bytes)
+    if path and (not path.startswith(b"/") or b"\0" in path):
+        raise ManifestError("directory: no absolute path")
+    return os.fsdecode(path)
 
 
 def _typed(fields: dict[str, Any], name: str, kind: type) -> Any:

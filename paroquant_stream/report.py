@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .manifest import EntryRecord, Manifest
 
+UNCHANGED, IN_CACHE = "unchanged", "its content is in the cache already"
+ENTRY_GONE = "its entry is absent or damaged"
+
 
 @dataclass(frozen=True)
 class ShardReport:
@@ -55,7 +58,7 @@ def why_converted(
         return "borrowed part changed"
     if before.task_sha256 != task_sha256:
         return "config, tensors of its linears or transform version changed"
-    return "its entry is absent or damaged"
+    return ENTRY_GONE
 
 
 def report_reused(
@@ -63,9 +66,7 @@ def report_reused(
 ) -> ShardReport:
     """The report of a shard whose entry was there."""
     same = before is not None and before.key == record.key
-    return _report(
-        record, "reused", "unchanged" if same else "its content is in the cache already", seconds
-    )
+    return _report(record, "reused", UNCHANGED if same else IN_CACHE, seconds)
 
 
 def report_converted(
@@ -81,6 +82,16 @@ def report_converted(
 def _report(record: EntryRecord, action: str, why: str, seconds: float) -> ShardReport:
     sizes = (record.source_size, record.size)
     return ShardReport(record.shard, action, why, record.key, record.digest, *sizes, seconds)
+
+
+def bytes_text(count: int) -> str:
+    """A size for people, in powers of 1000: `950 B`, `1.5 kB`, `37.6 GB`."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def shown(text: object, keep: str = "") -> str:

@@ -42,11 +42,16 @@ class Request:
     @property
     def manifest_name(self) -> str:
         """The manifest's name in the store: by path in a cache, without any beside the model."""
-        options = json.dumps(OPTIONS, sort_keys=True)
         if self.in_place:
+            options = json.dumps(OPTIONS, sort_keys=True)
             return f"model-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
-        path = os.fsencode(self.directory.resolve())
-        return hashlib.sha256(path + b"\0" + options.encode()).hexdigest()
+        return model_id(self.directory.resolve())
+
+
+def model_id(directory: Path) -> str:
+    """The name of the manifest, in a cache, of the model in this resolved directory."""
+    options = json.dumps(OPTIONS, sort_keys=True)
+    return hashlib.sha256(os.fsencode(directory) + b"\0" + options.encode()).hexdigest()
 
 
 def read_manifest(request: Request) -> Manifest | None:

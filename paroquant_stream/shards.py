@@ -127,4 +127,5 @@ def _manifest(
         plan.quantization.bits,
         plan.quantization.group_size,
         tuple(records),
+        "" if request.in_place else str(request.directory.resolve()),
     )

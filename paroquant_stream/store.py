@@ -6,6 +6,7 @@
       v1/manifests/<64 hex model id>.msgpack         in place: model-<16 hex>.msgpack
       v1/manifests/<model id>.dropped.msgpack        sources removed by a run that is not done yet
       v1/headers/<64 hex SHA-256 of a shard>         of shards that were removed, see drop.py
+      v1/manifests/<model id>.msgpack.removed        until the last entry of that model is gone
       v1/memo/<size>-<device>-<inode>                digests by stat, see digest.py
       v1/locks/<name>.lock                           never deleted: deleting one lets two in
       v1/tmp/<host>-<pid>-<32 hex>                   what a run writes before it publishes
@@ -65,6 +66,10 @@ class Store:
 
     def _path(self, *parts: str) -> Path:
         return self.root.joinpath("v1", *parts)
+
+    def folder(self, kind: str) -> Path:
+        """The directory of this kind: `entries`, `manifests`, `memo`, `locks` or `tmp`."""
+        return self._path(kind)
 
     def entry_path(self, key: str) -> Path:
         """Where the entry of this key lies or would lie."""
@@ -173,6 +178,11 @@ class Store:
         with contextlib.suppress(OSError):
             self.manifest_path(name).unlink()
 
+    def touch_manifest(self, name: str) -> None:
+        """Notes that the model was used now, as its manifest's mtime; nothing else looks at it."""
+        with contextlib.suppress(OSError):  # a cache that cannot be written serves all the same
+            os.utime(self.manifest_path(name), follow_symlinks=False)
+
     def _temp_path(self) -> Path:
         """A name that no other run, process or host uses."""
         return self._path("tmp", f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}")
@@ -211,7 +221,7 @@ class Store:
                     status = path.stat(follow_symlinks=False)
                     mine = path.name.startswith(f"{_host()}-{os.getpid()}-")
                     mine = mine and (own or not is_open(path.name))
-                    if mine or _is_dead(path.name, time.time() - status.st_mtime):
+                    if mine or is_dead(path.name, time.time() - status.st_mtime):
                         path.unlink()
                         freed += status.st_size
         return freed
@@ -243,7 +253,7 @@ def _host() -> str:
     return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
 
 
-def _is_dead(name: str, age: float) -> bool:
+def is_dead(name: str, age: float) -> bool:
     """Whether a temp's writer is gone: on this host by its process, on another after a day.
 
     Never by time alone where the process can be asked: clocks jump.

@@ -11,21 +11,22 @@ PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
 
 LEVELS = [
-    {"errors", "repack", "kernels"},
+    {"errors", "exits", "repack", "kernels", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "task"},
     {"checkpoint", "linears", "newfile", "report"},
-    {"store", "arrival", "tally", "hub"},
-    {"request"},
+    {"store", "arrival", "tally", "hub", "found"},
+    {"request", "running", "foreign"},
+    {"inventory"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
     {"operations", "model"},
     {"transform"},
     {"survey"},
     {"shards"},
     {"conversion"},
-    {"api", "verify"},
-    {"dropin"},
+    {"api", "verify", "freshness", "prune"},
+    {"dropin", "listing", "removal", "cache_options"},
     {"cache", "convert", "run"},
     {"__main__", "__init__"},
 ]

@@ -167,14 +167,14 @@ def test_a_signal_ends_the_run_soon_and_cleanly(model_dir, tmp_path, number, cod
 
 STUCK = """
 import os, sys, time
-from paroquant_stream import convert
+from paroquant_stream import convert, exits
 real = os.fsync
 def slow(fd):
     print("stuck", file=sys.stderr, flush=True)
     time.sleep(30)
     real(fd)
 os.fsync = slow
-convert.exit_now(convert.main(sys.argv[1:]))
+exits.end_with(lambda: convert.main(sys.argv[1:]))
 """
 
 

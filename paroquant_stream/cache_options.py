@@ -1,0 +1,122 @@
+"""What the cache command understands: its subcommands, their options and their help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+from .units import parse_age, parse_size
+
+MODEL = "a model directory (also one that is gone), a Hub id, or a name as `ls` shows it"
+LS = """\
+The converted models: layout, shards converted of all, size, when last used, and whether a load
+would convert anything and why. Looks at headers, stat and remembered digests only: a shard that was
+never read where it is now is `unknown`, and `convert --dry-run` reads it."""
+LS_JSON = """\
+print one JSON list. Of kind `model`: name, directory, manifest, layout, size, last_used (seconds
+since 1970), state (fresh, stale, unknown, broken, orphan, damaged), why, shards_converted, shards
+(each with shard, state, why, key, bytes_in, bytes_out, dropped). Of kind `paroquant` (directories of its
+own cache): path, size, last_used. Of kind `unclaimed` and `temps`: size, files"""
+PATH = "The cache's directory, or the manifest and the entries of MODEL, one path a line."
+RM = """\
+Remove the conversions of these models. Entries that another model uses stay. Nothing in the model
+directories is touched. Refused while a conversion is running in this cache."""
+PRUNE = """\
+Remove what is surely useless: what dead runs were writing, damaged entries and manifests, what an
+earlier removal left, remembered digests of files that are gone. The options remove more. A model
+whose source shards were dropped is never pruned."""
+REMOVE_JSON = """\
+print one JSON object: dry_run, models, files, foreign, stays (each with what and why), size"""
+VERIFY = """\
+Read every entry of MODEL, or of all models, and with --sources its shards too, and compare their
+hashes with those taken when they were written. Prints `path: expected X, got Y` for each that
+differs. Exit code: 0 all right, 1 something differs or failed, 2 wrong usage."""
+_Number = TypeVar("_Number", int, float)
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, description=text, help=summary)
+        if name != "verify":
+            _add_cache_dir(command)
+        return command
+
+    ls = add("ls", LS, "list the converted models")
+    ls.add_argument("models", nargs="*", metavar="MODEL", help=f"{MODEL} (default: all)")
+    ls.add_argument("-v", "--verbose", action="store_true", help="list each shard, as with MODEL")
+    form = ls.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help=LS_JSON)
+    form.add_argument("-q", "--quiet", action="store_true", help="print the names only, one a line")
+    path = add("path", PATH, "print where the cache or a model lies")
+    path.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
+    rm = add("rm", RM, "remove models")
+    rm.add_argument("models", nargs="+", metavar="MODEL", help=MODEL)
+    prune = add("prune", PRUNE, "remove what is useless, old or too much")
+    _add_rules(prune)
+    for command in (rm, prune):
+        command.add_argument("--dry-run", action="store_true", help="show what would go, no more")
+        command.add_argument("-y", "--yes", action="store_true", help="do not ask")
+        command.add_argument("--json", action="store_true", help=REMOVE_JSON)
+    _configure_verify(add("verify", VERIFY, "read the cache through"))
+
+
+def _add_cache_dir(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
+    )
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-size",
+        type=_reads(parse_size),
+        metavar="SIZE",
+        help="remove the least recently used models until the cache fits into SIZE, like 100GB",
+    )
+    parser.add_argument(
+        "--older-than",
+        type=_reads(parse_age),
+        metavar="AGE",
+        help="remove models that were not used for AGE, like 30d (s, m, h, d, w)",
+    )
+    parser.add_argument(
+        "--orphans",
+        action="store_true",
+        help="remove models whose directory is gone, and entries that no model names and that are "
+        "an hour old (perhaps of a conversion that was cut off, which could go on with them)",
+    )
+    parser.add_argument(
+        "--foreign",
+        action="store_true",
+        help="remove the directories that paroquant's own MLX cache left under the same root",
+    )
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="MODEL", help=f"keep it: {MODEL}"
+    )
+
+
+def _configure_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", help="a model directory or Hub id (default: all models)"
+    )
+    where = parser.add_mutually_exclusive_group()
+    _add_cache_dir(where)
+    where.add_argument("--in-place", action="store_true", help="the conversion in MODEL/mlx")
+    parser.add_argument("--sources", action="store_true", help="read MODEL's shards too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _reads(parse: Callable[[str], _Number]) -> Callable[[str], _Number]:
+    """The parser as an argument's type, its message kept."""
+
+    def read(text: str) -> _Number:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read

@@ -1,0 +1,214 @@
+"""What is to be removed from a store: a plan that can be shown, for `removal` to carry out.
+
+An entry that a model shares with one that stays is not in the plan. What no manifest names may be
+the work of a conversion: it goes only when none is running, locks work, and it is an hour old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from .errors import StoreError
+from .foreign import Foreign
+from .found import Found, regular_files
+from .inventory import Inventory, Model
+from .report import bytes_text
+from .running import QUIET, demand_quiet, locks_work, running
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What `prune` removes beside what is surely useless."""
+
+    max_size: int | None = None
+    """Bytes; the least recently used models go until the rest fits."""
+    older_than: float | None = None
+    """Seconds; models not used for so long go."""
+    orphans: bool = False
+    """Models whose directory is gone, and entries that no manifest names."""
+    foreign: bool = False
+    """The directories of paroquant's own cache."""
+    keep: frozenset[str] = frozenset()
+    """Ids of models that stay whatever the other rules say."""
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What goes, and what was asked for and stays."""
+
+    inventory: Inventory
+    models: tuple[Model, ...] = ()
+    entries: dict[str, Found] = field(default_factory=dict)
+    """By key; of the models, of removals that were cut off, and unclaimed ones."""
+    unclaimed: frozenset[str] = frozenset()
+    """Which of the entries no manifest names."""
+    remains: tuple[Found, ...] = ()
+    """Manifests of removals that were cut off."""
+    dead_temps: tuple[Found, ...] = ()
+    headers: tuple[Found, ...] = ()
+    memos: tuple[Found, ...] = ()
+    foreign: tuple[Foreign, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
+    """What stays and why."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to remove."""
+        small = (self.remains, self.dead_temps, self.headers, self.memos, self.foreign)
+        return not (self.models or self.entries or any(small))
+
+    @property
+    def needs_quiet(self) -> bool:
+        """Whether anything goes that a running conversion may be about to use."""
+        return bool(self.models or self.entries or self.headers or self.memos)
+
+    @property
+    def freed(self) -> int:
+        """Bytes that go."""
+        files = [*self.entries.values(), *self.remains, *self.dead_temps, *self.headers]
+        files += [*self.memos, *(file for model in self.models for file in model.files)]
+        return sum(f.size for f in files) + sum(foreign.size for foreign in self.foreign)
+
+    def freed_by(self, model: Model) -> int:
+        """Bytes of the model's entries that go; what it shares with a model that stays is none."""
+        keys = {record.key for record in model.records}
+        return sum(file.size for key, file in self.entries.items() if key in keys)
+
+
+def plan_removal(inventory: Inventory, models: Iterable[Model]) -> PrunePlan:
+    """The removal of these models, and the rest of removals that were cut off.
+
+    Raises StoreError when a conversion is running, and when a manifest cannot tell what it names.
+    """
+    demand_quiet(inventory.store)
+    going = tuple(models)
+    ids = {model.id for model in going}
+    claims = inventory.claims
+    named = {record.key for model in going for record in model.records}
+    named |= {key for _, keys in inventory.removed for key in keys}
+    entries = {
+        key: inventory.entries[key]
+        for key in sorted(named)
+        if key in inventory.entries and claims.get(key, set()) <= ids
+    }
+    if entries or any(model.newer for model in going):
+        _demand_readable(inventory)
+    remains = tuple(file for file, _ in inventory.removed)
+    return PrunePlan(inventory, going, entries, remains=remains, headers=_headers(inventory, ids))
+
+
+def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
+    """What is surely useless and what the rules name; while a conversion is running, only what is
+    none of its business. Raises StoreError when a manifest cannot tell what it names.
+    """
+    foreign = inventory.foreign if rules.foreign else ()
+    base = PrunePlan(inventory, dead_temps=inventory.dead_temps, foreign=foreign)
+    if reason := running(inventory.store):
+        why = f"a conversion is running ({reason})"
+        return replace(base, kept=(("models and entries", why),))
+    going, kept = _choose(inventory, rules)
+    if going or inventory.removed:
+        base = _with_models(base, going)
+    if rules.max_size is not None:
+        base = _shrink(base, rules, kept)
+    unclaimed = _idle_entries(base, kept) if rules.orphans else {}
+    idle = tuple(f for f in inventory.headers if inventory.time - f.changed > QUIET)
+    return replace(
+        base,
+        entries=base.entries | unclaimed,
+        unclaimed=frozenset(unclaimed),
+        headers=base.headers + idle,
+        memos=_idle_memos(inventory, rules),
+        kept=tuple(kept.items()),
+    )
+
+
+def _with_models(base: PrunePlan, models: Iterable[Model]) -> PrunePlan:
+    """The plan with the removal of these models in it."""
+    removal = plan_removal(base.inventory, models)
+    return replace(removal, dead_temps=base.dead_temps, foreign=base.foreign)
+
+
+def _choose(inventory: Inventory, rules: Rules) -> tuple[list[Model], dict[str, str]]:
+    going: list[Model] = []
+    kept: dict[str, str] = {}
+    for model in inventory.models:
+        age = inventory.time - model.last_used
+        orphan = rules.orphans and model.is_orphan
+        old = rules.older_than is not None and age > rules.older_than
+        if model.is_damaged or ((orphan or old) and not _stays(model, rules, kept)):
+            going.append(model)
+    return going, kept
+
+
+def _stays(model: Model, rules: Rules, kept: dict[str, str]) -> bool:
+    """Whether a model that a rule names stays all the same; notes why."""
+    if model.id in rules.keep:
+        kept[model.name] = "--keep"
+    elif model.only_copy:
+        kept[model.name] = "its source shards were dropped, this is the only copy; `rm` removes it"
+    elif model.newer:
+        kept[model.name] = "its manifest is of a newer version, or cannot be read"
+    else:
+        return False
+    return True
+
+
+def _shrink(base: PrunePlan, rules: Rules, kept: dict[str, str]) -> PrunePlan:
+    """The plan with the least recently used models added until the rest fits."""
+    inventory, limit = base.inventory, rules.max_size or 0
+    for model in sorted(inventory.models, key=lambda model: model.last_used):
+        if inventory.size - base.freed <= limit:
+            return base
+        if model not in base.models and not _stays(model, rules, kept):
+            base = _with_models(base, (*base.models, model))
+    if (over := inventory.size - base.freed - limit) > 0:
+        kept["what is left"] = f"{bytes_text(over)} more than --max-size, and no model that may go"
+    return base
+
+
+def _idle_entries(base: PrunePlan, kept: dict[str, str]) -> dict[str, Found]:
+    """The entries that no manifest names and no conversion can be about to name."""
+    inventory = base.inventory
+    found = {key: f for key, f in inventory.unclaimed.items() if key not in base.entries}
+    if not found:
+        return {}
+    if any(model.newer for model in inventory.models):
+        kept[f"{len(found)} unclaimed entries"] = "a manifest of a newer version may name them"
+        return {}
+    if not locks_work(inventory.store):
+        kept[f"{len(found)} unclaimed entries"] = (
+            "locks do nothing on this file system, so a running conversion would not be seen"
+        )
+        return {}
+    idle = {key: f for key, f in found.items() if inventory.time - f.changed > QUIET}
+    if young := len(found) - len(idle):
+        kept[f"{young} unclaimed entries"] = "less than an hour old"
+    return idle
+
+
+def _idle_memos(inventory: Inventory, rules: Rules) -> tuple[Found, ...]:
+    """Memos of files that are gone: all models are in sight and no conversion is to be resumed."""
+    blind = any(model.directory is None or model.is_orphan for model in inventory.models)
+    if (blind or inventory.unclaimed) and not rules.orphans:
+        return ()
+    return tuple(file for file in inventory.memos if inventory.time - file.changed > QUIET)
+
+
+def _headers(inventory: Inventory, ids: set[str]) -> tuple[Found, ...]:
+    """The kept headers of dropped shards that only these models name."""
+    named: dict[bool, set[str]] = {True: set(), False: set()}
+    for model in inventory.models:
+        named[model.id in ids] |= {r.source_sha256 for r in model.records if r.dropped}
+    found = regular_files(inventory.store.folder("headers"))
+    return tuple(file for file in found if file.path.name in named[True] - named[False])
+
+
+def _demand_readable(inventory: Inventory) -> None:
+    for model in inventory.models:
+        if model.newer:
+            raise StoreError(
+                f"{model.files[0].path}: of a newer version of paroquant_stream, or not readable: "
+                "which entries it names cannot be told, so none is removed; use that version"
+            )

@@ -1,0 +1,101 @@
+"""Carries out a plan of `prune`.
+
+    manifest renamed to <name>.removed -> entries that no other manifest names -> that file
+
+So a manifest never names entries that are going, and a removal that was cut off is finished by the
+next one. That no conversion is running is asked again before every entry: one that begins
+meanwhile takes seconds until it names its first. Where locks do nothing, an entry may go that it is
+about to name; the next load then finds it absent and converts that shard again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+
+from .errors import StoreError
+from .foreign import remove_foreign
+from .found import Found
+from .inventory import claimed_keys
+from .newfile import sync_directory
+from .prune import PrunePlan
+from .running import demand_quiet
+
+
+def execute(plan: PrunePlan) -> int:
+    """Removes what the plan names and is still as the plan found it; returns the bytes freed.
+
+    Raises StoreError when a conversion is running or begins meanwhile, and for what cannot be
+    removed. What went before stays gone, and the same call again goes on.
+    """
+    store, freed = plan.inventory.store, 0
+    store.check_owner()
+    if plan.needs_quiet:
+        demand_quiet(store)
+    aside = [*plan.remains, *_set_aside(plan)]
+    claimed = claimed_keys(store)
+    if claimed is None and plan.entries:
+        raise StoreError(f"{store.root}: a newer version wrote a manifest meanwhile; run again")
+    for key, file in plan.entries.items():
+        if key not in (claimed or set()):
+            demand_quiet(store)
+            freed += _unlink(file)
+            with contextlib.suppress(StoreError):
+                _unlink_path(store.memo.path(file.stamp))
+    for file in (*plan.headers, *plan.memos, *aside):
+        freed += _unlink(file)
+    for foreign in plan.foreign:
+        try:
+            freed += remove_foreign(foreign)
+        except OSError as error:
+            raise _failed(foreign.path, error) from error
+    return freed + (store.sweep() if plan.dead_temps else 0)
+
+
+def _set_aside(plan: PrunePlan) -> list[Found]:
+    """Renames the manifests of the models, so that nobody loads them; gives what they are now.
+
+    A model that was used since the plan was made keeps its manifest, and so its entries.
+    """
+    aside = []
+    for file in (file for model in plan.models for file in model.files):
+        path = file.path.with_name(f"{file.path.name}.removed")
+        try:
+            if os.stat(file.path, follow_symlinks=False).st_mtime_ns == file.mtime_ns:
+                os.replace(file.path, path)
+                aside.append(replace(file, path=path))
+        except FileNotFoundError:  # another removal was faster
+            continue
+        except OSError as error:
+            raise _failed(file.path, error) from error
+    with contextlib.suppress(OSError):
+        sync_directory(plan.inventory.store.folder("manifests"))
+    return aside
+
+
+def _unlink(file: Found) -> int:
+    """Removes a file if it is the one that was found; a link put in its place loses nothing."""
+    try:
+        status = os.stat(file.path, follow_symlinks=False)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise _failed(file.path, error) from error
+    if (status.st_dev, status.st_ino) != (file.stamp.device, file.stamp.inode):
+        return 0
+    return file.size if _unlink_path(file.path) else 0
+
+
+def _unlink_path(path: os.PathLike[str]) -> bool:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _failed(path, error) from error
+    return True
+
+
+def _failed(path: os.PathLike[str], error: OSError) -> StoreError:
+    return StoreError(f"{os.fspath(path)}: cannot be removed: {error.strerror}")
