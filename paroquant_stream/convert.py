@@ -9,13 +9,14 @@ import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from .api import make_request
 from .conversion import convert
 from .errors import CheckpointError, ParoquantStreamError
 from .exits import end_with
+from .progress import Progress
 from .report import Conversion, ShardReport, bytes_text, shown
 from .request import Request
 from .trace import written_to
@@ -111,10 +112,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if request.drop_source and request.remote is None and not arguments.yes:
         _ask(request)
-    hidden = arguments.quiet or not sys.stderr.isatty()
-    with written_to(arguments.trace) as trace, _Bar(hidden=hidden) as bar:
+    with written_to(arguments.trace) as trace, Progress(arguments.quiet) as progress:
         try:
-            conversion = convert(request, bar, trace)
+            conversion = convert(request, progress, trace)
         except (KeyboardInterrupt, Terminated):
             request.store.sweep(own=True)  # of workers that are still inside a system call
             raise
@@ -196,39 +196,6 @@ def _survey_line(report: ShardReport) -> str:
     verb = "convert" if report.action == "converted" else "reuse"
     sizes = f"{bytes_text(report.bytes_in)} -> {bytes_text(report.bytes_out)}"
     return f"{verb:7}  {report.shard}  {sizes}  {report.why}"
-
-
-class _Bar:
-    """A progress bar over the source bytes, on a terminal only."""
-
-    def __init__(self, hidden: bool) -> None:
-        self._hidden = hidden
-        self._bar: Any = None
-        self._done: dict[str, int] = {}
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __call__(self, shard: str, done: int, size: int) -> None:
-        if self._hidden:
-            return
-        if self._bar is None:
-            from tqdm import tqdm  # here, because a run without work shows no bar
-
-            self._bar = tqdm(unit="B", unit_scale=True, total=0, desc="converting", leave=False)
-        if shard not in self._done:
-            self._bar.total += size
-        self._bar.update(done - self._done.get(shard, 0))
-        self._done[shard] = done
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 if __name__ == "__main__":

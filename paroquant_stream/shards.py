@@ -43,6 +43,7 @@ def convert_shards(
 
     dropper = Dropper(request, plan.tasks, dropped, manifest_of) if request.drop_source else None
     tally = Tally(progress, tasks, absent)
+    tally.announce()
     # at least `jobs`: of the tasks that hold a place, one is then always free to go on
     ahead = max(2, request.jobs) if request.drop_source else None
     reports = {n: report_reused(record, record) for n, record in dropped.items()}

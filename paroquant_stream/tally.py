@@ -26,6 +26,12 @@ class Tally:
         self._ticked = dict.fromkeys(self._sizes, 0)
         self._lock = threading.Lock()  # download, hash and conversion tick from their threads
 
+    def announce(self) -> None:
+        """Names every shard and its size, so that all is known before the first is done."""
+        if self._progress:
+            for shard, size in self._sizes.items():
+                self._progress(shard, 0, size)
+
     def add(self, shard: str, count: int) -> None:
         """`count` more bytes of a shard are downloaded, hashed or converted."""
         if self._progress and shard in self._sizes:

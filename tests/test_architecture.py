@@ -26,7 +26,7 @@ LEVELS = [
     {"shards"},
     {"conversion"},
     {"api", "verify", "freshness", "prune"},
-    {"dropin", "listing", "removal", "cache_options"},
+    {"dropin", "listing", "progress", "removal", "cache_options"},
     {"cache", "convert", "run"},
     {"__main__", "__init__"},
 ]
@@ -36,7 +36,7 @@ HOMES = {
     "filelock": {"store"},
     "xxhash": {"digest", "newfile", "source"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"convert"},
+    "tqdm": {"progress"},
     "mlx_lm": {"model_class"},
     "mlx_vlm": {"model_class"},
     "paroquant": {"kernels"},

@@ -102,8 +102,9 @@ def ended(process, seconds: float = 60) -> tuple[int, str]:
 
 
 def clean(code: int, stderr: str) -> bool:
-    """Exit code 0, or 1 and one line that names a path."""
-    return code == 0 or (code == 1 and re.fullmatch(r"(going on .*\n)*error: /.*\n", stderr))
+    """Exit code 0, or 1 and one line that names a path, below those of the finished shards."""
+    lines = r"(going on .*\n|\S+ done: .*\n)*error: /.*\n"
+    return code == 0 or (code == 1 and re.fullmatch(lines, stderr))
 
 
 class Fault:

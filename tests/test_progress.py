@@ -1,0 +1,84 @@
+"""Progress: bars on a terminal, lines in a log, nothing when it should be quiet."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from paroquant_stream.api import convert_checkpoint
+from paroquant_stream.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal(monkeypatch) -> Terminal:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
+
+
+def show(quiet: bool = False) -> Progress:
+    with Progress(quiet) as progress:
+        for shard in ("a", "b"):
+            progress(shard, 0, 1000)
+        for done in (500, 1000):
+            for shard in ("a", "b"):
+                progress(shard, done, 1000)
+    return progress
+
+
+def test_a_terminal_has_a_bar_for_all_and_one_for_each_running_shard(monkeypatch):
+    screen = terminal(monkeypatch)
+    show()
+    for name in ("all shards", "a", "b"):
+        assert f"{name}:" in screen.getvalue()
+    assert "B/s" in screen.getvalue()
+
+
+def test_a_log_has_a_line_for_each_shard(capsys):
+    show()
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("a done: 1 of 2 shards, 75 %, ")
+    assert lines[1].startswith("b done: 2 of 2 shards, 100 %, ")
+
+
+def test_quiet_is_quiet(monkeypatch):
+    screen = terminal(monkeypatch)
+    show(quiet=True)
+    assert screen.getvalue() == ""
+
+
+def test_nothing_is_shown_after_the_end(capsys):
+    progress = show()
+    capsys.readouterr()
+    progress("c", 10, 10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_names_with_control_characters_do_not_reach_the_terminal(monkeypatch):
+    screen = terminal(monkeypatch)
+    with Progress(quiet=False) as progress:
+        progress("a\x1b[2J", 1, 10)
+    assert "\x1b[2J" not in screen.getvalue()
+
+
+def test_every_shard_is_announced_before_the_first_is_begun(model_dir):
+    calls = []
+    convert_checkpoint(model_dir, jobs=1, progress=lambda *call: calls.append(call))
+    assert [done for _, done, _ in calls[:3]] == [0, 0, 0]
+    assert len({shard for shard, _, _ in calls[:3]}) == 3
+    sizes = {shard: size for shard, _, size in calls}
+    assert {shard: done for shard, done, _ in calls} == sizes
+
+
+def test_loading_prints_nothing_by_itself(model_dir, capfd):
+    from paroquant_stream.api import load
+
+    load(model_dir)
+    assert capfd.readouterr() == ("", "")
