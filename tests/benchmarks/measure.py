@@ -44,12 +44,10 @@ from paroquant.inference.backends.mlx.load import load
 load(sys.argv[1])
 """
 PEAK = """
-import sys, runpy
-sys.argv = sys.argv[1:]
-exec(sys.argv[0])
 from paroquant_stream.convert import peak_rss_bytes
 print(peak_rss_bytes())
 """
+"""Ends every script: its output is its peak memory in bytes."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,9 @@ def process(command: Sequence[str | Path]) -> Run:
     return Run(wall, user, system, done.stdout)
 
 
-def python(script: str, *arguments: object, peak: bool = False) -> Run:
-    """Runs a Python script; with `peak` its output is its peak memory in bytes."""
-    before = [PEAK, script] if peak else [script]
-    return process([sys.executable, "-c", *before, *map(str, arguments)])
+def python(script: str, *arguments: object) -> Run:
+    """Runs one of the scripts above."""
+    return process([sys.executable, "-c", script + PEAK, *map(str, arguments)])
 
 
 @dataclass

@@ -230,8 +230,11 @@ def plan_row(layers: int = 44) -> Row:
     return at_most(what, seconds, 1, "each in another shard than the one before", "s")
 
 
-def load_rows(bench: Bench, model: Path) -> list[Row]:
-    """Loading from the cache beside MLX's own loading of the same files, and the public loader."""
+def load_rows(bench: Bench, model: Path, cold: list[Run]) -> list[Row]:
+    """Loading from the cache beside MLX's own loading of the same files, and the public loader.
+
+    `cold`: conversions of the model into an empty cache.
+    """
     bench.settle(model)
     bench.convert(model, 2, keep=True)
     entries = sum(path.stat().st_size for path in bench.cache.rglob("*.safetensors"))
@@ -240,34 +243,29 @@ def load_rows(bench: Bench, model: Path) -> list[Row]:
         "warm load": lambda: python(LOAD, model, bench.cache),
     }
     warm = in_turn(bench, functions, lambda: bench.settle(bench.cache))
-    imports = int(python(IMPORTS, model, peak=True).output)
-    peak = int(python(LOAD, model, bench.cache, peak=True).output)
+    imports = int(python(IMPORTS, model).output)
+    peak = max(int(run.output) for run in warm["warm load"])
     bench.settle(model)
     public = python(PUBLIC, model)
+
+    def first() -> Run:
+        shutil.rmtree(bench.cache)
+        bench.settle(model)
+        return python(LOAD, model, bench.cache)
+
+    firsts = in_turn(bench, {"first load": first}, lambda: None)["first load"]
+    shutil.rmtree(bench.cache)
     usual = median(run.wall for run in warm["warm load"])
-    rows = [
+    whole = median(run.wall for run in cold) + usual
+    return [
         at_most("warm load", ratio(warm["warm load"], warm["mx.load, mx.eval"]), 1.05,
                 "mx.load + mx.eval, the same imports"),
         at_most("peak memory of a warm load", (peak - entries - imports) / 1e6, 150,
                 "above entries and imports", "MB"),
         at_least("warm load", public.wall / usual, 20, f"public loader, {public.wall:.0f} s"),
+        at_most("first load, nothing cached", median(run.wall for run in firsts) / whole, 1.05,
+                f"cold convert, jobs 2, + warm load, {whole:.1f} s"),
     ]  # fmt: skip
-    shutil.rmtree(bench.cache)
-    firsts = []
-    for _ in range(bench.rounds):
-        parts = []
-        for function in (
-            lambda: bench.convert(model, 2, keep=True),
-            lambda: python(LOAD, model, bench.cache),
-        ):
-            bench.settle(model)
-            parts.append(function().wall)
-        shutil.rmtree(bench.cache)
-        bench.settle(model)
-        firsts.append(python(LOAD, model, bench.cache).wall / sum(parts))
-        shutil.rmtree(bench.cache)
-    rows.append(at_most("first load, nothing cached", median(firsts), 1.05, "cold convert + load"))
-    return rows
 
 
 def as_json(rows: list[Row], measured: dict[str, list[Run]]) -> str:
