@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from paroquant_stream.api import convert_checkpoint
+from paroquant_stream.api import convert_checkpoint, load
 from paroquant_stream.errors import UnwritableFile
 from paroquant_stream.trace import SILENCE, Trace, written_to
 
@@ -80,3 +80,10 @@ def test_no_path_is_no_trace(tmp_path):
 def test_a_trace_that_cannot_be_written_names_the_file(tmp_path):
     with pytest.raises(UnwritableFile, match=r"absent/t\.json: the trace cannot be written"):
         Trace().write(tmp_path / "absent" / "t.json")
+
+
+def test_a_load_shows_its_stages(model_dir, tmp_path):
+    load(model_dir, trace=tmp_path / "t.json")
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    stages = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"open the entries", "build the model", "tokenizer", "place the weights"} <= stages
