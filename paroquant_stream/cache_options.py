@@ -16,8 +16,8 @@ never read where it is now is `unknown`, and `convert --dry-run` reads it."""
 LS_JSON = """\
 print one JSON list. Of kind `model`: name, directory, manifest, layout, size, last_used (seconds
 since 1970), state (fresh, stale, unknown, broken, orphan, damaged), why, shards_converted, shards
-(each with shard, state, why, key, bytes_in, bytes_out, dropped). Of kind `paroquant` (directories of its
-own cache): path, size, last_used. Of kind `unclaimed` and `temps`: size, files"""
+(each with shard, state, why, key, bytes_in, bytes_out, dropped). Of kind `paroquant` (directories
+of its own cache): path, size, last_used. Of kind `unclaimed` and `temps`: size, files"""
 PATH = "The cache's directory, or the manifest and the entries of MODEL, one path a line."
 RM = """\
 Remove the conversions of these models. Entries that another model uses stay. Nothing in the model

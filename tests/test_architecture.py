@@ -133,6 +133,7 @@ def test_every_room_has_its_tests():
     covered_elsewhere = {
         "__init__": "test_convert",
         "__main__": "test_main",
+        "cache_options": "test_cache",
         "newfile": "test_store",
         "request": "test_conversion",
         "strictjson": "test_tensorfile",
