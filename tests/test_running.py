@@ -87,3 +87,11 @@ def test_a_file_system_without_locks_is_noticed(store, monkeypatch, tmp_path):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     assert not locks_work(store)
     assert not locks_work(Store(tmp_path / "absent"))
+
+
+def test_one_who_asks_is_not_taken_for_a_conversion_by_another(store):
+    with store.lock("m"):
+        pass
+    with (store.folder("locks") / "m.lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as the other one holds it while it asks
+        assert running(store) is None
