@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -10,8 +12,9 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream import conversion, request, task
+from paroquant_stream import convert as command
 from paroquant_stream.api import make_request
-from paroquant_stream.conversion import convert, survey
+from paroquant_stream.conversion import convert
 from paroquant_stream.digest import SourceHasher
 from paroquant_stream.freshness import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
 from paroquant_stream.request import read_manifest
@@ -40,7 +43,10 @@ def whys(found: Freshness) -> list[tuple[str, str]]:
 
 
 def dry_run(directory) -> list[str]:
-    return [report.why for report in survey(make_request(directory, jobs=1))]
+    """The reasons that `convert --dry-run` gives, shard by shard."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert command.main([str(directory), "--dry-run", "--json"]) == 0
+    return [shard["why"] for shard in json.loads(out.getvalue())["shards"]]
 
 
 def read_through(directory) -> None:
@@ -139,7 +145,7 @@ def test_a_new_shard_was_never_converted(converted):
 def test_another_version_of_an_operation_makes_its_entries_stale(converted, monkeypatch):
     monkeypatch.setitem(OPERATION_VERSIONS, "quantize", 2)
     for room in (task, request, conversion):
-        monkeypatch.setattr(room, "TRANSFORM", "another")
+        monkeypatch.setattr(room, "TRANSFORM", "another", raising=False)
     found = look(converted)
     assert found.state == STALE
     assert "config, tensors of its linears or transform version changed" in found.why
