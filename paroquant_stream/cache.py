@@ -22,10 +22,12 @@ from .report import bytes_text, shown
 from .request import model_id
 from .verify import verify_model, verify_store
 
+DESCRIPTION = "See what is converted, read it through, and remove it."
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser("paroquant-stream cache", description=(__doc__ or "")[15:])
+    parser = argparse.ArgumentParser("paroquant-stream cache", description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     verify_all = arguments.command == "verify" and arguments.model is None
@@ -49,7 +51,7 @@ def _find(inventory: Inventory, names: Sequence[str]) -> list[Model]:
     """The models of these names. Raises StoreError for a name that none has."""
     found: dict[str, Model] = {}
     for name in names:
-        path = model_id(Path(os.path.realpath(Path(name).expanduser())))
+        path = model_id(Path(os.path.realpath(os.path.expanduser(name))))
         same = [model for model in inventory.models if model.id == path]
         same = same or [m for m in inventory.models if name in m.names]
         if not same:
@@ -86,7 +88,8 @@ def _path(arguments: argparse.Namespace) -> int:
         return 0
     inventory = _inventory(arguments)
     for model in _find(inventory, [arguments.model]):
-        entries = [inventory.store.entry_path(record.key) for record in model.records]
+        keys = dict.fromkeys(record.key for record in model.records)
+        entries = [inventory.store.entry_path(key) for key in keys]
         for path in (*(file.path for file in model.files), *entries):
             print(shown(path))
     return 0

@@ -164,7 +164,9 @@ def _model(name: str, files: list[Found]) -> Model:
     main = read.get(f"{name}.msgpack", (None, False))[0]
     told = main or (manifests[0] if manifests else None)
     directory = _directory(name, told) if told else None
-    records = {r.key: r for manifest in manifests for r in manifest.entries}
+    everything = [record for manifest in manifests for record in manifest.entries]
+    # the last of two wins: the journal's, which knows that the source is gone
+    records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
     return Model(
         name,
         _shown_name(name, told, directory),

@@ -52,7 +52,7 @@ def _freshness(store: Store, model: Model) -> Freshness:
             )
         return Freshness("damaged", "the next conversion makes it anew", ())
     if directory is None:
-        why = "where the model lies is not recorded; its next conversion records it"
+        why = "made by an older version, which did not record where the model lies"
         return Freshness(UNKNOWN, why, entries_alone(store, manifest, why))
     if model.is_orphan:
         why = f"{directory} is gone"

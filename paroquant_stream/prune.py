@@ -114,14 +114,14 @@ def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
         base = _shrink(base, rules, kept)
     unclaimed = _idle_entries(base, kept) if rules.orphans else {}
     idle = tuple(f for f in inventory.headers if inventory.time - f.changed > QUIET)
-    return replace(
+    plan = replace(
         base,
         entries=base.entries | unclaimed,
         unclaimed=frozenset(unclaimed),
         headers=base.headers + idle,
-        memos=_idle_memos(inventory, rules),
         kept=tuple(kept.items()),
     )
+    return replace(plan, memos=_idle_memos(plan))
 
 
 def _with_models(base: PrunePlan, models: Iterable[Model]) -> PrunePlan:
@@ -188,10 +188,14 @@ def _idle_entries(base: PrunePlan, kept: dict[str, str]) -> dict[str, Found]:
     return idle
 
 
-def _idle_memos(inventory: Inventory, rules: Rules) -> tuple[Found, ...]:
-    """Memos of files that are gone: all models are in sight and no conversion is to be resumed."""
-    blind = any(model.directory is None or model.is_orphan for model in inventory.models)
-    if (blind or inventory.unclaimed) and not rules.orphans:
+def _idle_memos(plan: PrunePlan) -> tuple[Found, ...]:
+    """Memos of files that are gone: told only when every model that stays is in sight, and when no
+    conversion that was cut off could go on with them.
+    """
+    inventory = plan.inventory
+    staying = [model for model in inventory.models if model not in plan.models]
+    blind = any(model.directory is None or model.is_orphan for model in staying)
+    if blind or inventory.unclaimed.keys() - plan.entries.keys():
         return ()
     return tuple(file for file in inventory.memos if inventory.time - file.changed > QUIET)
 

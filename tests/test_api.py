@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_load_converts_what_is_missing_and_nothing_else(model_dir, monkeypatch):
     load(model_dir)
     no_conversion(monkeypatch)
     load(model_dir)
+
+
+def test_a_load_notes_that_the_model_was_used(model_dir):
+    load(model_dir)
+    made = make_request(model_dir)
+    path = made.store.manifest_path(made.manifest_name)
+    os.utime(path, (0, 0))
+    load(model_dir)
+    assert path.stat().st_mtime > 1e9
 
 
 def test_load_uses_the_cache_that_it_is_told(model_dir, tmp_path, monkeypatch):

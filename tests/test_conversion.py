@@ -309,3 +309,31 @@ def test_a_cache_that_others_can_write_into_is_refused(model_dir):
     request.store.root.chmod(0o777)
     with pytest.raises(StoreError, match="chmod go-w"):
         run(model_dir)
+
+
+def test_a_run_without_work_notes_that_the_model_was_used_and_no_more(model_dir):
+    made = make_request(model_dir)
+    convert(made)
+    path = made.store.manifest_path(made.manifest_name)
+    data = path.read_bytes()
+    os.utime(path, (0, 0))
+    convert(made)
+    assert path.stat().st_mtime > 1e9
+    assert path.read_bytes() == data
+
+
+def test_a_cache_whose_times_cannot_be_set_serves_all_the_same(model_dir, monkeypatch):
+    first, fired = run(model_dir), []
+
+    def fail(*_arguments, **_options):
+        fired.append(1)
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", fail)
+    assert run(model_dir).manifest == first.manifest
+    assert fired == [1]
+
+
+def test_a_manifest_in_a_cache_names_the_directory_and_one_beside_a_model_no_path(model_dir):
+    assert run(model_dir).manifest.directory == str(model_dir.resolve())
+    assert run(model_dir, in_place=True).manifest.directory == ""

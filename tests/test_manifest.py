@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paroquant_stream.errors import ManifestError
+from paroquant_stream.errors import ManifestError, NewerManifest
 from paroquant_stream.manifest import EntryRecord, Manifest
 from paroquant_stream.tensorfile import TensorSpec
 
@@ -135,3 +135,37 @@ def test_a_model_name_that_is_no_utf8_can_be_written():
 
     named = replace(MANIFEST, model=b"bad\xff".decode("utf-8", "surrogateescape"))
     assert Manifest.decode(named.encode()).model == "bad?"
+
+
+def test_a_directory_comes_back_byte_for_byte_even_when_it_is_no_utf8():
+    from dataclasses import replace
+
+    directory = b"/models/bad\xff".decode("utf-8", "surrogateescape")
+    assert Manifest.decode(replace(MANIFEST, directory=directory).encode()).directory == directory
+
+
+def test_a_manifest_from_before_1_1_has_no_directory():
+    body = msgpack.unpackb(GOOD[52:])
+    del body["directory"]
+    assert Manifest.decode(sealed(msgpack.packb(body))) == MANIFEST
+
+
+@pytest.mark.parametrize("directory", ["/text", b"relative", b"/nul\0", 1, None])
+def test_a_directory_that_is_no_absolute_path_is_noticed(directory):
+    body = msgpack.unpackb(GOOD[52:]) | {"directory": directory}
+    with pytest.raises(ManifestError):
+        Manifest.decode(sealed(msgpack.packb(body)))
+
+
+@pytest.mark.parametrize("shard", ["", ".", "..", "../x", "/x", "a/b", "a\0b"])
+def test_a_shard_that_is_no_file_name_is_noticed(shard):
+    with pytest.raises(ManifestError, match="shard: no file name"):
+        Manifest.decode(changed(shard=shard))
+
+
+def test_a_newer_major_version_is_told_apart_from_damage():
+    with pytest.raises(NewerManifest):
+        Manifest.decode(sealed(GOOD[52:], 2 << 16))
+    with pytest.raises(ManifestError) as caught:
+        Manifest.decode(GOOD[:-1])
+    assert not isinstance(caught.value, NewerManifest)
