@@ -178,7 +178,7 @@ class Store:
 
     def _temp_path(self) -> Path:
         """A name that no other run, process or host uses."""
-        return self._path("tmp", f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}")
+        return self._path("tmp", temp_name())
 
     @contextlib.contextmanager
     def new_file(self, size: int, trace: Trace = SILENCE) -> Iterator[NewFile]:
@@ -214,7 +214,7 @@ class Store:
                     status = path.stat(follow_symlinks=False)
                     mine = path.name.startswith(f"{_host()}-{os.getpid()}-")
                     mine = mine and (own or not is_open(path.name))
-                    if mine or _is_dead(path.name, time.time() - status.st_mtime):
+                    if mine or is_dead(path.name, time.time() - status.st_mtime):
                         path.unlink()
                         freed += status.st_size
         return freed
@@ -244,7 +244,12 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _is_dead(name: str, age: float) -> bool:
+def temp_name() -> str:
+    """A name for a temp that no other run, process or host uses, and that `is_dead` can judge."""
+    return f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}"
+
+
+def is_dead(name: str, age: float) -> bool:
     """Whether a temp's writer is gone: on this host by its process, on another after a day.
 
     Never by time alone where the process can be asked: clocks jump.
