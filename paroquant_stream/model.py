@@ -74,7 +74,10 @@ def assemble_stored(
     without a tensor, and every shape that does not fit.
     """
     tensors = stored.tensors
-    is_vlm = is_vision_model(read_config(directory), [t.name for t in tensors], force_text)
+    config = read_config(directory)
+    is_vlm = is_vision_model(config, [t.name for t in tensors], force_text)
+    if stored.model_names and config.get("vision_config") and not (is_vlm or force_text):
+        logger.warning("%s: saved without its vision tower, so a text model", directory)
 
     def wanted(name: str) -> bool:
         return is_vlm or not name.startswith(TOWER_PREFIXES)

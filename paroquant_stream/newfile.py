@@ -49,14 +49,15 @@ class NewFile:
         self._writer: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         try:
+            _open.add(path.name)  # before it is there: another thread's sweep may be looking
             self._fd = _create(path, mode, direct=size >= _BLOCK)
-            _open.add(path.name)
             try:
                 reserve(self._fd, size)
             except OSError:
                 self.discard()
                 raise
         except OSError as error:
+            _open.discard(path.name)
             raise _write_error(path, size, error) from error
 
     @property
