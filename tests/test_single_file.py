@@ -16,7 +16,7 @@ from paroquant.inference.backends.mlx.load import load as public_load
 from paroquant_stream import api, load, single_file
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError
-from paroquant_stream.single_file import NAME
+from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
 from paroquant_stream.single_write import write_single_file
 from paroquant_stream.tensorfile import read_header
 from tests.builders import cut_evenly, write_checkpoint
@@ -65,13 +65,21 @@ def no_conversion(monkeypatch):
 
 
 def edit(path: Path, change) -> None:
-    """Writes the header's JSON anew, in its old length, as `change(table)` left it."""
+    """Rewrites the header as `change(table)` left it, with a digest that fits, as an enemy would;
+    one that `change` made up stays.
+    """
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     table = json.loads(data[8 : 8 + length])
+    before = table["__metadata__"]["xxh3"]
     change(table)
     text = json.dumps(table, separators=(",", ":")).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    header = len(text).to_bytes(8, "little") + text
+    path.write_bytes(with_digest(header, NO_DIGEST, before) + data[8 + length :])
+    if isinstance(table["__metadata__"], dict) and table["__metadata__"].get("xxh3") == before:
+        with path.open("r+b") as file:
+            digest = hash_single(file.fileno(), len(header), "x")
+            file.write(with_digest(header, digest, before))
 
 
 @pytest.mark.parametrize("name", [LLAMA, MOE, VISION, "gemma4_moe-awq-adversarial"])
@@ -181,49 +189,84 @@ def test_a_file_cut_short_is_never_served(exported, size, caplog):
         load(exported, cache_dir=exported / "empty")
 
 
+def sources(text: str):
+    return lambda metadata: metadata.update(sources=text)
+
+
+SHA = "0" * 64
 HOSTILE = {
-    "no sources": lambda m: m.pop("sources"),
-    "no json": lambda m: m.update(sources="{"),
-    "a list": lambda m: m.update(sources="[]"),
-    "an empty map": lambda m: m.update(sources="{}"),
-    "nested deeply": lambda m: m.update(sources="[" * 1_000_000),
-    "a number": lambda m: m.update(sources="9" * 5000),
-    "a path": lambda m: m.update(sources=json.dumps({"../../etc/passwd": "0" * 64})),
-    "an absolute path": lambda m: m.update(sources=json.dumps({"/x.safetensors": "0" * 64})),
-    "no sha": lambda m: m.update(sources=json.dumps({"a.safetensors": 7})),
-    "short sha": lambda m: m.update(sources=json.dumps({"a.safetensors": "0" * 63})),
-    "a shard twice": lambda m: m.update(sources='{"a.safetensors": "0", "a.safetensors": "1"}'),
-    "20,000 shards": lambda m: m.update(
-        sources=json.dumps({f"m{i}.safetensors": "0" * 64 for i in range(20_000)})
+    "no sources": (lambda m: m.pop("sources"), "not valid JSON"),
+    "no json": (sources("{"), "not valid JSON"),
+    "nested deeply": (sources("[" * 1_000_000), "not valid JSON"),
+    "a number": (sources("9" * 5000), "not valid JSON"),
+    "a shard twice": (sources('{"a.safetensors":"0","a.safetensors":"1"}'), "stands twice"),
+    "a list": (sources("[]"), "no map of 1 to 10,000 shards"),
+    "an empty map": (sources("{}"), "no map of 1 to 10,000 shards"),
+    "20,000 shards": (
+        sources(json.dumps({f"m{i}.safetensors": SHA for i in range(20_000)})),
+        "no map of 1 to 10,000 shards",
     ),
-    "other names": lambda m: m.update(names="model"),
-    "a newer writer": lambda m: m.update(names="checkpoint-2"),
-    "no digest": lambda m: m.pop("xxh3"),
-    "a digest too long": lambda m: m.update(xxh3="0" * 33),
-    "zeros for a digest": lambda m: m.update(xxh3="0" * 32),
-    "other transform": lambda m: m.update(transform="x"),
-    "a value that is no string": lambda m: m.update(names=["checkpoint"]),
-    "other sources": lambda m: m.update(sources=json.dumps({"a.safetensors": "0" * 64})),
+    "a path": (sources(f'{{"../m.safetensors":"{SHA}"}}'), "no shard and SHA-256"),
+    "an absolute path": (sources(f'{{"/m.safetensors":"{SHA}"}}'), "no shard and SHA-256"),
+    "no sha": (sources('{"m.safetensors":7}'), "no shard and SHA-256"),
+    "a short sha": (sources(f'{{"m.safetensors":"{SHA[1:]}"}}'), "no shard and SHA-256"),
+    "other names": (lambda m: m.update(names="model"), "by a newer version"),
+    "no names": (lambda m: m.pop("names"), "by a newer version"),
+    "no digest": (lambda m: m.pop("xxh3"), "xxh3 is no digest"),
+    "a digest too long": (lambda m: m.update(xxh3="0" * 33), "xxh3 is no digest"),
+    "a made-up digest": (lambda m: m.update(xxh3="1" * 32), "damaged: expected XXH3 1111"),
+    "other transform": (lambda m: m.update(transform="x"), "made by another version"),
+    "a list for a string": (lambda m: m.update(names=["checkpoint"]), "is not a map of strings"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_metadata_is_a_warning_beside_sources_and_an_error_without(case, exported, caplog):
-    edit(exported / NAME, lambda table: HOSTILE[case](table["__metadata__"]))
+    change, reason = HOSTILE[case]
+    edit(exported / NAME, lambda table: change(table["__metadata__"]))
     load(exported)
     assert "not used: " in caplog.text
+    assert reason in caplog.text
     remove_sources(exported)
-    with pytest.raises(CheckpointError, match=NAME):
+    with pytest.raises(CheckpointError, match=reason):
         load(exported, cache_dir=exported / "empty")
 
 
-def test_a_tensor_under_another_name_is_never_served(alone):
-    def rename(table):
-        table["model.norm.weighs"] = table.pop("model.norm.weight")
+def test_metadata_that_is_no_map_is_refused(exported, caplog):
+    edit(exported / NAME, lambda table: table.update(__metadata__="x" * 1_000_000))
+    load(exported)
+    assert "__metadata__ is not a map of strings" in caplog.text
 
-    edit(alone / NAME, rename)
-    with pytest.raises(CheckpointError, match="damaged"):
+
+def test_sources_that_are_not_these_are_stale(exported, caplog):
+    edit(exported / NAME, lambda t: sources(f'{{"m.safetensors":"{SHA}"}}')(t["__metadata__"]))
+    load(exported)
+    assert "model-00001-of-00003.safetensors was not there when it was made" in caplog.text
+
+
+def rename(table: dict) -> None:
+    table["model.norm.weighs"] = table.pop("model.norm.weight")
+
+
+def test_a_header_that_was_changed_without_its_digest_is_damaged(alone):
+    path = alone / NAME
+    path.write_bytes(path.read_bytes().replace(b"model.norm.weight", b"model.norm.weighs"))
+    with pytest.raises(CheckpointError, match="damaged: expected XXH3"):
         load(alone)
+
+
+def test_a_tensor_under_another_name_is_never_served_although_the_digest_fits(alone):
+    edit(alone / NAME, rename)
+    with pytest.raises(
+        AssemblyError, match=r"no use for these tensors:\n  model.norm.weighs|differences"
+    ):
+        load(alone)
+
+
+def test_metadata_of_nobody_is_read_as_the_form_of_pull_request_50(exported, caplog):
+    edit(exported / NAME, lambda table: table["__metadata__"].pop("writer"))
+    load(exported)
+    assert "nothing in it tells whether it was made from model-00001" in caplog.text
 
 
 def test_tensors_that_do_not_fit_the_config_are_an_error(alone):
