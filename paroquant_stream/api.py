@@ -148,7 +148,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     with options.trace.span("import MLX"):
         from .model import assemble  # conversion may not need it
     with options.trace.span("check the sources"):
-        found = _shipped(request)
+        found = shipped(request)
     if found is None:
         loaded, reason = _load_single(request, options)
         if loaded:
@@ -195,14 +195,14 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     return None, reason
 
 
-def _shipped(request: Request) -> tuple[Manifest, Store] | None:
+def shipped(request: Request) -> tuple[Manifest, Store] | None:
     """The conversion inside the model directory, if there is one and it fits the sources."""
-    shipped = make_request(request.directory, in_place=True, jobs=request.jobs)
-    manifest = read_manifest(shipped)
+    beside = make_request(request.directory, in_place=True, jobs=request.jobs)
+    manifest = read_manifest(beside)
     if manifest is None:
         return None
-    reason = staleness(shipped, manifest, read_unknown=True)
+    reason = staleness(beside, manifest, read_unknown=True)
     if reason:
-        logger.warning("%s is not used: %s", shipped.store.root, reason)
+        logger.warning("%s is not used: %s", beside.store.root, reason)
         return None
-    return manifest, shipped.store
+    return manifest, beside.store

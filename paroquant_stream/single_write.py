@@ -9,7 +9,9 @@ its record describes and the file, read back, is hashed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,15 +19,61 @@ from pathlib import Path
 
 import xxhash
 
+from .api import shipped
+from .conversion import convert
 from .descriptor import closing
 from .digest import CHUNK, read_chunks
 from .errors import EntryDamaged, UnwritableFile
 from .manifest import EntryRecord, Manifest
 from .newfile import reserve, sync_directory, write_problem
-from .single_file import hash_single, metadata_of, with_digest
+from .request import Request
+from .single_file import NAME, hash_single, metadata_of, with_digest
 from .stacks import stacks_in_pieces
 from .store import Store, is_dead, temp_name
+from .tally import Progress
 from .tensorfile import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
+
+logger = logging.getLogger(__name__)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--single-file` to a command that then calls `export_single_file`."""
+    parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help=f"write one {NAME} instead, which load() finds beside config.json and tokenizer "
+        "(default: into the model directory)",
+    )
+
+
+def export_single_file(
+    request: Request, out: Path | None = None, progress: Progress | None = None
+) -> tuple[Path, int]:
+    """Path and bytes of a new single file of a model, after converting what is missing.
+
+    `out`: a file or a directory, default the model's own. Raises what `convert` and
+    `write_single_file` raise; a damaged entry is converted again, once.
+    """
+    if request.remote and out is None:
+        raise UnwritableFile(f"{request.model}: say where {NAME} shall be; a Hub cache is not ours")
+    out = out or request.directory
+    path = out / NAME if os.path.isdir(out) else out
+    _check_free(path)  # before hours of conversion
+
+    def attempt() -> int:
+        manifest, store = shipped(request) or (convert(request, progress).manifest, request.store)
+        return write_single_file(manifest, store, path)
+
+    try:
+        return path, attempt()
+    except EntryDamaged as error:
+        logger.warning("%s", error)
+    return path, attempt()
+
+
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UnwritableFile(f"{path}: is there already; remove it to have it written anew")
 
 
 def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
@@ -36,8 +84,7 @@ def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
     after taking the entry out of use, when an entry is not what was written; StoreError when one is
     absent.
     """
-    if os.path.lexists(path):
-        raise UnwritableFile(f"{path}: is there already; remove it to have it written anew")
+    _check_free(path)
     specs = {tensor.name: tensor for record in manifest.entries for tensor in record.tensors}
     stacks = stacks_in_pieces(specs)
     sources = {record.shard: record.source_sha256 for record in manifest.entries}

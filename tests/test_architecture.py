@@ -19,11 +19,12 @@ LEVELS = [
     {"store", "arrival", "tally", "hub"},
     {"request"},
     {"single_file"},
-    {"plan", "source", "drop", "executor", "weights", "model_class", "single_write"},
+    {"plan", "source", "drop", "executor", "weights", "model_class"},
     {"operations", "model"},
     {"transform"},
     {"conversion"},
     {"api", "verify"},
+    {"single_write"},
     {"cache", "convert"},
     {"__main__", "__init__"},
 ]

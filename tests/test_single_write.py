@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import subprocess
@@ -21,7 +22,7 @@ from paroquant_stream.errors import (
     UnwritableFile,
 )
 from paroquant_stream.single_file import NAME
-from paroquant_stream.single_write import write_single_file
+from paroquant_stream.single_write import export_single_file, write_single_file
 from paroquant_stream.stacks import stacks_in_pieces
 from tests.conftest import FIXTURES
 
@@ -230,3 +231,55 @@ def test_what_a_killed_run_left_is_removed_by_the_next(model_dir, model, tmp_pat
     assert not target.exists()
     write_single_file(*model, target)
     assert os.listdir(target.parent) == [NAME]
+
+
+def test_an_export_converts_first_and_lies_where_load_looks(model_dir):
+    path, size = export_single_file(api.make_request(model_dir, jobs=1))
+    assert path == model_dir / NAME
+    assert path.stat().st_size == size
+    api.load(model_dir)
+
+
+def test_an_export_goes_into_a_directory_or_under_a_name(model_dir, tmp_path):
+    request = api.make_request(model_dir, jobs=1)
+    assert export_single_file(request, tmp_path)[0] == tmp_path / NAME
+    assert export_single_file(request, tmp_path / "x.safetensors")[0].exists()
+
+
+def test_an_export_that_cannot_be_written_converts_nothing(model_dir, tmp_path):
+    (model_dir / NAME).write_bytes(b"mine")
+    with pytest.raises(UnwritableFile, match="is there already"):
+        export_single_file(api.make_request(model_dir, cache_dir=tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_export_of_a_damaged_entry_converts_it_again(model_dir, model, tmp_path, target, caplog):
+    manifest, store = model
+    path = store.entry_path(manifest.entries[1].key)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    export_single_file(api.make_request(model_dir, cache_dir=tmp_path / "cache", jobs=1), target)
+    assert "taken out of use" in caplog.text
+    assert path.read_bytes() == good
+
+
+def test_an_export_of_a_conversion_beside_the_model_needs_no_source(model_dir, target, tmp_path):
+    convert(api.make_request(model_dir, in_place=True, drop_source=True, jobs=1))
+    assert list(model_dir.glob("*.safetensors")) == []
+    export_single_file(api.make_request(model_dir, cache_dir=tmp_path / "cache"), target)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_export_of_a_repository_must_be_told_where_to(hub, tmp_path):
+    hub.push("owner/model", FIXTURES / "llama-awq-single")
+    with pytest.raises(UnwritableFile, match="say where"):
+        export_single_file(api.make_request("owner/model"))
+
+
+def test_the_option_stands_alone_in_the_help(capsys):
+    parser = argparse.ArgumentParser()
+    single_write.add_option(parser)
+    assert parser.parse_args(["--single-file"]).single_file
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert NAME in capsys.readouterr().out
