@@ -5,16 +5,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .checkpoint import read_config
 from .conversion import convert
-from .errors import EntryDamaged
+from .errors import (
+    AssemblyError,
+    CheckpointError,
+    EntryDamaged,
+    MalformedFile,
+    SourceChanged,
+    UnreadableFile,
+)
 from .hub import locate
+from .layout import read_quantization
 from .manifest import Manifest
 from .request import Request, read_manifest, staleness
+from .single_file import check_usable, opened
 from .store import Store, user_cache_root
-from .trace import written_to
+from .trace import Trace, written_to
 
 if TYPE_CHECKING:
     from .tally import Progress
@@ -105,45 +116,95 @@ def load(
 
     The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
     `force_text=True` loads a vision model's text part through mlx-lm. A conversion inside the model
-    directory is used first, if it fits the sources. `verify="header"` checks size, names, dtypes
-    and shapes of every entry, and its hash unless its stat is as the writer left it; `"full"`
-    hashes every entry. A damaged entry is taken out of use and converted again, once.
+    directory is used first, if it fits the sources: `mlx/`, else `converted_mlx.safetensors`.
+    `verify="header"` checks size, names, dtypes and shapes of every entry, and its hash unless its
+    stat is as the writer left it; `"full"` hashes every entry. A damaged entry is taken out of use
+    and converted again, once.
 
     Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the
     model's parameters do not match one to one.
     """
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
     with written_to(trace) as timed:
-        with timed.span("import MLX"):
-            from .model import assemble  # conversion may not need it
-
-        def attempt() -> tuple[Any, Any, bool]:
-            with timed.span("check the sources"):
-                shipped = _shipped(request)
-            manifest, store = shipped or (convert(request, progress, timed).manifest, request.store)
-            return assemble(
-                request.directory,
-                manifest,
-                store,
-                lazy=lazy,
-                force_text=force_text,
-                full=verify == "full",
-                trace=timed,
-            )
-
+        options = _Options(lazy, force_text, verify == "full", timed)
         with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
-            return attempt()
-        return attempt()
+            return _load(request, options, progress)
+        return _load(request, options, progress)
 
 
-def _shipped(request: Request) -> tuple[Manifest, Store] | None:
+@dataclass(frozen=True)
+class _Options:
+    """How to load, whatever is loaded."""
+
+    lazy: bool
+    force_text: bool
+    full: bool
+    trace: Trace
+
+
+_Loaded = tuple[Any, Any, bool]
+
+
+def _load(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
+    """The model from what is found first: `mlx/`, the single file, the cache, a new conversion."""
+    with options.trace.span("import MLX"):
+        from .model import assemble  # conversion may not need it
+    with options.trace.span("check the sources"):
+        found = shipped(request)
+    if found is None:
+        loaded, reason = _load_single(request, options)
+        if loaded:
+            return loaded
+        try:
+            found = convert(request, progress, options.trace).manifest, request.store
+        except CheckpointError as error:
+            if reason is None:
+                raise
+            raise CheckpointError(f"{error}; and not used: {reason}") from error
+    manifest, store = found
+    return assemble(request.directory, manifest, store, **vars(options))
+
+
+def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, str | None]:
+    """The model from the single file in its directory, else why that is not used, if it is there.
+
+    A file of ours that fits its sources and not the model is an error, as an entry would be.
+    """
+    from .model import assemble_stored
+    from .weights import stored_in_file
+
+    try:
+        with opened(request.directory) as file:
+            if file is None:
+                return None, None
+            with options.trace.span("check the sources"):
+                check_usable(file, request, options.full)
+            stored = stored_in_file(
+                file, read_quantization(read_config(request.directory)), lazy=options.lazy
+            )
+            try:
+                settings = {"lazy": options.lazy, "force_text": options.force_text}
+                return assemble_stored(
+                    request.directory, stored, **settings, trace=options.trace
+                ), None
+            except AssemblyError as error:
+                if file.origin:
+                    raise
+                reason = f"{file.path}: {error}"
+    except (CheckpointError, MalformedFile, UnreadableFile, SourceChanged) as error:
+        reason = str(error)
+    logger.warning("not used: %s", reason)
+    return None, reason
+
+
+def shipped(request: Request) -> tuple[Manifest, Store] | None:
     """The conversion inside the model directory, if there is one and it fits the sources."""
-    shipped = make_request(request.directory, in_place=True, jobs=request.jobs)
-    manifest = read_manifest(shipped)
+    beside = make_request(request.directory, in_place=True, jobs=request.jobs)
+    manifest = read_manifest(beside)
     if manifest is None:
         return None
-    reason = staleness(shipped, manifest, read_unknown=True)
+    reason = staleness(beside, manifest, read_unknown=True)
     if reason:
-        logger.warning("%s is not used: %s", shipped.store.root, reason)
+        logger.warning("%s is not used: %s", beside.store.root, reason)
         return None
-    return manifest, shipped.store
+    return manifest, beside.store

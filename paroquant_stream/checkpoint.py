@@ -25,7 +25,8 @@ __all__ = ["Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON = 64 << 20  # bytes of an index or config; 1,000,000 tensors take 100 MB and are refused
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
+"""What an index may name: nothing that leads out of the directory."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _parse_object(_read_texts(directory)[0], directory / "config.json")
 
 
+def shard_names(directory: Path) -> list[str]:
+    """The names of the shards that the directory has or should have, sorted; reads the index alone.
+
+    Raises CheckpointError or MalformedFile when it cannot be read.
+    """
+    index_text = _read_text(directory / INDEX_NAME)
+    if index_text is None:
+        return [SINGLE_NAME]
+    return sorted(set(_parse_index(index_text, directory / INDEX_NAME).values()))
+
+
 def open_checkpoint(
     directory: Path, may_lack: Callable[[str], bool] = lambda _: False
 ) -> Checkpoint:
@@ -217,7 +229,7 @@ def _parse_index(text: bytes, path: Path) -> dict[str, str]:
             f"{path}: expected an object `weight_map` of tensor names to shard names"
         )
     for name in set(map(str, weight_map.values())):
-        if not _SHARD_NAME.fullmatch(name):
+        if not SHARD_NAME.fullmatch(name):
             raise MalformedFile(f"{path}: {name[:80]!r} is no plain name of a .safetensors file")
     if not all(type(name) is str for name in weight_map.values()):
         raise MalformedFile(f"{path}: weight_map has a value that is no string")

@@ -209,8 +209,13 @@ def sha256_of(data: memoryview) -> bytes:
 
 def hash_entry(fd: int, label: str) -> str:
     """XXH3-128 of a whole file, in hex."""
-    digest = xxhash.xxh3_128()
+    return hash_parts(b"", fd, label)
+
+
+def hash_parts(head: bytes, fd: int, label: str) -> str:
+    """XXH3-128 of `head` and of what follows as many bytes in the file, in hex."""
+    digest = xxhash.xxh3_128(head)
     buffer = memoryview(bytearray(CHUNK))
-    for chunk in read_chunks(fd, 0, file_status(fd, label).st_size, label, buffer):
+    for chunk in read_chunks(fd, len(head), file_status(fd, label).st_size, label, buffer):
         digest.update(chunk)
     return digest.hexdigest()

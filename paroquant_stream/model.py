@@ -28,7 +28,7 @@ from .model_class import (
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
 from .trace import SILENCE, Trace
-from .weights import read_weights, reading
+from .weights import IO_WEIGHTS, Stored, read_weights, reading
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,36 @@ def assemble(
     """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
 
     `lazy`: nothing is read before it is used. `full`: every entry is hashed before it is used.
-    Raises AssemblyError listing every tensor that the model has no place for, every parameter
-    without a tensor, and every shape that does not fit; EntryDamaged when an entry is not what was
-    written.
+    Raises what `assemble_stored` raises, and EntryDamaged when an entry is not what was written.
     """
-    tensors = [tensor for record in manifest.entries for tensor in record.tensors]
-    is_vlm = is_vision_model(read_config(directory), [t.name for t in tensors], force_text)
+    stored = Stored(
+        [tensor for record in manifest.entries for tensor in record.tensors],
+        lambda wanted: read_weights(manifest, store, wanted, full=full, lazy=lazy),
+        lambda: reading(manifest, store),
+        manifest.bits,
+        manifest.group_size,
+    )
+    return assemble_stored(directory, stored, lazy=lazy, force_text=force_text, trace=trace)
+
+
+def assemble_stored(
+    directory: Path,
+    stored: Stored,
+    *,
+    lazy: bool,
+    force_text: bool,
+    trace: Trace = SILENCE,
+) -> tuple[nn.Module, Any, bool]:
+    """`(model, tokenizer or processor, is_vlm)` of stored tensors.
+
+    Raises AssemblyError listing every tensor that the model has no place for, every parameter
+    without a tensor, and every shape that does not fit.
+    """
+    tensors = stored.tensors
+    config = read_config(directory)
+    is_vlm = is_vision_model(config, [t.name for t in tensors], force_text)
+    if stored.model_names and config.get("vision_config") and not (is_vlm or force_text):
+        logger.warning("%s: saved without its vision tower, so a text model", directory)
 
     def wanted(name: str) -> bool:
         return is_vlm or not name.startswith(TOWER_PREFIXES)
@@ -61,7 +85,7 @@ def assemble(
     if not lazy:
         _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
     with trace.span("open the entries"):
-        weights = read_weights(manifest, store, wanted, full=full, lazy=lazy)
+        weights = stored.read(wanted)
     if not lazy:
         mx.async_eval(weights)  # read from here on, while seconds of imports go by
     with trace.span("build the model"):
@@ -70,12 +94,13 @@ def assemble(
     with trace.span("tokenizer"):
         tokenizer = load_tokenizer(directory, config, is_vlm)
     with trace.span("place the weights"):
-        weights = _align_experts(model, _sanitize(model, weights, is_vlm))
-        _swap_layers(model, weights, manifest.bits, manifest.group_size)
+        if not stored.model_names:
+            weights = _align_experts(model, _sanitize(model, weights, is_vlm))
+        _swap_layers(model, weights, stored.bits, stored.group_size)
         _check(model, weights)
         model.load_weights(list(weights.items()))
     if not lazy:
-        with trace.span("read"), reading(manifest, store):
+        with trace.span("read"), stored.guard():
             mx.eval(model.parameters())
     model.eval()
     return model, tokenizer, is_vlm
@@ -99,9 +124,7 @@ def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
     the model, all three go.
     """
     companions: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
-    for name in [
-        name for name in weights if name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    ]:
+    for name in [name for name in weights if name.endswith(IO_WEIGHTS)]:
         module = name.removesuffix(".weight")
         if f"{module}.scales" in weights:
             weight = weights[name]

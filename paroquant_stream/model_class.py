@@ -27,8 +27,14 @@ TOWER_PREFIXES = (
     "model.vision_embedder.",
     "model.embed_audio.",
     "model.audio_tower.",
+    "embed_vision.",
+    "vision_embedder.",
+    "embed_audio.",
+    "audio_tower.",
 )
-"""Tensors of vision and audio towers; a text model reads none of them."""
+"""Tensors of vision and audio towers, by the checkpoint's names and by mlx-vlm's; a text model
+reads none of them.
+"""
 _TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 """Model types that transformers writes for a text-only save and mlx-lm knows by another name."""
 _PARTS = ["text", "vision", "perceiver", "projector", "audio"]

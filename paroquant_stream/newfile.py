@@ -52,16 +52,15 @@ class NewFile:
         self._writer: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         try:
+            _open.add(path.name)  # before it is there: another thread's sweep may be looking
             self._fd = _create(path, mode, direct=size >= _BLOCK)
-            _open.add(path.name)
             try:
-                if size and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fd, 0, size)
-            except OSError as error:
-                if error.errno not in _NO_FALLOCATE:
-                    self.discard()
-                    raise
+                reserve(self._fd, size)
+            except OSError:
+                self.discard()
+                raise
         except OSError as error:
+            _open.discard(path.name)
             raise _write_error(path, size, error) from error
 
     @property
@@ -174,6 +173,16 @@ class NewFile:
             self._path.unlink(missing_ok=True)
 
 
+def reserve(fd: int, size: int) -> None:
+    """Takes the disk's space now, where the file system can: a full disk shows before the work."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                raise
+
+
 def _create(path: Path, mode: int, direct: bool) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     if direct and _DIRECT:
@@ -211,6 +220,11 @@ def sync_directory(path: Path) -> None:
 
 
 def _write_error(path: Path, needed: int, error: OSError) -> StoreError:
+    return StoreError(write_problem(path, needed, error))
+
+
+def write_problem(path: Path, needed: int, error: OSError) -> str:
+    """Why a file cannot be written, in one line; on a full disk with the bytes needed and free."""
     reason = f"{path}: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason += f"; {needed:,} bytes needed"
@@ -218,4 +232,4 @@ def _write_error(path: Path, needed: int, error: OSError) -> StoreError:
             status = os.statvfs(path.parent)
             reason += f", {status.f_bavail * status.f_frsize:,} free"
         reason += "; make room and run again"
-    return StoreError(reason)
+    return reason

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import Shard, config_digest
-from .digest import FileStamp
+from .digest import FileStamp, Memo
 from .errors import ManifestError
-from .manifest import MAX_BYTES, EntryRecord, Manifest
+from .manifest import MAX_BYTES, Manifest
 from .store import Store
 from .task import TRANSFORM
 
@@ -81,7 +81,7 @@ def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) 
     for record in manifest.entries:
         shard = Shard(record.shard, request.directory / record.shard)
         if not (record.dropped and not os.path.exists(shard.path)):
-            reason = _source_staleness(request, record, shard, read_unknown)
+            reason = source_staleness(request.store.memo, shard, record.source_sha256, read_unknown)
             if reason:
                 return reason
         if request.store.entry_size(record.key) != record.size:
@@ -89,20 +89,19 @@ def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) 
     return None
 
 
-def _source_staleness(
-    request: Request, record: EntryRecord, shard: Shard, read_unknown: bool
+def source_staleness(
+    memo: Memo, shard: Shard, expected: str, read_unknown: bool = False
 ) -> str | None:
-    """Why a shard is not the one of its record, or None when it surely is."""
-    memo = request.store.memo
+    """Why a shard's SHA-256 is not the `expected` one, or None when it surely is."""
     try:
         stamp = FileStamp.of(os.stat(shard.path))
     except FileNotFoundError:
-        return f"{record.shard} is absent"
+        return f"{shard.name} is absent"
     except OSError as error:
-        return f"{record.shard} cannot be looked at: {error.strerror}"
+        return f"{shard.name} cannot be looked at: {error.strerror}"
     sha256 = memo.lookup(stamp) or shard.hub_sha256
     if sha256 is None and read_unknown:
         sha256 = shard.sha256(memo)
-    if sha256 != record.source_sha256:
-        return f"{record.shard} changed, or was never read where it is now"
+    if sha256 != expected:
+        return f"{shard.name} changed, or was never read where it is now"
     return None

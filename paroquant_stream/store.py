@@ -185,7 +185,7 @@ class Store:
 
     def _temp_path(self) -> Path:
         """A name that no other run, process or host uses."""
-        return self._path("tmp", f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}")
+        return self._path("tmp", temp_name())
 
     @contextlib.contextmanager
     def new_file(self, size: int, trace: Trace = SILENCE) -> Iterator[NewFile]:
@@ -251,6 +251,11 @@ class Store:
 
 def _host() -> str:
     return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
+
+
+def temp_name() -> str:
+    """A name for a temp that no other run, process or host uses, and that `is_dead` can judge."""
+    return f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}"
 
 
 def is_dead(name: str, age: float) -> bool:

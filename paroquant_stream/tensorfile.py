@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,15 +181,17 @@ def _check_coverage(tensors: Sequence[TensorInfo], start: int, size: int, label:
         )
 
 
-def lay_out(specs: Iterable[TensorSpec]) -> tuple[bytes, tuple[TensorInfo, ...]]:
+def lay_out(
+    specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[TensorInfo, ...]]:
     """The header bytes of a file of these tensors, and the tensors in file order with their ranges.
 
     Tensors whose size is a multiple of `PAGE` come first, each on a page; the rest follow by
     falling item size, so that each is aligned to its items and no hole is needed. Equal specs in an
-    equal order give equal bytes on every system.
+    equal order, and equal `metadata`, give equal bytes on every system.
     """
     ordered = sorted(specs, key=lambda s: 0 if s.nbytes % PAGE == 0 else 16 - DTYPE_BYTES[s.dtype])
-    table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "mlx"} | dict(metadata or {})}
     offset = 0
     for spec in ordered:
         offsets = [offset, offset + spec.nbytes]

@@ -7,7 +7,8 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
@@ -15,12 +16,16 @@ import mlx.core as mx
 from .descriptor import closing
 from .digest import FileStamp, hash_entry
 from .errors import AssemblyError, EntryDamaged, ParoquantStreamError
+from .layout import Quantization
 from .manifest import EntryRecord, Manifest
+from .single_file import SingleFile
+from .stacks import stacks_in_pieces
 from .store import Store
-from .tensorfile import layout_defect
+from .tensorfile import TensorSpec, layout_defect
 
 logger = logging.getLogger(__name__)
-_PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
+IO_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
+"""Ends of the names of weights that are quantized here and were not in the checkpoint."""
 _EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>\w+_proj\.\w+)")
 
 
@@ -47,6 +52,70 @@ def read_weights(
                 arrays = _read_entry(record, store, full)
                 weights.update((name, arrays[name]) for name in names)
         return _stack_experts(_join_pieces(weights, lazy))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a converted model, wherever they lie."""
+
+    tensors: Sequence[TensorSpec]
+    read: Callable[[Callable[[str], bool]], dict[str, mx.array]]
+    """The arrays of the wanted names, as `read_weights` gives them."""
+    guard: Callable[[], contextlib.AbstractContextManager[None]]
+    """For a body in which MLX reads, as `reading` is."""
+    bits: int
+    group_size: int
+    model_names: bool = False
+    """Names are the model's, not the checkpoint's: `sanitize` has been there already."""
+
+
+def stored_in_file(file: SingleFile, quantization: Quantization, *, lazy: bool) -> Stored:
+    """The tensors of a single file, which must stay open while they are read."""
+    bits, group_size = quantization.bits, quantization.group_size
+
+    def read(wanted: Callable[[str], bool]) -> dict[str, mx.array]:
+        with _reading_file(file):
+            found = mx.load(f"/dev/fd/{file.fd}", format="safetensors")
+            weights = {
+                name: array
+                for name, array in cast("dict[str, mx.array]", found).items()
+                if wanted(name)
+            }
+            del found
+            if file.origin:
+                return _stack_experts(weights)
+            return _quantize_floats(weights, bits, group_size, lazy)
+
+    foreign = file.origin is None
+    return Stored(file.header.tensors, read, lambda: _reading_file(file), bits, group_size, foreign)
+
+
+@contextlib.contextmanager
+def _reading_file(file: SingleFile) -> Iterator[None]:
+    """As `reading`, for a single file."""
+    try:
+        yield
+    except ParoquantStreamError:
+        raise
+    except Exception as error:
+        raise AssemblyError(f"{file.path}: MLX could not read the weights: {error}") from error
+
+
+def _quantize_floats(
+    weights: dict[str, mx.array], bits: int, group_size: int, lazy: bool
+) -> dict[str, mx.array]:
+    """Embeddings and heads that are floats still, quantized with the bits that entries have."""
+    for name in [name for name in weights if name.endswith(IO_WEIGHTS)]:
+        module = name.removesuffix(".weight")
+        if f"{module}.scales" in weights or not mx.issubdtype(weights[name].dtype, mx.floating):
+            continue
+        # on the CPU as in a conversion: GPUs round halves differently
+        results = mx.quantize(weights.pop(name), group_size, bits, stream=mx.cpu)
+        if not lazy:
+            mx.eval(results)  # one at a time: its floats are freed before the next is read
+        for leaf, array in zip(("weight", "scales", "biases"), results, strict=True):
+            weights[f"{module}.{leaf}"] = array
+    return weights
 
 
 @contextlib.contextmanager
@@ -107,19 +176,8 @@ def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | Non
 
 def _join_pieces(weights: dict[str, mx.array], lazy: bool) -> dict[str, mx.array]:
     """Pieces `X.experts_<first>_<last>` become one X, in the order of the experts."""
-    pieces: dict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
-    for name in weights:
-        if match := _PIECE.fullmatch(name):
-            pieces[match["stack"]][int(match["first"])] = (int(match["last"]), name)
-    for stack, runs in pieces.items():
-        expected, parts = 0, []
-        for first in sorted(runs):
-            last, name = runs[first]
-            if first != expected:
-                raise AssemblyError(f"{stack}: experts {expected} to {first - 1} are in no entry")
-            parts.append(weights.pop(name))
-            expected = last + 1
-        weights[stack] = mx.concatenate(parts, axis=0)
+    for stack, pieces in stacks_in_pieces(weights).items():
+        weights[stack] = mx.concatenate([weights.pop(name) for name in pieces], axis=0)
         if not lazy:
             mx.eval(weights[stack])  # one at a time: its pieces are freed before the next is read
     return weights

@@ -140,3 +140,19 @@ def test_a_trace_shows_the_writes(tmp_path):
     file.publish(tmp_path / "entries" / "entry")
     file.discard()
     assert [span.stage for span in trace.spans] == ["write", "write"]
+
+
+def test_no_sweep_of_another_thread_can_see_a_temp_that_is_not_known_as_open(tmp_path, monkeypatch):
+    real, known = newfile._create, []
+
+    def create(path, *rest, **options):
+        known.append(newfile.is_open(path.name))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(newfile, "_create", create)
+    new(tmp_path, 10).discard()
+    assert known == [True]
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+    with pytest.raises(StoreError):
+        new(tmp_path, 10)
+    assert not newfile._open

@@ -1,0 +1,194 @@
+"""write_single_file(): a converted model as one `converted_mlx.safetensors`, in a stream.
+
+    entry --4 MB--> its XXH3, and the place of those bytes in the new file --> read back --> rename
+
+Every entry is read once, front to back. A piece of a stack is a range of the whole stack, since
+pieces are cut along the first axis. The file's name appears only when every entry was the one that
+its record describes and the file, read back, is hashed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from .api import shipped
+from .conversion import convert
+from .descriptor import closing
+from .digest import CHUNK, read_chunks
+from .errors import EntryDamaged, UnwritableFile
+from .manifest import EntryRecord, Manifest
+from .newfile import reserve, sync_directory, write_problem
+from .request import Request
+from .single_file import NAME, hash_single, metadata_of, with_digest
+from .stacks import stacks_in_pieces
+from .store import Store, is_dead, temp_name
+from .tally import Progress
+from .tensorfile import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
+
+logger = logging.getLogger(__name__)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--single-file` to a command that then calls `export_single_file`."""
+    parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help=f"write one {NAME} instead, which load() finds beside config.json and tokenizer "
+        "(default: into the model directory)",
+    )
+
+
+def export_single_file(
+    request: Request, out: Path | None = None, progress: Progress | None = None
+) -> tuple[Path, int]:
+    """Path and bytes of a new single file of a model, after converting what is missing.
+
+    `out`: a file or a directory, default the model's own. Raises what `convert` and
+    `write_single_file` raise; a damaged entry is converted again, once.
+    """
+    if request.remote and out is None:
+        raise UnwritableFile(f"{request.model}: say where {NAME} shall be; a Hub cache is not ours")
+    out = out or request.directory
+    path = out / NAME if os.path.isdir(out) else out
+    _check_free(path)  # before hours of conversion
+
+    def attempt() -> int:
+        manifest, store = shipped(request) or (convert(request, progress).manifest, request.store)
+        return write_single_file(manifest, store, path)
+
+    try:
+        return path, attempt()
+    except EntryDamaged as error:
+        logger.warning("%s", error)
+    return path, attempt()
+
+
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UnwritableFile(f"{path}: is there already; remove it to have it written anew")
+
+
+def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
+    """Writes the converted model as one file and returns its bytes; memory stays at a few MB.
+
+    Tensors keep the checkpoint's names and their bits; stacks of experts are whole. Raises, and
+    leaves nothing behind: UnwritableFile when `path` exists or cannot be written, EntryDamaged,
+    after taking the entry out of use, when an entry is not what was written; StoreError when one is
+    absent.
+    """
+    _check_free(path)
+    specs = {tensor.name: tensor for record in manifest.entries for tensor in record.tensors}
+    stacks = stacks_in_pieces(specs)
+    sources = {record.shard: record.source_sha256 for record in manifest.entries}
+    header, tensors = lay_out(_joined(specs, stacks), metadata_of(sources))
+    places = _places(tensors, specs, stacks)
+    size = end_of(header, tensors)
+    with _new_file(path, size) as fd:
+        _write_at(fd, memoryview(header), 0)
+        for record in manifest.entries:
+            _copy_entry(record, store, fd, places)
+        digest = hash_single(fd, len(header), str(path))
+        _write_at(fd, memoryview(with_digest(header, digest)), 0)
+    return size
+
+
+def _joined(specs: dict[str, TensorSpec], stacks: dict[str, list[str]]) -> list[TensorSpec]:
+    """The tensors of the file: stacks in place of their pieces."""
+    pieces = {name for names in stacks.values() for name in names}
+    found = [spec for name, spec in specs.items() if name not in pieces]
+    for stack, names in stacks.items():
+        first = specs[names[0]]
+        experts = sum(specs[name].shape[0] for name in names)
+        found.append(TensorSpec(stack, first.dtype, (experts, *first.shape[1:])))
+    return found
+
+
+def _places(
+    tensors: tuple[TensorInfo, ...], specs: dict[str, TensorSpec], stacks: dict[str, list[str]]
+) -> dict[str, int]:
+    """Where each tensor of an entry begins in the file."""
+    places = {tensor.name: tensor.start for tensor in tensors}
+    for stack, names in stacks.items():
+        start = places.pop(stack)
+        for name in names:
+            places[name] = start
+            start += specs[name].nbytes
+    return places
+
+
+def _copy_entry(record: EntryRecord, store: Store, target: int, places: dict[str, int]) -> None:
+    """Copies an entry's tensors to their places. Raises EntryDamaged when they are not its own."""
+    label = str(store.entry_path(record.key))
+    with closing(store.open_entry(record.key)) as fd:
+        problem = layout_defect(fd, record.tensors, label)
+        if not problem:
+            digest = _copy_tensors(record, fd, label, target, places)
+            if digest != record.digest:
+                problem = f"expected XXH3 {record.digest}, found {digest}"
+    if problem:
+        store.quarantine(record.key)
+        raise EntryDamaged(f"{label}: {problem}; taken out of use, convert the model again")
+
+
+def _copy_tensors(
+    record: EntryRecord, fd: int, label: str, target: int, places: dict[str, int]
+) -> str:
+    header, tensors = lay_out(record.tensors)
+    digest = xxhash.xxh3_128(header)
+    buffer = memoryview(bytearray(CHUNK))
+    for tensor in tensors:  # in file order and without holes, so every byte is hashed
+        place = places[tensor.name]
+        for chunk in read_chunks(fd, tensor.start, tensor.stop, label, buffer):
+            digest.update(chunk)
+            _write_at(target, chunk, place)
+            place += len(chunk)
+    return digest.hexdigest()
+
+
+def _write_at(fd: int, view: memoryview, place: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, place)
+        view, place = view[count:], place + count
+
+
+@contextlib.contextmanager
+def _new_file(path: Path, size: int) -> Iterator[int]:
+    """A descriptor of a temp beside `path`, published under that name after the body.
+
+    Removed when the body raises. Raises UnwritableFile.
+    """
+    _sweep(path)
+    temp = path.with_name(f".{path.name}.{temp_name()}")
+    try:
+        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            with closing(fd):
+                reserve(fd, size)
+                yield fd
+                os.fsync(fd)
+            os.rename(temp, path)
+            sync_directory(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temp.unlink(missing_ok=True)
+    except OSError as error:  # reads of entries raise errors of their own kinds
+        raise UnwritableFile(write_problem(path, size, error)) from error
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed runs left beside `path`."""
+    prefix = f".{path.name}."
+    with contextlib.suppress(OSError):
+        for temp in path.parent.iterdir():
+            if temp.name.startswith(prefix):
+                age = time.time() - temp.stat(follow_symlinks=False).st_mtime
+                if is_dead(temp.name.removeprefix(prefix), age):
+                    temp.unlink()

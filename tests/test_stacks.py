@@ -1,0 +1,24 @@
+"""Names of pieces: which stack they belong to, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+
+from paroquant_stream.errors import AssemblyError
+from paroquant_stream.stacks import stacks_in_pieces
+
+
+def test_pieces_stand_in_the_order_of_the_experts_not_of_their_names():
+    names = ["x.experts_10_10", "y", "x.experts_2_9", "x.experts_0_1"]
+    assert stacks_in_pieces(names) == {
+        "x": ["x.experts_0_1", "x.experts_2_9", "x.experts_10_10"],
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["x.experts_1_2"], ["x.experts_0_1", "x.experts_3_4"], ["x.experts_0_2", "x.experts_1_3"]],
+)
+def test_a_gap_or_an_overlap_is_an_error(names):
+    with pytest.raises(AssemblyError, match="are in no entry"):
+        stacks_in_pieces(names)
