@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-COMMANDS = ("cache", "convert")
+COMMANDS = ("cache", "convert", "export")
 
 
 def main(argv: list[str] | None = None) -> int:

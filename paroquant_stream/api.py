@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from .checkpoint import EXPORTED, read_config
 from .conversion import convert
 from .errors import EntryDamaged
 from .hub import locate
@@ -15,7 +16,7 @@ from .manifest import Manifest
 from .request import Request, read_manifest, staleness
 from .store import Store, user_cache_root
 from .tally import Progress
-from .trace import written_to
+from .trace import SILENCE, Trace, written_to
 
 logger = logging.getLogger(__name__)
 IN_PLACE = "mlx"
@@ -102,7 +103,8 @@ def load(
     """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
 
     The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
-    `force_text=True` loads a vision model's text part through mlx-lm. A conversion inside the model
+    `force_text=True` loads a vision model's text part through mlx-lm. A directory that `export`
+    wrote is read as it is; code in it is never run. A conversion inside the model
     directory is used first, if it fits the sources. `verify="header"` checks size, names, dtypes
     and shapes of every entry, and its hash unless its stat is as the writer left it; `"full"`
     hashes every entry. A damaged entry is taken out of use and converted again, once.
@@ -111,14 +113,16 @@ def load(
     model's parameters do not match one to one.
     """
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
+    if EXPORTED in read_config(request.directory):
+        from .exported import load_exported  # with MLX, which conversion may not need
+
+        return load_exported(request.directory, lazy=lazy)
     with written_to(trace) as timed:
         with timed.span("import MLX"):
             from .model import assemble  # conversion may not need it
 
         def attempt() -> tuple[Any, Any, bool]:
-            with timed.span("check the sources"):
-                shipped = _shipped(request)
-            manifest, store = shipped or (convert(request, progress, timed).manifest, request.store)
+            manifest, store = converted(request, progress, timed)
             return assemble(
                 request.directory,
                 manifest,
@@ -132,6 +136,17 @@ def load(
         with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
             return attempt()
         return attempt()
+
+
+def converted(
+    request: Request, progress: Progress | None = None, trace: Trace = SILENCE
+) -> tuple[Manifest, Store]:
+    """The model's conversion and the store it lies in: the one inside the model directory, if it
+    fits the sources, else the cache's, made complete first.
+    """
+    with trace.span("check the sources"):
+        shipped = _shipped(request)
+    return shipped or (convert(request, progress, trace).manifest, request.store)
 
 
 def _shipped(request: Request) -> tuple[Manifest, Store] | None:

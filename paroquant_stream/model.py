@@ -59,7 +59,7 @@ def assemble(
         return is_vlm or not name.startswith(TOWER_PREFIXES)
 
     if not lazy:
-        _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
+        check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
     with trace.span("open the entries"):
         weights = read_weights(manifest, store, wanted, full=full, lazy=lazy)
     if not lazy:
@@ -71,8 +71,8 @@ def assemble(
         tokenizer = load_tokenizer(directory, config, is_vlm)
     with trace.span("place the weights"):
         weights = _align_experts(model, _sanitize(model, weights, is_vlm))
-        _swap_layers(model, weights, manifest.bits, manifest.group_size)
-        _check(model, weights)
+        swap_layers(model, weights, manifest.bits, manifest.group_size)
+        check(model, weights)
         model.load_weights(list(weights.items()))
     if not lazy:
         with trace.span("read"), reading(manifest, store):
@@ -81,7 +81,7 @@ def assemble(
     return model, tokenizer, is_vlm
 
 
-def _check_memory(needed: int) -> None:
+def check_memory(needed: int) -> None:
     """Raises AssemblyError when the weights cannot fit: out of memory, MLX crashes the process."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -177,7 +177,7 @@ def _align_experts(model: nn.Module, weights: Weights) -> Weights:
     return aligned
 
 
-def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int) -> None:
+def swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int) -> None:
     """Puts rotated and quantized layers where the weights have their parameters."""
     modules = dict(model.named_modules())
     swaps: list[tuple[str, nn.Module]] = []
@@ -203,7 +203,7 @@ def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int)
     )
 
 
-def _check(model: nn.Module, weights: Weights) -> None:
+def check(model: nn.Module, weights: Weights) -> None:
     """Raises AssemblyError unless weights and parameters match in name, shape and kind."""
     parameters = dict(tree_flatten(model.parameters()))
     issues = [f"{name}: no stored tensor" for name in parameters.keys() - weights.keys()]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
 
 LEVELS = [
-    {"errors", "repack", "kernels"},
+    {"errors", "repack", "kernels", "standalone"},
     {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "task"},
@@ -20,10 +20,11 @@ LEVELS = [
     {"request"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
     {"operations", "model"},
-    {"transform"},
+    {"transform", "exported"},
     {"conversion"},
     {"api", "verify"},
-    {"cache", "convert"},
+    {"cache", "convert", "mlx_directory"},
+    {"export"},
     {"__main__", "__init__"},
 ]
 """Each room imports only from levels above it in this list."""
@@ -38,7 +39,10 @@ HOMES = {
     "paroquant": {"kernels"},
     "safetensors": {"verify"},
     "numpy": {"repack", "operations", "kernels"},
-    "mlx": {"operations", "weights", "model", "model_class", "rotation", "kernels"},
+    "mlx": {
+        *("operations", "weights", "model", "model_class", "rotation", "kernels"),
+        *("standalone", "exported", "mlx_directory"),
+    },
 }
 """Third-party package -> the rooms that may import it."""
 

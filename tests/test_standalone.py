@@ -1,0 +1,171 @@
+"""The file of a self-contained export: mlx-lm runs it, and gets our bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from paroquant_stream import kernels, load, standalone
+from paroquant_stream.checkpoint import EXPORTED
+from paroquant_stream.mlx_directory import export_model
+from tests.conftest import FIXTURES
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+FAMILIES = [
+    "llama-awq-adversarial",
+    "qwen2-awq-size",  # biases
+    "qwen3-awq-size",  # tied head
+    "qwen3_moe-awq-adversarial",
+    "qwen3_5_text-awq-size",  # a model type that mlx-lm does not know by this name
+    "qwen3_5_moe-awq-adversarial",  # the text part of a vision model
+    "gemma4_moe-awq-adversarial",
+]
+PROMPTS = [[5], [5, 9, 17, 42, 3], [(7 * i) % 200 + 2 for i in range(70)]]
+"""One row; a few; more than a tile of the rotation, and routed rows in the order of experts."""
+
+STOCK = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("paroquant_stream", "paroquant"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+blocked = []
+for name in ("paroquant_stream", "paroquant"):
+    try:
+        __import__(name)
+    except ImportError as error:
+        blocked.append(str(error))
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+import numpy as np
+from mlx_lm import load
+"""
+COMPARE = """
+from mlx_lm.models.cache import make_prompt_cache
+answers = {"blocked": blocked}
+for directory in sys.argv[2:]:
+    model, _ = load(directory, trust_remote_code=True)
+    found = []
+    for prompt in json.loads(sys.argv[1]):
+        logits = model(mx.array([prompt]))
+        bits = np.array(logits.astype(mx.float32)).tobytes().hex()
+        cache, step, tokens = make_prompt_cache(model), mx.array([prompt]), []
+        for _ in range(16):
+            tokens.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
+            step = mx.array([tokens[-1:]])
+        found.append([str(logits.dtype), bits, tokens])
+    answers[directory] = found
+print(json.dumps(answers))
+"""
+
+
+def stock(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process in which neither this package nor `paroquant` can be imported."""
+    command = [sys.executable, "-c", STOCK + script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+def answers(model) -> list:
+    """dtype, bits of the logits and 16 greedy tokens for each prompt."""
+    found = []
+    for prompt in PROMPTS:
+        logits = model(mx.array([prompt]))
+        bits = np.array(logits.astype(mx.float32)).tobytes().hex()
+        cache, step, tokens = make_prompt_cache(model), mx.array([prompt]), []
+        for _ in range(16):
+            tokens.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
+            step = mx.array([tokens[-1:]])
+        found.append([str(logits.dtype), bits, tokens])
+    return found
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    """Self-contained exports of every family."""
+    root = tmp_path_factory.mktemp("exports")
+    for name in FAMILIES:
+        export_model(FIXTURES / name, root / name, self_contained=True, cache_dir=root / "cache")
+    return {name: root / name for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def stock_answers(exports) -> dict:
+    done = stock(COMPARE, json.dumps(PROMPTS), *map(str, exports.values()))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_neither_package_could_be_imported(stock_answers):
+    assert stock_answers["blocked"] == ["paroquant_stream is blocked", "paroquant is blocked"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_mlx_lm_gives_our_logits_and_tokens_bit_for_bit(name, exports, stock_answers):
+    ours, _, _ = load(FIXTURES / name, force_text=True)
+    assert stock_answers[str(exports[name])] == answers(ours)
+
+
+def test_every_float16_angle_has_the_cosine_and_sine_of_our_tables():
+    """Float64 functions of numpy there, the standard library's here."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    for here, there in ((math.cos, np.cos), (math.sin, np.sin)):
+        found = np.array(standalone._each(here, mx.array(every[None])))[0]
+        wanted = there(every.astype(np.float64)).astype(np.float32)
+        assert np.array_equal(found, wanted)
+
+
+def random_rotation(rng, dims: int, group: int, krot: int) -> list[mx.array]:
+    pairs = [
+        np.concatenate([rng.permutation(group) for _ in range(dims // group)]) for _ in range(krot)
+    ]
+    return [
+        mx.array(rng.normal(0, 1, (krot, dims // 2)).astype(np.float16)),
+        mx.array(np.stack(pairs).astype(np.int16)),
+        mx.array(rng.uniform(0.5, 2, (1, dims)).astype(np.float16)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 32, 33, 100])
+@pytest.mark.parametrize(("group", "krot"), [(32, 1), (64, 8), (128, 3)])
+def test_the_rotation_has_our_bits(dtype, rows, group, krot):
+    rng = np.random.default_rng(rows * group + krot)
+    parameters = random_rotation(rng, 256, group, krot)
+    x = mx.array(rng.normal(0, 1, (rows, 256)).astype(np.float32)).astype(dtype)
+    found = standalone.Rotation(*parameters, group_size=group)(x)
+    wanted = kernels.rotate(x, kernels.RotationTables(*parameters, group))
+    assert found.dtype == dtype
+    assert mx.array_equal(found, wanted)
+
+
+def test_a_round_that_names_a_channel_twice_is_refused():
+    theta, pairs, scales = random_rotation(np.random.default_rng(0), 64, 32, 2)
+    pairs[1, 0] = pairs[1, 1]
+    with pytest.raises(ValueError, match="twice"):
+        standalone.Rotation(theta, pairs, scales, group_size=32)
+
+
+def test_tables_are_made_anew_after_the_parameters_were_replaced(exports):
+    layer = standalone.RotatedLinear(64, 32, False, group_size=32, bits=4, krot=2)
+    layer.weight = mx.array(np.random.default_rng(1).integers(0, 2**32, (32, 8), np.uint32))
+    layer.scales = mx.ones((32, 2))
+    x = mx.arange(64).astype(mx.float32)
+    before = layer(x)
+    layer.theta = mx.ones((2, 32))
+    assert not mx.array_equal(layer(x), before)
+
+
+def test_its_names_for_the_config_are_those_of_the_package():
+    assert standalone.MARK == EXPORTED
