@@ -8,11 +8,20 @@ if TYPE_CHECKING:
     from .api import convert_checkpoint, load
     from .errors import ParoquantStreamError
     from .manifest import Manifest
+    from .mlx_directory import export_model
 
 __version__ = "0.1.0"
-__all__ = ["Manifest", "ParoquantStreamError", "__version__", "convert_checkpoint", "load"]
+__all__ = [
+    "Manifest",
+    "ParoquantStreamError",
+    "__version__",
+    "convert_checkpoint",
+    "export_model",
+    "load",
+]
 _HOMES = {
     "convert_checkpoint": "api",
+    "export_model": "mlx_directory",
     "load": "api",
     "ParoquantStreamError": "errors",
     "Manifest": "manifest",

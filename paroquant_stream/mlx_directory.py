@@ -18,13 +18,12 @@ from mlx.utils import tree_flatten
 
 from . import standalone
 from .api import converted, make_request
-from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
-from .descriptor import closing, open_regular
-from .errors import CheckpointError, EntryDamaged, UnreadableFile, UnwritableFile
+from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, Shard, read_config
+from .descriptor import closing, file_status, pread_exactly
+from .errors import CheckpointError, EntryDamaged, UnwritableFile
 from .exported import FORMAT
 from .manifest import Manifest
 from .model import assemble
-from .model_class import load_config
 from .newfile import NewFile, sync_directory
 from .request import Request
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
@@ -113,7 +112,7 @@ def _write_directory(
     model, _, _ = assemble(request.directory, manifest, store, lazy=True, force_text=True)
     config = read_config(request.directory)
     text_only = any(config.get(key) for key in ("vision_config", "audio_config"))
-    config = _exported_config(request.directory, config, manifest, model, self_contained)
+    config = _exported_config(config, manifest, model, self_contained)
     tensors = dict(tree_flatten(model.parameters()))
     del model  # the only references to an array are those in `tensors`
     specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
@@ -127,7 +126,7 @@ def _write_directory(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_file(directory / INDEX_NAME, _json(index))
         for name in _tokenizer_files(request.directory):
-            _write_file(directory / name, _read(request.directory / name))
+            _write_file(directory / name, _read(request.directory, name))
         if self_contained:
             _write_file(directory / MODEL_FILE, Path(standalone.__file__).read_bytes())
         _write_file(directory / "config.json", _json(config))
@@ -135,19 +134,21 @@ def _write_directory(
 
 
 def _exported_config(
-    directory: Path,
     original: dict[str, Any],
     manifest: Manifest,
     model: nn.Module,
     self_contained: bool,
 ) -> dict[str, Any]:
-    """config.json of the export: MLX's `quantization`, no tower, no code but the export's own."""
+    """config.json of the export: MLX's `quantization`, no tower, no code but the export's own.
+
+    The model type stays as it was, even one that mlx-lm does not know: the tokenizer's class may
+    hang on it.
+    """
     left_out = ("_name_or_path", "auto_map", "model_file", "vision_config", "audio_config")
     config = {key: value for key, value in original.items() if key not in left_out}
     if type(config.get("text_config")) is dict:
         text = config["text_config"]
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    config["model_type"] = load_config(directory)["model_type"]
     config["quantization"] = {"group_size": manifest.group_size, "bits": manifest.bits}
     config["quantization_config"] = config["quantization"]
     mark: dict[str, Any] = {"format": FORMAT}
@@ -222,12 +223,11 @@ def _tokenizer_files(directory: Path) -> list[str]:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with closing(open_regular(path)) as fd, open(fd, "rb", closefd=False) as file:
-            return file.read()
-    except OSError as error:
-        raise UnreadableFile(f"{path}: cannot be read: {error.strerror}") from error
+def _read(directory: Path, name: str) -> bytes:
+    """A small file; like a shard it may be no link that leads elsewhere, for exports are shared."""
+    path = directory / name
+    with closing(Shard(name, path).open()) as fd:
+        return pread_exactly(fd, 0, file_status(fd, str(path)).st_size, str(path))
 
 
 def _json(value: object) -> bytes:
@@ -260,13 +260,21 @@ def _appearing(target: Path, needed: int) -> Iterator[Path]:
         raise _unwritable(target, error) from error
     try:
         yield temp
-        try:
-            os.rename(temp, target)
-            sync_directory(target.parent)
-        except OSError as error:
-            raise _unwritable(target, error) from error
+        _rename(temp, target)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _rename(temp: Path, target: Path) -> None:
+    try:
+        os.rename(temp, target)
+        try:
+            sync_directory(target.parent)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise _unwritable(target, error) from error
 
 
 def _unwritable(target: Path, error: OSError) -> UnwritableFile:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm import generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from paroquant_stream import kernels, load, standalone
@@ -22,11 +23,9 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 FAMILIES = [
     "llama-awq-adversarial",
     "qwen2-awq-size",  # biases
-    "qwen3-awq-size",  # tied head
-    "qwen3_moe-awq-adversarial",
+    "qwen3_moe-awq-adversarial",  # tied head
     "qwen3_5_text-awq-size",  # a model type that mlx-lm does not know by this name
-    "qwen3_5_moe-awq-adversarial",  # the text part of a vision model
-    "gemma4_moe-awq-adversarial",
+    "gemma4_moe-awq-adversarial",  # the text part of a vision model
 ]
 PROMPTS = [[5], [5, 9, 17, 42, 3], [(7 * i) % 200 + 2 for i in range(70)]]
 """One row; a few; more than a tile of the rotation, and routed rows in the order of experts."""
@@ -53,18 +52,21 @@ from mlx_lm import load
 """
 COMPARE = """
 from mlx_lm.models.cache import make_prompt_cache
-answers = {"blocked": blocked}
+try:
+    load(sys.argv[2])
+except ValueError as error:
+    refused = str(error)
+answers = {"blocked": blocked, "refused": refused}
 for directory in sys.argv[2:]:
     model, _ = load(directory, trust_remote_code=True)
     found = []
     for prompt in json.loads(sys.argv[1]):
         logits = model(mx.array([prompt]))
-        bits = np.array(logits.astype(mx.float32)).tobytes().hex()
-        cache, step, tokens = make_prompt_cache(model), mx.array([prompt]), []
-        for _ in range(16):
-            tokens.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
-            step = mx.array([tokens[-1:]])
-        found.append([str(logits.dtype), bits, tokens])
+        found.append([str(logits.dtype), np.array(logits.astype(mx.float32)).tobytes().hex()])
+    cache, step = make_prompt_cache(model), mx.array([[5, 9, 17, 42, 3]])
+    for _ in range(16):
+        found.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
+        step = mx.array([found[-1:]])
     answers[directory] = found
 print(json.dumps(answers))
 """
@@ -77,16 +79,15 @@ def stock(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def answers(model) -> list:
-    """dtype, bits of the logits and 16 greedy tokens for each prompt."""
-    found = []
+    """Dtype and bits of each prompt's logits, and 16 greedy tokens."""
+    found: list = []
     for prompt in PROMPTS:
         logits = model(mx.array([prompt]))
-        bits = np.array(logits.astype(mx.float32)).tobytes().hex()
-        cache, step, tokens = make_prompt_cache(model), mx.array([prompt]), []
-        for _ in range(16):
-            tokens.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
-            step = mx.array([tokens[-1:]])
-        found.append([str(logits.dtype), bits, tokens])
+        found.append([str(logits.dtype), np.array(logits.astype(mx.float32)).tobytes().hex()])
+    cache, step = make_prompt_cache(model), mx.array([[5, 9, 17, 42, 3]])
+    for _ in range(16):
+        found.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
+        step = mx.array([found[-1:]])
     return found
 
 
@@ -110,6 +111,10 @@ def test_neither_package_could_be_imported(stock_answers):
     assert stock_answers["blocked"] == ["paroquant_stream is blocked", "paroquant is blocked"]
 
 
+def test_mlx_lm_does_not_run_the_code_unless_it_is_trusted(stock_answers):
+    assert "trust_remote_code=True" in stock_answers["refused"]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stock_mlx_lm_gives_our_logits_and_tokens_bit_for_bit(name, exports, stock_answers):
     ours, _, _ = load(FIXTURES / name, force_text=True)
@@ -124,6 +129,22 @@ def test_every_float16_angle_has_the_cosine_and_sine_of_our_tables():
         found = np.array(standalone._each(here, mx.array(every[None])))[0]
         wanted = there(every.astype(np.float64)).astype(np.float32)
         assert np.array_equal(found, wanted)
+
+
+GENERATE = """
+import runpy
+sys.argv[:1] = ["mlx_lm", "generate"]
+runpy.run_module("mlx_lm", run_name="__main__")
+"""
+
+
+def test_the_generate_command_of_mlx_lm_runs_it(exports):
+    name = "llama-awq-adversarial"
+    command = ["--model", str(exports[name]), "--prompt", "w5 w9 w17", "--ignore-chat-template"]
+    done = stock(GENERATE, *command, "--max-tokens", "8", "--trust-remote-code", "--verbose", "F")
+    model, tokenizer, _ = load(FIXTURES / name)
+    text = generate(model, tokenizer, "w5 w9 w17", max_tokens=8)
+    assert done.stdout.split() == text.split() != [], done.stderr
 
 
 def random_rotation(rng, dims: int, group: int, krot: int) -> list[mx.array]:
