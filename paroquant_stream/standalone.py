@@ -18,10 +18,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers import distributed
 from mlx.utils import tree_unflatten
 
 MARK = "paroquant_stream"
@@ -89,9 +91,29 @@ class _Rotated(nn.Module):
 
     def _add_rotation(self, prefix: str, dims: int, krot: int) -> None:
         pairs = (mx.arange(dims) % self.group_size).astype(mx.int16)
+        self._krot = krot
         self[f"{prefix}theta"] = mx.zeros((krot, dims // 2))
         self[f"{prefix}pairs"] = mx.broadcast_to(pairs, (krot, dims))
         self[f"{prefix}channel_scales"] = mx.ones((1, dims))
+
+    def _readers(self) -> dict[str, nn.Module]:
+        """Prefix -> the layer that reads what this rotation gives."""
+        return {"": self}
+
+    def keep_part(self, group: Any) -> None:
+        """Keeps of each rotation the channels that this rank's weights read."""
+        for prefix, reader in self._readers().items():
+            inputs = reader.scales.shape[-1] * self.group_size
+            count = group.size() if inputs != self[f"{prefix}pairs"].shape[1] else 1
+            for name in ("theta", "pairs", "channel_scales"):
+                parts = mx.split(self[f"{prefix}{name}"], count, axis=-1)
+                self[f"{prefix}{name}"] = mx.contiguous(parts[group.rank() % count])
+            krot, dims = self[f"{prefix}pairs"].shape
+            if dims != inputs or krot != self._krot:
+                raise ValueError(
+                    f"rotated layers cannot be split over {group.size()} ranks: fewer groups of "
+                    f"{self.group_size} channels, or fewer key heads, than that"
+                )
 
     def _rotate(self, x: mx.array, prefix: str = "") -> mx.array:
         theta, pairs = self[f"{prefix}theta"], self[f"{prefix}pairs"]
@@ -112,6 +134,7 @@ class RotatedLinear(_Rotated):
     ) -> None:
         super().__init__(group_size)
         self.bits = bits
+        self._group: Any = None  # the ranks that hold the other inputs
         self._add_rotation("", inputs, krot)
         self.weight = mx.zeros((outputs, inputs * bits // 32), dtype=mx.uint32)
         self.scales = mx.zeros((outputs, inputs // group_size))
@@ -131,6 +154,8 @@ class RotatedLinear(_Rotated):
             group_size=self.group_size,
             bits=self.bits,
         )
+        if self._group is not None:
+            y = mx.distributed.all_sum(y, group=self._group)
         return y + self.bias if "bias" in self else y
 
 
@@ -145,6 +170,9 @@ class RotatedSwitchGLU(_Rotated):
         for name in ("gate_proj", "up_proj", "down_proj"):
             self[name] = _quantized(glu[name], group_size, bits)
         self._activation = glu.activation
+
+    def _readers(self) -> dict[str, nn.Module]:
+        return {"gate_up_rot_": self.gate_proj, "down_rot_": self.down_proj}
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """From x (..., dims) and expert numbers (..., k) to (..., k, dims), not yet weighted."""
@@ -204,9 +232,11 @@ def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it a
             """The weights as they are: they have the model's own names and values."""
             return weights
 
-        def shard(self, group: Any = None) -> None:
-            """Refuses: mlx-lm's sharded layers would leave out the rotations."""
-            raise NotImplementedError("a ParoQuant export cannot be split over machines yet")
+        if hasattr(library.Model, "shard"):
+
+            def shard(self, group: Any = None) -> None:
+                """Leaves this rank's part of each layer: tensor parallelism as mlx-lm does it."""
+                _shard(self, super().shard, group or mx.distributed.init())
 
     model: nn.Module = RotatedModel(library.ModelArgs.from_dict(dict(config)))
     _put_rotated_layers(model, config)
@@ -226,3 +256,44 @@ def _put_rotated_layers(model: nn.Module, config: Mapping[str, Any]) -> None:
             layer = RotatedSwitchGLU(module, krot=krot, **sizes)
         swaps.append((path, layer))
     model.update_modules(tree_unflatten(swaps))
+
+
+def _shard(model: nn.Module, stock_shard: Any, group: Any) -> None:
+    """Lets mlx-lm split the weights, then takes of each rotation the part for the inputs left.
+
+    mlx-lm's two functions for splitting a layer know no rotations; for the time of the call ours
+    stand in their place. Raises ValueError when a layer cannot be split at its groups.
+    """
+
+    def inplace(module: nn.Module, how: Any, *, segments: Any = 1, group: Any = None) -> None:
+        if isinstance(module, RotatedLinear):
+            how = partial(_axis, how == "all-to-sharded", segments)
+        distributed.shard_inplace(module, how, segments=segments, group=group)
+
+    def linear(module: nn.Module, how: str, *, segments: Any = 1, group: Any = None) -> Any:
+        if not isinstance(module, RotatedLinear):
+            return distributed.shard_linear(module, how, segments=segments, group=group)
+        inplace(module, how, segments=segments, group=group)
+        module._group = group if how == "sharded-to-all" else None
+        return module
+
+    layers = [module for module in model.modules() if isinstance(module, _Rotated)]
+    names, ours = (
+        stock_shard.__func__.__globals__,
+        {"shard_linear": linear, "shard_inplace": inplace},
+    )
+    before = {name: names[name] for name in ours.keys() & names.keys()}
+    names.update({name: ours[name] for name in before})
+    try:
+        stock_shard(group)
+    finally:
+        names.update(before)
+    for layer in layers:
+        layer.keep_part(group)
+
+
+def _axis(columns: bool, segments: Any, name: str, _: mx.array) -> Any:
+    """Along which axis a parameter of a rotated linear is split; None: it stays whole."""
+    if name in ("theta", "pairs", "channel_scales") or (name == "bias" and not columns):
+        return None
+    return (0 if columns else -1), segments
