@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .dropin import install, uninstall
     from .errors import ParoquantStreamError
     from .manifest import Manifest
+    from .mlx_directory import export_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,12 +17,14 @@ __all__ = [
     "ParoquantStreamError",
     "__version__",
     "convert_checkpoint",
+    "export_model",
     "install",
     "load",
     "uninstall",
 ]
 _HOMES = {
     "convert_checkpoint": "api",
+    "export_model": "mlx_directory",
     "load": "api",
     "install": "dropin",
     "uninstall": "dropin",

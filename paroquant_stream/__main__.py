@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from .exits import end_with
 
-COMMANDS = ("cache", "convert", "run")
+COMMANDS = ("cache", "convert", "export", "run")
 
 
 def main(argv: list[str] | None = None) -> int:

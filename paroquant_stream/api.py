@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .checkpoint import read_config
+from .checkpoint import EXPORTED, read_config
 from .conversion import convert
 from .errors import (
     AssemblyError,
@@ -25,7 +25,7 @@ from .manifest import Manifest
 from .request import Request, read_manifest, staleness
 from .single_file import check_usable, opened
 from .store import Store, user_cache_root
-from .trace import Trace, written_to
+from .trace import SILENCE, Trace, written_to
 
 if TYPE_CHECKING:
     from .tally import Progress
@@ -115,7 +115,8 @@ def load(
     """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
 
     The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
-    `force_text=True` loads a vision model's text part through mlx-lm. A conversion inside the model
+    `force_text=True` loads a vision model's text part through mlx-lm. A directory that `export`
+    wrote is read as it is; code in it is never run. Else a conversion inside the model
     directory is used first, if it fits the sources: `mlx/`, else `converted_mlx.safetensors`.
     `verify="header"` checks size, names, dtypes and shapes of every entry, and its hash unless its
     stat is as the writer left it; `"full"` hashes every entry. A damaged entry is taken out of use
@@ -146,9 +147,16 @@ _Loaded = tuple[Any, Any, bool]
 
 
 def _load(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
-    """The model from what is found first: `mlx/`, the single file, the cache, a new conversion."""
+    """The model from what is found first: an export, `mlx/`, the single file, the cache, a new
+    conversion.
+    """
     with options.trace.span("import MLX"):
-        from .model import assemble  # conversion may not need it
+        from .exported import stored_in_export  # conversion may not need it
+        from .model import assemble, assemble_stored
+    if EXPORTED in read_config(request.directory):
+        stored = stored_in_export(request.directory)
+        settings = {"lazy": options.lazy, "force_text": True}
+        return assemble_stored(request.directory, stored, **settings, trace=options.trace)
     with options.trace.span("check the sources"):
         found = shipped(request)
     if found is None:
@@ -195,6 +203,17 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
         reason = str(error)
     logger.warning("not used: %s", reason)
     return None, reason
+
+
+def converted(
+    request: Request, progress: Progress | None = None, trace: Trace = SILENCE
+) -> tuple[Manifest, Store]:
+    """The model's conversion and the store it lies in: the one inside the model directory, if it
+    fits the sources, else the cache's, made complete first.
+    """
+    with trace.span("check the sources"):
+        found = shipped(request)
+    return found or (convert(request, progress, trace).manifest, request.store)
 
 
 def shipped(request: Request) -> tuple[Manifest, Store] | None:

@@ -24,6 +24,8 @@ __all__ = ["Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+EXPORTED = "paroquant_stream"
+"""The key of config.json by which a directory that `export` wrote is known."""
 MAX_JSON = 64 << 20  # bytes of an index or config; 1,000,000 tensors take 100 MB and are refused
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
 """What an index may name: nothing that leads out of the directory."""

@@ -9,7 +9,6 @@ its record describes and the file, read back, is hashed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -19,8 +18,7 @@ from pathlib import Path
 
 import xxhash
 
-from .api import shipped
-from .conversion import convert
+from .api import converted
 from .descriptor import closing
 from .digest import CHUNK, read_chunks
 from .errors import EntryDamaged, UnwritableFile
@@ -34,16 +32,6 @@ from .tally import Progress
 from .tensorfile import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
 
 logger = logging.getLogger(__name__)
-
-
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--single-file` to a command that then calls `export_single_file`."""
-    parser.add_argument(
-        "--single-file",
-        action="store_true",
-        help=f"write one {NAME} instead, which load() finds beside config.json and tokenizer "
-        "(default: into the model directory)",
-    )
 
 
 def export_single_file(
@@ -61,7 +49,7 @@ def export_single_file(
     _check_free(path)  # before hours of conversion
 
     def attempt() -> int:
-        manifest, store = shipped(request) or (convert(request, progress).manifest, request.store)
+        manifest, store = converted(request, progress)
         return write_single_file(manifest, store, path)
 
     try:

@@ -74,15 +74,15 @@ def rotation(rng: np.random.Generator, module: str, inputs: int, group: int = GR
     }
 
 
-def llama_tensors(seed: int = 0) -> Tensors:
-    """Every tensor of a two-layer AutoAWQ llama."""
+def llama_tensors(seed: int = 0, layers: int = CONFIG["num_hidden_layers"]) -> Tensors:
+    """Every tensor of an AutoAWQ llama."""
     rng = np.random.default_rng(seed)
 
     def noise(*shape: int) -> np.ndarray:
         return rng.normal(0, 0.05, shape).astype(np.float16)
 
     tensors = {"model.embed_tokens.weight": noise(VOCAB, HIDDEN)}
-    for layer in range(CONFIG["num_hidden_layers"]):
+    for layer in range(layers):
         base = f"model.layers.{layer}"
         tensors[f"{base}.input_layernorm.weight"] = 1 + noise(HIDDEN)
         tensors[f"{base}.post_attention_layernorm.weight"] = 1 + noise(HIDDEN)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
 
 LEVELS = [
-    {"errors", "exits", "repack", "kernels", "units"},
+    {"errors", "exits", "repack", "kernels", "standalone", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "stacks", "task"},
@@ -20,14 +20,15 @@ LEVELS = [
     {"request", "running", "foreign"},
     {"inventory", "single_file"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
-    {"operations", "model"},
+    {"operations", "model", "exported"},
     {"transform"},
     {"survey"},
     {"shards"},
     {"conversion"},
     {"api", "verify", "freshness", "prune"},
     {"dropin", "listing", "progress", "removal", "single_write", "cache_options"},
-    {"cache", "convert", "run"},
+    {"cache", "convert", "mlx_directory", "run"},
+    {"export"},
     {"__main__", "__init__"},
 ]
 """Each room imports only from levels above it in this list."""
@@ -42,7 +43,10 @@ HOMES = {
     "paroquant": {"kernels"},
     "safetensors": {"verify"},
     "numpy": {"repack", "operations", "kernels"},
-    "mlx": {"operations", "weights", "model", "model_class", "rotation", "kernels"},
+    "mlx": {
+        *("operations", "weights", "model", "model_class", "rotation", "kernels"),
+        *("standalone", "exported", "mlx_directory"),
+    },
 }
 """Third-party package -> the rooms that may import it."""
 

@@ -1,0 +1,151 @@
+"""COMMAND export: a converted model as a directory for MLX programs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from .api import make_request
+from .convert import Terminated
+from .errors import ParoquantStreamError
+from .exits import end_with
+from .progress import Progress
+from .report import bytes_text, shown
+from .single_file import NAME
+from .units import parse_size
+
+DESCRIPTION = """\
+Write a ParoQuant model as an MLX model directory OUT: safetensors files, index, config, tokenizer.
+What is not converted yet is converted first. paroquant_stream.load(OUT) reads it. With
+--self-contained it holds one Python file too, by which mlx_lm.generate and mlx_lm.server run it
+without this package; they run that file only with --trust-remote-code. Of a vision model the text
+part is written. OUT appears complete or not at all. --single-file writes one file that load() finds
+in a model directory. Exit code: 0 done, 1 failed, 2 wrong usage, 130
+or 143 interrupted."""
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        nargs="?",
+        help="the directory to write, which must not exist; with --single-file a file or a "
+        "directory (default: the model's own)",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="add the code by which mlx-lm runs it without this package",
+    )
+    what.add_argument(
+        "--single-file",
+        action="store_true",
+        help=f"write one {NAME} instead, which load() finds beside config.json",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="the most a file holds, like 500MB (default: 5GB); a larger tensor has its own file",
+    )
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
+    )
+    parser.add_argument(
+        "--jobs", type=_positive, metavar="N", help="workers (default: one a core, at most 8)"
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _size(text: str) -> int:
+    try:
+        return max(parse_size(text), 1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError("must be a number, 1 or more")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = argparse.ArgumentParser("python -m paroquant_stream.export", description=DESCRIPTION)
+    configure_parser(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.out is None and not arguments.single_file:
+        parser.error("OUT is needed, unless --single-file writes into the model directory")
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _write_single(arguments) if arguments.single_file else _write_directory(arguments)
+    except ParoquantStreamError as error:
+        print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("interrupted; nothing was exported, run again", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _write_single(arguments: argparse.Namespace) -> int:
+    from .single_write import export_single_file
+
+    request = make_request(
+        arguments.model,
+        cache_dir=arguments.cache_dir,
+        jobs=arguments.jobs,
+        revision=arguments.revision,
+    )
+    out = Path(arguments.out).expanduser() if arguments.out else None
+    with Progress(arguments.quiet) as progress:
+        path, size = export_single_file(request, out, progress)
+    if not arguments.quiet:
+        print(shown(f"{path}: {bytes_text(size)}"))
+    return 0
+
+
+def _write_directory(arguments: argparse.Namespace) -> int:
+    from .mlx_directory import MODEL_FILE, export_model  # with MLX, which --help does not need
+
+    with Progress(arguments.quiet) as progress:
+        export = export_model(
+            arguments.model,
+            arguments.out,
+            self_contained=arguments.self_contained,
+            shard_size=arguments.shard_size,
+            cache_dir=arguments.cache_dir,
+            jobs=arguments.jobs,
+            revision=arguments.revision,
+            progress=progress,
+        )
+    if arguments.quiet:
+        return 0
+    noun = "file" if export.files == 1 else "files"
+    print(shown(f"{export.directory}: {export.files} {noun}, {bytes_text(export.nbytes)}"))
+    if export.text_only:
+        print("its text part only: the vision and audio towers are left out")
+    if arguments.self_contained:
+        print(f"it contains code, {MODEL_FILE}, that mlx-lm runs only with --trust-remote-code")
+    return 0
+
+
+if __name__ == "__main__":
+    end_with(main)

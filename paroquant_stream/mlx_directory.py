@@ -1,0 +1,283 @@
+"""export(): a converted model as an MLX model directory, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import standalone
+from .api import converted, make_request
+from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, Shard, read_config
+from .descriptor import closing, file_status, pread_exactly
+from .errors import CheckpointError, EntryDamaged, UnwritableFile
+from .exported import FORMAT
+from .manifest import Manifest
+from .model import assemble
+from .newfile import NewFile, sync_directory
+from .request import Request
+from .rotation import RotateQuantizedLinear, RotateSwitchGLU
+from .store import Store
+from .tally import Progress
+from .tensorfile import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
+from .weights import reading
+
+MODEL_FILE = "paroquant_model.py"
+"""The code of a self-contained directory: `standalone.py`, byte for byte."""
+SHARD_SIZE = 5_000_000_000
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "generation_config.json", "chat_template.json",
+)  # fmt: skip
+_TOKENIZER_SUFFIXES = (".txt", ".jinja", ".model", ".tiktoken")
+_DTYPES = {
+    mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16",
+    mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32", mx.float32: "F32",
+    mx.uint64: "U64", mx.int64: "I64",
+}  # fmt: skip
+_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+"""Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
+_CHUNK = 64 << 20  # bytes handed over at once
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    directory: Path
+    files: int
+    """Shards."""
+    nbytes: int
+    """Bytes of all tensors."""
+    text_only: bool
+    """Whether a vision or audio tower was left out."""
+
+
+def export_model(
+    model_path: str | Path,
+    out: str | Path,
+    *,
+    self_contained: bool = False,
+    shard_size: int = SHARD_SIZE,
+    cache_dir: str | Path | None = None,
+    jobs: int | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """Writes the MLX model directory `out`, converting first what is not in the cache.
+
+    `out` appears complete or not at all, and shares no file with the cache. It holds the parameters
+    of the model under their own names, in files of at most `shard_size` bytes of tensors (a larger
+    tensor has one of its own). `load` of this package reads it; with `self_contained` mlx-lm does
+    too, without this package, by a Python file in it that runs only with `trust_remote_code`. Of a
+    vision model the text part is written.
+
+    Raises what `load` raises, CheckpointError when `out` exists, and UnwritableFile or StoreError
+    when it cannot be written.
+    """
+    target = Path(os.path.abspath(Path(out).expanduser()))
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target}: exists; remove it or name another directory")
+    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
+    if EXPORTED in read_config(request.directory):
+        raise CheckpointError(f"{request.directory}: is an export already; export its original")
+
+    def attempt() -> Export:
+        manifest, store = converted(request, progress)
+        return _write_directory(request, manifest, store, target, self_contained, shard_size)
+
+    with contextlib.suppress(EntryDamaged):  # logged, and taken out of use: it is converted again
+        return attempt()
+    return attempt()
+
+
+def _write_directory(
+    request: Request,
+    manifest: Manifest,
+    store: Store,
+    target: Path,
+    self_contained: bool,
+    shard_size: int,
+) -> Export:
+    model, _, _ = assemble(request.directory, manifest, store, lazy=True, force_text=True)
+    config = read_config(request.directory)
+    text_only = any(config.get(key) for key in ("vision_config", "audio_config"))
+    config = _exported_config(config, manifest, model, self_contained)
+    tensors = dict(tree_flatten(model.parameters()))
+    del model  # the only references to an array are those in `tensors`
+    specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
+    total = sum(spec.nbytes for spec in specs)
+    with _appearing(target, total) as directory:
+        shards = _cut(specs, shard_size)
+        with reading(manifest, store):
+            for name, held in shards.items():
+                _write_shard(directory / name, held, tensors)
+        weight_map = {spec.name: name for name, held in shards.items() for spec in held}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_file(directory / INDEX_NAME, _json(index))
+        for name in _tokenizer_files(request.directory):
+            _write_file(directory / name, _read(request.directory, name))
+        if self_contained:
+            _write_file(directory / MODEL_FILE, Path(standalone.__file__).read_bytes())
+        _write_file(directory / "config.json", _json(config))
+    return Export(target, len(shards), total, text_only)
+
+
+def _exported_config(
+    original: dict[str, Any],
+    manifest: Manifest,
+    model: nn.Module,
+    self_contained: bool,
+) -> dict[str, Any]:
+    """config.json of the export: MLX's `quantization`, no tower, no code but the export's own.
+
+    The model type stays as it was, even one that mlx-lm does not know: the tokenizer's class may
+    hang on it.
+    """
+    left_out = ("_name_or_path", "auto_map", "model_file", "vision_config", "audio_config")
+    config = {key: value for key, value in original.items() if key not in left_out}
+    if type(config.get("text_config")) is dict:
+        text = config["text_config"]
+        config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+    config["quantization"] = {"group_size": manifest.group_size, "bits": manifest.bits}
+    config["quantization_config"] = config["quantization"]
+    mark: dict[str, Any] = {"format": FORMAT}
+    if self_contained:
+        config["model_file"] = MODEL_FILE
+        mark["module"] = type(model).__module__.removeprefix("mlx_lm.models.")
+        mark["rotated"] = dict(_rotated(model))
+    config[EXPORTED] = mark
+    return dict(sorted(config.items()))
+
+
+def _rotated(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Path and number of rotation rounds of each rotated layer."""
+    for path, module in model.named_modules():
+        if isinstance(module, RotateQuantizedLinear):
+            yield path, module.theta.shape[0]
+        elif isinstance(module, RotateSwitchGLU):
+            yield path, module.gate_up_rot_theta.shape[0]
+
+
+def _cut(specs: list[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]]:
+    """File name -> tensors, in the order of the model, so that a layer's are neighbours."""
+    shards: list[list[TensorSpec]] = []
+    filled = shard_size + 1
+    for spec in specs:
+        if filled + spec.nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE_NAME: shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": held for i, held in enumerate(shards, 1)}
+
+
+def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.array]) -> None:
+    """Writes one file, taking each tensor out of `tensors`."""
+    header, infos = lay_out(specs)
+    size = end_of(header, infos)
+    file = NewFile(path.with_name(f"{path.name}.part"), size, 0o666)
+    try:
+        writer = TensorWriter(file.write, header)
+        for info in infos:
+            _write_tensor(writer, info, tensors.pop(info.name))
+        writer.finish(size)
+        file.publish(path)
+    finally:
+        file.discard()
+    mx.clear_cache()  # what Metal keeps of the buffers that were freed
+
+
+def _write_tensor(writer: TensorWriter, info: TensorInfo, array: mx.array) -> None:
+    words: Any = mx.contiguous(array).view(_WORDS[array.itemsize])
+    mx.eval(words)
+    view = memoryview(words).cast("B")
+    for start in range(0, len(view), _CHUNK):
+        writer.write(info, view[start : start + _CHUNK])
+
+
+def _tokenizer_files(directory: Path) -> list[str]:
+    """The files of the tokenizer, the generation settings and the licence; none is code."""
+    return sorted(
+        name
+        for name in os.listdir(directory)
+        if (
+            name in _TOKENIZER
+            or name.endswith(_TOKENIZER_SUFFIXES)
+            or name.split(".")[0] == "LICENSE"
+        )
+        and os.path.isfile(directory / name)
+    )
+
+
+def _read(directory: Path, name: str) -> bytes:
+    """A small file; like a shard it may be no link that leads elsewhere, for exports are shared."""
+    path = directory / name
+    with closing(Shard(name, path).open()) as fd:
+        return pread_exactly(fd, 0, file_status(fd, str(path)).st_size, str(path))
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    file = NewFile(path.with_name(f"{path.name}.part"), len(data), 0o666)
+    try:
+        file.write(memoryview(data))
+        file.publish(path)
+    finally:
+        file.discard()
+
+
+@contextlib.contextmanager
+def _appearing(target: Path, needed: int) -> Iterator[Path]:
+    """A new directory to fill, called `target` when the body is done and gone if it fails."""
+    temp = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        status = os.statvfs(target.parent)
+        free = status.f_bavail * status.f_frsize
+        if free < needed:
+            raise UnwritableFile(
+                f"{target}: {needed:,} bytes needed, {free:,} free; make room and run again"
+            )
+        temp.mkdir()
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        yield temp
+        _rename(temp, target)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _rename(temp: Path, target: Path) -> None:
+    try:
+        os.rename(temp, target)
+        try:
+            sync_directory(target.parent)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> UnwritableFile:
+    return UnwritableFile(
+        f"{target}: cannot be written: {error.strerror}; name a directory that can be"
+    )
