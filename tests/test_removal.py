@@ -258,6 +258,16 @@ def test_links_put_in_the_place_of_what_goes_lose_nothing(store, tmp_path):
     assert len(take_inventory(store).entries) == 3
 
 
+def test_an_entry_written_anew_since_the_plan_stays(store, tmp_path):
+    plan = plan_of(store, "c")
+    (path,) = [file.path for file in plan.entries.values()][:1]
+    shutil.copy(path, tmp_path / "new")
+    os.replace(tmp_path / "new", path)
+    execute(plan)
+    assert path.exists()
+    assert len(take_inventory(store).entries) == 4
+
+
 @pytest.mark.parametrize("call", ["replace", "unlink"])
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
 def test_what_cannot_be_removed_is_a_store_error_that_names_it(store, monkeypatch, call, number):
