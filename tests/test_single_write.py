@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from paroquant_stream import api, single_write
+from paroquant_stream import api, export, single_write
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import (
     EntryDamaged,
@@ -276,10 +275,10 @@ def test_an_export_of_a_repository_must_be_told_where_to(hub, tmp_path):
         export_single_file(api.make_request("owner/model"))
 
 
-def test_the_option_stands_alone_in_the_help(capsys):
-    parser = argparse.ArgumentParser()
-    single_write.add_option(parser)
-    assert parser.parse_args(["--single-file"]).single_file
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    assert NAME in capsys.readouterr().out
+def test_the_export_command_writes_it_into_the_model_directory(model_dir, tmp_path, capsys):
+    arguments = [str(model_dir), "--single-file", "--cache-dir", str(tmp_path / "cache")]
+    assert export.main(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"{model_dir / NAME}: ")
+    assert (model_dir / NAME).is_file()
+    assert export.main(arguments) == 1
+    assert capsys.readouterr().err.endswith("remove it to have it written anew\n")
