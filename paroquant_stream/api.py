@@ -103,11 +103,12 @@ def load(
     """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
 
     The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
-    `force_text=True` loads a vision model's text part through mlx-lm. A directory that `export`
-    wrote is read as it is; code in it is never run. A conversion inside the model
+    `force_text=True` loads a vision model's text part through mlx-lm. A conversion inside the model
     directory is used first, if it fits the sources. `verify="header"` checks size, names, dtypes
     and shapes of every entry, and its hash unless its stat is as the writer left it; `"full"`
-    hashes every entry. A damaged entry is taken out of use and converted again, once.
+    hashes every entry. A damaged entry is taken out of use and converted again, once. A directory
+    that `export_model` wrote is read as it is: its headers are checked, it has no hashes, and code
+    in it is never run.
 
     Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the
     model's parameters do not match one to one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import mlx.nn as nn
 from .checkpoint import EXPORTED, Shard, open_checkpoint
 from .descriptor import closing
 from .errors import AssemblyError, CheckpointError
+from .layout import read_quantization
 from .model import check, check_memory, swap_layers
 from .model_class import build, load_config, load_tokenizer
 from .tensorfile import read_header
@@ -23,11 +23,12 @@ FORMAT = 1
 def load_exported(directory: Path, *, lazy: bool) -> tuple[nn.Module, Any, bool]:
     """`(model, tokenizer, False)` of an exported directory; no code in it is run.
 
-    Raises CheckpointError or MalformedFile when it is damaged, AssemblyError when its tensors and
-    the model's parameters do not match one to one.
+    Raises CheckpointError, MalformedFile or LayoutError when it is damaged, AssemblyError when its
+    tensors and the model's parameters do not match one to one.
     """
     checkpoint = open_checkpoint(directory)
-    bits, group_size = _quantization(checkpoint.config, directory)
+    _check_format(checkpoint.config[EXPORTED], directory)
+    quantization = read_quantization(checkpoint.config)
     headers = checkpoint.headers()
     if not lazy:
         check_memory(sum(t.nbytes for header in headers.values() for t in header.tensors))
@@ -37,7 +38,12 @@ def load_exported(directory: Path, *, lazy: bool) -> tuple[nn.Module, Any, bool]
     config = load_config(directory)
     model = build(config, is_vlm=False)
     tokenizer = load_tokenizer(directory, config, is_vlm=False)
-    swap_layers(model, weights, bits, group_size)
+    try:
+        swap_layers(model, weights, quantization.bits, quantization.group_size)
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+        raise AssemblyError(  # what the shapes and names of tensors that no export has lead to
+            f"{directory}: its tensors are no rotated layers of this model: {error}"
+        ) from error
     check(model, weights)
     model.load_weights(list(weights.items()))
     if not lazy:
@@ -49,22 +55,13 @@ def load_exported(directory: Path, *, lazy: bool) -> tuple[nn.Module, Any, bool]
     return model, tokenizer, False
 
 
-def _quantization(config: Mapping[str, Any], directory: Path) -> tuple[int, int]:
-    """Bits and group size. Raises CheckpointError for a form that this version cannot read."""
-    mark, sizes = config[EXPORTED], config.get("quantization")
+def _check_format(mark: Any, directory: Path) -> None:
     found = mark.get("format") if type(mark) is dict else mark
     if found != FORMAT:
         raise CheckpointError(
             f"{directory}: exported in format {found!r}, this version reads {FORMAT}; "
             "upgrade paroquant_stream or export the model again"
         )
-    if type(sizes) is not dict or not all(
-        type(sizes.get(key)) is int for key in ("bits", "group_size")
-    ):
-        raise CheckpointError(
-            f"{directory}: config.json lacks quantization bits and group_size; export it again"
-        )
-    return sizes["bits"], sizes["group_size"]
 
 
 def _read(shard: Shard) -> dict[str, mx.array]:

@@ -16,7 +16,7 @@ LEVELS = [
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "task"},
     {"checkpoint", "linears", "newfile", "report"},
-    {"store", "arrival", "tally", "hub"},
+    {"store", "arrival", "tally", "hub", "newdirectory"},
     {"request"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
     {"operations", "model"},

@@ -128,6 +128,18 @@ def test_a_signal_between_two_tensors_leaves_nothing(
     assert listing(tmp_path).keys() == before.keys()
 
 
+def test_ctrl_c_during_the_conversion_sweeps_its_temps(model_dir, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    swept = []
+    monkeypatch.setattr(mlx_directory, "converted", interrupted)
+    monkeypatch.setattr("paroquant_stream.store.Store.sweep", lambda _, own: swept.append(own))
+    assert export.main([str(model_dir), str(tmp_path / "out")]) == 130
+    assert swept == [True]
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_module_form_does_not_warn(command):
     program = [sys.executable, "-W", "error", "-m", "paroquant_stream.export", "--help"]
     done = subprocess.run(program, capture_output=True, text=True)

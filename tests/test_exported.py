@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import load
-from paroquant_stream.errors import AssemblyError, CheckpointError, MalformedFile
+from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFile
 from paroquant_stream.mlx_directory import MODEL_FILE, export_model
 from tests.conftest import FIXTURES
 
@@ -91,8 +91,26 @@ def test_another_format_is_refused_with_what_to_do(exported, mark):
         load(exported)
 
 
-@pytest.mark.parametrize("sizes", [None, {"bits": 4}, {"bits": "4", "group_size": 32}])
-def test_a_config_without_bits_and_group_size_is_refused(exported, sizes):
-    edit(exported / "config.json", lambda config: config.update(quantization=sizes))
-    with pytest.raises(CheckpointError, match="lacks quantization"):
+@pytest.mark.parametrize("sizes", [None, {"bits": 8}, {"bits": "4"}, {"group_size": 0}])
+def test_a_config_with_other_bits_or_an_impossible_group_size_is_refused(exported, sizes):
+    edit(exported / "config.json", lambda config: config.update(quantization_config=sizes))
+    with pytest.raises(LayoutError, match=r"config\.json"):
+        load(exported)
+
+
+def test_another_group_size_than_the_weights_have_is_refused(exported):
+    sizes = {"bits": 4, "group_size": 128}
+    edit(exported / "config.json", lambda config: config.update(quantization_config=sizes))
+    with pytest.raises(AssemblyError, match="no rotated layers of this model"):
+        load(exported)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 7)])
+def test_a_rotation_of_another_shape_is_refused(exported, shape):
+    shard = sorted(exported.glob("model-*.safetensors"))[1]
+    tensors = mx.load(str(shard))
+    name = next(name for name in tensors if name.endswith("theta"))
+    tensors[name] = mx.zeros(shape)
+    mx.save_safetensors(str(shard), tensors)
+    with pytest.raises(AssemblyError):
         load(exported)
