@@ -81,12 +81,14 @@ def export_model(
     too, without this package, by a Python file in it that runs only with `trust_remote_code`. Of a
     vision model the text part is written.
 
-    Raises what `load` raises, CheckpointError when `out` exists, and UnwritableFile or StoreError
-    when it cannot be written.
+    Raises what `load` raises, CheckpointError when `out` exists or its parent does not, and
+    UnwritableFile or StoreError when it cannot be written.
     """
     target = Path(os.path.abspath(Path(out).expanduser()))
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; remove it or name another directory")
+    if not os.path.isdir(target.parent):  # told before hours of conversion
+        raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
     if EXPORTED in read_config(request.directory):
         raise CheckpointError(f"{request.directory}: is an export already; export its original")

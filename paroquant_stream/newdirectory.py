@@ -22,21 +22,27 @@ def new_directory(target: Path, needed: int) -> Iterator[Path]:
     """
     temp = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        status = os.statvfs(target.parent)
-        free = status.f_bavail * status.f_frsize
-        if free < needed:
-            raise UnwritableFile(
-                f"{target}: {needed:,} bytes needed, {free:,} free; make room and run again"
-            )
         temp.mkdir()
     except OSError as error:
         raise _unwritable(target, error) from error
     try:
+        _check_room(target, needed)
         yield temp
         _rename(temp, target)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _check_room(target: Path, needed: int) -> None:
+    try:
+        status = os.statvfs(target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise UnwritableFile(
+            f"{target}: {needed:,} bytes needed, {free:,} free; make room and run again"
+        )
 
 
 def _rename(temp: Path, target: Path) -> None:

@@ -11,11 +11,11 @@ from paroquant_stream.newdirectory import new_directory
 
 
 def test_appears_under_its_name_when_it_is_filled(tmp_path):
-    target = tmp_path / "a" / "out"
+    target = tmp_path / "out"
     with new_directory(target, 10) as directory:
         (directory / "file").write_text("x")
         assert not target.exists()
-    assert [path.name for path in tmp_path.rglob("*")] == ["a", "out", "file"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
