@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import load
+from paroquant_stream.checkpoint import Checkpoint
 from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFile
 from paroquant_stream.mlx_directory import MODEL_FILE, export_model
 from tests.conftest import FIXTURES
@@ -75,6 +77,23 @@ def test_a_file_cut_short_is_refused_before_mlx_reads_it(exported):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(MalformedFile, match="the header describes"):
         load(exported)
+
+
+def test_a_file_that_changes_after_the_first_look_is_refused_before_mlx_reads_it(
+    exported, monkeypatch
+):
+    real, cut = Checkpoint.headers, []
+
+    def headers(self):
+        found = real(self)
+        cut.append(self.shards[0].path)
+        os.truncate(cut[0], 100)
+        return found
+
+    monkeypatch.setattr(Checkpoint, "headers", headers)
+    with pytest.raises(MalformedFile, match="safetensors header"):
+        load(exported)
+    assert cut
 
 
 def test_an_absent_file_is_named(exported):
