@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import mlx.core as mx
 from .checkpoint import EXPORTED, Shard, open_checkpoint
 from .descriptor import closing
 from .errors import AssemblyError, CheckpointError
+from .layout import read_quantization
 from .tensorfile import read_header
 from .weights import Stored
 
@@ -22,10 +23,11 @@ FORMAT = 1
 def stored_in_export(directory: Path) -> Stored:
     """The tensors of an exported directory; no code in it is run.
 
-    Raises CheckpointError or MalformedFile when it is damaged.
+    Raises CheckpointError, MalformedFile or LayoutError when it is damaged.
     """
     checkpoint = open_checkpoint(directory)
-    bits, group_size = _quantization(checkpoint.config, directory)
+    _check_format(checkpoint.config[EXPORTED], directory)
+    found = read_quantization(checkpoint.config)
     tensors = [t for header in checkpoint.headers().values() for t in header.tensors]
 
     def read(_: object) -> dict[str, mx.array]:
@@ -34,7 +36,7 @@ def stored_in_export(directory: Path) -> Stored:
             weights |= _read(shard)
         return weights
 
-    return Stored(tensors, read, lambda: _guard(directory), bits, group_size, model_names=True)
+    return Stored(tensors, read, lambda: _guard(directory), found.bits, found.group_size, True)
 
 
 @contextlib.contextmanager
@@ -45,22 +47,13 @@ def _guard(directory: Path) -> Iterator[None]:
         raise AssemblyError(f"{directory}: MLX could not read it: {error}") from error
 
 
-def _quantization(config: Mapping[str, Any], directory: Path) -> tuple[int, int]:
-    """Bits and group size. Raises CheckpointError for a form that this version cannot read."""
-    mark, sizes = config[EXPORTED], config.get("quantization")
+def _check_format(mark: Any, directory: Path) -> None:
     found = mark.get("format") if type(mark) is dict else mark
     if found != FORMAT:
         raise CheckpointError(
             f"{directory}: exported in format {found!r}, this version reads {FORMAT}; "
             "upgrade paroquant_stream or export the model again"
         )
-    if type(sizes) is not dict or not all(
-        type(sizes.get(key)) is int for key in ("bits", "group_size")
-    ):
-        raise CheckpointError(
-            f"{directory}: config.json lacks quantization bits and group_size; export it again"
-        )
-    return sizes["bits"], sizes["group_size"]
 
 
 def _read(shard: Shard) -> dict[str, mx.array]:

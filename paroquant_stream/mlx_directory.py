@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,12 @@ from . import standalone
 from .api import converted, make_request
 from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, Shard, read_config
 from .descriptor import closing, file_status, pread_exactly
-from .errors import CheckpointError, EntryDamaged, UnwritableFile
+from .errors import CheckpointError, EntryDamaged
 from .exported import FORMAT
 from .manifest import Manifest
 from .model import assemble
-from .newfile import NewFile, sync_directory
+from .newdirectory import new_directory
+from .newfile import NewFile
 from .request import Request
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
@@ -82,18 +81,25 @@ def export_model(
     too, without this package, by a Python file in it that runs only with `trust_remote_code`. Of a
     vision model the text part is written.
 
-    Raises what `load` raises, CheckpointError when `out` exists, and UnwritableFile or StoreError
-    when it cannot be written.
+    Raises what `load` raises, CheckpointError when `out` exists or its parent does not, and
+    UnwritableFile or StoreError when it cannot be written.
     """
     target = Path(os.path.abspath(Path(out).expanduser()))
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; remove it or name another directory")
+    if not os.path.isdir(target.parent):  # told before hours of conversion
+        raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
     if EXPORTED in read_config(request.directory):
         raise CheckpointError(f"{request.directory}: is an export already; export its original")
 
     def attempt() -> Export:
-        manifest, store = converted(request, progress)
+        try:
+            manifest, store = converted(request, progress)
+        except BaseException as stop:
+            if not isinstance(stop, Exception):  # Ctrl-C: workers may be inside a system call
+                request.store.sweep(own=True)
+            raise
         return _write_directory(request, manifest, store, target, self_contained, shard_size)
 
     with contextlib.suppress(EntryDamaged):  # logged, and taken out of use: it is converted again
@@ -117,7 +123,7 @@ def _write_directory(
     del model  # the only references to an array are those in `tensors`
     specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
     total = sum(spec.nbytes for spec in specs)
-    with _appearing(target, total) as directory:
+    with new_directory(target, total) as directory:
         shards = _cut(specs, shard_size)
         with reading(manifest, store):
             for name, held in shards.items():
@@ -241,43 +247,3 @@ def _write_file(path: Path, data: bytes) -> None:
         file.publish(path)
     finally:
         file.discard()
-
-
-@contextlib.contextmanager
-def _appearing(target: Path, needed: int) -> Iterator[Path]:
-    """A new directory to fill, called `target` when the body is done and gone if it fails."""
-    temp = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        status = os.statvfs(target.parent)
-        free = status.f_bavail * status.f_frsize
-        if free < needed:
-            raise UnwritableFile(
-                f"{target}: {needed:,} bytes needed, {free:,} free; make room and run again"
-            )
-        temp.mkdir()
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        yield temp
-        _rename(temp, target)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-
-
-def _rename(temp: Path, target: Path) -> None:
-    try:
-        os.rename(temp, target)
-        try:
-            sync_directory(target.parent)
-        except OSError:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise _unwritable(target, error) from error
-
-
-def _unwritable(target: Path, error: OSError) -> UnwritableFile:
-    return UnwritableFile(
-        f"{target}: cannot be written: {error.strerror}; name a directory that can be"
-    )

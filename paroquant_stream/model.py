@@ -96,7 +96,12 @@ def assemble_stored(
     with trace.span("place the weights"):
         if not stored.model_names:
             weights = _align_experts(model, _sanitize(model, weights, is_vlm))
-        _swap_layers(model, weights, stored.bits, stored.group_size)
+        try:
+            _swap_layers(model, weights, stored.bits, stored.group_size)
+        except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+            raise AssemblyError(  # what shapes and names lead to that no conversion has
+                f"{directory}: the stored tensors are no rotated layers of this model: {error}"
+            ) from error
         _check(model, weights)
         model.load_weights(list(weights.items()))
     if not lazy:

@@ -16,7 +16,7 @@ LEVELS = [
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "stacks", "task"},
     {"checkpoint", "linears", "newfile", "report"},
-    {"store", "arrival", "tally", "hub", "found"},
+    {"store", "arrival", "tally", "hub", "found", "newdirectory"},
     {"request", "running", "foreign"},
     {"inventory", "single_file"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},

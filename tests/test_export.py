@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -98,10 +99,25 @@ def test_an_unknown_model_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_that_cannot_be_made_is_one_line(command, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert export.main([command[0], str(tmp_path / "file" / "out"), *command[2:]]) == 1
-    assert "name a directory that can be" in one_line(capsys)
+def test_a_parent_that_is_absent_is_told_before_anything_is_converted(model_dir, tmp_path, capsys):
+    before = listing(tmp_path)
+    assert export.main([str(model_dir), str(tmp_path / "absent" / "out")]) == 1
+    assert f"there is no directory {tmp_path / 'absent'}; make it first" in one_line(capsys)
+    assert listing(tmp_path) == before
+
+
+def test_a_disk_that_is_read_only_is_one_line(command, tmp_path, monkeypatch, capsys):
+    real = os.mkdir
+
+    def mkdir(path, *mode, **options):
+        if "/.out." in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real(path, *mode, **options)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert export.main(command) == 1
+    message = one_line(capsys)
+    assert "out: cannot be written: Read-only file system; name a directory that can be" in message
 
 
 def test_an_export_is_not_exported_again(command, tmp_path, capsys):
@@ -128,6 +144,18 @@ def test_a_signal_between_two_tensors_leaves_nothing(
     assert len(written) == 20
     assert capsys.readouterr().err.endswith("interrupted; nothing was exported, run again\n")
     assert listing(tmp_path).keys() == before.keys()
+
+
+def test_ctrl_c_during_the_conversion_sweeps_its_temps(model_dir, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    swept = []
+    monkeypatch.setattr(mlx_directory, "converted", interrupted)
+    monkeypatch.setattr("paroquant_stream.store.Store.sweep", lambda _, own: swept.append(own))
+    assert export.main([str(model_dir), str(tmp_path / "out")]) == 130
+    assert swept == [True]
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_module_form_does_not_warn(command):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import load
-from paroquant_stream.errors import AssemblyError, CheckpointError, MalformedFile
+from paroquant_stream.checkpoint import Checkpoint
+from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFile
 from paroquant_stream.mlx_directory import MODEL_FILE, export_model
 from tests.conftest import FIXTURES
 
@@ -77,6 +79,23 @@ def test_a_file_cut_short_is_refused_before_mlx_reads_it(exported):
         load(exported)
 
 
+def test_a_file_that_changes_after_the_first_look_is_refused_before_mlx_reads_it(
+    exported, monkeypatch
+):
+    real, cut = Checkpoint.headers, []
+
+    def headers(self):
+        found = real(self)
+        cut.append(self.shards[0].path)
+        os.truncate(cut[0], 100)
+        return found
+
+    monkeypatch.setattr(Checkpoint, "headers", headers)
+    with pytest.raises(MalformedFile, match="safetensors header"):
+        load(exported)
+    assert cut
+
+
 def test_an_absent_file_is_named(exported):
     shard = sorted(exported.glob("model-*.safetensors"))[0]
     shard.unlink()
@@ -91,8 +110,26 @@ def test_another_format_is_refused_with_what_to_do(exported, mark):
         load(exported)
 
 
-@pytest.mark.parametrize("sizes", [None, {"bits": 4}, {"bits": "4", "group_size": 32}])
-def test_a_config_without_bits_and_group_size_is_refused(exported, sizes):
-    edit(exported / "config.json", lambda config: config.update(quantization=sizes))
-    with pytest.raises(CheckpointError, match="lacks quantization"):
+@pytest.mark.parametrize("sizes", [None, {"bits": 8}, {"bits": "4"}, {"group_size": 0}])
+def test_a_config_with_other_bits_or_an_impossible_group_size_is_refused(exported, sizes):
+    edit(exported / "config.json", lambda config: config.update(quantization_config=sizes))
+    with pytest.raises(LayoutError, match=r"config\.json"):
+        load(exported)
+
+
+def test_another_group_size_than_the_weights_have_is_refused(exported):
+    sizes = {"bits": 4, "group_size": 128}
+    edit(exported / "config.json", lambda config: config.update(quantization_config=sizes))
+    with pytest.raises(AssemblyError, match="no rotated layers of this model"):
+        load(exported)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 7)])
+def test_a_rotation_of_another_shape_is_refused(exported, shape):
+    shard = sorted(exported.glob("model-*.safetensors"))[1]
+    tensors = mx.load(str(shard))
+    name = next(name for name in tensors if name.endswith("theta"))
+    tensors[name] = mx.zeros(shape)
+    mx.save_safetensors(str(shard), tensors)
+    with pytest.raises(AssemblyError):
         load(exported)

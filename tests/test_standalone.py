@@ -136,6 +136,12 @@ def test_every_float16_angle_has_the_cosine_and_sine_of_our_tables():
         assert np.array_equal(found, wanted)
 
 
+def test_weights_are_not_changed_again_on_their_way_in(exports):
+    """mlx-lm's own class would, for one, drop this name."""
+    weights = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(1)}
+    assert loaded(exports["llama-awq-adversarial"]).sanitize(weights) == weights
+
+
 GENERATE = """
 import runpy
 sys.argv[:1] = ["mlx_lm", "generate"]
