@@ -15,7 +15,7 @@ from paroquant.inference.backends.mlx.load import load as public_load
 
 from paroquant_stream import api, load, single_file
 from paroquant_stream.conversion import convert
-from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError
+from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
 from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
 from paroquant_stream.single_write import write_single_file
 from paroquant_stream.tensorfile import read_header
@@ -161,6 +161,18 @@ def test_sources_and_file_are_hashed_once(exported, monkeypatch):
     load(exported)
 
 
+def test_a_cache_that_others_can_write_into_is_not_asked_for_digests(exported, tmp_path):
+    load(exported)
+    (tmp_path / "user-cache").chmod(0o777)
+    with pytest.raises(StoreError, match="others can write into it"):
+        load(exported)
+
+
+def test_a_cache_that_cannot_be_made_costs_only_the_hashing(exported, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    load(exported, cache_dir=tmp_path / "file" / "cache")
+
+
 def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
     """Its stat may not show the next write: git's racy rule."""
     monkeypatch.setattr("paroquant_stream.digest.RACY_SECONDS", 3600)
@@ -218,6 +230,7 @@ HOSTILE = {
     "no sources": (lambda m: m.pop("sources"), "not valid JSON"),
     "no json": (sources("{"), "not valid JSON"),
     "nested deeply": (sources("[" * 1_000_000), "not valid JSON"),
+    "a lone surrogate": (sources('{"\ud800":"x"}'), "not valid JSON"),
     "a number": (sources("9" * 5000), "not valid JSON"),
     "a shard twice": (sources('{"a.safetensors":"0","a.safetensors":"1"}'), "stands twice"),
     "a list": (sources("[]"), "no map of 1 to 10,000 shards"),
