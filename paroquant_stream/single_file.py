@@ -115,7 +115,8 @@ def _read_origin(metadata: Mapping[str, str], label: str) -> Origin | None:
         return None
     if metadata.get("names") != "checkpoint":
         raise MalformedFile(f"{label}: written by a newer version of paroquant_stream")
-    sources = strict_json(metadata.get("sources", "").encode(), f"{label}, its sources")
+    text = metadata.get("sources", "").encode("utf-8", "surrogatepass")  # which it then refuses
+    sources = strict_json(text, f"{label}, its sources")
     if type(sources) is not dict or not 0 < len(sources) <= MAX_SHARDS:
         raise MalformedFile(f"{label}: its sources are no map of 1 to {MAX_SHARDS:,} shards")
     for shard, sha256 in sources.items():
@@ -147,6 +148,7 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
         return f"nothing in it tells whether it was made from {present[0]}, which is there too"
     if file.origin.transform != TRANSFORM:
         return "made by another version"
+    request.store.check_owner()  # for its memos are believed
     with contextlib.suppress(StoreError):  # without a place for memos, everything is hashed again
         request.store.create()
     for name in sorted({*named, *file.origin.sources}):

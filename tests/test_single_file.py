@@ -15,7 +15,7 @@ from paroquant.inference.backends.mlx.load import load as public_load
 
 from paroquant_stream import api, load, single_file
 from paroquant_stream.conversion import convert
-from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError
+from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
 from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
 from paroquant_stream.single_write import write_single_file
 from paroquant_stream.tensorfile import read_header
@@ -133,6 +133,16 @@ def test_a_source_that_was_not_there_makes_it_stale(tmp_path, caplog):
     assert "model-00001-of-00003.safetensors was not there when it was made" in caplog.text
 
 
+def test_a_changed_source_that_no_index_names_any_more_makes_it_stale(exported, caplog):
+    (exported / "model.safetensors.index.json").unlink()
+    first, *others = sorted(shards(exported))
+    first.write_bytes(first.read_bytes() + b"x")
+    for path in others:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=f"{first.name} changed"):
+        load(exported)
+
+
 def test_another_version_makes_it_stale(exported, monkeypatch, caplog):
     monkeypatch.setattr(single_file, "TRANSFORM", "entry/9")
     load(exported)
@@ -149,6 +159,28 @@ def test_sources_and_file_are_hashed_once(exported, monkeypatch):
     monkeypatch.setattr("paroquant_stream.checkpoint.hash_file", lambda *_: pytest.fail("source"))
     monkeypatch.setattr(single_file, "hash_parts", lambda *_: pytest.fail("file"))
     load(exported)
+
+
+def test_a_cache_that_others_can_write_into_is_not_asked_for_digests(exported, tmp_path):
+    load(exported)
+    (tmp_path / "user-cache").chmod(0o777)
+    with pytest.raises(StoreError, match="others can write into it"):
+        load(exported)
+
+
+def test_a_cache_that_cannot_be_made_costs_only_the_hashing(exported, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    load(exported, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
+    """Its stat may not show the next write: git's racy rule."""
+    monkeypatch.setattr("paroquant_stream.digest.RACY_SECONDS", 3600)
+    real, hashed = single_file.hash_parts, []
+    monkeypatch.setattr(single_file, "hash_parts", lambda *a: hashed.append(a) or real(*a))
+    load(exported)
+    load(exported)
+    assert len(hashed) == 2
 
 
 def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
@@ -198,6 +230,7 @@ HOSTILE = {
     "no sources": (lambda m: m.pop("sources"), "not valid JSON"),
     "no json": (sources("{"), "not valid JSON"),
     "nested deeply": (sources("[" * 1_000_000), "not valid JSON"),
+    "a lone surrogate": (sources('{"\ud800":"x"}'), "not valid JSON"),
     "a number": (sources("9" * 5000), "not valid JSON"),
     "a shard twice": (sources('{"a.safetensors":"0","a.safetensors":"1"}'), "stands twice"),
     "a list": (sources("[]"), "no map of 1 to 10,000 shards"),
@@ -358,6 +391,20 @@ def test_the_text_part_of_a_vision_file_of_pull_request_50_is_loaded(tmp_path):
     assert_same(parameters(load(directory, force_text=True)[0]), parameters(wanted))
 
 
+@pytest.mark.parametrize("name", [VISION, "gemma4_e2b-awq-adversarial"])
+@pytest.mark.parametrize("force_text", [False, True])
+def test_a_tower_under_the_models_names_is_loaded_or_left_as_asked(name, force_text, tmp_path):
+    """What the public loader would save if it kept every tower, embeddings quantized already."""
+    directory = shutil.copytree(FIXTURES / name, tmp_path / "model")
+    wanted, _, was_vlm = load(directory, force_text=force_text)
+    whole = parameters(load(directory)[0])
+    remove_sources(directory)
+    mx.save_safetensors(str(directory / NAME), whole)
+    found, _, is_vlm = load(directory, force_text=force_text)
+    assert is_vlm == was_vlm == (not force_text)
+    assert_same(parameters(found), parameters(wanted))
+
+
 def test_the_file_of_pull_request_50_is_not_used_beside_a_source(tmp_path, caplog):
     directory = shutil.copytree(FIXTURES / LLAMA, tmp_path / "model")
     as_pull_request_50(directory, force_text=True)
@@ -366,7 +413,7 @@ def test_the_file_of_pull_request_50_is_not_used_beside_a_source(tmp_path, caplo
     assert f"{NAME}: nothing in it tells whether it was made from model-00001" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["dropped", "added", "reshaped"])
+@pytest.mark.parametrize("change", ["dropped", "added", "reshaped", "float with scales"])
 def test_a_file_of_pull_request_50_that_does_not_fit_is_the_error(tmp_path, change):
     directory = shutil.copytree(FIXTURES / LLAMA, tmp_path / "model")
     as_pull_request_50(directory, force_text=True)
@@ -376,6 +423,8 @@ def test_a_file_of_pull_request_50_that_does_not_fit_is_the_error(tmp_path, chan
         weights |= {"model.norm.weight": norm, "model.other.weight": norm}
     elif change == "reshaped":
         weights["model.norm.weight"] = norm[1:]
+    elif change == "float with scales":
+        weights |= {"model.norm.weight": norm, "model.embed_tokens.scales": norm}
     mx.save_safetensors(str(directory / NAME), weights)
-    with pytest.raises(CheckpointError, match=rf"(?s)not used: .*{NAME}.*1 differences.*model\."):
+    with pytest.raises(CheckpointError, match=rf"(?s)not used: .*{NAME}.*\d differences.*model\."):
         load(directory)
