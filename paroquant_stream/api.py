@@ -116,8 +116,9 @@ def load(
 
     The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
     `force_text=True` loads a vision model's text part through mlx-lm. A directory that `export`
-    wrote is read as it is: it has no hashes, and code in it is never run. Else a conversion inside the model
-    directory is used first, if it fits the sources: `mlx/`, else `converted_mlx.safetensors`.
+    wrote is read as it is: it has no hashes, and code in it is never run. Else a conversion inside
+    the model directory is used first, if it fits the sources: `mlx/`, then
+    `converted_mlx.safetensors`.
     `verify="header"` checks size, names, dtypes and shapes of every entry, and its hash unless its
     stat is as the writer left it; `"full"` hashes every entry. A damaged entry is taken out of use
     and converted again, once.
