@@ -22,7 +22,7 @@ from .manifest import EntryRecord, Manifest
 from .plan import Plan, make_plan
 from .report import ShardReport, report_converted, report_reused, why_converted
 from .request import Request, read_manifest, staleness
-from .task import TRANSFORM, Task
+from .task import DTYPES, TRANSFORM, Task
 from .tensorfile import file_size
 
 Progress = Callable[[str, int, int], None]
@@ -76,7 +76,9 @@ def plan_model(request: Request) -> tuple[Plan, Checkpoint]:
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
     layout = detect(checkpoint.config, dtypes)
-    return make_plan(headers, layout, quantization, _experts(checkpoint)), checkpoint
+    dtype = DTYPES[request.dtype]
+    plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+    return plan, checkpoint
 
 
 def _experts(checkpoint: Checkpoint) -> int | None:

@@ -19,6 +19,7 @@ from .conversion import Conversion, convert, survey
 from .errors import ParoquantStreamError
 from .report import ShardReport, shown
 from .request import Request
+from .task import DTYPES
 
 DESCRIPTION = """\
 Convert a ParoQuant checkpoint into MLX-native entries in the cache. Only shards that changed are
@@ -42,6 +43,13 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--in-place", action="store_true", help="convert into MODEL/mlx, to ship with the model"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="source",
+        help="one width for scales, biases, norms and all that meets activations "
+        "(default: source, bit-identical to the public loader)",
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     parser.add_argument(
@@ -89,6 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
         in_place=arguments.in_place,
         force=arguments.force,
         jobs=arguments.jobs,
+        dtype=arguments.dtype,
     )
     if arguments.dry_run:
         _print_survey(request, arguments)

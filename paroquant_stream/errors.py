@@ -29,6 +29,10 @@ class UnreadableFile(ParoquantStreamError):
     """The system cannot read a file that is there; names the file and the system's reason."""
 
 
+class OutOfRange(ParoquantStreamError):
+    """A finite value would be infinite in the dtype asked for; names its tensor and shard."""
+
+
 class SourceChanged(ParoquantStreamError):
     """A shard's bytes changed while they were read; nothing was stored."""
 

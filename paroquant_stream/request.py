@@ -13,10 +13,7 @@ from .digest import FileStamp
 from .errors import ManifestError
 from .manifest import MAX_BYTES, Manifest
 from .store import Store
-from .task import TRANSFORM
-
-OPTIONS = {"dtype": "source"}
-"""What a user may choose that changes an entry; part of a manifest's name."""
+from .task import CAST_VERSION, TRANSFORM, Dtype
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,19 @@ class Request:
     in_place: bool = False
     force: bool = False
     jobs: int = 1
+    dtype: Dtype = "source"
+    """How wide floating tensors are stored."""
+
+    @property
+    def options(self) -> dict[str, str | int]:
+        """What the user chose that changes an entry."""
+        cast = {} if self.dtype == "source" else {"cast": CAST_VERSION}
+        return {"dtype": self.dtype, **cast}
 
     @property
     def manifest_name(self) -> str:
         """The manifest's name in the store: by path in a cache, without any beside the model."""
-        options = json.dumps(OPTIONS, sort_keys=True)
+        options = json.dumps(self.options, sort_keys=True)
         if self.in_place:
             return f"model-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
         path = os.fsencode(self.directory.resolve())

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
 
 LEVELS = [
-    {"errors", "repack", "kernels"},
+    {"errors", "repack", "cast", "kernels"},
     {"descriptor", "strictjson", "rotation"},
     {"tensorfile"},
     {"digest", "layout", "manifest", "task"},
@@ -38,7 +38,7 @@ HOMES = {
     "mlx_vlm": {"model_class"},
     "paroquant": {"kernels"},
     "safetensors": {"verify"},
-    "numpy": {"repack", "operations", "kernels"},
+    "numpy": {"repack", "cast", "operations", "kernels"},
     "mlx": {"operations", "weights", "model", "model_class", "rotation", "kernels"},
 }
 """Third-party package -> the rooms that may import it."""
