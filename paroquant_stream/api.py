@@ -25,6 +25,7 @@ from .manifest import Manifest
 from .request import Request, read_manifest, staleness
 from .single_file import check_usable, opened
 from .store import Store, user_cache_root
+from .task import DTYPES, Dtype
 from .trace import SILENCE, Trace, written_to
 
 if TYPE_CHECKING:
@@ -49,14 +50,19 @@ def make_request(
     jobs: int | None = None,
     revision: str | None = None,
     drop_source: bool = False,
+    dtype: Dtype = "source",
 ) -> Request:
     """The request for converting `model_path` with these options; of a model named by a Hub id it
     downloads the config, the index and the tokenizer, no shard.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     directory, remote = locate(model_path, revision)
     jobs = jobs or min(8, os.cpu_count() or 1)
     store = Store(directory / IN_PLACE, private=False) if in_place else cache_store(cache_dir)
-    return Request(str(model_path), directory, store, in_place, force, jobs, remote, drop_source)
+    return Request(
+        str(model_path), directory, store, in_place, force, jobs, remote, drop_source, dtype
+    )
 
 
 def convert_checkpoint(
@@ -68,6 +74,7 @@ def convert_checkpoint(
     jobs: int | None = None,
     revision: str | None = None,
     drop_source: bool = False,
+    dtype: Dtype = "source",
     progress: Progress | None = None,
     trace: str | Path | None = None,
 ) -> Manifest:
@@ -80,12 +87,17 @@ def convert_checkpoint(
     `revision`: branch, tag or commit of a Hub repository, default `main`; its shards are converted
     while the next ones download. `drop_source`: **removes** each shard, downloaded or local, once
     its entry was read back and no other task needs it; nothing asks before.
+    `dtype`: "source" stores every tensor as the public loader would, bit for bit; "float16" or
+    "bfloat16" stores scales, biases, norms and all that meets activations in that one width, so
+    that no operation falls back to float32 because two of its inputs differ. It rounds values, and
+    on MLX's CPU backend the fallback is the fastest of all.
     `progress(shard, bytes done, bytes in all)` is called from the workers. `trace`: a file for the
     stages of every worker, as chrome://tracing and ui.perfetto.dev show them.
 
     Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError,
-    SourceDropped. Later: SourceChanged, SourceDamaged, StoreError, and CheckpointError for a shard
-    that cannot be downloaded; what was published stays and the next call goes on from there.
+    SourceDropped. Later: SourceChanged, SourceDamaged, StoreError, OutOfRange for a value that
+    `dtype` cannot hold, and CheckpointError for a shard that cannot be downloaded; what was
+    published stays and the next call goes on from there.
     """
     request = make_request(
         model_path,
@@ -95,6 +107,7 @@ def convert_checkpoint(
         jobs=jobs,
         revision=revision,
         drop_source=drop_source,
+        dtype=dtype,
     )
     with written_to(trace) as timed:
         return convert(request, progress, timed).manifest
@@ -108,6 +121,7 @@ def load(
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
     revision: str | None = None,
+    dtype: Dtype = "source",
     progress: Progress | None = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
@@ -119,6 +133,7 @@ def load(
     wrote is read as it is: it has no hashes, and code in it is never run. Else a conversion inside
     the model directory is used first, if it fits the sources: `mlx/`, then
     `converted_mlx.safetensors`.
+    `dtype` is that of `convert_checkpoint`; conversions in two dtypes stand side by side.
     `verify="header"` checks size, names, dtypes and shapes of every entry, and its hash unless its
     stat is as the writer left it; `"full"` hashes every entry. A damaged entry is taken out of use
     and converted again, once.
@@ -126,7 +141,9 @@ def load(
     Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the
     model's parameters do not match one to one.
     """
-    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
+    request = make_request(
+        model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
+    )
     with written_to(trace) as timed:
         options = _Options(lazy, force_text, verify == "full", timed)
         with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
@@ -179,6 +196,8 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
 
     A file of ours that fits its sources and not the model is an error, as an entry would be.
     """
+    if request.dtype != "source":
+        return None, None
     from .model import assemble_stored
     from .weights import stored_in_file
 
@@ -219,7 +238,7 @@ def converted(
 
 def shipped(request: Request) -> tuple[Manifest, Store] | None:
     """The conversion inside the model directory, if there is one and it fits the sources."""
-    beside = make_request(request.directory, in_place=True, jobs=request.jobs)
+    beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
     manifest = read_manifest(beside)
     if manifest is None:
         return None

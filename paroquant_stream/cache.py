@@ -20,6 +20,7 @@ from .prune import PrunePlan, Rules, plan_prune, plan_removal
 from .removal import execute
 from .report import bytes_text, shown
 from .request import model_id
+from .task import DTYPES
 from .verify import verify_model, verify_store
 
 DESCRIPTION = "See what is converted, read it through, and remove it."
@@ -51,8 +52,9 @@ def _find(inventory: Inventory, names: Sequence[str]) -> list[Model]:
     """The models of these names. Raises StoreError for a name that none has."""
     found: dict[str, Model] = {}
     for name in names:
-        path = model_id(Path(os.path.realpath(os.path.expanduser(name))))
-        same = [model for model in inventory.models if model.id == path]
+        path = Path(os.path.realpath(os.path.expanduser(name)))
+        ids = {model_id(path, dtype) for dtype in DTYPES}
+        same = [model for model in inventory.models if model.id in ids]
         same = same or [m for m in inventory.models if name in m.names]
         if not same:
             raise StoreError(

@@ -19,6 +19,7 @@ from .exits import end_with
 from .progress import Progress
 from .report import Conversion, ShardReport, bytes_text, shown
 from .request import Request
+from .task import DTYPES
 from .trace import written_to
 
 DESCRIPTION = """\
@@ -54,6 +55,13 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "-y", "--yes", action="store_true", help="remove a local model's shards without asking"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="source",
+        help="one width for scales, biases, norms and all that meets activations "
+        "(default: source, bit-identical to the public loader)",
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     parser.add_argument(
@@ -106,6 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
         jobs=arguments.jobs,
         revision=arguments.revision,
         drop_source=arguments.drop_source,
+        dtype=arguments.dtype,
     )
     if arguments.dry_run:
         _print_survey(request, arguments)

@@ -33,6 +33,10 @@ class UnwritableFile(ParoquantStreamError):
     """A file outside of the cache cannot be written; names it and the system's reason."""
 
 
+class OutOfRange(ParoquantStreamError):
+    """A finite value would be infinite in the dtype asked for; names its tensor and shard."""
+
+
 class SourceChanged(ParoquantStreamError):
     """A shard's bytes changed while they were read; nothing was stored."""
 

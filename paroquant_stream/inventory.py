@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from .digest import FileStamp
@@ -23,7 +24,9 @@ from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .report import shown
 from .request import model_id
 from .store import Store, is_dead
+from .task import DTYPES, Dtype
 
+SOURCE: Dtype = "source"
 _ID = r"(?P<id>[0-9a-f]{64}|model-[0-9a-f]{16})"
 _MANIFEST = re.compile(_ID + r"(?P<journal>\.dropped)?\.msgpack(?P<removed>\.removed)?")
 _ENTRY = re.compile(r"(?P<key>[0-9a-f]{64})\.safetensors")
@@ -39,6 +42,8 @@ class Model:
     """As it is shown: its directory, or `owner/name@revision` in the Hub's cache."""
     directory: Path | None
     """Where it lies or lay; None when the manifest does not say so in a way that can be checked."""
+    dtype: Dtype
+    """What it was converted to."""
     manifest: Manifest | None
     """None when its bytes are damaged or of a newer format."""
     files: tuple[Found, ...]
@@ -52,7 +57,8 @@ class Model:
     def names(self) -> set[str]:
         """What it may be called: as shown, escaped or not, and without the Hub's revision."""
         repository = {self.name.partition("@")[0]} if _snapshot(self.directory) else set()
-        return {self.name, shown(self.name)} | repository
+        named = {str(self.directory)} if self.directory else set()
+        return {self.name, shown(self.name)} | repository | named
 
     @property
     def is_orphan(self) -> bool:
@@ -163,14 +169,15 @@ def _model(name: str, files: list[Found]) -> Model:
     manifests = [manifest for manifest, _ in read.values() if manifest]
     main = read.get(f"{name}.msgpack", (None, False))[0]
     told = main or (manifests[0] if manifests else None)
-    directory = _directory(name, told) if told else None
+    directory, dtype = _directory(name, told) if told else (None, SOURCE)
     everything = [record for manifest in manifests for record in manifest.entries]
     # the last of two wins: the journal's, which knows that the source is gone
     records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
     return Model(
         name,
-        _shown_name(name, told, directory),
+        _shown_name(name, told, directory) + ("" if dtype == SOURCE else f" ({dtype})"),
         directory,
+        dtype,
         main,
         tuple(files),
         tuple(records.values()),
@@ -197,12 +204,17 @@ def _read(path: Path) -> tuple[Manifest | None, bool]:
         return None, False
 
 
-def _directory(name: str, manifest: Manifest) -> Path | None:
-    """The model directory, if the manifest's name is its hash; before 1.1 as the user named it."""
+def _directory(name: str, manifest: Manifest) -> tuple[Path | None, Dtype]:
+    """The model directory and the dtype, if the manifest's name is their hash; before 1.1 as the
+    user named it.
+    """
     candidates = [Path(manifest.directory)] if manifest.directory else []
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of links, no home, NUL
         candidates.append(Path(manifest.model).expanduser().resolve())
-    return next((path for path in candidates if model_id(path) == name), None)
+    for path, dtype in product(candidates, DTYPES):
+        if model_id(path, dtype) == name:
+            return path, dtype
+    return None, SOURCE
 
 
 def _shown_name(name: str, manifest: Manifest | None, directory: Path | None) -> str:

@@ -57,7 +57,7 @@ def _freshness(store: Store, model: Model) -> Freshness:
     if model.is_orphan:
         why = f"{directory} is gone"
         return Freshness("orphan", why, entries_alone(store, manifest, why))
-    return examine(Request(str(directory), directory, store), manifest)
+    return examine(Request(str(directory), directory, store, dtype=model.dtype), manifest)
 
 
 def table(inventory: Inventory, rows: Sequence[Row], verbose: bool) -> list[str]:

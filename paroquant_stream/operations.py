@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .cast import LARGEST, cast
+from .errors import OutOfRange
 from .repack import (
     awq_biases,
     awq_stripes,
@@ -38,7 +40,23 @@ def run_operation(operation: Operation, source: Source) -> Chunks:
     """The bytes of an operation's outputs, slice after slice; a chunk is valid until the next."""
     convert = _KINDS[operation.kind]
     for parts in operation.slices:
-        yield from convert(source, parts, dict(operation.values))
+        for index, chunk in convert(source, parts, dict(operation.values)):
+            yield index, _cast(operation, index, chunk) if operation.made else chunk
+
+
+def _cast(operation: Operation, index: int, chunk: memoryview) -> memoryview:
+    """A chunk in its output's dtype. Raises OutOfRange rather than make a finite value infinite."""
+    output, made = operation.outputs[index], operation.made[index]
+    if output.dtype == made:
+        return chunk
+    chunk, lost = cast(chunk, made, output.dtype)
+    if lost:
+        raise OutOfRange(
+            f"{output.name} of {operation.slices[0][0].shard}: {lost} values are beyond "
+            f"{LARGEST[output.dtype]:g}, the largest of {output.dtype}; they are stored as {made}, "
+            "so choose another --dtype"
+        )
+    return chunk
 
 
 def _array(source: Source, part: Part, slot: int = 0) -> npt.NDArray[Any]:

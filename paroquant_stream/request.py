@@ -14,13 +14,10 @@ from .digest import FileStamp, Memo
 from .errors import ManifestError
 from .manifest import MAX_BYTES, Manifest
 from .store import Store
-from .task import TRANSFORM
+from .task import CAST_VERSION, TRANSFORM, Dtype
 
 if TYPE_CHECKING:
     from .arrival import Remote
-
-OPTIONS = {"dtype": "source"}
-"""What a user may choose that changes an entry; part of a manifest's name."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +35,26 @@ class Request:
     """Where shards come from that the directory lacks."""
     drop_source: bool = False
     """Remove each shard once its entry is durable and nothing else needs it."""
+    dtype: Dtype = "source"
+    """How wide floating tensors are stored."""
 
     @property
     def manifest_name(self) -> str:
         """The manifest's name in the store: by path in a cache, without any beside the model."""
         if self.in_place:
-            options = json.dumps(OPTIONS, sort_keys=True)
-            return f"model-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
-        return model_id(self.directory.resolve())
+            return f"model-{hashlib.sha256(_options(self.dtype)).hexdigest()[:16]}"
+        return model_id(self.directory.resolve(), self.dtype)
 
 
-def model_id(directory: Path) -> str:
+def model_id(directory: Path, dtype: Dtype = "source") -> str:
     """The name of the manifest, in a cache, of the model in this resolved directory."""
-    options = json.dumps(OPTIONS, sort_keys=True)
-    return hashlib.sha256(os.fsencode(directory) + b"\0" + options.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(directory) + b"\0" + _options(dtype)).hexdigest()
+
+
+def _options(dtype: Dtype) -> bytes:
+    """What the user chose that changes an entry."""
+    cast = {} if dtype == "source" else {"cast": CAST_VERSION}
+    return json.dumps({"dtype": dtype, **cast}, sort_keys=True).encode()
 
 
 def read_manifest(request: Request) -> Manifest | None:

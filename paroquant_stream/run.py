@@ -12,6 +12,7 @@ from typing import Any
 from .dropin import install, uninstall
 from .errors import MissingExtra, ParoquantStreamError, ProgramNotFound
 from .report import shown
+from .task import DTYPES
 
 USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
 DESCRIPTION = """\
@@ -34,6 +35,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="workers (default: one a core, at most 8)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="source", help="the width of floating tensors"
     )
     rest: Any = argparse.REMAINDER  # what follows belongs to the program, options too
     parser.add_argument("-m", dest="module", nargs=rest, help="run a module, as `python -m` does")
@@ -69,7 +73,7 @@ def _run(program: list[str], arguments: argparse.Namespace) -> None:
     name, as_module = program[0], bool(arguments.module)
     _set_path(name, as_module)  # first: the program's own paroquant, if it has one, is the one
     try:
-        install(cache_dir=arguments.cache_dir, jobs=arguments.jobs)
+        install(cache_dir=arguments.cache_dir, jobs=arguments.jobs, dtype=arguments.dtype)
     except MissingExtra:
         print("note: paroquant is not installed, so no loader was replaced", file=sys.stderr)
     sys.argv = program

@@ -14,7 +14,7 @@ from .manifest import EntryRecord
 from .plan import Plan, make_plan
 from .report import ShardReport, report_reused, why_converted
 from .request import Request, read_manifest
-from .task import Task
+from .task import DTYPES, Task
 from .tensorfile import file_size
 
 
@@ -39,7 +39,8 @@ def plan_model(request: Request) -> tuple[Plan, Checkpoint]:
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
     layout = detect(checkpoint.config, dtypes)
-    return make_plan(headers, layout, quantization, _experts(checkpoint)), checkpoint
+    dtype = DTYPES[request.dtype]
+    return make_plan(headers, layout, quantization, _experts(checkpoint), dtype), checkpoint
 
 
 def _experts(checkpoint: Checkpoint) -> int | None:

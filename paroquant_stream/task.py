@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from .tensorfile import TensorSpec
 
@@ -33,6 +33,21 @@ TRANSFORM = " ".join(
     [f"entry/{ENTRY_FORMAT}", *(f"{k}/{v}" for k, v in OPERATION_VERSIONS.items())]
 )
 """All of it in one string: a manifest made with another one is checked task by task."""
+CAST_VERSION = 1
+"""Of `cast`; apart from the others, for entries in the source's dtypes must not depend on it."""
+Dtype = Literal["source", "float16", "bfloat16"]
+DTYPES: dict[Dtype, str | None] = {"source": None, "float16": "F16", "bfloat16": "BF16"}
+"""What a user may ask for, and how a header spells it."""
+_FLOATS = ("F16", "BF16", "F32")
+_KEPT = (
+    "theta",  # makes the rotation's tables, which are float32 whatever the activations are
+    "channel_scales",
+    "A_log",  # from here on: float32 arithmetic, which cast_predicate of mlx-lm's classes exempts
+    "dt_bias",
+    "expert_bias",
+    "e_score_correction_bias",
+    "router_bias",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,20 @@ class Operation:
     outputs: tuple[TensorSpec, ...]
     values: tuple[tuple[str, int], ...] = ()
     """Numbers from the config or a foreign header that the result depends on."""
+    made: tuple[str, ...] = ()
+    """The dtypes that the kind itself gives, where outputs are cast from them; else nothing."""
+
+    def cast_to(self, dtype: str) -> Operation:
+        """The same with its floating outputs in `dtype`, "F16" or "BF16", where width is free."""
+        outputs = tuple(
+            TensorSpec(output.name, dtype, output.shape)
+            if output.dtype in _FLOATS and not output.name.endswith(_KEPT)
+            else output
+            for output in self.outputs
+        )
+        if outputs == self.outputs:
+            return self
+        return replace(self, outputs=outputs, made=tuple(output.dtype for output in self.outputs))
 
     @property
     def start(self) -> int:
@@ -92,7 +121,7 @@ class Task:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the description: operations with versions, outputs, parts, values."""
+        """SHA-256 of the description: operations with versions, outputs, parts, values, casts."""
         place = {shard: index for index, shard in enumerate((self.shard, *self.borrowed))}
 
         def describe(operation: Operation) -> list[Any]:
@@ -102,7 +131,8 @@ class Task:
             ]
             outputs = [[o.name, o.dtype, o.shape] for o in operation.outputs]
             version = OPERATION_VERSIONS[operation.kind]
-            return [operation.kind, version, slices, outputs, operation.values]
+            cast = [["cast", CAST_VERSION, operation.made]] if operation.made else []
+            return [operation.kind, version, slices, outputs, operation.values, *cast]
 
         return _sha256_of([describe(operation) for operation in self.operations])
 

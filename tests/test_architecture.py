@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
 
 LEVELS = [
-    {"errors", "exits", "repack", "kernels", "standalone", "units"},
+    {"errors", "exits", "repack", "cast", "kernels", "standalone", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "stacks", "task"},
@@ -42,7 +42,7 @@ HOMES = {
     "mlx_vlm": {"model_class"},
     "paroquant": {"kernels"},
     "safetensors": {"verify"},
-    "numpy": {"repack", "operations", "kernels"},
+    "numpy": {"repack", "cast", "operations", "kernels"},
     "mlx": {
         *("operations", "weights", "model", "model_class", "rotation", "kernels"),
         *("standalone", "exported", "mlx_directory"),

@@ -84,6 +84,13 @@ def test_a_module_runs_as_python_m_runs_it(here, name):
     assert json.loads(ours) == [*wanted, "paroquant_stream.dropin"]
 
 
+def test_the_options_are_those_of_every_load(here):
+    (here / "shows.py").write_text("from paroquant_stream import dropin; print(dropin._installed)")
+    shown = run("--cache-dir", "c", "--jobs", "3", "--dtype", "bfloat16", "-m", "shows", cwd=here)
+    wanted = [{"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}]
+    assert shown.stdout.strip() == str(wanted)
+
+
 def test_a_directory_with_a_main_runs(here):
     argv, path, *_, loader = json.loads(run("package", cwd=here).stdout)
     assert (argv, loader) == (["package"], "paroquant_stream.dropin")

@@ -37,6 +37,7 @@ DIFFERENT = {
     "part name": with_part(0, name="x.other"),
     "part dtype": with_part(1, dtype="BF16"),
     "part shape": with_part(1, shape=(4, 16)),
+    "cast": with_operation(made=("F32",)),
     "own part lent": with_part(1, shard="a.safetensors"),
 }
 SAME = {
@@ -48,6 +49,20 @@ SAME = {
         (replace(BIASES, slices=((replace(ZEROS, shard="z.safetensors"), SCALES),)),),
     ),
 }
+
+
+def test_a_fix_to_the_cast_rebuilds_what_was_cast_and_nothing_else(monkeypatch):
+    cast = Task("a.safetensors", 1000, (BIASES.cast_to("BF16"),))
+    before = [TASK.sha256, cast.sha256]
+    monkeypatch.setattr("paroquant_stream.task.CAST_VERSION", 2)
+    after = [replace(task).sha256 for task in (TASK, cast)]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_a_cast_to_the_dtype_at_hand_is_none():
+    assert BIASES.cast_to("F16") is BIASES
+    assert BIASES.cast_to("BF16").made == ("F16",)
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
