@@ -60,15 +60,17 @@ def published(cache) -> dict[str, str]:
     return found
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(
-    scattered_dir, tmp_path
+    scattered_dir, tmp_path, stride
 ):
-    """SIGKILL before each file-system call in turn, until a run gets through unkilled."""
+    """SIGKILL before every `stride`-th file-system call, until a run gets through unkilled."""
     whole = convert(make_request(scattered_dir, cache_dir=tmp_path / "whole", jobs=1))
     right = {record.key: record.digest for record in whole.manifest.entries}
     step, killed = 0, 0
     while True:
-        step += 1
+        step += stride
         cache = tmp_path / f"cache{step}"
         arguments = [str(scattered_dir), "--cache-dir", str(cache), "--jobs", "1", "--json"]
         run = subprocess.run(
@@ -85,7 +87,7 @@ def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(
         assert redone == right.keys() - kept.keys()
         assert published(cache) == right
         assert not list((cache / "v1" / "tmp").iterdir())
-    assert killed > 30
+    assert killed > 100 / stride
 
 
 @pytest.mark.parametrize("pairs", [8, pytest.param(60, marks=pytest.mark.long)])
@@ -197,7 +199,7 @@ def test_a_signal_does_not_wait_for_a_disk_that_takes_its_time(model_dir, tmp_pa
     assert not list((cache / "v1" / "tmp").iterdir())
 
 
-@pytest.mark.parametrize("_again", range(5))
+@pytest.mark.parametrize("_again", range(2))
 def test_eight_processes_on_one_model_convert_each_shard_once(model_dir, tmp_path, _again):
     command = [sys.executable, "-m", "paroquant_stream.convert", str(model_dir), "--json"]
     command += ["--cache-dir", str(tmp_path / "cache"), "--jobs", "2"]

@@ -1,0 +1,64 @@
+"""The README's three examples run as they are written, on a model of the fixtures."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import FIXTURES
+
+README = Path(__file__).parent.parent / "README.md"
+MODEL = str(FIXTURES / "llama-awq-adversarial")
+PROGRAM = """
+import sys
+from paroquant.inference.backends.mlx.load import load
+
+model, tokenizer, is_vlm = load(sys.argv[1])
+print(type(model.model.layers[0].self_attn.q_proj).__module__)
+"""
+
+
+def blocks(language: str) -> list[str]:
+    section = README.read_text().split("## Three ways to use it")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def run(command: list[str], directory: Path) -> str:
+    binaries = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(README.parent),
+    }
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def lines(block: str) -> list[list[str]]:
+    return [shlex.split(line.replace("path/to/model", MODEL)) for line in block.splitlines()]
+
+
+def test_a_model_is_loaded(tmp_path):
+    (script,) = blocks("python")
+    script = script.replace("path/to/model", MODEL) + "\nprint(type(tokenizer).__name__, is_vlm)"
+    assert run([sys.executable, "-c", script], tmp_path) == "TokenizerWrapper False\n"
+
+
+def test_a_program_that_loads_by_paroquant_has_our_loader(tmp_path):
+    (command,) = lines(blocks("console")[0])
+    (tmp_path / "program.py").write_text(PROGRAM)
+    assert run(command, tmp_path) == "paroquant_stream.rotation\n"
+
+
+@pytest.mark.timeout(120)
+def test_an_export_runs_in_stock_mlx_lm(tmp_path):
+    export, generate = lines(blocks("console")[1])
+    assert "contains code" in run(export, tmp_path)
+    assert "Generation: " in run(generate, tmp_path)
