@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.benchmarks.measure import stages
 from tests.benchmarks.run import main
 
 
+@pytest.mark.long  # 25 s of imports in subprocesses; CI runs the command itself
 def test_every_row_is_measured_at_toy_size(tmp_path, capsys):
     assert main(["--toy", "--work", str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
     found = json.loads((tmp_path / "rows.json").read_text())

@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(quantize_row(*(256, 512) if arguments.toy else (12_800, 8192), bench.rounds))
         rows.append(plan_row())
         found, measured = convert_rows(bench, model)
-        rows += found + load_rows(bench, model, measured["convert, jobs 2"])
+        found_loads, measured["public loader"] = load_rows(
+            bench, model, measured["convert, jobs 2"]
+        )
+        rows += found + found_loads
         rows += shard_rows(bench, sizes)
     for row in rows:
         print(row.line())
