@@ -41,20 +41,27 @@ import os, sys
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 path = sys.argv[1]
-mx.save_safetensors(path, {"a": mx.arange(1, 1025, dtype=mx.float32)})
-array = mx.load(path)["a"]
-os.truncate(path, os.path.getsize(path) - 2048)
-try:
-    mx.eval(array)
-    print("no error")
-except RuntimeError:
-    mx.eval(array)
-    print("second", array[-1].item())
+for attempt in range(100):  # about every third raises a second time
+    mx.save_safetensors(path, {"a": mx.arange(1, 1025, dtype=mx.float32)})
+    array = mx.load(path)["a"]
+    os.truncate(path, os.path.getsize(path) - 2048)
+    try:
+        mx.eval(array)
+        print("no error")
+        break
+    except RuntimeError:
+        pass
+    try:
+        mx.eval(array)
+        print("second", array[-1].item())
+        break
+    except RuntimeError:
+        pass
 """
 
 
-def test_a_second_eval_after_a_failed_one_succeeds_with_whatever_is_in_memory(tmp_path):
-    """Guard: model._evaluate drops every array after a failure and never evaluates again."""
+def test_a_second_eval_after_a_failed_one_may_succeed_with_whatever_is_in_memory(tmp_path):
+    """Guard: weights.reading drops every array after a failure and never evaluates again."""
     command = [sys.executable, "-c", SECOND, str(tmp_path / "x.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("second ")
