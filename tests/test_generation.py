@@ -205,3 +205,25 @@ def test_the_text_part_of_a_vision_model_gives_the_text_models_logits(name):
     found = np.array(vision.language_model(tokens).logits)
     wanted = np.array(text(tokens))
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU and MLX's CUDA backend")
+@pytest.mark.parametrize(
+    "name",
+    [path.name for path in sorted(FIXTURES.glob("*-awq-*")) if "qwen3_bias" not in path.name],
+)
+def test_an_nvidia_gpu_gives_the_logits_and_tokens_of_the_cpu(name):
+    """From the same entries; `on_the_cpu` gives the default device back."""
+    found = {}
+    for device in (mx.cpu, mx.gpu):
+        mx.set_default_device(device)
+        model, _, _ = load(FIXTURES / name, force_text=True)
+        tokens = mx.array([[5, 9, 17, 42, 3]])
+        logits = model(tokens).astype(mx.float32)
+        for _ in range(8):
+            following = mx.argmax(model(tokens)[:, -1], axis=-1, keepdims=True)
+            tokens = mx.concatenate([tokens, following], axis=1)
+        found[device] = (np.array(logits, np.float64), tokens.tolist())
+    (expected, tokens), (logits, gpu_tokens) = found.values()
+    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 5e-3
+    assert gpu_tokens == tokens

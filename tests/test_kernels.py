@@ -1,4 +1,7 @@
-"""The rotation against its definition in float64, the Metal calling convention, and the chooser."""
+"""The rotation against its definition in float64, how each kernel is launched, and the chooser.
+
+On the machine's default device: on a GPU the tests of the rotation test its kernel.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream import kernels
-from paroquant_stream.kernels import RotationTables, metal, reference
+from paroquant_stream.kernels import RotationTables, cuda, metal, reference
 
 BOUNDS = {mx.float16: 1e-3, mx.bfloat16: 8e-3, mx.float32: 1e-6}
 
@@ -170,6 +173,7 @@ def test_more_channels_than_16_bits_can_number_work():
     assert error(y[:, last], expected) < 1e-6
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_tables_report_their_bytes_and_their_build_time():
     tables = tables_of(make_rotation(512, 128, 8), 128)
     assert (tables.nbytes, tables.build_seconds) == (0, 0.0)
@@ -179,6 +183,19 @@ def test_tables_report_their_bytes_and_their_build_time():
     built = tables.build_seconds
     kernels.rotate(make_x((1, 512)), tables)
     assert tables.build_seconds == built
+
+
+def turn_tile(values, out, rows, group, group_size, coefficients):
+    """What one threadgroup, or warp, does: all rounds of a group for some rows."""
+    channels = slice(group * group_size, (group + 1) * group_size)
+    mine = slice(group * group_size // 2, (group + 1) * group_size // 2)
+    words, cos, sin = (np.array(table)[:, mine] for table in coefficients)
+    area = values[rows, channels].copy()
+    for word, c, s in zip(words, cos, sin, strict=True):
+        i, j = word & 0xFFFF, word >> 16
+        a, b = area[:, i].copy(), area[:, j].copy()
+        area[:, i], area[:, j] = a * c + b * s, b * c - a * s
+    out[rows, channels] = area
 
 
 def on_a_pretended_gpu(monkeypatch, launches):
@@ -199,15 +216,7 @@ def on_a_pretended_gpu(monkeypatch, launches):
             for block in range(grid[0] // threads):
                 for group in range(grid[1]):
                     here = slice(block * tile, (block + 1) * tile)
-                    area = values[here, group * group_size : (group + 1) * group_size].copy()
-                    for k in range(krot):
-                        mine = slice(group * threads, (group + 1) * threads)
-                        word = np.array(words)[k, mine]
-                        i, j = word & 0xFFFF, word >> 16
-                        c, s = np.array(cos)[k, mine], np.array(sin)[k, mine]
-                        a, b = area[:, i].copy(), area[:, j].copy()
-                        area[:, i], area[:, j] = a * c + b * s, b * c - a * s
-                    out[here, group * group_size : (group + 1) * group_size] = area
+                    turn_tile(values, out, here, group, group_size, (words, cos, sin))
             return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
 
         return launch
@@ -243,6 +252,7 @@ def test_metal_is_left_alone_beyond_the_kernels_limits_and_for_no_rows(monkeypat
     assert launches == []
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_tables_follow_the_device_of_each_call(monkeypatch):
     """Moving to another device after the first call adds that kernel's form."""
     tables = tables_of(make_rotation(256, 64, 4), 64)
@@ -254,15 +264,16 @@ def test_tables_follow_the_device_of_each_call(monkeypatch):
     assert tables.nbytes == alone + 256 * (4 * (2 + 2 + 2) + 4)
 
 
-def test_without_a_metal_gpu_the_reference_runs(monkeypatch):
-    if metal.on_metal():
-        pytest.skip("this machine has one")
+@pytest.mark.usefixtures("on_the_cpu")
+def test_without_a_gpu_the_reference_runs(monkeypatch):
     monkeypatch.setattr(metal, "rotate", None)
+    monkeypatch.setattr(cuda, "rotate", None)
     tables = tables_of(make_rotation(256, 64, 4), 64)
     x = make_x((2, 256))
     assert mx.array_equal(kernels.rotate(x, tables), reference.rotate(x, tables))
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_without_the_paroquant_package_the_reference_runs(monkeypatch):
     monkeypatch.setattr(metal, "on_metal", lambda: True)
     monkeypatch.setitem(sys.modules, "paroquant.kernels.metal", None)
@@ -289,3 +300,73 @@ def test_the_installed_package_still_has_the_kernel_that_is_called(monkeypatch):
     limits = (package._MAX_GROUP_SIZE, package._MAX_KROT)
     assert limits == (metal.MAX_GROUP_SIZE, metal.MAX_KROT)
     assert metal.package_kernel() is package.get_rotation_kernel
+
+
+def on_a_pretended_nvidia_gpu(monkeypatch, launches):
+    """Runs the CUDA kernel's work as numpy, warp by warp as the kernel counts them."""
+
+    def launch(*, inputs, template, output_shapes, output_dtypes, grid, threadgroup):
+        x, words, cos, sin, scales = inputs
+        constants = dict(template)
+        group_size, tile = constants["GROUP"], constants["ROWS"]
+        (rows, dims), (lanes, warps, _) = x.shape, threadgroup
+        assert (lanes, words.dtype, x.dtype) == (32, mx.int32, constants["T"])
+        assert words.shape == cos.shape == sin.shape == (constants["KROT"], dims // 2)
+        assert scales.shape == (dims,)
+        assert warps <= constants["WARPS"]
+        assert (rows, dims) == output_shapes[0]
+        launches.append((tile, grid))
+        values, out = to_float64(x) * to_float64(scales), np.full((rows, dims), np.nan)
+        for warp in range(grid[1]):
+            for start in range(warp * tile, rows, grid[1] * tile):
+                for group in range(grid[0] // lanes):
+                    here = slice(start, start + tile)
+                    turn_tile(values, out, here, group, group_size, (words, cos, sin))
+        return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
+
+    monkeypatch.setattr(cuda, "on_cuda", lambda: True)
+    monkeypatch.setattr(cuda, "_kernel", lambda: launch)
+
+
+@pytest.mark.parametrize(("group_size", "krot"), [(32, 1), (64, 8), (128, 16)])
+@pytest.mark.parametrize("batch", [1, 7, 64, 513])
+def test_cuda_tables_and_launch_give_the_rotation(monkeypatch, group_size, krot, batch):
+    """Simulated: tables, constants and grid are right; the kernel itself needs an NVIDIA GPU."""
+    launches = []
+    on_a_pretended_nvidia_gpu(monkeypatch, launches)
+    dims = 3 * group_size
+    parameters = make_rotation(dims, group_size, krot)
+    x = make_x((batch, dims), mx.float16)
+    y = kernels.rotate(x, tables_of(parameters, group_size))
+    assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-3
+    assert len(launches) == 1
+
+
+def test_cuda_is_left_alone_beyond_the_kernels_limits_and_for_no_rows(monkeypatch):
+    launches = []
+    on_a_pretended_nvidia_gpu(monkeypatch, launches)
+    for group_size, krot in [(256, 8), (128, 17)]:
+        parameters = make_rotation(512, group_size, krot)
+        x = make_x((2, 512))
+        y = kernels.rotate(x, tables_of(parameters, group_size))
+        assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-6
+    assert kernels.rotate(make_x((0, 512)), tables_of(make_rotation(512, 128, 8), 128)).size == 0
+    assert launches == []
+
+
+@pytest.mark.skipif(not cuda.on_cuda(), reason="needs an NVIDIA GPU as MLX's default device")
+@pytest.mark.parametrize("krot", range(1, 17))
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_the_cuda_kernel_is_within_its_bound_of_float64(group_size, krot):
+    dims = 5 * group_size
+    parameters = make_rotation(dims, group_size, krot, seed=krot)
+    tables = tables_of(parameters, group_size)
+    assert cuda.usable(tables)
+    for dtype, bound in BOUNDS.items():
+        x = make_x((512, dims), dtype)
+        expected = rotate_float64(to_float64(x), *parameters, group_size)
+        for batch in (1, 7, 64, 512):
+            y = cuda.rotate(x[:batch], tables)
+            assert (y.dtype, y.shape) == (dtype, (batch, dims))
+            assert error(y, expected[:batch]) < bound
+            assert error(reference.rotate(x[:batch], tables), expected[:batch]) < bound

@@ -7,18 +7,21 @@ k = 0 .. krot - 1 and for each pair (i, j) of round k:
     x_j' = x_j cos(theta) - x_i sin(theta)
 
 The reference is the truth; each kernel is tested against it and has its own room. A further kernel
-is a room with a `Form` (its tables), `usable(tables)` and `rotate(x, tables)`, and one line in
-`rotate()` and in `prepare()`.
+is a room with a `Form` (its tables), `usable(tables)` and `rotate(x, tables)`, and its place in
+`_KERNELS`.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import mlx.core as mx
 
-from . import metal, reference
+from . import cuda, metal, reference
 from .tables import RotationTables
 
 __all__ = ["RotationTables", "prepare", "rotate"]
+_KERNELS = (metal, cuda)
 
 
 def rotate(x: mx.array, tables: RotationTables) -> mx.array:
@@ -30,9 +33,15 @@ def rotate(x: mx.array, tables: RotationTables) -> mx.array:
     """
     if x.shape[-1] != tables.dims:
         raise ValueError(f"the rotation is over {tables.dims} channels, x has shape {x.shape}")
-    return metal.rotate(x, tables) if metal.usable(tables) else reference.rotate(x, tables)
+    y: mx.array = _kernel_for(tables).rotate(x, tables)
+    return y
 
 
 def prepare(tables: RotationTables) -> None:
     """Builds now what `rotate()` would build at its first call on the default device."""
-    tables.form(metal.Form if metal.usable(tables) else reference.Form)
+    tables.form(_kernel_for(tables).Form)
+
+
+def _kernel_for(tables: RotationTables) -> ModuleType:
+    """The room whose kernel runs this rotation on the default device."""
+    return next((kernel for kernel in _KERNELS if kernel.usable(tables)), reference)
