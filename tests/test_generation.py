@@ -18,7 +18,7 @@ from mlx_lm import generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from paroquant_stream import load
+from paroquant_stream import kernels, load
 from paroquant_stream.rotation import RotateQuantizedLinear, RotateSwitchGLU
 from tests.conftest import FIXTURES
 
@@ -151,7 +151,7 @@ mx.set_default_device(mx.cpu)
 import mlx_lm.server
 from mlx_lm.utils import load_config
 from pathlib import Path
-from paroquant_stream import load
+from paroquant_stream import kernels, load
 def load_model(path, **_):
     model, tokenizer, _ = load(path)
     return model, tokenizer, load_config(Path(path))
@@ -209,21 +209,27 @@ def test_the_text_part_of_a_vision_model_gives_the_text_models_logits(name):
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU and MLX's CUDA backend")
 @pytest.mark.parametrize(
-    "name",
-    [path.name for path in sorted(FIXTURES.glob("*-awq-*")) if "qwen3_bias" not in path.name],
+    "family",
+    [
+        *("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"),
+        *("gemma4", "gemma4_moe", "gemma4_e2b"),
+    ],
 )
-def test_an_nvidia_gpu_gives_the_logits_and_tokens_of_the_cpu(name):
-    """From the same entries; `on_the_cpu` gives the default device back."""
-    found = {}
-    for device in (mx.cpu, mx.gpu):
+def test_an_nvidia_gpu_gives_the_logits_of_the_cpu(family, monkeypatch):
+    """As far as float16 goes: on a CPU these random models are 0.3 to 2.2 % from float32's, not
+    rotated 100 %. The fixture `on_the_cpu` gives the default device back.
+    """
+    directory = min(FIXTURES.glob(f"{family}-awq-*"))
+
+    def logits_on(device) -> np.ndarray:
         mx.set_default_device(device)
-        model, _, _ = load(FIXTURES / name, force_text=True)
-        tokens = mx.array([[5, 9, 17, 42, 3]])
-        logits = model(tokens).astype(mx.float32)
-        for _ in range(8):
-            following = mx.argmax(model(tokens)[:, -1], axis=-1, keepdims=True)
-            tokens = mx.concatenate([tokens, following], axis=1)
-        found[device] = (np.array(logits, np.float64), tokens.tolist())
-    (expected, tokens), (logits, gpu_tokens) = found.values()
-    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 5e-3
-    assert gpu_tokens == tokens
+        model, _, _ = load(directory, force_text=True)
+        return np.array(model(mx.array([[5, 9, 17, 42, 3]])).astype(mx.float32), np.float64)
+
+    def error(logits) -> float:
+        return np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+
+    expected = logits_on(mx.cpu)
+    assert error(logits_on(mx.gpu)) < 0.05
+    monkeypatch.setattr(kernels, "rotate", lambda x, tables: x)
+    assert error(logits_on(mx.gpu)) > 0.5

@@ -158,6 +158,7 @@ def test_the_output_dtype_is_the_promotion_of_x_and_scales(x_dtype, scales_dtype
     assert error(y, reference) < (4e-2 if expected == mx.bfloat16 else 5e-3)
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # counts the bytes of the reference's tables
 def test_tables_are_no_parameters_and_are_reported():
     model = nn.Sequential(make_linear(192, 192), make_linear(192, 64))
     before = names_and_shapes(model)
@@ -171,6 +172,7 @@ def test_tables_are_no_parameters_and_are_reported():
     assert rotation.table_seconds(model) > 0
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # counts the bytes of the reference's tables
 def test_tables_can_be_built_before_the_first_call():
     model = nn.Sequential(make_linear(192, 192), make_linear(192, 64))
     rotation.build_tables(model)
@@ -180,6 +182,7 @@ def test_tables_can_be_built_before_the_first_call():
     assert built == (rotation.table_bytes(model), rotation.table_seconds(model))
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # counts the bytes of the reference's tables
 def test_a_layer_that_two_places_share_counts_once():
     layer = make_linear(192, 192)
     model = nn.Sequential(layer, layer)
@@ -343,6 +346,7 @@ def test_expert_inputs_that_do_not_divide_into_groups_are_refused(switch_layers)
         RotateSwitchGLU.from_switch_glu(switch_layers.SwitchGLU(128, 192, 2), 128, 8, 4)
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # counts the bytes of the reference's tables
 def test_experts_report_both_tables_and_follow_new_parameters(switch_layers):
     module = make_experts(switch_layers)
     x, indices = make_x((3, 128)), mx.array([[0, 1], [5, 5], [3, 2]])
