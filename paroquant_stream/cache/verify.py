@@ -9,13 +9,13 @@ from pathlib import Path
 
 import safetensors
 
-from .checkpoint import Shard
-from .descriptor import closing
-from .digest import Memo, hash_entry
-from .errors import ManifestError, ParoquantStreamError, StoreError
-from .manifest import MAX_BYTES, EntryRecord, Manifest
-from .request import Request, read_manifest
-from .store import Store
+from ..checkpoint import Shard
+from ..descriptor import closing
+from ..digest import Memo, hash_entry
+from ..errors import ManifestError, ParoquantStreamError, StoreError
+from ..manifest import MAX_BYTES, EntryRecord, Manifest
+from ..request import Request, read_manifest
+from ..store import Store
 
 
 @dataclass(frozen=True)

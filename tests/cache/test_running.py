@@ -7,10 +7,10 @@ import os
 
 import pytest
 
-from paroquant_stream import running as room
 from paroquant_stream import store as store_module
+from paroquant_stream.cache import running as room
+from paroquant_stream.cache.running import demand_quiet, locks_work, running
 from paroquant_stream.errors import StoreError
-from paroquant_stream.running import demand_quiet, locks_work, running
 from paroquant_stream.store import Store
 
 

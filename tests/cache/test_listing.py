@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.api import cache_store, convert_checkpoint
-from paroquant_stream.inventory import Inventory, take_inventory
-from paroquant_stream.listing import (
+from paroquant_stream.cache.inventory import Inventory, take_inventory
+from paroquant_stream.cache.listing import (
     as_json,
     footer,
     foreign_table,
@@ -21,8 +21,8 @@ from paroquant_stream.listing import (
     plan_lines,
     table,
 )
+from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.manifest import Manifest
-from paroquant_stream.prune import Rules, plan_prune, plan_removal
 from tests.builders import cut_evenly, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import StoreError
-from .store import Store, is_dead
+from ..errors import StoreError
+from ..store import Store, is_dead
 
 QUIET = 3600.0  # s without a change after which a live process's temp is no work: a writer's grows
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -12,10 +12,10 @@ import pytest
 
 from paroquant_stream import store as store_module
 from paroquant_stream.api import cache_store, convert_checkpoint
+from paroquant_stream.cache.inventory import Inventory, take_inventory
+from paroquant_stream.cache.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.errors import StoreError
-from paroquant_stream.inventory import Inventory, take_inventory
 from paroquant_stream.manifest import Manifest
-from paroquant_stream.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.request import model_id
 from paroquant_stream.store import Store
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint

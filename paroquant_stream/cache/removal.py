@@ -14,11 +14,11 @@ import contextlib
 import os
 from dataclasses import replace
 
-from .errors import StoreError
+from ..errors import StoreError
+from ..newfile import sync_directory
 from .foreign import remove_foreign
 from .found import Found
 from .inventory import claimed_keys
-from .newfile import sync_directory
 from .prune import PrunePlan
 from .running import demand_quiet
 

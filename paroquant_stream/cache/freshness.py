@@ -10,15 +10,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .checkpoint import Shard
-from .digest import FileStamp
-from .errors import ParoquantStreamError
-from .manifest import EntryRecord, Manifest
-from .report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
-from .request import Request, staleness
-from .store import Store
-from .survey import plan_model
-from .task import Task
+from ..checkpoint import Shard
+from ..digest import FileStamp
+from ..errors import ParoquantStreamError
+from ..manifest import EntryRecord, Manifest
+from ..report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
+from ..request import Request, staleness
+from ..store import Store
+from ..survey import plan_model
+from ..task import Task
 
 FRESH, STALE, UNKNOWN, BROKEN = "fresh", "stale", "unknown", "broken"
 

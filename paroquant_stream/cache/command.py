@@ -1,4 +1,4 @@
-"""COMMAND cache: see what is converted, read it through, and remove it."""
+"""The command: its arguments in, what it found and did out."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .api import cache_store, make_request
-from .cache_options import configure_parser
-from .errors import ParoquantStreamError, StoreError
-from .exits import end_with
+from ..api import cache_store, make_request
+from ..errors import ParoquantStreamError, StoreError
+from ..report import bytes_text, shown
+from ..request import model_id
+from ..task import DTYPES
 from .inventory import Inventory, Model, take_inventory
 from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
+from .options import configure_parser
 from .prune import PrunePlan, Rules, plan_prune, plan_removal
 from .removal import execute
-from .report import bytes_text, shown
-from .request import model_id
-from .task import DTYPES
 from .verify import verify_model, verify_store
 
 DESCRIPTION = "See what is converted, read it through, and remove it."
@@ -160,6 +159,3 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = {"ls": _ls, "path": _path, "rm": _rm, "prune": _prune, "verify": _verify}
-
-if __name__ == "__main__":
-    end_with(main)

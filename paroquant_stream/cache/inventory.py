@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from .digest import FileStamp
-from .errors import ManifestError, NewerManifest
+from ..digest import FileStamp
+from ..errors import ManifestError, NewerManifest
+from ..manifest import MAX_BYTES, EntryRecord, Manifest
+from ..report import shown
+from ..request import model_id
+from ..store import Store, is_dead
+from ..task import DTYPES, Dtype
 from .foreign import Foreign, foreign_directories
 from .found import Found, regular_files
-from .manifest import MAX_BYTES, EntryRecord, Manifest
-from .report import shown
-from .request import model_id
-from .store import Store, is_dead
-from .task import DTYPES, Dtype
 
 SOURCE: Dtype = "source"
 _ID = r"(?P<id>[0-9a-f]{64}|model-[0-9a-f]{16})"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from .errors import StoreError
+from ..errors import StoreError
+from ..report import bytes_text
 from .foreign import Foreign
 from .found import Found, regular_files
 from .inventory import Inventory, Model
-from .report import bytes_text
 from .running import QUIET, demand_quiet, locks_work, running
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..report import bytes_text, shown
+from ..request import Request
+from ..store import Store
+from ..units import age_text
 from .foreign import Foreign
 from .freshness import STALE, UNKNOWN, Freshness, entries_alone, examine
 from .inventory import Inventory, Model
 from .prune import PrunePlan
-from .report import bytes_text, shown
-from .request import Request
-from .store import Store
-from .units import age_text
 
 _HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", "STATE")
 _RIGHT = {"SHARDS", "SIZE"}

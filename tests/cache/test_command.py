@@ -269,7 +269,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "take_inventory", interrupted)
+    monkeypatch.setattr(cache.command, "take_inventory", interrupted)
     assert run("ls") == 130
     assert capsys.readouterr().err == "interrupted; run again to go on\n"
 

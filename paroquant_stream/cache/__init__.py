@@ -1,0 +1,10 @@
+"""COMMAND cache: see what is converted, read it through, and remove it.
+
+    store -> inventory -> freshness, prune -> listing, removal -> command
+
+Looking at a cache reads manifests and stats, never weights; only `verify` reads everything.
+"""
+
+from .command import main
+
+__all__ = ["main"]
