@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.benchmarks import scale
 from tests.benchmarks.measure import stages
 from tests.benchmarks.run import main
 
@@ -31,3 +32,13 @@ def test_stages_are_summed_without_those_inside_them(tmp_path):
     ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
     assert stages(tmp_path / "trace.json") == {"out": 2.5, "in": 2.5}
+
+
+@pytest.mark.long  # a minute of rates and subprocesses
+def test_the_scale_table_has_every_model_site_and_case(tmp_path, capsys):
+    assert scale.main(["--toy", "--work", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("predicted" in line and "measured" in line for line in lines) == 11
+    rows = [line for line in lines if "limit:" in line]
+    assert len(rows) == 2 * 4 * 4
+    assert list(tmp_path.iterdir()) == []

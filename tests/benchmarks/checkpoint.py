@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -125,24 +125,12 @@ def make_checkpoint(
     heads: int = 64,
     kv_heads: int = 8,
     seed: int = 0,
+    order: Callable[[Spec], object] | None = None,
 ) -> None:
     """Writes the checkpoint into `out`; the same arguments give the same bytes in any number of
-    shards.
+    shards. `order`: of the tensors in a shard, by default that of the model.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    head = hidden // heads
-    specs = list(tensors(layers, layout, vocab, hidden, intermediate, kv_heads * head))
-    groups = cut_by_size(specs, shards)
-    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    if len(groups) == 1:
-        names = ["model.safetensors"]
-    values = Values(seed)
-    for name, group in zip(names, groups, strict=True):
-        write_shard(out / name, group, values)
-    weight_map = {spec[0]: n for n, group in zip(names, groups, strict=True) for spec in group}
-    if len(groups) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    specs = list(tensors(layers, layout, vocab, hidden, intermediate, kv_heads * hidden // heads))
     config = {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -153,15 +141,42 @@ def make_checkpoint(
         "vocab_size": vocab,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-        "quantization_config": {
-            "quant_method": "paroquant",
-            "bits": 4,
-            "group_size": GROUP,
-            "krot": KROT,
-        },
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    write_checkpoint(out, specs, config, shards=shards, seed=seed, order=order)
+
+
+def write_checkpoint(
+    out: Path,
+    specs: list[Spec],
+    config: dict[str, object],
+    *,
+    shards: int,
+    seed: int = 0,
+    order: Callable[[Spec], object] | None = None,
+) -> None:
+    """Writes these tensors and a config that says how they are quantized."""
+    out.mkdir(parents=True, exist_ok=True)
+    groups = cut_by_size(specs, shards)
+    if order:
+        groups = [sorted(group, key=order) for group in groups]
+    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    if len(groups) == 1:
+        names = ["model.safetensors"]
+    values = Values(seed)
+    for name, group in zip(names, groups, strict=True):
+        write_shard(out / name, group, values)
+    weight_map = {spec[0]: n for n, group in zip(names, groups, strict=True) for spec in group}
+    if len(groups) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    how = {"quant_method": "paroquant", "bits": 4, "group_size": GROUP, "krot": KROT}
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": how}, indent=2))
     write_tokenizer(out)
+
+
+def as_saved(spec: Spec) -> tuple[int, str, str]:
+    """The order in which the safetensors library writes: wide dtypes first, then by name."""
+    return -ITEM[spec[1]], spec[1], spec[0]
 
 
 def write_shard(path: Path, specs: list[Spec], values: Values) -> None:
