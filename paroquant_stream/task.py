@@ -89,8 +89,14 @@ class Operation:
 
     @property
     def start(self) -> int:
-        """Where in its shard the first owned part begins."""
-        return self.slices[0][0].start
+        """Where in its shard all that it needs first has been passed but the last of its parts.
+
+        The safetensors library saves by falling item size, so an AutoAWQ zero point lies gigabytes
+        before its scales; at the zeros' turn the shard would be hashed up to the scales, and what
+        lies between be read twice.
+        """
+        owned = self.slices[0][0].shard
+        return max(part.start for part in self.slices[0] if part.shard == owned)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Task:
     size: int
     """Bytes of the shard."""
     operations: tuple[Operation, ...]
-    """In the order of their first owned parts in the shard."""
+    """In the order in which a reading of the shard from front to back meets what they need."""
 
     @property
     def outputs(self) -> list[TensorSpec]:

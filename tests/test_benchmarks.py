@@ -34,7 +34,8 @@ def test_stages_are_summed_without_those_inside_them(tmp_path):
     assert stages(tmp_path / "trace.json") == {"out": 2.5, "in": 2.5}
 
 
-@pytest.mark.long  # a minute of rates and subprocesses
+@pytest.mark.long
+@pytest.mark.timeout(600)  # minutes of rates and subprocesses
 def test_the_scale_table_has_every_model_site_and_case(tmp_path, capsys):
     assert scale.main(["--toy", "--work", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
