@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from .model_class import (
     is_vision_model,
     load_config,
     load_tokenizer,
-    sanitize,
 )
+from .naming import listed, named_for
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
 from .trace import SILENCE, Trace
-from .weights import IO_WEIGHTS, Stored, read_weights, reading
+from .weights import Stored, read_weights, reading
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def assemble_stored(
         tokenizer = load_tokenizer(directory, config, is_vlm)
     with trace.span("place the weights"):
         if not stored.model_names:
-            weights = _align_experts(model, _sanitize(model, weights, is_vlm))
+            weights = named_for(model, weights, is_vlm)
         try:
             _swap_layers(model, weights, stored.bits, stored.group_size)
         except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
@@ -119,90 +118,6 @@ def _check_memory(needed: int) -> None:
             f"the weights take {needed:,} bytes, this machine has {memory:,}; lazy=True loads them "
             "all the same, as they are used"
         )
-
-
-def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
-    """The weights under the model's names, each quantized embedding's scales and biases beside it.
-
-    Of a quantized embedding or head only the weight passes through `sanitize`, which knows
-    unquantized ones; where that array went, its scales and biases follow. Dropped, or of no use to
-    the model, all three go.
-    """
-    companions: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
-    for name in [name for name in weights if name.endswith(IO_WEIGHTS)]:
-        module = name.removesuffix(".weight")
-        if f"{module}.scales" in weights:
-            weight = weights[name]
-            companions[id(weight)] = (
-                weight,
-                weights.pop(f"{module}.scales"),
-                weights.pop(f"{module}.biases"),
-            )
-    before = dict(weights)
-    weights = sanitize(model, weights, is_vlm)
-    modules = {path for path, _ in model.named_modules()}
-    for name, array in list(weights.items()):
-        if id(array) not in companions:
-            continue
-        module = name.removesuffix(".weight")
-        if module in modules:
-            _, weights[f"{module}.scales"], weights[f"{module}.biases"] = companions[id(array)]
-        else:
-            del weights[name]
-    _check_dropped(before, weights)
-    return weights
-
-
-_DROPPED = re.compile(
-    r"(^|.*\.)(mtp\.|rotary_emb|input_(min|max)$|output_(min|max)$|lm_head\.weight$)"
-    r"|.*\.layers\.\d+\.self_attn\.([kv]_proj|[kv]_norm)\."  # of layers that share K and V
-)
-"""What a model class may drop of a checkpoint; a tower in text mode is not read at all."""
-
-
-def _check_dropped(before: Weights, after: Weights) -> None:
-    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs the others.
-
-    A tensor that is not in `after` was dropped, unless a new one in `after` has its tail: then it
-    was changed (a norm shifted, a convolution transposed).
-    """
-    kept = {id(array) for array in after.values()}
-    known = {id(array) for array in before.values()}
-    changed = {_tail(name) for name, array in after.items() if id(array) not in known}
-    dropped = [
-        name
-        for name, array in before.items()
-        if id(array) not in kept and _tail(name) not in changed
-    ]
-    unknown = [name for name in dropped if not _DROPPED.match(name)]
-    if unknown:
-        raise AssemblyError("the model class has no use for these tensors:" + _listed(unknown))
-    if dropped:
-        logger.info("not used by the model class: %s", ", ".join(dropped))
-
-
-def _tail(name: str) -> str:
-    """A name from its layer's number on, or its last two words."""
-    match = re.search(r"\.(layers|blocks)\.\d+\..*", name)
-    return match[0] if match else ".".join(name.split(".")[-2:])
-
-
-def _align_experts(model: nn.Module, weights: Weights) -> Weights:
-    """Stacked experts under the path of the model's own MoE module (`switch_mlp`,
-    `experts.switch_glu`).
-    """
-    paths = [path for path, module in model.named_modules() if type(module).__name__ == "SwitchGLU"]
-    homes = {
-        path.rsplit(".switch_mlp", 1)[0] if path.endswith(".switch_mlp") else None for path in paths
-    }
-    aligned: Weights = {}
-    for name, array in weights.items():
-        base, marker, rest = name.partition(".switch_mlp.")
-        home = f"{base}.switch_mlp"
-        if marker and base not in homes:
-            home = next((path for path in paths if path.startswith(base + ".")), home)
-        aligned[f"{home}.{rest}" if marker else name] = array
-    return aligned
 
 
 def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int) -> None:
@@ -245,15 +160,9 @@ def _check(model: nn.Module, weights: Weights) -> None:
             )
     if issues:
         count = f"{len(issues)} differences between the model class and the stored tensors:"
-        raise AssemblyError(count + _listed(issues))
+        raise AssemblyError(count + listed(issues))
 
 
 def _kind(array: mx.array) -> Any:
     """Floats may differ in width, since a class starts in float32; integers must agree."""
     return mx.floating if mx.issubdtype(array.dtype, mx.floating) else array.dtype
-
-
-def _listed(lines: list[str]) -> str:
-    lines = sorted(lines)
-    more = [f"... and {len(lines) - 50} more"] if len(lines) > 50 else []
-    return "".join(f"\n  {line}" for line in lines[:50] + more)
