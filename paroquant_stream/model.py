@@ -16,18 +16,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .checkpoint import read_config
 from .errors import AssemblyError
 from .manifest import Manifest
-from .model_class import (
-    TOWER_PREFIXES,
-    build,
-    is_vision_model,
-    load_config,
-    load_tokenizer,
-)
+from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for
+from .part import check_placed, cut, meet, part_of
+from .request import WHOLE, Split
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
 from .trace import SILENCE, Trace
-from .weights import Stored, read_weights, reading
+from .weights import Stored, entries_with, placeholders, read_weights, reading
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +39,9 @@ def assemble(
     force_text: bool,
     full: bool = False,
     trace: Trace = SILENCE,
+    split: Split = WHOLE,
 ) -> tuple[nn.Module, Any, bool]:
-    """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
+    """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint, or a part of it.
 
     `lazy`: nothing is read before it is used. `full`: every entry is hashed before it is used.
     Raises what `assemble_stored` raises, and EntryDamaged when an entry is not what was written.
@@ -52,11 +49,13 @@ def assemble(
     stored = Stored(
         [tensor for record in manifest.entries for tensor in record.tensors],
         lambda wanted: read_weights(manifest, store, wanted, full=full, lazy=lazy),
-        lambda: reading(manifest, store),
+        lambda wanted: reading(entries_with(manifest, wanted), store),
         manifest.bits,
         manifest.group_size,
     )
-    return assemble_stored(directory, stored, lazy=lazy, force_text=force_text, trace=trace)
+    return assemble_stored(
+        directory, stored, lazy=lazy, force_text=force_text, trace=trace, split=split
+    )
 
 
 def assemble_stored(
@@ -66,35 +65,35 @@ def assemble_stored(
     lazy: bool,
     force_text: bool,
     trace: Trace = SILENCE,
+    split: Split = WHOLE,
 ) -> tuple[nn.Module, Any, bool]:
-    """`(model, tokenizer or processor, is_vlm)` of stored tensors.
+    """`(model, tokenizer or processor, is_vlm)` of stored tensors, or a part of it.
 
-    Raises AssemblyError listing every tensor that the model has no place for, every parameter
-    without a tensor, and every shape that does not fit.
+    Raises AssemblyError listing every tensor that the whole model has no place for, every parameter
+    without a tensor, and every shape that does not fit; NoSuchPart.
     """
-    tensors = stored.tensors
-    config = read_config(directory)
-    is_vlm = is_vision_model(config, [t.name for t in tensors], force_text)
+    tensors, config = stored.tensors, read_config(directory)
+    part = part_of(split, directory, [t.name for t in tensors], force_text)
+    is_vlm = part.is_vlm
     if stored.model_names and config.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so a text model", directory)
-
-    def wanted(name: str) -> bool:
-        return is_vlm or not name.startswith(TOWER_PREFIXES)
-
     if not lazy:
-        _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
+        _check_memory(sum(tensor.nbytes for tensor in tensors if part.reads(tensor.name)))
     with trace.span("open the entries"):
-        weights = stored.read(wanted)
+        weights = stored.read(part.reads)
     if not lazy:
         mx.async_eval(weights)  # read from here on, while seconds of imports go by
+    unread = placeholders(t for t in tensors if part.has(t.name) and not part.reads(t.name))
     with trace.span("build the model"):
         config = load_config(directory)
         model = build(config, is_vlm)
     with trace.span("tokenizer"):
         tokenizer = load_tokenizer(directory, config, is_vlm)
     with trace.span("place the weights"):
+        weights |= unread
         if not stored.model_names:
             weights = named_for(model, weights, is_vlm)
+        check_placed(part, weights, unread)
         try:
             _swap_layers(model, weights, stored.bits, stored.group_size)
         except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
@@ -103,10 +102,13 @@ def assemble_stored(
             ) from error
         _check(model, weights)
         model.load_weights(list(weights.items()))
+        model.eval()
+        cut(model, split, part)
     if not lazy:
-        with trace.span("read"), stored.guard():
+        with trace.span("read"), stored.guard(part.reads):
             mx.eval(model.parameters())
-    model.eval()
+    if split.group is not None:
+        meet(split.group)
     return model, tokenizer, is_vlm
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"request", "running", "foreign"},
     {"inventory", "single_file"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
-    {"operations", "naming", "exported"},
+    {"operations", "naming", "part", "exported"},
     {"transform", "model"},
     {"survey"},
     {"shards"},
@@ -44,7 +44,7 @@ HOMES = {
     "safetensors": {"verify"},
     "numpy": {"repack", "cast", "operations", "kernels"},
     "mlx": {
-        *("operations", "weights", "model", "model_class", "naming", "rotation", "kernels"),
+        *("operations", "weights", "model", "model_class", "naming", "part", "rotation", "kernels"),
         *("standalone", "exported", "mlx_directory"),
     },
 }
