@@ -23,7 +23,7 @@ from .errors import (
 from .hub import locate
 from .layout import read_quantization
 from .manifest import EntryRecord, Manifest
-from .request import Needed, Request, Split, every_entry, read_manifest, staleness
+from .request import Needed, Request, Split, read_manifest, staleness
 from .single_file import check_usable, opened
 from .store import Store, user_cache_root
 from .task import DTYPES, Dtype
@@ -196,9 +196,10 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
         stored = stored_in_export(request.directory)
         return assemble_stored(request.directory, stored, **options.of_stored(force_text=True))
 
-    def needed(manifest: Manifest) -> Collection[EntryRecord]:
+    def of_part(manifest: Manifest) -> Collection[EntryRecord]:
         return needed_entries(options.split, request.directory, manifest, options.force_text)
 
+    needed = None if options.split.is_whole else of_part
     with options.trace.span("check the sources"):
         found = shipped(request, needed)
     if found is None:
@@ -258,9 +259,9 @@ def converted(
     return found or (convert(request, progress, trace).manifest, request.store)
 
 
-def shipped(request: Request, needed: Needed = every_entry) -> tuple[Manifest, Store] | None:
-    """The conversion inside the model directory, if there is one and it fits the sources, with the
-    entries that are `needed`.
+def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
+    """The conversion inside the model directory, if there is one and it fits the sources, with all
+    entries or those that are `needed`.
     """
     beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
     manifest = read_manifest(beside)

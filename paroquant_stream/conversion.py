@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .manifest import Manifest
 from .report import Conversion, report_reused
-from .request import Needed, Request, every_entry, read_manifest, staleness
+from .request import Needed, Request, read_manifest, staleness
 from .trace import SILENCE, Trace
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ def convert(
     request: Request,
     progress: Progress | None = None,
     trace: Trace = SILENCE,
-    needed: Needed = every_entry,
+    needed: Needed | None = None,
 ) -> Conversion:
     """Brings the store up to date with the model and publishes the manifest.
 
-    Where all that is `needed` is up to date nothing is done; else everything is converted.
+    Where what is `needed` of it is up to date nothing is done; else everything is converted.
     Raises CheckpointError, MalformedFile, LayoutError, PlanError or SourceDropped before anything
     is written; SourceChanged, SourceDamaged, StoreError, or CheckpointError for a shard that cannot
     be fetched, leave what was published before.
@@ -58,10 +58,12 @@ def convert(
     return Conversion(current, path, reports, time.monotonic() - started)
 
 
-def _current(request: Request, needed: Needed) -> Manifest | None:
+def _current(request: Request, needed: Needed | None) -> Manifest | None:
     """The manifest that still holds, if there is one and nothing is to be done again."""
     manifest = None if request.force else read_manifest(request)
-    if manifest is None or staleness(request, manifest, needed=needed) is not None:
+    # for a part all is hashed that is there: a plan of the whole model may be out of reach
+    read_unknown = needed is not None
+    if manifest is None or staleness(request, manifest, read_unknown, needed) is not None:
         return None
     paths = [request.directory / record.shard for record in manifest.entries]
     return None if request.drop_source and any(map(os.path.lexists, paths)) else manifest

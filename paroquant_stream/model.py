@@ -94,15 +94,8 @@ def assemble_stored(
         if not stored.model_names:
             weights = named_for(model, weights, is_vlm)
         check_placed(part, weights, unread)
-        try:
-            _swap_layers(model, weights, stored.bits, stored.group_size)
-        except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
-            raise AssemblyError(  # what shapes and names lead to that no conversion has
-                f"{directory}: the stored tensors are no rotated layers of this model: {error}"
-            ) from error
-        _check(model, weights)
-        model.load_weights(list(weights.items()))
-        model.eval()
+        _place(model, weights, stored, directory)
+        del weights, unread  # else what `cut` replaces would stay
         cut(model, split, part)
     if not lazy:
         with trace.span("read"), stored.guard(part.reads):
@@ -110,6 +103,19 @@ def assemble_stored(
     if split.group is not None:
         meet(split.group)
     return model, tokenizer, is_vlm
+
+
+def _place(model: nn.Module, weights: Weights, stored: Stored, directory: Path) -> None:
+    """Puts the weights into the model, each in its place, or raises AssemblyError."""
+    try:
+        _swap_layers(model, weights, stored.bits, stored.group_size)
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+        raise AssemblyError(  # what shapes and names lead to that no conversion has
+            f"{directory}: the stored tensors are no rotated layers of this model: {error}"
+        ) from error
+    _check(model, weights)
+    model.load_weights(list(weights.items()))
+    model.eval()
 
 
 def _check_memory(needed: int) -> None:

@@ -76,8 +76,6 @@ def needed_entries(
     split: Split, directory: Path, manifest: Manifest, force_text: bool
 ) -> Collection[EntryRecord]:
     """The entries from which a part is read; raises what `part_of` raises."""
-    if split.is_whole:
-        return manifest.entries
     names = [tensor.name for record in manifest.entries for tensor in record.tensors]
     return entries_with(manifest, part_of(split, directory, names, force_text).reads)
 

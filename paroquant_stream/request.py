@@ -76,12 +76,7 @@ class Split:
 
 WHOLE = Split()
 Needed = Callable[[Manifest], Collection[EntryRecord]]
-"""The entries of a manifest that a load reads from."""
-
-
-def every_entry(manifest: Manifest) -> Collection[EntryRecord]:
-    """All of them, for whoever needs the whole model."""
-    return manifest.entries
+"""The entries of a manifest from which a part of the model is read."""
 
 
 def model_id(directory: Path, dtype: Dtype = "source") -> str:
@@ -113,27 +108,27 @@ def staleness(
     request: Request,
     manifest: Manifest,
     read_unknown: bool = False,
-    needed: Needed = every_entry,
+    needed: Needed | None = None,
 ) -> str | None:
     """Why the manifest does not hold for the model as it is now, or None when it surely does.
 
     A shard whose digest is in no memo and no blob name counts as changed, unless `read_unknown`:
-    then it is hashed. Of entries that are not `needed` neither the entry nor its shard has to be
-    there; a shard that is must be the one it was made from, for it may have lent parts.
+    then it is hashed. Of an entry that is not `needed` neither it nor its shard has to be there; a
+    shard that is must be the one it was made from, for it may have lent parts.
     """
     if manifest.transform != TRANSFORM:
         return "made by another version"
     if manifest.config_sha256 != config_digest(request.directory):
         return "config.json or the index changed"
-    needed_keys = {record.key for record in needed(manifest)}
+    wanted = {record.key for record in (needed(manifest) if needed else manifest.entries)}
     for record in manifest.entries:
         shard = Shard(record.shard, request.directory / record.shard)
-        may_lack = record.dropped or record.key not in needed_keys
+        may_lack = record.dropped or record.key not in wanted
         if not (may_lack and not os.path.exists(shard.path)):
             reason = source_staleness(request.store.memo, shard, record.source_sha256, read_unknown)
             if reason:
                 return reason
-        if record.key in needed_keys and request.store.entry_size(record.key) != record.size:
+        if record.key in wanted and request.store.entry_size(record.key) != record.size:
             return f"the entry of {record.shard} is absent or cut short"
     return None
 
