@@ -43,11 +43,13 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init()
     for number, directory in enumerate(models):
-        read, peak = read_bytes(), peak_bytes()
+        read, peak = (read_bytes(), peak_bytes()) if what == "load" else (0, 0)
         model, _, _ = load(directory, force_text=True, group=group)
-        found = {"read": read_bytes() - read, "grown": peak_bytes() - peak}
-        found["logits"] = logits(model) if what == "run" else []
-        found |= {"layers": len(model.layers), "size": group.size(), "rank": group.rank()}
+        found = {"layers": len(model.layers), "size": group.size()}
+        if what == "load":
+            found |= {"read": read_bytes() - read, "grown": peak_bytes() - peak}
+        else:
+            found["logits"] = logits(model)
         path = Path(out, f"{number}-{group.rank()}.json")
         path.write_text(json.dumps(found))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -168,14 +170,17 @@ def test_more_ranks_than_layers_are_an_error():
 
 @pytest.mark.parametrize("name", ["qwen2-awq-size", MOE, "qwen3_5_moe-native-size"])
 def test_each_rank_has_the_layers_that_its_class_gives_it(name, monkeypatch):
-    monkeypatch.setattr(model, "meet", lambda group: None)  # a group of real processes meets
+    met = []
+    monkeypatch.setattr(model, "meet", met.append)  # only a group of real processes can meet
     whole = parameters(load(FIXTURES / name, force_text=True)[0])
     for rank, layers in ((0, range(1, 2)), (1, range(1))):
         found = load(FIXTURES / name, force_text=True, group=Rank(rank, 2))[0]
         assert_same(parameters(found), of_layers(whole, layers))
         assert len(found.layers) == 1
+    assert [group.rank() for group in met] == [0, 1]
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no count of bytes read")
 def test_only_bytes_of_its_own_layers_are_read(deep):
     """Beside the tensors: config, tokenizer, and of each entry the header, by us and by MLX."""
     load(deep)  # whatever is imported or remembered at the first load
@@ -310,8 +315,40 @@ def test_a_tensor_without_a_place_in_another_layer_is_an_error_still(tmp_path):
     assert "model.layers.1.input_layernorm.weight: no stored tensor" in str(caught.value)
 
 
-def test_a_class_that_takes_a_parameter_from_another_layer_is_an_error():
-    """Its placeholder would be zeros."""
+def test_an_entry_cut_short_while_a_part_is_loaded_is_converted_again(deep, monkeypatch):
+    """The search for the damaged entry does not stumble over those of other layers."""
+    layers, real, cut = range(2, 4), model.read_weights, []
+    store, needed, others = entries(deep, layers)
+    wanted = of_layers(parameters(load(deep)[0]), layers)
+    for record in others:
+        store.entry_path(record.key).unlink()
+
+    def read_then_cut(*arguments, **options):
+        found = real(*arguments, **options)
+        if not cut:
+            cut.append(store.entry_path(needed[1].key))
+            os.truncate(cut[0], needed[1].size // 2)
+        return found
+
+    monkeypatch.setattr(model, "read_weights", read_then_cut)
+    assert_same(parameters(load(deep, layers=layers)[0]), wanted)
+    assert cut
+
+
+def test_a_class_that_exchanges_layers_cannot_be_loaded_in_parts(model_dir, monkeypatch):
+    """A placeholder in a layer that was asked for would be zeros."""
+    other = {".0.": ".1.", ".1.": ".0."}
+
+    def exchanged(_model, found, _is_vlm):
+        return {re.sub(r"\.[01]\.", lambda m: other[m[0]], n): a for n, a in found.items()}
+
+    monkeypatch.setattr(model, "named_for", exchanged)
+    load(model_dir)
+    with pytest.raises(AssemblyError, match=r"layers\.0\..* another layer's tensor"):
+        load(model_dir, layers=range(1))
+
+
+def test_only_the_part_must_not_be_made_of_placeholders():
     unread = weights.placeholders([TensorSpec("model.layers.1.norm.weight", "BF16", (4,))])
     array = unread["model.layers.1.norm.weight"]
     first = Part(False, range(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -72,10 +73,15 @@ def run(command: list[str], seconds: float = 100) -> str:
         os.close(writing)
 
 
+def run_two(command: list[str]) -> str:
+    """What two ranks of this command print."""
+    options = ["-n", "2", "--backend", "ring", "--starting-port", str(free_ports()), "--"]
+    return run([*LAUNCH, *options, *command])
+
+
 def launched(out: Path, what: str, models: list[Path]) -> tuple[str, list[list[Path]]]:
     """What two ranks printed, and the files that they write of each model."""
-    options = ["-n", "2", "--backend", "ring", "--starting-port", str(free_ports()), "--"]
-    printed = run([*LAUNCH, *options, *program(out, what, models)])
+    printed = run_two(program(out, what, models))
     return printed, [[out / f"{n}-{rank}.json" for rank in (0, 1)] for n in range(len(models))]
 
 
@@ -96,6 +102,7 @@ def test_both_ranks_give_the_whole_models_logits(tmp_path):
         assert largest <= 1e-5 * np.abs(expected).max(), name  # 0.0 where this was written
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no count of bytes read")
 @pytest.mark.long  # 1.5 GB, and as much again for its entries
 def test_each_rank_reads_and_holds_half_of_a_large_model(tmp_path):
     """A small model goes first, for what the first load imports."""
@@ -131,3 +138,15 @@ def test_a_rank_that_fails_ends_the_other_one(tmp_path):
     printed, _ = launched(tmp_path / "out", "load", [directory])
     assert f"absent shards: {lost.shard}" in printed
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.long  # 8 s of imports
+def test_the_readmes_program_prints_what_one_process_generates(tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Several machines")[1]
+    script = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    script = script.replace("path/to/model", str(FIXTURES / FAMILIES[2]))
+    (tmp_path / "ranks.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "ranks.py")]
+    alone = run(command)
+    assert alone.strip()
+    assert alone.strip() in run_two(command)
