@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,8 +22,8 @@ from .errors import (
 )
 from .hub import locate
 from .layout import read_quantization
-from .manifest import Manifest
-from .request import Request, read_manifest, staleness
+from .manifest import EntryRecord, Manifest
+from .request import Needed, Request, Split, read_manifest, staleness
 from .single_file import check_usable, opened
 from .store import Store, user_cache_root
 from .task import DTYPES, Dtype
@@ -125,6 +126,8 @@ def load(
     progress: Progress | None = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
+    layers: range | None = None,
+    group: Any = None,
 ) -> tuple[Any, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
 
@@ -138,14 +141,25 @@ def load(
     stat is as the writer left it; `"full"` hashes every entry. A damaged entry is taken out of use
     and converted again, once.
 
-    Raises what `convert_checkpoint` raises, and AssemblyError when the stored tensors and the
-    model's parameters do not match one to one.
+    `layers=range(a, b)`: only those transformer layers are loaded, and what belongs to no layer
+    (embeddings, final norm, head, towers). `model.layers[i]` keeps its number; a layer outside of
+    the range has no parameters and raises NoSuchPart when it is called, and so does the whole
+    model. `group`, an `mx.distributed.Group`: only what this rank runs of a pipeline over all
+    ranks, as the class's own `pipeline(group)` splits it; the model is called as a whole on every
+    rank, and load returns when every rank has loaded. Either way the whole model is checked, by the
+    names and shapes in the manifest, and only the entries with a tensor of the part are opened,
+    hashed or have to be there; of a single file or an export, all files.
+
+    Raises what `convert_checkpoint` raises, AssemblyError when the stored tensors and the model's
+    parameters do not match one to one, NoSuchPart for layers that the model has not and for a class
+    that offers no pipeline, ValueError for a range that is none and for both `layers` and `group`.
     """
+    split = Split(layers, group)
     request = make_request(
         model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
     )
     with written_to(trace) as timed:
-        options = _Options(lazy, force_text, verify == "full", timed)
+        options = _Options(lazy, force_text, verify == "full", timed, split)
         with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
             return _load(request, options, progress)
         return _load(request, options, progress)
@@ -159,6 +173,12 @@ class _Options:
     force_text: bool
     full: bool
     trace: Trace
+    split: Split
+
+    def of_stored(self, force_text: bool) -> dict[str, Any]:
+        """Those that count when no entries are read."""
+        found = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
+        return {**found, "force_text": force_text}
 
 
 _Loaded = tuple[Any, Any, bool]
@@ -171,18 +191,23 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     with options.trace.span("import MLX"):
         from .exported import stored_in_export  # conversion may not need it
         from .model import assemble, assemble_stored
+        from .part import needed_entries
     if EXPORTED in read_config(request.directory):
         stored = stored_in_export(request.directory)
-        settings = {"lazy": options.lazy, "force_text": True}
-        return assemble_stored(request.directory, stored, **settings, trace=options.trace)
+        return assemble_stored(request.directory, stored, **options.of_stored(force_text=True))
+
+    def of_part(manifest: Manifest) -> Collection[EntryRecord]:
+        return needed_entries(options.split, request.directory, manifest, options.force_text)
+
+    needed = None if options.split.is_whole else of_part
     with options.trace.span("check the sources"):
-        found = shipped(request)
+        found = shipped(request, needed)
     if found is None:
         loaded, reason = _load_single(request, options)
         if loaded:
             return loaded
         try:
-            found = convert(request, progress, options.trace).manifest, request.store
+            found = convert(request, progress, options.trace, needed).manifest, request.store
         except CheckpointError as error:
             if reason is None:
                 raise
@@ -211,10 +236,8 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
                 file, read_quantization(read_config(request.directory)), lazy=options.lazy
             )
             try:
-                settings = {"lazy": options.lazy, "force_text": options.force_text}
-                return assemble_stored(
-                    request.directory, stored, **settings, trace=options.trace
-                ), None
+                settings = options.of_stored(options.force_text)
+                return assemble_stored(request.directory, stored, **settings), None
             except AssemblyError as error:
                 if file.origin:
                     raise
@@ -236,13 +259,15 @@ def converted(
     return found or (convert(request, progress, trace).manifest, request.store)
 
 
-def shipped(request: Request) -> tuple[Manifest, Store] | None:
-    """The conversion inside the model directory, if there is one and it fits the sources."""
+def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
+    """The conversion inside the model directory, if there is one and it fits the sources, with all
+    entries or those that are `needed`.
+    """
     beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
     manifest = read_manifest(beside)
     if manifest is None:
         return None
-    reason = staleness(beside, manifest, read_unknown=True)
+    reason = staleness(beside, manifest, read_unknown=True, needed=needed)
     if reason:
         logger.warning("%s is not used: %s", beside.store.root, reason)
         return None

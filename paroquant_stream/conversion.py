@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .manifest import Manifest
 from .report import Conversion, report_reused
-from .request import Request, read_manifest, staleness
+from .request import Needed, Request, read_manifest, staleness
 from .trace import SILENCE, Trace
 
 if TYPE_CHECKING:
@@ -23,17 +23,21 @@ if TYPE_CHECKING:
 
 
 def convert(
-    request: Request, progress: Progress | None = None, trace: Trace = SILENCE
+    request: Request,
+    progress: Progress | None = None,
+    trace: Trace = SILENCE,
+    needed: Needed | None = None,
 ) -> Conversion:
     """Brings the store up to date with the model and publishes the manifest.
 
+    Where what is `needed` of it is up to date nothing is done; else everything is converted.
     Raises CheckpointError, MalformedFile, LayoutError, PlanError or SourceDropped before anything
     is written; SourceChanged, SourceDamaged, StoreError, or CheckpointError for a shard that cannot
     be fetched, leave what was published before.
     """
     started = time.monotonic()
     request.store.check_owner()
-    current = _current(request)
+    current = _current(request, needed)
     if current is None:
         from .shards import convert_shards  # half of the start of a run without work
         from .survey import plan_model
@@ -43,7 +47,7 @@ def convert(
         request.store.create()
         request.store.sweep()
         with request.store.lock(request.manifest_name):
-            current = _current(request)  # another process may have just done it
+            current = _current(request, needed)  # another process may have just done it
             if current is None:
                 return convert_shards(request, checkpoint, plan, progress, trace, started)
     else:
@@ -54,10 +58,12 @@ def convert(
     return Conversion(current, path, reports, time.monotonic() - started)
 
 
-def _current(request: Request) -> Manifest | None:
+def _current(request: Request, needed: Needed | None) -> Manifest | None:
     """The manifest that still holds, if there is one and nothing is to be done again."""
     manifest = None if request.force else read_manifest(request)
-    if manifest is None or staleness(request, manifest) is not None:
+    # for a part all is hashed that is there: a plan of the whole model may be out of reach
+    read_unknown = needed is not None
+    if manifest is None or staleness(request, manifest, read_unknown, needed) is not None:
         return None
     paths = [request.directory / record.shard for record in manifest.entries]
     return None if request.drop_source and any(map(os.path.lexists, paths)) else manifest

@@ -71,6 +71,12 @@ class AssemblyError(ParoquantStreamError):
     """
 
 
+class NoSuchPart(ParoquantStreamError):
+    """The part of a model that was asked for is not to be had, or one that was not loaded is used;
+    names what there is.
+    """
+
+
 class MissingExtra(ParoquantStreamError):
     """An optional package is needed and not installed; names the extra that brings it."""
 

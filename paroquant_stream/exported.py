@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,15 +28,18 @@ def stored_in_export(directory: Path) -> Stored:
     checkpoint = open_checkpoint(directory)
     _check_format(checkpoint.config[EXPORTED], directory)
     found = read_quantization(checkpoint.config)
-    tensors = [t for header in checkpoint.headers().values() for t in header.tensors]
+    headers = checkpoint.headers()
+    tensors = [t for header in headers.values() for t in header.tensors]
 
-    def read(_: object) -> dict[str, mx.array]:
+    def read(wanted: Callable[[str], bool]) -> dict[str, mx.array]:
         weights: dict[str, mx.array] = {}
         for shard in checkpoint.shards:
-            weights |= _read(shard)
+            names = [t.name for t in headers[shard.name].tensors if wanted(t.name)]
+            arrays = _read(shard) if names else {}
+            weights |= {name: arrays[name] for name in names}
         return weights
 
-    return Stored(tensors, read, lambda: _guard(directory), found.bits, found.group_size, True)
+    return Stored(tensors, read, lambda _: _guard(directory), found.bits, found.group_size, True)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
 from .tally import Progress
 from .tensorfile import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
-from .weights import reading
+from .weights import MLX_DTYPES, reading
 
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""
@@ -39,11 +39,7 @@ _TOKENIZER = (
     "vocab.json", "generation_config.json", "chat_template.json",
 )  # fmt: skip
 _TOKENIZER_SUFFIXES = (".txt", ".jinja", ".model", ".tiktoken")
-_DTYPES = {
-    mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16",
-    mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32", mx.float32: "F32",
-    mx.uint64: "U64", mx.int64: "I64",
-}  # fmt: skip
+_DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
 _CHUNK = 64 << 20  # bytes handed over at once
@@ -125,7 +121,7 @@ def _write_directory(
     total = sum(spec.nbytes for spec in specs)
     with new_directory(target, total) as directory:
         shards = _cut(specs, shard_size)
-        with reading(manifest, store):
+        with reading(manifest.entries, store):
             for name, held in shards.items():
                 _write_shard(directory / name, held, tensors)
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}

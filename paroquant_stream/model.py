@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .checkpoint import read_config
 from .errors import AssemblyError
 from .manifest import Manifest
-from .model_class import (
-    TOWER_PREFIXES,
-    build,
-    is_vision_model,
-    load_config,
-    load_tokenizer,
-    sanitize,
-)
+from .model_class import build, load_config, load_tokenizer
+from .naming import listed, named_for
+from .part import check_placed, cut, meet, part_of
+from .request import WHOLE, Split
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .store import Store
 from .trace import SILENCE, Trace
-from .weights import IO_WEIGHTS, Stored, read_weights, reading
+from .weights import Stored, entries_with, placeholders, read_weights, reading
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +39,9 @@ def assemble(
     force_text: bool,
     full: bool = False,
     trace: Trace = SILENCE,
+    split: Split = WHOLE,
 ) -> tuple[nn.Module, Any, bool]:
-    """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint.
+    """`(model, tokenizer or processor, is_vlm)` of a converted checkpoint, or a part of it.
 
     `lazy`: nothing is read before it is used. `full`: every entry is hashed before it is used.
     Raises what `assemble_stored` raises, and EntryDamaged when an entry is not what was written.
@@ -53,11 +49,13 @@ def assemble(
     stored = Stored(
         [tensor for record in manifest.entries for tensor in record.tensors],
         lambda wanted: read_weights(manifest, store, wanted, full=full, lazy=lazy),
-        lambda: reading(manifest, store),
+        lambda wanted: reading(entries_with(manifest, wanted), store),
         manifest.bits,
         manifest.group_size,
     )
-    return assemble_stored(directory, stored, lazy=lazy, force_text=force_text, trace=trace)
+    return assemble_stored(
+        directory, stored, lazy=lazy, force_text=force_text, trace=trace, split=split
+    )
 
 
 def assemble_stored(
@@ -67,48 +65,57 @@ def assemble_stored(
     lazy: bool,
     force_text: bool,
     trace: Trace = SILENCE,
+    split: Split = WHOLE,
 ) -> tuple[nn.Module, Any, bool]:
-    """`(model, tokenizer or processor, is_vlm)` of stored tensors.
+    """`(model, tokenizer or processor, is_vlm)` of stored tensors, or a part of it.
 
-    Raises AssemblyError listing every tensor that the model has no place for, every parameter
-    without a tensor, and every shape that does not fit.
+    Raises AssemblyError listing every tensor that the whole model has no place for, every parameter
+    without a tensor, and every shape that does not fit; NoSuchPart.
     """
-    tensors = stored.tensors
-    config = read_config(directory)
-    is_vlm = is_vision_model(config, [t.name for t in tensors], force_text)
+    tensors, config = stored.tensors, read_config(directory)
+    part = part_of(split, directory, [t.name for t in tensors], force_text)
+    is_vlm = part.is_vlm
     if stored.model_names and config.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so a text model", directory)
-
-    def wanted(name: str) -> bool:
-        return is_vlm or not name.startswith(TOWER_PREFIXES)
-
     if not lazy:
-        _check_memory(sum(tensor.nbytes for tensor in tensors if wanted(tensor.name)))
+        _check_memory(sum(tensor.nbytes for tensor in tensors if part.reads(tensor.name)))
     with trace.span("open the entries"):
-        weights = stored.read(wanted)
+        weights = stored.read(part.reads)
     if not lazy:
         mx.async_eval(weights)  # read from here on, while seconds of imports go by
+    unread = placeholders(t for t in tensors if part.has(t.name) and not part.reads(t.name))
     with trace.span("build the model"):
         config = load_config(directory)
         model = build(config, is_vlm)
     with trace.span("tokenizer"):
         tokenizer = load_tokenizer(directory, config, is_vlm)
     with trace.span("place the weights"):
+        weights |= unread
         if not stored.model_names:
-            weights = _align_experts(model, _sanitize(model, weights, is_vlm))
-        try:
-            _swap_layers(model, weights, stored.bits, stored.group_size)
-        except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
-            raise AssemblyError(  # what shapes and names lead to that no conversion has
-                f"{directory}: the stored tensors are no rotated layers of this model: {error}"
-            ) from error
-        _check(model, weights)
-        model.load_weights(list(weights.items()))
+            weights = named_for(model, weights, is_vlm)
+        check_placed(part, weights, unread)
+        _place(model, weights, stored, directory)
+        del weights, unread  # else what `cut` replaces would stay
+        cut(model, split, part)
     if not lazy:
-        with trace.span("read"), stored.guard():
+        with trace.span("read"), stored.guard(part.reads):
             mx.eval(model.parameters())
-    model.eval()
+    if split.group is not None:
+        meet(split.group)
     return model, tokenizer, is_vlm
+
+
+def _place(model: nn.Module, weights: Weights, stored: Stored, directory: Path) -> None:
+    """Puts the weights into the model, each in its place, or raises AssemblyError."""
+    try:
+        _swap_layers(model, weights, stored.bits, stored.group_size)
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+        raise AssemblyError(  # what shapes and names lead to that no conversion has
+            f"{directory}: the stored tensors are no rotated layers of this model: {error}"
+        ) from error
+    _check(model, weights)
+    model.load_weights(list(weights.items()))
+    model.eval()
 
 
 def _check_memory(needed: int) -> None:
@@ -119,90 +126,6 @@ def _check_memory(needed: int) -> None:
             f"the weights take {needed:,} bytes, this machine has {memory:,}; lazy=True loads them "
             "all the same, as they are used"
         )
-
-
-def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
-    """The weights under the model's names, each quantized embedding's scales and biases beside it.
-
-    Of a quantized embedding or head only the weight passes through `sanitize`, which knows
-    unquantized ones; where that array went, its scales and biases follow. Dropped, or of no use to
-    the model, all three go.
-    """
-    companions: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
-    for name in [name for name in weights if name.endswith(IO_WEIGHTS)]:
-        module = name.removesuffix(".weight")
-        if f"{module}.scales" in weights:
-            weight = weights[name]
-            companions[id(weight)] = (
-                weight,
-                weights.pop(f"{module}.scales"),
-                weights.pop(f"{module}.biases"),
-            )
-    before = dict(weights)
-    weights = sanitize(model, weights, is_vlm)
-    modules = {path for path, _ in model.named_modules()}
-    for name, array in list(weights.items()):
-        if id(array) not in companions:
-            continue
-        module = name.removesuffix(".weight")
-        if module in modules:
-            _, weights[f"{module}.scales"], weights[f"{module}.biases"] = companions[id(array)]
-        else:
-            del weights[name]
-    _check_dropped(before, weights)
-    return weights
-
-
-_DROPPED = re.compile(
-    r"(^|.*\.)(mtp\.|rotary_emb|input_(min|max)$|output_(min|max)$|lm_head\.weight$)"
-    r"|.*\.layers\.\d+\.self_attn\.([kv]_proj|[kv]_norm)\."  # of layers that share K and V
-)
-"""What a model class may drop of a checkpoint; a tower in text mode is not read at all."""
-
-
-def _check_dropped(before: Weights, after: Weights) -> None:
-    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs the others.
-
-    A tensor that is not in `after` was dropped, unless a new one in `after` has its tail: then it
-    was changed (a norm shifted, a convolution transposed).
-    """
-    kept = {id(array) for array in after.values()}
-    known = {id(array) for array in before.values()}
-    changed = {_tail(name) for name, array in after.items() if id(array) not in known}
-    dropped = [
-        name
-        for name, array in before.items()
-        if id(array) not in kept and _tail(name) not in changed
-    ]
-    unknown = [name for name in dropped if not _DROPPED.match(name)]
-    if unknown:
-        raise AssemblyError("the model class has no use for these tensors:" + _listed(unknown))
-    if dropped:
-        logger.info("not used by the model class: %s", ", ".join(dropped))
-
-
-def _tail(name: str) -> str:
-    """A name from its layer's number on, or its last two words."""
-    match = re.search(r"\.(layers|blocks)\.\d+\..*", name)
-    return match[0] if match else ".".join(name.split(".")[-2:])
-
-
-def _align_experts(model: nn.Module, weights: Weights) -> Weights:
-    """Stacked experts under the path of the model's own MoE module (`switch_mlp`,
-    `experts.switch_glu`).
-    """
-    paths = [path for path, module in model.named_modules() if type(module).__name__ == "SwitchGLU"]
-    homes = {
-        path.rsplit(".switch_mlp", 1)[0] if path.endswith(".switch_mlp") else None for path in paths
-    }
-    aligned: Weights = {}
-    for name, array in weights.items():
-        base, marker, rest = name.partition(".switch_mlp.")
-        home = f"{base}.switch_mlp"
-        if marker and base not in homes:
-            home = next((path for path in paths if path.startswith(base + ".")), home)
-        aligned[f"{home}.{rest}" if marker else name] = array
-    return aligned
 
 
 def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int) -> None:
@@ -245,15 +168,9 @@ def _check(model: nn.Module, weights: Weights) -> None:
             )
     if issues:
         count = f"{len(issues)} differences between the model class and the stored tensors:"
-        raise AssemblyError(count + _listed(issues))
+        raise AssemblyError(count + listed(issues))
 
 
 def _kind(array: mx.array) -> Any:
     """Floats may differ in width, since a class starts in float32; integers must agree."""
     return mx.floating if mx.issubdtype(array.dtype, mx.floating) else array.dtype
-
-
-def _listed(lines: list[str]) -> str:
-    lines = sorted(lines)
-    more = [f"... and {len(lines) - 50} more"] if len(lines) > 50 else []
-    return "".join(f"\n  {line}" for line in lines[:50] + more)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .errors import AssemblyError, MissingExtra
+from .errors import AssemblyError, MissingExtra, NoSuchPart
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,29 @@ def sanitize(model: nn.Module, weights: dict[str, mx.array], is_vlm: bool) -> di
         if part is not None and hasattr(part, "sanitize"):
             weights = part.sanitize(weights)
     return weights
+
+
+def keep_pipeline_layers(model: nn.Module, group: Any) -> range:
+    """The layers that this rank of `group` runs, by the class's own split; the model keeps no
+    other.
+
+    mlx-lm's classes leave None in the place of earlier layers, and end with the last of this rank.
+    Raises NoSuchPart for a class that offers no pipeline, and for more ranks than layers.
+    """
+    owner: Any = getattr(model, "model", None)
+    if not hasattr(owner, "pipeline"):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        others = ["layers=range(first, beyond the last) for a loop of your own"]
+        if hasattr(model, "shard"):
+            others.append("shard(group), which splits each layer")
+        if kind.startswith("mlx_vlm."):
+            others.append("perhaps a pipeline of its text part, with force_text=True")
+        raise NoSuchPart(f"{kind} offers no pipeline; there is {'; '.join(others)}")
+    try:
+        owner.pipeline(group)
+    except ValueError as error:
+        raise NoSuchPart(f"no pipeline over {group.size()} ranks: {error}") from error
+    return range(owner.start_idx, owner.end_idx)
 
 
 def load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> Any:

@@ -1,18 +1,21 @@
-"""What is asked for: which model, into which store; and whether its manifest still holds."""
+"""What is asked for: which model, into which store, which part of it; and whether its manifest
+still holds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp, Memo
 from .errors import ManifestError
-from .manifest import MAX_BYTES, Manifest
+from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .store import Store
 from .task import CAST_VERSION, TRANSFORM, Dtype
 
@@ -46,6 +49,36 @@ class Request:
         return model_id(self.directory.resolve(), self.dtype)
 
 
+@dataclass(frozen=True)
+class Split:
+    """What is asked for of a model; by default all of it."""
+
+    layers: range | None = None
+    """Only these transformer layers."""
+    group: Any = None
+    """An `mx.distributed.Group`: only what this rank runs of a pipeline over all of its ranks."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no model has."""
+        if self.layers is not None and self.group is not None:
+            raise ValueError("layers and group: a group has its own layers; give one of the two")
+        found = self.layers
+        if found is not None and not (type(found) is range and found and found.step == 1):
+            raise ValueError(f"layers is a range(first, beyond the last), not {found!r}")
+        if found is not None and found.start < 0:
+            raise ValueError(f"layers start at 0, not {found.start}")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the model is asked for."""
+        return self.layers is None and self.group is None
+
+
+WHOLE = Split()
+Needed = Callable[[Manifest], Collection[EntryRecord]]
+"""The entries of a manifest from which a part of the model is read."""
+
+
 def model_id(directory: Path, dtype: Dtype = "source") -> str:
     """The name of the manifest, in a cache, of the model in this resolved directory."""
     return hashlib.sha256(os.fsencode(directory) + b"\0" + _options(dtype)).hexdigest()
@@ -71,23 +104,31 @@ def read_named(store: Store, name: str) -> Manifest | None:
         return None
 
 
-def staleness(request: Request, manifest: Manifest, read_unknown: bool = False) -> str | None:
+def staleness(
+    request: Request,
+    manifest: Manifest,
+    read_unknown: bool = False,
+    needed: Needed | None = None,
+) -> str | None:
     """Why the manifest does not hold for the model as it is now, or None when it surely does.
 
     A shard whose digest is in no memo and no blob name counts as changed, unless `read_unknown`:
-    then it is hashed.
+    then it is hashed. Of an entry that is not `needed` neither it nor its shard has to be there; a
+    shard that is must be the one it was made from, for it may have lent parts.
     """
     if manifest.transform != TRANSFORM:
         return "made by another version"
     if manifest.config_sha256 != config_digest(request.directory):
         return "config.json or the index changed"
+    wanted = {record.key for record in (needed(manifest) if needed else manifest.entries)}
     for record in manifest.entries:
         shard = Shard(record.shard, request.directory / record.shard)
-        if not (record.dropped and not os.path.exists(shard.path)):
+        may_lack = record.dropped or record.key not in wanted
+        if not (may_lack and not os.path.exists(shard.path)):
             reason = source_staleness(request.store.memo, shard, record.source_sha256, read_unknown)
             if reason:
                 return reason
-        if request.store.entry_size(record.key) != record.size:
+        if record.key in wanted and request.store.entry_size(record.key) != record.size:
             return f"the entry of {record.shard} is absent or cut short"
     return None
 

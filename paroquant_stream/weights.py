@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +26,11 @@ from .tensorfile import TensorSpec, layout_defect
 logger = logging.getLogger(__name__)
 IO_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of weights that are quantized here and were not in the checkpoint."""
+MLX_DTYPES = {
+    "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,
+    "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "I32": mx.int32, "F32": mx.float32,
+    "U64": mx.uint64, "I64": mx.int64,
+}  # fmt: skip
 _EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>\w+_proj\.\w+)")
 
 
@@ -45,13 +50,32 @@ def read_weights(
     of use, when its bytes are not those that were written; StoreError when it is absent.
     """
     weights: dict[str, mx.array] = {}
-    with reading(manifest, store):
-        for record in manifest.entries:
+    records = entries_with(manifest, wanted)
+    with reading(records, store):
+        for record in records:
+            arrays = _read_entry(record, store, full)
             names = [tensor.name for tensor in record.tensors if wanted(tensor.name)]
-            if names:
-                arrays = _read_entry(record, store, full)
-                weights.update((name, arrays[name]) for name in names)
+            weights.update((name, arrays[name]) for name in names)
         return _stack_experts(_join_pieces(weights, lazy))
+
+
+def entries_with(manifest: Manifest, wanted: Callable[[str], bool]) -> list[EntryRecord]:
+    """The entries that hold a wanted tensor."""
+    return [
+        record
+        for record in manifest.entries
+        if any(wanted(tensor.name) for tensor in record.tensors)
+    ]
+
+
+def placeholders(specs: Iterable[TensorSpec]) -> dict[str, mx.array]:
+    """Name -> an array of the tensor's shape and dtype that must never be evaluated; stacks whole.
+
+    For tensors that are not read here: `sanitize` judges tensors by others, so it must see them
+    all. Unevaluated, they take no memory.
+    """
+    found = {spec.name: mx.zeros(spec.shape, MLX_DTYPES[spec.dtype]) for spec in specs}
+    return _stack_experts(_join_pieces(found, lazy=True))
 
 
 @dataclass(frozen=True)
@@ -61,8 +85,8 @@ class Stored:
     tensors: Sequence[TensorSpec]
     read: Callable[[Callable[[str], bool]], dict[str, mx.array]]
     """The arrays of the wanted names, as `read_weights` gives them."""
-    guard: Callable[[], contextlib.AbstractContextManager[None]]
-    """For a body in which MLX reads, as `reading` is."""
+    guard: Callable[[Callable[[str], bool]], contextlib.AbstractContextManager[None]]
+    """For a body in which MLX reads the wanted names, as `reading` is."""
     bits: int
     group_size: int
     model_names: bool = False
@@ -87,7 +111,9 @@ def stored_in_file(file: SingleFile, quantization: Quantization, *, lazy: bool) 
             return _quantize_floats(weights, bits, group_size, lazy)
 
     foreign = file.origin is None
-    return Stored(file.header.tensors, read, lambda: _reading_file(file), bits, group_size, foreign)
+    return Stored(
+        file.header.tensors, read, lambda _: _reading_file(file), bits, group_size, foreign
+    )
 
 
 @contextlib.contextmanager
@@ -119,9 +145,9 @@ def _quantize_floats(
 
 
 @contextlib.contextmanager
-def reading(manifest: Manifest, store: Store) -> Iterator[None]:
-    """Guards a body in which MLX reads: after a failure no array of it may be used, for a second
-    eval would give zeros.
+def reading(records: Collection[EntryRecord], store: Store) -> Iterator[None]:
+    """Guards a body in which MLX reads these entries: after a failure no array of it may be used,
+    for a second eval would give zeros.
 
     Raises EntryDamaged, the entry taken out of use, when an entry is the cause, else AssemblyError.
     """
@@ -130,7 +156,7 @@ def reading(manifest: Manifest, store: Store) -> Iterator[None]:
     except ParoquantStreamError:
         raise
     except Exception as error:
-        for record in manifest.entries:
+        for record in records:
             with closing(_open_checked(record, store, full=True)):
                 pass
         raise AssemblyError(f"MLX could not read the weights: {error}") from error

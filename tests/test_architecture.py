@@ -20,8 +20,8 @@ LEVELS = [
     {"request", "cache.running", "cache.foreign"},
     {"cache.inventory", "single_file"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
-    {"operations", "model", "exported"},
-    {"transform"},
+    {"operations", "naming", "part", "exported"},
+    {"transform", "model"},
     {"survey"},
     {"shards"},
     {"conversion"},
@@ -44,7 +44,7 @@ HOMES = {
     "safetensors": {"cache.verify"},
     "numpy": {"repack", "cast", "operations", "kernels"},
     "mlx": {
-        *("operations", "weights", "model", "model_class", "rotation", "kernels"),
+        *("operations", "weights", "model", "model_class", "naming", "part", "rotation", "kernels"),
         *("standalone", "exported", "mlx_directory"),
     },
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from paroquant_stream import convert_checkpoint, load, model
+from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.errors import AssemblyError
 from paroquant_stream.rotation import RotateQuantizedLinear
 from tests.builders import CONFIG, HIDDEN, VOCAB, cut_apart, llama_tensors, write_checkpoint
@@ -107,19 +107,6 @@ def test_a_tied_model_needs_no_head_and_drops_one_that_is_there(tmp_path, caplog
     found, _, _ = load(checkpoint(tmp_path, {"tie_word_embeddings": True}))
     assert "lm_head.weight" in caplog.text
     assert not [name for name in parameters(found) if name.startswith("lm_head")]
-
-
-def test_what_sanitize_drops_without_a_known_reason_is_an_error():
-    before = {"model.layers.0.mlp.gate.weight": mx.zeros(1), "mtp.x": mx.zeros(1)}
-    with pytest.raises(AssemblyError, match=r"layers\.0\.mlp\.gate\.weight"):
-        model._check_dropped(before, {})
-
-
-def test_what_sanitize_changes_or_renames_counts_as_kept():
-    array = mx.zeros(1)
-    before = {"model.layers.0.norm.weight": array, "model.layers.1.norm.weight": mx.zeros(1)}
-    after = {"x.layers.0.norm.weight": array, "x.layers.1.norm.weight": mx.zeros(1)}
-    model._check_dropped(before, after)
 
 
 def test_an_unknown_model_type_is_an_error(tmp_path):

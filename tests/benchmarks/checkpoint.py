@@ -23,7 +23,13 @@ Spec = tuple[str, str, tuple[int, ...]]
 
 
 def tensors(
-    layers: int, layout: str, vocab: int, hidden: int, intermediate: int, kv: int
+    layers: int,
+    layout: str,
+    vocab: int,
+    hidden: int,
+    intermediate: int,
+    kv: int,
+    biases: bool = False,
 ) -> Iterator[Spec]:
     """Name, dtype and shape of every tensor, in the order of the model."""
     yield "model.embed_tokens.weight", "F16", (vocab, hidden)
@@ -42,6 +48,8 @@ def tensors(
             yield f"{base}.{norm}.weight", "F16", (hidden,)
         for name, (outputs, inputs) in linears.items():
             yield from linear(f"{base}.{name}", layout, outputs, inputs)
+            if biases and name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+                yield f"{base}.{name}.bias", "F16", (outputs,)
     yield "model.norm.weight", "F16", (hidden,)
     yield "lm_head.weight", "F16", (vocab, hidden)
 
@@ -125,14 +133,17 @@ def make_checkpoint(
     heads: int = 64,
     kv_heads: int = 8,
     seed: int = 0,
+    model_type: str = "llama",
     order: Callable[[Spec], object] | None = None,
 ) -> None:
     """Writes the checkpoint into `out`; the same arguments give the same bytes in any number of
-    shards. `order`: of the tensors in a shard, by default that of the model.
+    shards. `model_type`: "llama", or "qwen2", which has biases. `order`: of the tensors in a shard,
+    by default that of the model.
     """
-    specs = list(tensors(layers, layout, vocab, hidden, intermediate, kv_heads * hidden // heads))
+    shapes = (vocab, hidden, intermediate, kv_heads * hidden // heads)
+    specs = list(tensors(layers, layout, *shapes, biases=model_type == "qwen2"))
     config = {
-        "model_type": "llama",
+        "model_type": model_type,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_attention_heads": heads,

@@ -1,0 +1,144 @@
+"""Which part of a model is loaded: all of it, a range of its layers, or a pipeline rank's.
+
+What a part needs is told by the names of stored tensors, before any of them is read: a layer's have
+its number. Tensors of no layer (embeddings, final norm, head, towers) belong to every part, as each
+rank of mlx-lm's pipelines embeds the tokens, for their shape, and computes the logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .checkpoint import read_config
+from .errors import AssemblyError, NoSuchPart
+from .manifest import EntryRecord, Manifest
+from .model_class import (
+    TOWER_PREFIXES,
+    build,
+    is_vision_model,
+    keep_pipeline_layers,
+    load_config,
+)
+from .request import Split
+from .weights import entries_with
+
+_LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")
+"""In checkpoints, mlx-lm and mlx-vlm; layers of towers and of token prediction are called
+otherwise."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is loaded of one model."""
+
+    is_vlm: bool
+    layers: range | None
+    """None: all."""
+
+    def has(self, name: str) -> bool:
+        """Whether a stored tensor is of this model at all; a text model has no towers."""
+        return self.is_vlm or not name.startswith(TOWER_PREFIXES)
+
+    def reads(self, name: str) -> bool:
+        """Whether a stored tensor is read, by its name in the checkpoint or in the model."""
+        number = _layer_of(name)
+        return self.has(name) and (self.layers is None or number is None or number in self.layers)
+
+
+def part_of(split: Split, directory: Path, names: Collection[str], force_text: bool) -> Part:
+    """The part of a model with these stored names.
+
+    Raises NoSuchPart for layers that it has not, for a class that offers no pipeline, and for more
+    ranks than layers.
+    """
+    is_vlm = is_vision_model(read_config(directory), names, force_text)
+    layers = split.layers
+    if split.group is not None:  # only the class knows its split; unevaluated, a model costs little
+        layers = keep_pipeline_layers(build(load_config(directory), is_vlm), split.group)
+    if layers is not None:
+        count = 1 + max((n for n in map(_layer_of, names) if n is not None), default=-1)
+        if layers.stop > count:
+            raise NoSuchPart(
+                f"{directory}: layers {layers.start} to {layers.stop - 1} were asked for, the "
+                f"model has {count}, numbered from 0"
+            )
+    return Part(is_vlm, layers)
+
+
+def needed_entries(
+    split: Split, directory: Path, manifest: Manifest, force_text: bool
+) -> Collection[EntryRecord]:
+    """The entries from which a part is read; raises what `part_of` raises."""
+    names = [tensor.name for record in manifest.entries for tensor in record.tensors]
+    return entries_with(manifest, part_of(split, directory, names, force_text).reads)
+
+
+def check_placed(part: Part, weights: dict[str, mx.array], unread: dict[str, mx.array]) -> None:
+    """Raises AssemblyError when a class takes a parameter of the part from a tensor of another:
+    the placeholder in its place would be zeros.
+    """
+    absent = {id(array) for array in unread.values()}
+    for name, array in weights.items():
+        if part.reads(name) and id(array) in absent:
+            raise AssemblyError(
+                f"{name}: the model class takes it from another layer's tensor, so it cannot be "
+                "loaded in parts"
+            )
+
+
+def cut(model: nn.Module, split: Split, part: Part) -> None:
+    """Leaves an assembled, unevaluated model its part; what goes was never read.
+
+    The place for every way to split a model among ranks: the parameters have been checked against
+    the whole model, and only what is left now is read.
+    """
+    if split.group is not None:
+        keep_pipeline_layers(model, split.group)
+    elif part.layers is not None:
+        for path, module in model.named_modules():
+            layers = module.get("layers")
+            if isinstance(layers, list) and _LAYER.match(f"{path}.layers.0.".lstrip(".")):
+                module["layers"] = [
+                    layer if number in part.layers else AbsentLayer(layer, number, part.layers)
+                    for number, layer in enumerate(layers)
+                ]
+
+
+def meet(group: Any) -> None:
+    """Returns when every rank of the group is here: on a GPU, a kernel that waits for a rank which
+    is still loading would run into the driver's time limit.
+    """
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group, stream=mx.cpu))
+
+
+class AbsentLayer(nn.Module):
+    """In the place of a layer that was not loaded: no parameters, and calling it is an error.
+
+    It keeps the numbers and words of the layer (`is_linear`, `use_sliding`, ...), by which classes
+    make masks and caches.
+    """
+
+    def __init__(self, layer: nn.Module, number: int, loaded: range) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # mlx has no annotation here
+        plain = (bool, int, float, str)
+        vars(self).update({k: v for k, v in vars(layer).items() if isinstance(v, plain)})
+        self._number, self._loaded = number, loaded
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Raises NoSuchPart."""
+        raise NoSuchPart(
+            f"layer {self._number} was not loaded, only {self._loaded.start} to "
+            f"{self._loaded.stop - 1}: call those layers one by one, not the whole model"
+        )
+
+
+def _layer_of(name: str) -> int | None:
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
