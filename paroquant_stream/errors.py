@@ -71,6 +71,10 @@ class AssemblyError(ParoquantStreamError):
     """
 
 
+class ShardingError(ParoquantStreamError):
+    """The model cannot be split over the ranks of a group; names its class or the layer."""
+
+
 class MissingExtra(ParoquantStreamError):
     """An optional package is needed and not installed; names the extra that brings it."""
 
