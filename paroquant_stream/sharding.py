@@ -16,23 +16,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers import distributed
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from .errors import ShardingError
+from .errors import ParoquantStreamError, ShardingError
 from .rotation import RotatedLayer, RotateQuantizedLinear
 from .slices import Slice, rank_slice
 
 Take = Callable[[str, mx.array, Slice], mx.array]
-"""The slice of a parameter, from its name in the model, the whole array, mostly unread, and what
-to take of it.
+"""Gives the slice of a parameter, evaluated or not, from the parameter's name in the model, the
+whole array as the model has it, unread if that is lazy, and which slice.
 """
 _ROTATION = {"theta": 2, "pairs": 1, "channel_scales": 1}
 """The parameters of a rotation, and how many channels one item of each last axis is for."""
 _lock = threading.Lock()
-
-
-def _slice_in_hand(_: str, array: mx.array, part: Slice) -> mx.array:
-    return part.of(array)
 
 
 def shard(
@@ -40,15 +36,15 @@ def shard(
     group: Any = None,
     *,
     lazy: bool = False,
-    take: Take = _slice_in_hand,
+    take: Take | None = None,
 ) -> None:
     """Leaves in `model` what this rank of `group` needs for its part of every layer; all ranks call
     it, each with a model of its own, and then call the model with the same inputs.
 
     `model`: from `load`, best with `lazy=True`: its weights are then read one layer at a time, each
     freed when its part is cut out. `group`: an `mx.distributed` group, default all processes.
-    `lazy`: leaves that reading to whoever uses the weights first. `take`: where parts come from,
-    default the model's own arrays.
+    `lazy`: leaves that reading to whoever uses the weights first. `take`: gives the parts, once it
+    is sure that the model can be split; default: they are cut out of the model's own arrays.
     Raises ShardingError, the model as it was, when its class cannot be split, or a layer or its
     heads do not divide over the ranks.
     """
@@ -59,8 +55,7 @@ def shard(
             "shard(), this one has none; run it in one process, or split it by layers"
         )
     if group.size() > 1:
-        with _all_or_nothing(model, group.size()):
-            _split(model, group, take)
+        _split(model, group, take)  # returns before anything is read: it knows the whole arrays
     if not lazy:
         evaluate(model)
         # A rank that is far ahead would wait inside its first layer, where a GPU gives up
@@ -82,24 +77,33 @@ def evaluate(model: nn.Module) -> None:
             ) from error
 
 
-def _split(model: nn.Module, group: Any, take: Take) -> None:
+def _split(model: nn.Module, group: Any, take: Take | None) -> None:
+    with _all_or_nothing(model, group.size()) as before:
+        cutter = _Cutter(model, group)
+        _cut_layers(model, group, cutter)
+        for path, module, _, attributes in before:
+            _check_divided(path, attributes, vars(module), group.size())
+        if take:
+            cutter.replace(model, take)
+
+
+def _cut_layers(model: nn.Module, group: Any, cutter: _Cutter) -> None:
     layers = {p: m for p, m in model.named_modules() if isinstance(m, RotatedLayer)}
     if any(getattr(layer, "ranks", None) for layer in layers.values()):
         raise ShardingError(f"{type(model).__name__}: is split already; load it again to split it")
-    cutter = _Cutter(model, group, take)
     rotations = {path: _without_rotations(layer) for path, layer in layers.items()}
     with _in_the_place_of_mlx(cutter):
         model.shard(group)
     for path, layer in layers.items():
         for prefix, reader in layer.readers.items():
             weights = layer[reader] if reader else layer
-            part = cutter.parts.get(".".join(filter(None, (path, reader, "scales"))))
+            part = cutter.part(".".join(filter(None, (path, reader, "scales"))))
             by_inputs = part is not None and part.axis == weights.scales.ndim - 1
             for leaf, channels in _ROTATION.items():
                 name, array = f"{path}.{prefix}{leaf}", rotations[path].pop(prefix + leaf)
                 if part and by_inputs:
                     groups = Slice(1, part.ranges).widened(layer.group_size // channels)
-                    array = take(name, array, groups)
+                    array = cutter.cut(name, array, groups)
                 layer[prefix + leaf] = array
             if layer[f"{prefix}pairs"].shape[1] != weights.scales.shape[-1] * layer.group_size:
                 raise ShardingError(f"{path}: its class cuts its inputs in a way not known here")
@@ -114,13 +118,12 @@ def _without_rotations(layer: RotatedLayer) -> dict[str, mx.array]:
 class _Cutter:
     """Cuts a layer's parameters as mlx's own function does, and notes how each was cut."""
 
-    def __init__(self, model: nn.Module, group: Any, take: Take) -> None:
-        self.parts: dict[str, Slice] = {}
-        """Of a parameter's name in the model."""
+    def __init__(self, model: nn.Module, group: Any) -> None:
+        self._cuts: dict[str, tuple[mx.array, Slice, mx.array]] = {}
         self._names = {
             id(array): name for name, array in dict(tree_flatten(model.parameters())).items()
         }
-        self._rank, self._count, self._take = group.rank(), group.size(), take
+        self._rank, self._count = group.rank(), group.size()
 
     def __call__(
         self, parameters: dict[Any, Any], sharding_predicate: Callable[..., Any], group: Any = None
@@ -142,10 +145,25 @@ class _Cutter:
                 ) from error
             if name is None:  # made by `shard` itself, as heads repeated for ranks to have one each
                 return part.of(array)
-            self.parts[name] = part
-            return self._take(name, array, part)
+            return self.cut(name, array, part)
 
         return tree_map_with_path(cut, parameters)
+
+    def cut(self, name: str, array: mx.array, part: Slice) -> mx.array:
+        """The slice of a parameter, unread."""
+        self._cuts[name] = array, part, part.of(array)
+        return self._cuts[name][2]
+
+    def part(self, name: str) -> Slice | None:
+        """What was cut out of a parameter; None: it is whole."""
+        return self._cuts[name][1] if name in self._cuts else None
+
+    def replace(self, model: nn.Module, take: Take) -> None:
+        """Puts in the place of each slice what `take` gives."""
+        found = dict(tree_flatten(model.parameters()))
+        for name, (whole, part, lazy) in self._cuts.items():
+            if found.get(name) is lazy:  # else `shard` has worked on it
+                model.update(tree_unflatten([(name, take(name, whole, part))]))
 
 
 @contextlib.contextmanager
@@ -185,23 +203,23 @@ def _in_the_place_of_mlx(cutter: _Cutter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(model: nn.Module, count: int) -> Iterator[None]:
-    """Puts every module back to what it was when the body fails or has rounded a number of heads.
+def _all_or_nothing(
+    model: nn.Module, count: int
+) -> Iterator[list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]]]:
+    """Every module's path, items and attributes before the body; put back when it fails.
 
-    Raises ShardingError for both.
+    Raises ShardingError for what else the body raises.
     """
     before = [(path, m, dict(m), dict(vars(m))) for path, m in model.named_modules()]
     try:
-        yield
-        for path, module, _, attributes in before:
-            _check_divided(path, attributes, vars(module), count)
+        yield before
     except BaseException as error:
         for _, module, parameters, attributes in before:
             dict.clear(module)
             dict.update(module, parameters)
             vars(module).clear()
             vars(module).update(attributes)
-        if isinstance(error, ShardingError) or not isinstance(error, Exception):
+        if isinstance(error, ParoquantStreamError) or not isinstance(error, Exception):
             raise
         raise ShardingError(f"{type(model).__module__}, {count} ranks: {error}") from error
 

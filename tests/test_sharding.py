@@ -18,7 +18,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from paroquant_stream import load, sharding
 from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
-from paroquant_stream.errors import ShardingError
+from paroquant_stream.errors import ShardingError, UnreadableFile
 from paroquant_stream.rotation import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from paroquant_stream.sharding import shard
 from paroquant_stream.slices import read_slice
@@ -345,18 +345,16 @@ def large(tmp_path_factory):
     return directory / "model"
 
 
-def test_no_more_than_one_layer_is_in_memory_beside_the_part(large, tmp_path):
+def test_no_more_than_one_layer_is_in_memory_beside_the_part(large):
     model, _, _ = load(large, lazy=True)
-    parameters = dict(tree_flatten(model.parameters()))
-    total, largest = sum(a.nbytes for a in parameters.values()), 3072 * 1024 // 2
-    del parameters
-    shard(model, Rank(0, 2), lazy=True)
-    held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    assert 0.5 * total < held < 0.54 * total
+    total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     start = mx.get_active_memory()
     mx.reset_peak_memory()
-    sharding.evaluate(model)
+    shard(model, Rank(0, 2))
+    held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert 0.5 * total < held < 0.54 * total
     assert mx.get_active_memory() - start < 1.02 * held  # small arrays keep up to 16 KiB more
+    largest = 3072 * 1024 // 2
     assert mx.get_peak_memory() - start < held + 1.3 * largest
 
 
@@ -393,6 +391,32 @@ def test_parts_can_come_from_byte_ranges_of_the_entries(large, monkeypatch):
     assert sum(counts) > outputs // 2
     whole = sum(tensor.nbytes for _, tensor in stored.values())
     assert sum(counts) < 0.72 * whole  # inputs are cut from whole lines, a third of all bytes
+
+
+def test_nothing_is_taken_of_a_model_that_cannot_be_split():
+    """The numbers of heads, which come last, are looked at before the first byte is read."""
+    model, _, _ = load(FIXTURES / "qwen3-awq-size", lazy=True)
+    before = state(model)
+    with pytest.raises(ShardingError, match="n_kv_heads"):
+        shard(model, Rank(0, 2), take=lambda *_: pytest.fail("read"))
+    assert unchanged(model, before)
+
+
+def test_a_part_that_cannot_be_taken_leaves_the_model_whole():
+    taken = []
+
+    def take(name, array, part):
+        if len(taken) == 3:
+            raise UnreadableFile("entry: cannot be read")
+        taken.append(name)
+        return part.of(array)
+
+    model = Block(linear)
+    before = state(model)
+    with pytest.raises(UnreadableFile):
+        shard(model, Rank(0, 2), take=take)
+    assert len(taken) == 3
+    assert unchanged(model, before)
 
 
 def test_weights_that_cannot_be_read_are_an_error(large, tmp_path):
