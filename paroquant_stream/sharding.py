@@ -52,7 +52,8 @@ def shard(
     if not hasattr(model, "shard"):
         raise ShardingError(
             f"{type(model).__module__}.{type(model).__name__}: expected a model class that has "
-            "shard(), this one has none; run it in one process, or split it by layers"
+            "shard(), this one has none; run it in one process or split it by layers (of a vision "
+            "model the text part may have one: load it with force_text=True)"
         )
     if group.size() > 1:
         _split(model, group, take)  # returns before anything is read: it knows the whole arrays

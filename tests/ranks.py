@@ -3,16 +3,18 @@
     mlx.launch -n 2 -- python -m tests.ranks OUT MODEL...
 
 Each rank loads and splits every model, calls it, and writes OUT/<rank>.npz: `logits<i>`, and in
-bytes `memory<i>` and `peak_memory<i>` of the split, and `bytes_read<i>` for it.
+bytes `memory<i>`, `peak_memory<i>` and `peak_rss<i>` of the split, and `bytes_read<i>` for it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,15 @@ def main(out: Path, models: list[str]) -> None:
         results[f"bytes_read{number}"] = np.array(bytes_read() - read)
         results[f"peak_memory{number}"] = np.array(mx.get_peak_memory())
         results[f"memory{number}"] = np.array(mx.get_active_memory())
+        results[f"peak_rss{number}"] = np.array(peak_rss())
         results[f"logits{number}"] = logits_of(model)
     np.savez(out / f"{group.rank()}.npz", **results)
+
+
+def peak_rss() -> int:
+    """Bytes of memory that this process has had at most."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def bytes_read() -> int:
@@ -62,7 +71,7 @@ def bytes_read() -> int:
     return int(counts.read_text().split()[1]) if counts.exists() else 0
 
 
-def run_two_ranks(out: Path, models: list[Path], timeout: float = 120) -> list[dict]:
+def run_two_ranks(out: Path, models: list[Path], timeout: float = 50) -> list[dict]:
     """The results of two processes on loopback, with the environment that `mlx.launch` gives."""
     sockets = [socket.socket() for _ in range(2)]
     for found in sockets:
@@ -82,14 +91,17 @@ def run_two_ranks(out: Path, models: list[Path], timeout: float = 120) -> list[d
         )
         for rank in range(2)
     ]
-    try:
-        for process in processes:
-            _, error = process.communicate(timeout=timeout)
-            assert process.returncode == 0, error
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with ThreadPoolExecutor(len(processes)) as pool:
+        waiting = {
+            pool.submit(process.communicate, timeout=timeout): process for process in processes
+        }
+        try:
+            for done in as_completed(waiting):  # one that failed lets the other wait for ever
+                _, error = done.result()
+                assert waiting[done].returncode == 0, error
+        finally:
+            for process in processes:
+                process.kill()
     return [dict(np.load(out / f"{rank}.npz")) for rank in range(2)]
 
 

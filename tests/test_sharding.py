@@ -33,21 +33,33 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 HEADS = {"self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64)}
 DELTA = {"linear_attn.in_proj_qkv": (192, 64)}
+GROUPS_OF_32 = {
+    **{f"self_attn.{name}_proj": (128, 128) for name in "qo"},
+    **{f"self_attn.{name}_proj": (64, 128) for name in "kv"},
+    **{f"mlp.{name}_proj": (256, 128) for name in ("gate", "up")},
+    "mlp.down_proj": (128, 256),
+}
 FAMILIES = {
     "llama": (None, HEADS, {"num_key_value_heads": 2}),
+    "qwen2": (
+        "qwen2-awq-size",
+        GROUPS_OF_32,
+        {"quantization_config": CONFIG["quantization_config"]},
+    ),
     "qwen3": ("qwen3-awq-size", HEADS, {"num_key_value_heads": 2}),
     "qwen3_moe": ("qwen3_moe-awq-adversarial", HEADS, {"num_key_value_heads": 2}),
     "qwen3_5": ("qwen3_5_text-awq-size", DELTA, {"linear_num_key_heads": 2}),
     "qwen3_5_moe": ("qwen3_5_moe_text-awq-size", DELTA, {"linear_num_key_heads": 2}),
 }
+VISION = ("qwen3_5-awq-adversarial", DELTA, {"linear_num_key_heads": 2})
 """Model -> the fixture it is made from, and what two ranks need that it has not: linears with the
-outputs and inputs of two key heads, and what config.json says of them.
+outputs and inputs of two key heads, or of more groups, and what config.json says of them.
 """
 
 
 def splittable(directory: Path, family: str) -> Path:
     """A checkpoint that two ranks can split."""
-    fixture, linears, settings = FAMILIES[family]
+    fixture, linears, settings = VISION if family == "vision" else FAMILIES[family]
     config, tensors = CONFIG, {name: mx.array(a) for name, a in llama_tensors().items()}
     write_checkpoint(directory)
     if fixture:
@@ -67,7 +79,9 @@ def splittable(directory: Path, family: str) -> Path:
         if name.endswith("conv1d.weight"):
             tensors[name] = mx.array(rng.normal(0, 0.3, (192, 1, 4)).astype(np.float16))
     mx.save_safetensors(str(directory / "model.safetensors"), tensors)
-    (directory / "config.json").write_text(json.dumps(config | settings))
+    config = json.loads(json.dumps(config))
+    config.get("text_config", config).update(settings)
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
@@ -268,6 +282,15 @@ def test_a_class_that_cannot_be_split_is_refused(tmp_path):
     assert unchanged(model, before)
 
 
+def test_of_a_vision_model_the_text_part_can_be_split(tmp_path):
+    directory = splittable(tmp_path / "vision", "vision")
+    with pytest.raises(ShardingError, match=r"mlx_vlm.*force_text=True"):
+        shard(load(directory, lazy=True)[0], Rank(0, 2))
+    model, _, _ = load(directory, lazy=True, force_text=True)
+    shard(model, Rank(0, 2))
+    assert model.layers[1].self_attn.o_proj.pairs.shape == (4, 32)
+
+
 @pytest.mark.parametrize(
     ("fixture", "size", "why"),
     [
@@ -430,7 +453,7 @@ def test_weights_that_cannot_be_read_are_an_error(large, tmp_path):
 
 
 def test_two_processes_have_the_logits_of_one(tmp_path):
-    """llama, qwen3, qwen3_moe, qwen3_5 and qwen3_5_moe, through a cache, over the ring backend."""
+    """Of every family that mlx-lm can split, through a cache, over the ring backend."""
     models = [splittable(tmp_path / family, family) for family in FAMILIES]
     wanted = []
     for directory in models:
