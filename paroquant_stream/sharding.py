@@ -19,7 +19,7 @@ from mlx.nn.layers import distributed
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from .errors import ParoquantStreamError, ShardingError
-from .rotation import RotatedLayer, RotateQuantizedLinear
+from .rotation import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from .slices import Slice, rank_slice
 
 Take = Callable[[str, mx.array, Slice], mx.array]
@@ -80,7 +80,7 @@ def evaluate(model: nn.Module) -> None:
 
 def _split(model: nn.Module, group: Any, take: Take | None) -> None:
     with _all_or_nothing(model, group.size()) as before:
-        cutter = _Cutter(model, group)
+        cutter = _Cutter(model)
         _cut_layers(model, group, cutter)
         for path, module, _, attributes in before:
             _check_divided(path, attributes, vars(module), group.size())
@@ -89,7 +89,8 @@ def _split(model: nn.Module, group: Any, take: Take | None) -> None:
 
 
 def _cut_layers(model: nn.Module, group: Any, cutter: _Cutter) -> None:
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, RotatedLayer)}
+    kinds = RotateQuantizedLinear, RotateSwitchGLU
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
     if any(getattr(layer, "ranks", None) for layer in layers.values()):
         raise ShardingError(f"{type(model).__name__}: is split already; load it again to split it")
     rotations = {path: _without_rotations(layer) for path, layer in layers.items()}
@@ -119,17 +120,17 @@ def _without_rotations(layer: RotatedLayer) -> dict[str, mx.array]:
 class _Cutter:
     """Cuts a layer's parameters as mlx's own function does, and notes how each was cut."""
 
-    def __init__(self, model: nn.Module, group: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._cuts: dict[str, tuple[mx.array, Slice, mx.array]] = {}
         self._names = {
             id(array): name for name, array in dict(tree_flatten(model.parameters())).items()
         }
-        self._rank, self._count = group.rank(), group.size()
 
     def __call__(
         self, parameters: dict[Any, Any], sharding_predicate: Callable[..., Any], group: Any = None
     ) -> Any:
         """The tree of parameters, each cut where the predicate of path and array says how."""
+        group = group or mx.distributed.init()
 
         def cut(path: str, array: Any) -> Any:
             how = sharding_predicate(path, array) if isinstance(array, mx.array) else None
@@ -138,7 +139,7 @@ class _Cutter:
             axis, segments = (how, 1) if isinstance(how, int) else how
             name = self._names.get(id(array))
             try:
-                part = rank_slice(array.shape, axis, segments, self._rank, self._count)
+                part = rank_slice(array.shape, axis, segments, group.rank(), group.size())
             except ValueError as error:
                 raise ShardingError(
                     f"{name or path}, shape {array.shape}: {error}; take a number of ranks that "
@@ -181,7 +182,7 @@ def _in_the_place_of_mlx(cutter: _Cutter) -> Iterator[None]:
                 return original(layer, segments=segments, group=group)
             how = "sharded-to-all" if by_inputs else "all-to-sharded"
             distributed.shard_inplace(layer, how, segments=segments, group=group)
-            layer.ranks = group if by_inputs else None
+            layer.ranks = (group or mx.distributed.init()) if by_inputs else None
             return layer
 
         return staticmethod(split)
