@@ -60,7 +60,7 @@ def shard(
     if not lazy:
         evaluate(model)
         # A rank that is far ahead would wait inside its first layer, where a GPU gives up
-        mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group, stream=mx.cpu))
+        mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
 
 
 def evaluate(model: nn.Module) -> None:
