@@ -77,6 +77,10 @@ class NoSuchPart(ParoquantStreamError):
     """
 
 
+class ShardingError(ParoquantStreamError):
+    """The model cannot be split over the ranks of a group; names its class or the layer."""
+
+
 class MissingExtra(ParoquantStreamError):
     """An optional package is needed and not installed; names the extra that brings it."""
 

@@ -20,10 +20,11 @@ _SORT_FROM = 64
 """Routed rows from which experts are visited in order, as mlx-lm and mlx-vlm do."""
 
 
-class _Rotated(nn.Module):
+class RotatedLayer(nn.Module):
     """A module with rotations of its own, flat among its parameters, each under a prefix."""
 
-    _prefixes: ClassVar[tuple[str, ...]] = ("",)
+    readers: ClassVar[dict[str, str]] = {"": ""}
+    """Prefix -> the projection in it that reads what this rotation gives; "": itself."""
 
     def __init__(self, group_size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # mlx has no annotation here
@@ -54,19 +55,19 @@ class _Rotated(nn.Module):
 
     def _made_tables(self) -> list[kernels.RotationTables]:
         """The tables made so far."""
-        made = (getattr(self, f"_{prefix}made", None) for prefix in self._prefixes)
+        made = (getattr(self, f"_{prefix}made", None) for prefix in self.readers)
         return [tables for tables in made if tables is not None]
 
     def build(self) -> None:
         """Builds its tables for the default device now, not at the first call."""
-        for prefix in self._prefixes:
+        for prefix in self.readers:
             kernels.prepare(self._tables(prefix))
 
     def _rotate(self, x: mx.array, prefix: str = "") -> mx.array:
         return kernels.rotate(x, self._tables(prefix))
 
 
-class Rotation(_Rotated):
+class Rotation(RotatedLayer):
     """x with its channels scaled and rotated inside groups: (..., dims) to (..., dims), same dtype.
 
     Parameters: theta (krot, dims / 2), pairs int16 (krot, dims), channel_scales (1, dims).
@@ -82,7 +83,7 @@ class Rotation(_Rotated):
         return self._rotate(x)
 
 
-class RotateQuantizedLinear(_Rotated):
+class RotateQuantizedLinear(RotatedLayer):
     """y = quantized_matmul(rotated x) + bias: (..., input_dims) to (..., output_dims).
 
     Parameters: those of `Rotation`, weight uint32 (output_dims, input_dims * bits / 32), scales and
@@ -105,6 +106,8 @@ class RotateQuantizedLinear(_Rotated):
     ) -> None:
         super().__init__(group_size)
         self.bits = bits
+        self.ranks: Any = None
+        """The `mx.distributed` group that holds the other inputs, if `shard` cut them off."""
         self._add_rotation("", input_dims, krot)
         self.weight = mx.zeros((output_dims, input_dims * bits // 32), dtype=mx.uint32)
         self.scales = mx.zeros((output_dims, input_dims // group_size))
@@ -124,6 +127,8 @@ class RotateQuantizedLinear(_Rotated):
             group_size=self.group_size,
             bits=self.bits,
         )
+        if self.ranks is not None:
+            y = mx.distributed.all_sum(y, group=self.ranks)
         return y + self.bias if "bias" in self else y
 
     def _extra_repr(self) -> str:
@@ -131,7 +136,7 @@ class RotateQuantizedLinear(_Rotated):
         return f"{inputs}, {outputs}, group_size={self.group_size}, bits={self.bits}"
 
 
-class RotateSwitchGLU(_Rotated):
+class RotateSwitchGLU(RotatedLayer):
     """The routed experts of a layer, x rotated before gate and up, their product before down.
 
     Called with x (..., dims) and expert numbers (..., k), gives (..., k, dims), like the
@@ -139,7 +144,7 @@ class RotateSwitchGLU(_Rotated):
     `down_rot_*`; gate_proj, up_proj and down_proj are of that library's quantized class.
     """
 
-    _prefixes = ("gate_up_rot_", "down_rot_")
+    readers: ClassVar[dict[str, str]] = {"gate_up_rot_": "gate_proj", "down_rot_": "down_proj"}
 
     def __init__(
         self,
@@ -220,9 +225,9 @@ def _quantized(projection: nn.Module, group_size: int, bits: int) -> nn.Module:
     return layer
 
 
-def _rotated_layers(model: nn.Module) -> Iterator[_Rotated]:
+def _rotated_layers(model: nn.Module) -> Iterator[RotatedLayer]:
     """The rotated layers of a model, a shared one once."""
-    return iter({id(m): m for m in model.modules() if isinstance(m, _Rotated)}.values())
+    return iter({id(m): m for m in model.modules() if isinstance(m, RotatedLayer)}.values())
 
 
 def build_tables(model: nn.Module) -> None:

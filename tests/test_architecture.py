@@ -14,13 +14,13 @@ LEVELS = [
     {"errors", "exits", "repack", "cast", "kernels", "standalone", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker"},
-    {"digest", "layout", "manifest", "stacks", "task"},
+    {"digest", "layout", "manifest", "slices", "stacks", "task"},
     {"checkpoint", "linears", "newfile", "report"},
     {"store", "arrival", "tally", "hub", "cache.found", "newdirectory"},
     {"request", "cache.running", "cache.foreign"},
     {"cache.inventory", "single_file"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
-    {"operations", "naming", "part", "exported"},
+    {"operations", "naming", "part", "exported", "sharding"},
     {"transform", "model"},
     {"survey"},
     {"shards"},
@@ -42,10 +42,10 @@ HOMES = {
     "mlx_vlm": {"model_class"},
     "paroquant": {"kernels"},
     "safetensors": {"cache.verify"},
-    "numpy": {"repack", "cast", "operations", "kernels"},
+    "numpy": {"repack", "cast", "operations", "kernels", "slices"},
     "mlx": {
         *("operations", "weights", "model", "model_class", "naming", "part", "rotation", "kernels"),
-        *("standalone", "exported", "mlx_directory"),
+        *("standalone", "exported", "mlx_directory", "sharding", "slices"),
     },
 }
 """Third-party package -> the rooms that may import it."""
