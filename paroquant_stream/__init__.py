@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from .errors import ParoquantStreamError
     from .manifest import Manifest
     from .mlx_directory import export_model
-    from .sharding import shard
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,14 +20,12 @@ __all__ = [
     "export_model",
     "install",
     "load",
-    "shard",
     "uninstall",
 ]
 _HOMES = {
     "convert_checkpoint": "api",
     "export_model": "mlx_directory",
     "load": "api",
-    "shard": "sharding",
     "install": "dropin",
     "uninstall": "dropin",
     "ParoquantStreamError": "errors",

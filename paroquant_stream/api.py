@@ -23,7 +23,7 @@ from .errors import (
 from .hub import locate
 from .layout import read_quantization
 from .manifest import EntryRecord, Manifest
-from .request import Needed, Request, Split, read_manifest, staleness
+from .request import Needed, Parallel, Request, Split, read_manifest, staleness
 from .single_file import check_usable, opened
 from .store import Store, user_cache_root
 from .task import DTYPES, Dtype
@@ -128,14 +128,14 @@ def load(
     trace: str | Path | None = None,
     layers: range | None = None,
     group: Any = None,
+    parallel: Parallel = "pipeline",
 ) -> tuple[Any, Any, bool]:
     """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
 
     The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
     `force_text=True` loads a vision model's text part through mlx-lm. A directory that `export`
     wrote is read as it is: it has no hashes, and code in it is never run. Else a conversion inside
-    the model directory is used first, if it fits the sources: `mlx/`, then
-    `converted_mlx.safetensors`.
+    the model directory is used first: `mlx/`, then `converted_mlx.safetensors`, if they fit.
     `dtype` is that of `convert_checkpoint`; conversions in two dtypes stand side by side.
     `verify="header"` checks size, names, dtypes and shapes of every entry, and its hash unless its
     stat is as the writer left it; `"full"` hashes every entry. A damaged entry is taken out of use
@@ -143,18 +143,19 @@ def load(
 
     `layers=range(a, b)`: only those transformer layers are loaded, and what belongs to no layer
     (embeddings, final norm, head, towers). `model.layers[i]` keeps its number; a layer outside of
-    the range has no parameters and raises NoSuchPart when it is called, and so does the whole
-    model. `group`, an `mx.distributed.Group`: only what this rank runs of a pipeline over all
-    ranks, as the class's own `pipeline(group)` splits it; the model is called as a whole on every
-    rank, and load returns when every rank has loaded. Either way the whole model is checked, by the
-    names and shapes in the manifest, and only the entries with a tensor of the part are opened,
-    hashed or have to be there; of a single file or an export, all files.
+    the range has no parameters, and calling it or the whole model raises NoSuchPart.
+    `group`, an `mx.distributed.Group`: what this rank has of a model that all ranks call together;
+    load returns when all have loaded. `parallel="pipeline"`: the layers that the class's own
+    `pipeline(group)` gives the rank; `"tensor"`: its part of every layer, as `shard(group)` cuts.
+    The whole model is checked, by the manifest. Only entries with a tensor of the layers are opened
+    or have to be there, and of what is cut only the rank's byte ranges are read; of a single file
+    or an export, all.
 
-    Raises what `convert_checkpoint` raises, AssemblyError when the stored tensors and the model's
-    parameters do not match one to one, NoSuchPart for layers that the model has not and for a class
-    that offers no pipeline, ValueError for a range that is none and for both `layers` and `group`.
+    Raises what `convert_checkpoint` raises, AssemblyError when stored tensors and parameters do not
+    match one to one, NoSuchPart for layers that the model has not and for a class without a
+    pipeline, ShardingError for one that cannot be cut so, ValueError for options that are none.
     """
-    split = Split(layers, group)
+    split = Split(layers, group, parallel)
     request = make_request(
         model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
     )
@@ -199,7 +200,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     def of_part(manifest: Manifest) -> Collection[EntryRecord]:
         return needed_entries(options.split, request.directory, manifest, options.force_text)
 
-    needed = None if options.split.is_whole else of_part
+    needed = of_part if options.split.by_layers else None
     with options.trace.span("check the sources"):
         found = shipped(request, needed)
     if found is None:

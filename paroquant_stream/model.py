@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from .manifest import Manifest
 from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for
 from .part import check_placed, cut, meet, part_of
+from .ranges import entry_slices
 from .request import WHOLE, Split
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
+from .sharding import read_by_layer
 from .store import Store
 from .trace import SILENCE, Trace
 from .weights import Stored, entries_with, placeholders, read_weights, reading
@@ -48,10 +51,13 @@ def assemble(
     """
     stored = Stored(
         [tensor for record in manifest.entries for tensor in record.tensors],
-        lambda wanted: read_weights(manifest, store, wanted, full=full, lazy=lazy),
+        lambda wanted: read_weights(
+            manifest, store, wanted, full=full, lazy=lazy or split.by_tensors
+        ),
         lambda wanted: reading(entries_with(manifest, wanted), store),
         manifest.bits,
         manifest.group_size,
+        slices=lambda weights: entry_slices(manifest.entries, store, weights),
     )
     return assemble_stored(
         directory, stored, lazy=lazy, force_text=force_text, trace=trace, split=split
@@ -78,11 +84,13 @@ def assemble_stored(
     if stored.model_names and config.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so a text model", directory)
     if not lazy:
-        _check_memory(sum(tensor.nbytes for tensor in tensors if part.reads(tensor.name)))
+        parts = split.group.size() if split.by_tensors else 1
+        _check_memory(sum(t.nbytes for t in tensors if part.reads(t.name)) // parts)
     with trace.span("open the entries"):
         weights = stored.read(part.reads)
-    if not lazy:
+    if not lazy and not split.by_tensors:
         mx.async_eval(weights)  # read from here on, while seconds of imports go by
+    slices = stored.slices(weights) if split.by_tensors else nullcontext()
     unread = placeholders(t for t in tensors if part.has(t.name) and not part.reads(t.name))
     with trace.span("build the model"):
         config = load_config(directory)
@@ -96,10 +104,11 @@ def assemble_stored(
         check_placed(part, weights, unread)
         _place(model, weights, stored, directory)
         del weights, unread  # else what `cut` replaces would stay
-        cut(model, split, part)
+    with trace.span("cut"), stored.guard(part.reads), slices as take:
+        cut(model, split, part, take)
     if not lazy:
         with trace.span("read"), stored.guard(part.reads):
-            mx.eval(model.parameters())
+            read_by_layer(model) if split.by_tensors else mx.eval(model.parameters())
     if split.group is not None:
         meet(split.group)
     return model, tokenizer, is_vlm

@@ -27,6 +27,7 @@ from .model_class import (
     load_config,
 )
 from .request import Split
+from .sharding import Take, shard
 from .weights import entries_with
 
 _LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")
@@ -60,7 +61,7 @@ def part_of(split: Split, directory: Path, names: Collection[str], force_text: b
     """
     is_vlm = is_vision_model(read_config(directory), names, force_text)
     layers = split.layers
-    if split.group is not None:  # only the class knows its split; unevaluated, a model costs little
+    if split.by_layers and split.group is not None:  # unevaluated, a model costs little
         layers = keep_pipeline_layers(build(load_config(directory), is_vlm), split.group)
     if layers is not None:
         count = 1 + max((n for n in map(_layer_of, names) if n is not None), default=-1)
@@ -93,13 +94,15 @@ def check_placed(part: Part, weights: dict[str, mx.array], unread: dict[str, mx.
             )
 
 
-def cut(model: nn.Module, split: Split, part: Part) -> None:
+def cut(model: nn.Module, split: Split, part: Part, take: Take | None) -> None:
     """Leaves an assembled, unevaluated model its part; what goes was never read.
 
-    The place for every way to split a model among ranks: the parameters have been checked against
-    the whole model, and only what is left now is read.
+    The parameters have been checked against the whole model, and only what is left now is read;
+    `take` gives the parts of tensors. Raises ShardingError.
     """
-    if split.group is not None:
+    if split.by_tensors:
+        shard(model, split.group, lazy=True, take=take)
+    elif split.group is not None:
         keep_pipeline_layers(model, split.group)
     elif part.layers is not None:
         for path, module in model.named_modules():

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp, Memo
@@ -49,6 +49,9 @@ class Request:
         return model_id(self.directory.resolve(), self.dtype)
 
 
+Parallel = Literal["pipeline", "tensor"]
+
+
 @dataclass(frozen=True)
 class Split:
     """What is asked for of a model; by default all of it."""
@@ -56,12 +59,16 @@ class Split:
     layers: range | None = None
     """Only these transformer layers."""
     group: Any = None
-    """An `mx.distributed.Group`: only what this rank runs of a pipeline over all of its ranks."""
+    """An `mx.distributed.Group`: only what this rank has of a model split over all of its ranks."""
+    parallel: Parallel = "pipeline"
+    """How the group splits it: by layers, or every layer's tensors."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no model has."""
         if self.layers is not None and self.group is not None:
             raise ValueError("layers and group: a group has its own layers; give one of the two")
+        if self.parallel not in get_args(Parallel):
+            raise ValueError(f"parallel is pipeline or tensor, not {self.parallel!r}")
         found = self.layers
         if found is not None and not (type(found) is range and found and found.step == 1):
             raise ValueError(f"layers is a range(first, beyond the last), not {found!r}")
@@ -69,9 +76,14 @@ class Split:
             raise ValueError(f"layers start at 0, not {found.start}")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all of the model is asked for."""
-        return self.layers is None and self.group is None
+    def by_tensors(self) -> bool:
+        """Whether a part of every layer is asked for."""
+        return self.group is not None and self.parallel == "tensor"
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether some layers are asked for, and others not."""
+        return not self.by_tensors and (self.layers is not None or self.group is not None)
 
 
 WHOLE = Split()

@@ -69,13 +69,18 @@ def evaluate(model: nn.Module) -> None:
 
     Raises ShardingError when MLX cannot read one; the model is then of no use.
     """
-    for path, module in model.named_modules():
-        try:
-            mx.eval([array for array in module.values() if isinstance(array, mx.array)])
-        except RuntimeError as error:  # a second eval would give zeros
-            raise ShardingError(
-                f"{path}: MLX could not read the weights: {error}; load the model again"
-            ) from error
+    try:
+        read_by_layer(model)
+    except RuntimeError as error:  # a second eval would give zeros
+        raise ShardingError(
+            f"MLX could not read the weights: {error}; load the model again"
+        ) from error
+
+
+def read_by_layer(model: nn.Module) -> None:
+    """As `evaluate`, with MLX's own error."""
+    for module in model.modules():
+        mx.eval([array for array in module.values() if isinstance(array, mx.array)])
 
 
 def _split(model: nn.Module, group: Any, take: Take | None) -> None:

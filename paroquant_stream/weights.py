@@ -18,6 +18,7 @@ from .digest import FileStamp, hash_entry
 from .errors import AssemblyError, EntryDamaged, ParoquantStreamError
 from .layout import Quantization
 from .manifest import EntryRecord, Manifest
+from .sharding import Take
 from .single_file import SingleFile
 from .stacks import stacks_in_pieces
 from .store import Store
@@ -91,6 +92,10 @@ class Stored:
     group_size: int
     model_names: bool = False
     """Names are the model's, not the checkpoint's: `sanitize` has been there already."""
+    slices: Callable[[dict[str, mx.array]], contextlib.AbstractContextManager[Take | None]] = (
+        lambda _: contextlib.nullcontext()
+    )
+    """For a body in which slices of the arrays that were read are taken; None: cut them."""
 
 
 def stored_in_file(file: SingleFile, quantization: Quantization, *, lazy: bool) -> Stored:

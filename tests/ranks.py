@@ -3,7 +3,7 @@
     mlx.launch -n 2 -- python -m tests.ranks OUT MODEL...
 
 Each rank loads and splits every model, calls it, and writes OUT/<rank>.npz: `logits<i>`, and in
-bytes `memory<i>`, `peak_memory<i>` and `peak_rss<i>` of the split, and `bytes_read<i>` for it.
+bytes `memory<i>`, `peak_memory<i>`, `peak_rss<i>` and `bytes_read<i>` of the load.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ def main(out: Path, models: list[str]) -> None:
 
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(strict=True)  # before slow imports: the others wait for it
-    from paroquant_stream import load, shard
+    from paroquant_stream import load
 
     results = {}
     for number, name in enumerate(models):
-        model, _, _ = load(name, lazy=True)
         read = bytes_read()
         mx.reset_peak_memory()
-        shard(model, group)
+        model, _, _ = load(name, group=group, parallel="tensor")
         results[f"bytes_read{number}"] = np.array(bytes_read() - read)
         results[f"peak_memory{number}"] = np.array(mx.get_peak_memory())
         results[f"memory{number}"] = np.array(mx.get_active_memory())

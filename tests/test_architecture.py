@@ -15,12 +15,12 @@ LEVELS = [
     {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "slices", "stacks", "task"},
-    {"checkpoint", "linears", "newfile", "report"},
+    {"checkpoint", "linears", "newfile", "report", "sharding"},
     {"store", "arrival", "tally", "hub", "cache.found", "newdirectory"},
     {"request", "cache.running", "cache.foreign"},
     {"cache.inventory", "single_file"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
-    {"operations", "naming", "part", "exported", "sharding"},
+    {"operations", "naming", "part", "exported", "ranges"},
     {"transform", "model"},
     {"survey"},
     {"shards"},
@@ -45,7 +45,7 @@ HOMES = {
     "numpy": {"repack", "cast", "operations", "kernels", "slices"},
     "mlx": {
         *("operations", "weights", "model", "model_class", "naming", "part", "rotation", "kernels"),
-        *("standalone", "exported", "mlx_directory", "sharding", "slices"),
+        *("standalone", "exported", "mlx_directory", "sharding", "slices", "ranges"),
     },
 }
 """Third-party package -> the rooms that may import it."""

@@ -141,7 +141,8 @@ def test_what_is_no_range_of_layers_is_refused_before_any_work(wrong, tmp_path):
 def test_layers_and_a_group_are_not_both_taken():
     with pytest.raises(ValueError, match="one of the two"):
         Split(range(1), Rank(0, 1))
-    assert WHOLE.is_whole
+    assert not WHOLE.by_layers
+    assert not WHOLE.by_tensors
 
 
 def test_layers_that_the_model_has_not_are_named(model_dir):

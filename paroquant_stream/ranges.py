@@ -1,0 +1,87 @@
+"""A rank's byte ranges: slices of a model's weights, read from the entries without the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from .errors import EntryDamaged, MalformedFile
+from .manifest import EntryRecord
+from .slices import Slice, read_slice
+from .stacks import stacks_in_pieces
+from .store import Store
+from .tensorfile import TensorInfo, lay_out
+
+
+class EntrySlices:
+    """Gives slices of arrays that `read_weights` gave, as a `Take` of `sharding`."""
+
+    def __init__(
+        self, records: Collection[EntryRecord], store: Store, weights: Mapping[str, mx.array]
+    ) -> None:
+        """`weights`: as they were read, stacks whole. Their names change later, the arrays do not:
+        by them a parameter is found in the entries.
+        """
+        self._store = store
+        self._fds: dict[str, int] = {}
+        stored = {
+            tensor.name: (record.key, tensor)
+            for record in records
+            for tensor in lay_out(record.tensors)[1]
+        }
+        pieces = stacks_in_pieces(stored)
+        self._places: dict[int, tuple[mx.array, list[tuple[str, TensorInfo]]]] = {}
+        for name, array in weights.items():
+            names = pieces.get(name, [name])
+            if stored.keys() >= set(names):
+                self._places[id(array)] = array, [stored[piece] for piece in names]
+
+    def __call__(self, _name: str, array: mx.array, part: Slice) -> mx.array:
+        """The slice of an array, evaluated; unread where the array is not as it was stored, and
+        where experts are divided among ranks.
+
+        Raises EntryDamaged, the entry taken out of use, when it ends too early; StoreError,
+        UnreadableFile.
+        """
+        _, places = self._places.get(id(array), (None, []))
+        if not places or (len(places) > 1 and part.axis == 0):
+            return part.of(array)
+        found = [self._read(key, tensor, part) for key, tensor in places]
+        if len(found) > 1:  # evaluated, so that a stack's pieces go before the next is read
+            found = [mx.concatenate(found)]
+            mx.eval(found)
+        return found[0]
+
+    def _read(self, key: str, tensor: TensorInfo, part: Slice) -> mx.array:
+        label = str(self._store.entry_path(key))
+        try:
+            return read_slice(self._fd(key), tensor, part, label)
+        except MalformedFile as error:
+            self._store.quarantine(key)
+            raise EntryDamaged(f"{error}; taken out of use") from error
+
+    def _fd(self, key: str) -> int:
+        if key not in self._fds:
+            self._fds[key] = self._store.open_entry(key)
+        return self._fds[key]
+
+    def close(self) -> None:
+        """Closes the entries and lets go of the arrays."""
+        self._places.clear()
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+@contextmanager
+def entry_slices(
+    records: Collection[EntryRecord], store: Store, weights: Mapping[str, mx.array]
+) -> Iterator[EntrySlices]:
+    """`EntrySlices` for a body, closed after it."""
+    slices = EntrySlices(records, store, weights)
+    try:
+        yield slices
+    finally:
+        slices.close()
