@@ -29,6 +29,8 @@ from .task import DTYPES, Dtype
 from .trace import SILENCE, Trace, written_to
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from .tally import Progress
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,11 @@ def cache_store(cache_dir: str | Path | None = None) -> Store:
     return Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())
 
 
+def default_jobs() -> int:
+    """Workers where nothing is said: one a core, at most 8."""
+    return min(8, os.cpu_count() or 1)
+
+
 def make_request(
     model_path: str | Path,
     *,
@@ -51,6 +58,7 @@ def make_request(
     revision: str | None = None,
     drop_source: bool = False,
     dtype: Dtype = "source",
+    executor: Executor | None = None,
 ) -> Request:
     """The request for converting `model_path` with these options; of a model named by a Hub id it
     downloads the config, the index and the tokenizer, no shard.
@@ -58,10 +66,23 @@ def make_request(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     directory, remote = locate(model_path, revision)
-    jobs = jobs or min(8, os.cpu_count() or 1)
+    if jobs is None and executor:
+        from .executor import width  # here, because a run without work needs none of it
+
+        jobs = width(executor)
+    jobs = jobs or default_jobs()
     store = Store(directory / IN_PLACE, private=False) if in_place else cache_store(cache_dir)
     return Request(
-        str(model_path), directory, store, in_place, force, jobs, remote, drop_source, dtype
+        str(model_path),
+        directory,
+        store,
+        in_place,
+        force,
+        jobs,
+        remote,
+        drop_source,
+        dtype,
+        executor,
     )
 
 
@@ -75,6 +96,7 @@ def convert_checkpoint(
     revision: str | None = None,
     drop_source: bool = False,
     dtype: Dtype = "source",
+    executor: Executor | None = None,
     progress: Progress | None = None,
     trace: str | Path | None = None,
 ) -> Manifest:
@@ -91,13 +113,20 @@ def convert_checkpoint(
     "bfloat16" stores scales, biases, norms and all that meets activations in that one width, so
     that no operation falls back to float32 because two of its inputs differ. It rounds values, and
     on MLX's CPU backend the fallback is the fastest of all.
+    `executor`: any `concurrent.futures.Executor`, to convert each shard in one of its workers: a
+    spawned ProcessPoolExecutor, or a Dask client's `get_executor(pure=False)`. Its workers see
+    model and cache at the same paths; `jobs` then bounds how many shards it is given at once, by
+    default its own width. It stays open. Without a guard `if __name__ == "__main__":` a program
+    cannot spawn processes.
     `progress(shard, bytes done, bytes in all)` is called from the workers. `trace`: a file for the
-    stages of every worker, as chrome://tracing and ui.perfetto.dev show them.
+    stages of every worker, as chrome://tracing and ui.perfetto.dev show them; of a worker of
+    `executor` only the stage `shard`.
 
     Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError,
-    SourceDropped. Later: SourceChanged, SourceDamaged, StoreError, OutOfRange for a value that
-    `dtype` cannot hold, and CheckpointError for a shard that cannot be downloaded; what was
-    published stays and the next call goes on from there.
+    SourceDropped, and WorkersUnfit for workers of a Dask cluster that lack the package or do not
+    see the files. Later: WorkersLost, SourceChanged, SourceDamaged, StoreError, OutOfRange for a
+    value that `dtype` cannot hold, and CheckpointError for a shard that cannot be downloaded; what
+    was published stays and the next call goes on from there.
     """
     request = make_request(
         model_path,
@@ -108,6 +137,7 @@ def convert_checkpoint(
         revision=revision,
         drop_source=drop_source,
         dtype=dtype,
+        executor=executor,
     )
     with written_to(trace) as timed:
         return convert(request, progress, timed).manifest
