@@ -113,20 +113,15 @@ def convert_checkpoint(
     "bfloat16" stores scales, biases, norms and all that meets activations in that one width, so
     that no operation falls back to float32 because two of its inputs differ. It rounds values, and
     on MLX's CPU backend the fallback is the fastest of all.
-    `executor`: any `concurrent.futures.Executor`, to convert each shard in one of its workers: a
-    spawned ProcessPoolExecutor, or a Dask client's `get_executor(pure=False)`. Its workers see
-    model and cache at the same paths; `jobs` then bounds how many shards it is given at once, by
-    default its own width. It stays open. Without a guard `if __name__ == "__main__":` a program
-    cannot spawn processes.
+    `executor`: converts each shard in a worker of it, which sees the same paths; `jobs` bounds how
+    many it has at once, by default its width; a trace has only the stage `shard` of it.
     `progress(shard, bytes done, bytes in all)` is called from the workers. `trace`: a file for the
-    stages of every worker, as chrome://tracing and ui.perfetto.dev show them; of a worker of
-    `executor` only the stage `shard`.
+    stages of every worker, as chrome://tracing and ui.perfetto.dev show them.
 
-    Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError,
-    SourceDropped, and WorkersUnfit for workers of a Dask cluster that lack the package or do not
-    see the files. Later: WorkersLost, SourceChanged, SourceDamaged, StoreError, OutOfRange for a
-    value that `dtype` cannot hold, and CheckpointError for a shard that cannot be downloaded; what
-    was published stays and the next call goes on from there.
+    Raises, before any work: CheckpointError, MalformedFile, LayoutError, PlanError, SourceDropped,
+    WorkersUnfit. Later: WorkersLost, SourceChanged, SourceDamaged, StoreError, OutOfRange for a
+    value that `dtype` cannot hold, CheckpointError for a shard that cannot be downloaded; what was
+    published stays and the next call goes on from there.
     """
     request = make_request(
         model_path,

@@ -35,21 +35,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
     )
-    parser.add_argument(
-        "--jobs",
-        type=_positive,
-        metavar="N",
-        help="shards in work at once (default: one a core, at most 8; all threads of a cluster)",
-    )
-    parser.add_argument(
-        "--executor",
-        choices=["thread", "process", "dask"],
-        default="thread",
-        help="where shards are converted: threads (default), processes, or a Dask cluster",
-    )
-    parser.add_argument(
-        "--scheduler", metavar="ADDRESS", help="the cluster's scheduler, like tcp://host:8786"
-    )
+    _configure_workers(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
@@ -83,6 +69,24 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--trace", metavar="FILE", help="write the stages of every worker, for chrome://tracing"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _configure_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="shards in work at once (default: one a core, at most 8; all threads of a cluster)",
+    )
+    parser.add_argument(
+        "--executor",
+        choices=["thread", "process", "dask"],
+        default="thread",
+        help="where shards are converted: threads (default), processes, or a Dask cluster",
+    )
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="the cluster's scheduler, like tcp://host:8786"
+    )
 
 
 def _positive(text: str) -> int:

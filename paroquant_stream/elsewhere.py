@@ -22,7 +22,7 @@ from .source import Tick
 from .transform import Job, Outcome, run_task
 from .worker import Worker
 
-LOOK = 1.0  # s between two looks at the sign; on a network file system a look is a message
+LOOK = 0.2  # s between two looks at the sign; a network file system answers most from its cache
 
 
 @contextmanager

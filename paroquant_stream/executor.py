@@ -12,6 +12,7 @@ import logging
 import os
 import pkgutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     BrokenExecutor,
@@ -95,18 +96,24 @@ def call_elsewhere(
     Raises what the function raised, and WorkersLost when the executor cannot run it.
     """
     future: Future[_Result] | None = None
+    client, looked = _client_of(executor), time.monotonic()
     try:
         future = executor.submit(function, *arguments)
         while not future.done():
             check()
             wait([future], LOOK)
+            if client and time.monotonic() - looked > CONNECT:
+                with _asking(client):  # a scheduler without workers waits for some for ever
+                    client.wait_for_workers(1, timeout=CONNECT)
+                looked = time.monotonic()
         return future.result()
     except Exception as error:
         if not _is_of_executor(error):
             raise
+        who = f"{client.scheduler.address}: the Dask scheduler or" if client else "the executor or"
         raise WorkersLost(
-            f"a worker elsewhere was lost ({_one_line(error)}); finished shards are kept, run "
-            "again to go on"
+            f"{who} its workers are gone ({_one_line(error)}); finished shards are kept, run again "
+            "to go on"
         ) from error
     finally:
         if future:
@@ -120,8 +127,9 @@ def width(executor: Executor) -> int:
     """
     if client := _client_of(executor):
         with _asking(client):
+            client.wait_for_workers(1, timeout=CONNECT)
             threads: dict[str, int] = client.nthreads()
-            return max(1, sum(threads.values()))
+            return sum(threads.values())
     told: int | None = getattr(executor, "_max_workers", None)
     return told or min(8, os.cpu_count() or 1)
 
@@ -175,15 +183,18 @@ def _compare(defects: dict[str, str], address: str, what: str, here: Any, answer
 @contextmanager
 def cluster(scheduler: str) -> Iterator[Executor]:
     """The workers of the Dask scheduler at this address. Raises WorkersLost, MissingExtra."""
+    import asyncio
+
     try:
         import distributed
     except ImportError as error:
         raise MissingExtra(
             f"a Dask cluster needs its client: pip install 'paroquant_stream[dask]' ({error})"
         ) from error
-    # it logs with tracebacks what our errors say in a line
-    logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)
+    for name in ("distributed", "distributed.client"):  # the two that its own config sets a level
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # else tracebacks of what we say
     try:
+        asyncio.run(_reach(scheduler))  # a client that finds nobody takes 20 s to be deleted
         client = distributed.Client(scheduler, timeout=CONNECT, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise WorkersLost(f"{scheduler}: no Dask scheduler answers ({_one_line(error)})") from error
@@ -191,6 +202,14 @@ def cluster(scheduler: str) -> Iterator[Executor]:
         yield client.get_executor(pure=False)
     finally:
         client.close(timeout=PATIENCE)
+
+
+async def _reach(scheduler: str) -> None:
+    import distributed
+
+    security = distributed.Security().get_connection_args("client")
+    comm = await distributed.comm.connect(scheduler, timeout=CONNECT, **security)
+    await comm.close()
 
 
 def _client_of(executor: Executor) -> Any:
@@ -221,4 +240,4 @@ def _is_of_executor(error: Exception) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")

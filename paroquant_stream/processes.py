@@ -9,6 +9,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+
+from .executor import PATIENCE
 
 
 @contextmanager
@@ -18,15 +21,18 @@ def processes(count: int) -> Iterator[Executor]:
     Fresh interpreters: what MLX and threads have in memory does not survive a fork.
     """
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin_worker)
-    patient = False
+    end = threading.Thread(target=partial(pool.shutdown, cancel_futures=True), daemon=True)
+    patience: float | None = None
     try:
         yield pool
-        patient = True
     except Exception:
-        patient = True
+        raise
+    except BaseException:  # Ctrl-C or SIGTERM
+        patience = PATIENCE
         raise
     finally:
-        pool.shutdown(wait=patient, cancel_futures=True)
+        end.start()
+        end.join(patience)
 
 
 def _begin_worker() -> None:

@@ -12,7 +12,7 @@ ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__
 
 LEVELS = [
     {"errors", "exits", "repack", "cast", "kernels", "standalone", "units"},
-    {"descriptor", "strictjson", "rotation", "trace", "processes"},
+    {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker"},
     {"digest", "layout", "manifest", "stacks", "task"},
     {"checkpoint", "linears", "newfile", "report"},
@@ -22,7 +22,7 @@ LEVELS = [
     {"plan", "source", "drop", "executor", "weights", "model_class"},
     {"operations", "model", "exported"},
     {"transform"},
-    {"elsewhere", "survey"},
+    {"elsewhere", "processes", "survey"},
     {"shards"},
     {"conversion"},
     {"api", "verify", "freshness", "prune"},
