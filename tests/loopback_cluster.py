@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 FAULT = """
-import os, signal
+import os
 from paroquant_stream import source
 real = source.Source._count
 def count(self, size):
@@ -22,12 +23,13 @@ def count(self, size):
     except FileNotFoundError:
         return
     with open("firing") as file:
-        target = int(file.read()) or os.getpid()
+        target, number = map(int, file.read().split())
+    target = target or os.getpid()
     temps = [n for n in os.listdir(self._memo.directory.parent / "tmp") if f"-{os.getpid()}-" in n]
     with open("firing", "w") as file:
         file.write(f"{target} {temps}")
     os.rename("firing", "fired")
-    os.kill(target, signal.SIGKILL)
+    os.kill(target, number)
 source.Source._count = count
 """
 ROOT = Path(__file__).parent.parent
@@ -65,13 +67,13 @@ class LoopbackCluster:
         for process in self.processes:
             process.wait()
 
-    def arm(self, target: int = 0) -> None:
-        """The first worker that is in the middle of a shard kills `target`, else itself."""
+    def arm(self, target: int = 0, number: int = signal.SIGKILL) -> None:
+        """The first worker that is in the middle of a shard signals `target`, else itself."""
         (self.directory / "fired").unlink(missing_ok=True)
-        (self.directory / "armed").write_text(str(target))
+        (self.directory / "armed").write_text(f"{target} {int(number)}")
 
     def fired(self) -> str:
-        """Who was killed, and the temps that the worker was writing then."""
+        """Who was signalled, and the temps that the worker was writing then."""
         return (self.directory / "fired").read_text()
 
     def add_worker(self, prelude: str = FAULT) -> subprocess.Popen[bytes]:
@@ -90,7 +92,8 @@ class LoopbackCluster:
             client.wait_for_workers(workers, timeout=30)
 
     def _start(self, code: str, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with self._log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", code, "--host", "127.0.0.1", *arguments],

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from paroquant_stream.elsewhere import run_elsewhere
 from paroquant_stream.errors import Cancelled, CheckpointError, WorkersUnfit
 from paroquant_stream.survey import plan_model
 from paroquant_stream.transform import Job
+from paroquant_stream.worker import Worker
 from tests.builders import cut_apart, write_checkpoint
 from tests.loopback_cluster import LoopbackCluster
 
@@ -139,6 +141,33 @@ def test_a_worker_that_is_killed_in_a_shard_has_it_done_by_another(cluster, mode
     assert not temps(tmp_path / "cache")
     cluster.add_worker()
     cluster.wait(2)
+
+
+ARMED = """
+import os, sys
+from pathlib import Path
+from paroquant_stream import convert, exits
+Path(sys.argv.pop(1)).write_text(f"{os.getpid()} {sys.argv.pop(1)}")
+exits.end_with(convert.main)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_run_and_what_it_has_on_the_cluster(
+    cluster, model, right, tmp_path, number, code
+):
+    armed, cache = str(cluster.directory / "armed"), tmp_path / "cache"
+    (cluster.directory / "fired").unlink(missing_ok=True)
+    command = [sys.executable, "-c", ARMED, armed, str(int(number))]
+    done = subprocess.run(
+        [*command, *arguments(cluster, model, cache)], capture_output=True, text=True, timeout=60
+    )
+    assert re.fullmatch(r"\d+ \['.+'\]", cluster.fired())
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+    assert done.stderr.startswith("interrupted; finished shards are kept")
+    assert main(arguments(cluster, model, cache)) == 0  # the workers are free again
+    assert entries(cache) == right
+    assert not temps(cache)
 
 
 def test_every_worker_that_cannot_do_it_is_named_before_any_work(cluster, model, tmp_path, capsys):
@@ -287,6 +316,19 @@ def test_a_worker_that_does_not_see_the_sign_does_nothing(model, tmp_path):
     with pytest.raises(WorkersUnfit, match=re.escape(str(sign))):
         run_elsewhere(job, sign, os.uname().nodename)
     assert not entries(tmp_path / "cache")
+
+
+def test_a_thread_keeps_its_memory_from_shard_to_shard(model, tmp_path):
+    with sent(model, tmp_path / "cache") as (job, sign), ThreadPoolExecutor(1) as pool:
+        places = pool.submit(elsewhere._places).result()
+        before = Worker(places)
+        memory = before.buffers
+        before.leave()
+        for _ in range(2):
+            pool.submit(run_elsewhere, job, sign, os.uname().nodename).result(20)
+        assert pool.submit(elsewhere._places).result() is places
+        assert Worker(places).buffers is memory
+        assert elsewhere._places() is not places
 
 
 def test_a_worker_takes_no_lock(model, tmp_path, monkeypatch):
