@@ -23,7 +23,7 @@ from concurrent.futures import (
     as_completed,
     wait,
 )
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,10 +110,10 @@ def call_elsewhere(
     except Exception as error:
         if not _is_of_executor(error):
             raise
-        who = f"{client.scheduler.address}: the Dask scheduler or" if client else "the executor or"
+        who = _name(client) if client else "the executor"
         raise WorkersLost(
-            f"{who} its workers are gone ({_one_line(error)}); finished shards are kept, run again "
-            "to go on"
+            f"{who} or its workers failed ({_one_line(error)}); finished shards are kept, run "
+            "again to go on"
         ) from error
     finally:
         if future:
@@ -151,13 +151,12 @@ def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
     defects: dict[str, str] = {}
     with _asking(client):
         client.wait_for_workers(1, timeout=CONNECT)
-        address = f"the scheduler {client.scheduler.address}"  # it unpickles what it passes on
-        for name in _PACKAGE:
+        for name in _PACKAGE:  # the scheduler unpickles what it passes on
             try:
                 answer = client.run_on_scheduler(pkgutil.resolve_name, name)
             except ImportError as error:
                 answer = error
-            _compare(defects, address, name, pkgutil.resolve_name(name), answer)
+            _compare(defects, _name(client), name, pkgutil.resolve_name(name), answer)
         for ask, what in [
             *((pkgutil.resolve_name, name) for name in _PACKAGE),
             *((os.path.getsize, str(path)) for path in paths),
@@ -201,7 +200,8 @@ def cluster(scheduler: str) -> Iterator[Executor]:
     try:
         yield client.get_executor(pure=False)
     finally:
-        client.close(timeout=PATIENCE)
+        with suppress(OSError):  # TimeoutError: what is to be said was said
+            client.close(timeout=PATIENCE)
 
 
 async def _reach(scheduler: str) -> None:
@@ -228,9 +228,13 @@ def _asking(client: Any) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, TimeoutError, CancelledError) as error:
         raise WorkersLost(
-            f"{client.scheduler.address}: the Dask scheduler or its workers do not answer "
-            f"({_one_line(error)})"
+            f"{_name(client)} or its workers do not answer ({_one_line(error)})"
         ) from error
+
+
+def _name(client: Any) -> str:
+    address = getattr(client.scheduler, "address", "closed")  # None once the client is closed
+    return f"the Dask scheduler ({address})"
 
 
 def _is_of_executor(error: Exception) -> bool:

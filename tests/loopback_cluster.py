@@ -40,8 +40,9 @@ WORKER = "from distributed.cli.dask_worker import main; main()"
 class LoopbackCluster:
     """A context; ends every process when it is left."""
 
-    def __init__(self, directory: Path, workers: int = 2) -> None:
-        self.directory, self._count = directory, workers
+    def __init__(self, directory: Path, workers: int = 2, prelude: str = "") -> None:
+        """`prelude` runs in the scheduler's process before it listens."""
+        self.directory, self._count, self._prelude = directory, workers, prelude
         self._file = directory / "scheduler.json"
         self._log = directory / "log"
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -50,7 +51,7 @@ class LoopbackCluster:
     def __enter__(self) -> LoopbackCluster:
         try:
             options = ["--port", "0", "--no-dashboard", "--scheduler-file", str(self._file)]
-            self.scheduler = self._start(SCHEDULER, *options)
+            self.scheduler = self._start(f"{self._prelude}\n{SCHEDULER}", *options)
             self.address = self._written()["address"]
             for _ in range(self._count):
                 self.add_worker()

@@ -22,7 +22,7 @@ from paroquant_stream import convert_checkpoint, elsewhere, executor
 from paroquant_stream.api import make_request
 from paroquant_stream.convert import main
 from paroquant_stream.elsewhere import run_elsewhere
-from paroquant_stream.errors import Cancelled, CheckpointError, WorkersUnfit
+from paroquant_stream.errors import Cancelled, CheckpointError, WorkersLost, WorkersUnfit
 from paroquant_stream.survey import plan_model
 from paroquant_stream.transform import Job
 from paroquant_stream.worker import Worker
@@ -193,6 +193,24 @@ def test_every_worker_that_cannot_do_it_is_named_before_any_work(cluster, model,
     assert not temps(cache)
 
 
+def test_a_scheduler_without_the_package_is_named(model, tmp_path_factory, tmp_path, capsys):
+    with LoopbackCluster(tmp_path_factory.mktemp("foreign"), 1, ABSENT) as cluster:
+        assert main(arguments(cluster, model, tmp_path / "cache")) == 1
+    found = capsys.readouterr().err
+    assert f"\n  the Dask scheduler ({cluster.address}): " in found
+    assert found.count("ModuleNotFoundError") == 1
+
+
+def test_a_client_that_was_closed_is_an_error_of_ours(cluster, model, tmp_path):
+    from distributed import Client
+
+    with Client(cluster.address, set_as_default=False) as client:
+        workers = client.get_executor(pure=False)
+    for jobs in (None, 2):
+        with pytest.raises(WorkersLost, match="do not answer"):
+            convert_checkpoint(model, cache_dir=tmp_path / "c", executor=workers, jobs=jobs)
+
+
 def test_a_scheduler_that_was_never_there_is_one_message(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(executor, "CONNECT", 0.2)
     there = ["--executor", "dask", "--scheduler"]
@@ -213,7 +231,7 @@ def test_a_scheduler_that_dies_is_one_message_and_the_next_run_goes_on(
         assert cluster.fired().startswith(f"{cluster.scheduler.pid} ['")  # with a temp in work
         assert cluster.scheduler.wait(10) == -9
     assert code == 1
-    assert found.startswith(f"error: {cluster.address}: the Dask scheduler or its workers are gone")
+    assert found.startswith(f"error: the Dask scheduler ({cluster.address}) or its workers failed")
     assert found.endswith("run again to go on\n")
     assert found.count("\n") == 1
     convert_checkpoint(model, cache_dir=cache)
