@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .api import make_request
 from .conversion import convert
@@ -16,8 +16,12 @@ from .manifest import Manifest
 from .report import Conversion
 from .request import Request
 from .tally import Progress
+from .task import Dtype
 from .trace import SILENCE, Trace, written_to
 from .worker import Places, Worker
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 Result = Conversion | ParoquantStreamError
 
@@ -25,11 +29,18 @@ Result = Conversion | ParoquantStreamError
 def convert_checkpoints(
     model_paths: Sequence[str | Path],
     *,
+    cache_dir: str | Path | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+    drop_source: bool = False,
+    dtype: Dtype = "source",
+    executor: Executor | None = None,
     progress: Progress | None = None,
     trace: str | Path | None = None,
-    **options: Any,
 ) -> list[Manifest]:
-    """The manifests of these models, in their order; `options` are those of `convert_checkpoint`.
+    """The manifests of these models, in their order; the options are those of
+    `convert_checkpoint`.
 
     `jobs` bounds the shards in work of all models together. `progress` is told of a shard as
     `<model>/<shard>`. Raises SomeFailed when all that can be converted is; a finished model's
@@ -40,7 +51,18 @@ def convert_checkpoints(
     manifests: dict[str, Manifest] = {}
     for model in dict.fromkeys(map(str, model_paths)):
         try:
-            requests.append(make_request(model, **options))
+            requests.append(
+                make_request(
+                    model,
+                    cache_dir=cache_dir,
+                    in_place=in_place,
+                    force=force,
+                    jobs=jobs,
+                    drop_source=drop_source,
+                    dtype=dtype,
+                    executor=executor,
+                )
+            )
         except ParoquantStreamError as error:
             failed[model] = error
     with written_to(trace) as timed:
