@@ -211,14 +211,21 @@ def test_a_client_that_was_closed_is_an_error_of_ours(cluster, model, tmp_path):
             convert_checkpoint(model, cache_dir=tmp_path / "c", executor=workers, jobs=jobs)
 
 
-def test_a_scheduler_that_was_never_there_is_one_message(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(executor, "CONNECT", 0.2)
-    there = ["--executor", "dask", "--scheduler"]
-    for address in ("tcp://127.0.0.1:1", "nonsense://x"):
-        assert main([str(model), *there, address]) == 1
-        found = capsys.readouterr().err
-        assert found.startswith(f"error: {address}: no Dask scheduler answers")
-        assert found.count("\n") == 1
+HURRY = """
+import sys
+from paroquant_stream import convert, executor, exits
+executor.CONNECT = 0.2
+exits.end_with(convert.main)
+"""
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense://x"])
+def test_a_scheduler_that_was_never_there_is_one_message_and_the_command_ends(model, address):
+    command = [sys.executable, "-c", HURRY, str(model), "--executor", "dask", "--scheduler"]
+    done = subprocess.run([*command, address], capture_output=True, text=True, timeout=15)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {address}: no Dask scheduler answers")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_scheduler_that_dies_is_one_message_and_the_next_run_goes_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from paroquant_stream import convert_checkpoints, transform
 from paroquant_stream.api import convert_checkpoint, make_request
 from paroquant_stream.convert import main
-from paroquant_stream.errors import SomeFailed
+from paroquant_stream.errors import Cancelled, SomeFailed
 from paroquant_stream.report import Conversion
 from paroquant_stream.several import convert_all
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint
@@ -139,14 +140,28 @@ def test_a_dry_run_surveys_each_and_writes_nothing(models, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
-def test_a_caller_that_stops_listening_stops_every_model(models):
-    results = convert_all([make_request(model, jobs=2) for model in models])
-    _, first = next(results)
-    assert isinstance(first, Conversion)
+def test_a_caller_that_stops_listening_stops_every_model(models, monkeypatch):
+    real, begun, stopped = transform._convert, threading.Event(), []
+
+    def endless(job, source, worker):
+        if str(job.directory) == models[0]:
+            assert begun.wait(20)
+            return real(job, source, worker)
+        begun.set()
+        try:
+            while True:
+                worker.check()
+                time.sleep(0.005)
+        except Cancelled:
+            stopped.append(job)
+            raise
+
+    monkeypatch.setattr(transform, "_convert", endless)
+    results = convert_all([make_request(model, jobs=2) for model in models[:2]])
+    request, first = next(results)
+    assert (request.model, type(first)) == (models[0], Conversion)
     results.close()
-    for thread in (t for t in threading.enumerate() if t.name.startswith("worker")):
-        thread.join(5)
-        assert not thread.is_alive()
+    assert stopped
 
 
 def test_no_model_is_nothing():
