@@ -157,7 +157,7 @@ def test_a_caller_that_stops_listening_stops_every_model(models, monkeypatch):
             raise
 
     monkeypatch.setattr(transform, "_convert", endless)
-    results = convert_all([make_request(model, jobs=2) for model in models[:2]])
+    results = convert_all([make_request(m, jobs=3) for m in models[:2]])  # a place a shard
     request, first = next(results)
     assert (request.model, type(first)) == (models[0], Conversion)
     results.close()
