@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .errors import ParoquantStreamError
     from .manifest import Manifest
     from .mlx_directory import export_model
+    from .several import convert_checkpoints
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ParoquantStreamError",
     "__version__",
     "convert_checkpoint",
+    "convert_checkpoints",
     "export_model",
     "install",
     "load",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 _HOMES = {
     "convert_checkpoint": "api",
+    "convert_checkpoints": "several",
     "export_model": "mlx_directory",
     "load": "api",
     "install": "dropin",

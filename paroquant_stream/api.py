@@ -30,6 +30,8 @@ from .task import DTYPES, Dtype
 from .trace import SILENCE, Trace, written_to
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from .tally import Progress
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,11 @@ def cache_store(cache_dir: str | Path | None = None) -> Store:
     return Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())
 
 
+def default_jobs() -> int:
+    """Workers where nothing is said: one a core, at most 8."""
+    return min(8, os.cpu_count() or 1)
+
+
 def make_request(
     model_path: str | Path,
     *,
@@ -52,6 +59,7 @@ def make_request(
     revision: str | None = None,
     drop_source: bool = False,
     dtype: Dtype = "source",
+    executor: Executor | None = None,
 ) -> Request:
     """The request for converting `model_path` with these options; of a model named by a Hub id it
     downloads the config, the index and the tokenizer, no shard.
@@ -59,10 +67,23 @@ def make_request(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     directory, remote = locate(model_path, revision)
-    jobs = jobs or min(8, os.cpu_count() or 1)
+    if jobs is None and executor:
+        from .executor import width  # here, because a run without work needs none of it
+
+        jobs = width(executor)
+    jobs = jobs or default_jobs()
     store = Store(directory / IN_PLACE, private=False) if in_place else cache_store(cache_dir)
     return Request(
-        str(model_path), directory, store, in_place, force, jobs, remote, drop_source, dtype
+        str(model_path),
+        directory,
+        store,
+        in_place,
+        force,
+        jobs,
+        remote,
+        drop_source,
+        dtype,
+        executor,
     )
 
 
@@ -76,6 +97,7 @@ def convert_checkpoint(
     revision: str | None = None,
     drop_source: bool = False,
     dtype: Dtype = "source",
+    executor: Executor | None = None,
     progress: Progress | None = None,
     trace: str | Path | None = None,
 ) -> Manifest:
@@ -92,12 +114,14 @@ def convert_checkpoint(
     "bfloat16" stores scales, biases, norms and all that meets activations in that one width, so
     that no operation falls back to float32 because two of its inputs differ. It rounds values, and
     on MLX's CPU backend the fallback is the fastest of all.
+    `executor`: converts each shard in a worker of it, which sees the same paths; `jobs` bounds how
+    many it has at once, by default its width; a trace has only the stage `shard` of it.
     `progress(shard, bytes done, bytes in all)` is called from the workers. `trace`: a file for the
     stages of every worker, as chrome://tracing and ui.perfetto.dev show them.
 
-    Raises, before anything is written: CheckpointError, MalformedFile, LayoutError, PlanError,
-    SourceDropped. Later: SourceChanged, SourceDamaged, StoreError, OutOfRange for a value that
-    `dtype` cannot hold, and CheckpointError for a shard that cannot be downloaded; what was
+    Raises, before any work: CheckpointError, MalformedFile, LayoutError, PlanError, SourceDropped,
+    WorkersUnfit. Later: WorkersLost, SourceChanged, SourceDamaged, StoreError, OutOfRange for a
+    value that `dtype` cannot hold, CheckpointError for a shard that cannot be downloaded; what was
     published stays and the next call goes on from there.
     """
     request = make_request(
@@ -109,6 +133,7 @@ def convert_checkpoint(
         revision=revision,
         drop_source=drop_source,
         dtype=dtype,
+        executor=executor,
     )
     with written_to(trace) as timed:
         return convert(request, progress, timed).manifest

@@ -7,87 +7,34 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .api import make_request
+from .api import default_jobs, make_request
 from .conversion import convert
+from .convert_options import parse
 from .errors import CheckpointError, ParoquantStreamError
 from .exits import end_with
 from .progress import Progress
 from .report import Conversion, ShardReport, bytes_text, shown
 from .request import Request
-from .task import DTYPES
-from .trace import written_to
+from .trace import Trace, written_to
 
-DESCRIPTION = """\
-Convert a ParoQuant checkpoint into MLX-native entries in the cache. Only shards that changed are
-converted; an interrupted conversion goes on where it was. Exit code: 0 done, 1 failed, 2 wrong
-usage, 130 or 143 interrupted."""
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 
 class Terminated(BaseException):
     """SIGTERM arrived; raised in the main thread so that temps are removed on the way out."""
 
 
-def configure_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
-    parser.add_argument(
-        "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
-    )
-    parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="workers (default: one a core, at most 8)"
-    )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
-    )
-    where.add_argument(
-        "--in-place", action="store_true", help="convert into MODEL/mlx, to ship with the model"
-    )
-    parser.add_argument(
-        "--drop-source",
-        action="store_true",
-        help="remove each shard, downloaded or local, once its entry is safe and nothing needs it",
-    )
-    parser.add_argument(
-        "-y", "--yes", action="store_true", help="remove a local model's shards without asking"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="source",
-        help="one width for scales, biases, norms and all that meets activations "
-        "(default: source, bit-identical to the public loader)",
-    )
-    parser.add_argument("--force", action="store_true", help="convert every shard again")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be converted and why; write nothing"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the summary"
-    )
-    parser.add_argument(
-        "--trace", metavar="FILE", help="write the stages of every worker, for chrome://tracing"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser("paroquant-stream convert", description=DESCRIPTION)
-    configure_parser(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments)
@@ -106,8 +53,42 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    failed: dict[str, ParoquantStreamError] = {}
+    requests = []
+    with nullcontext() if arguments.dry_run else _executor(arguments) as executor:
+        for model in dict.fromkeys(arguments.models):
+            try:
+                requests.append(_prepare(model, executor, arguments))
+            except ParoquantStreamError as error:
+                failed[model] = error
+        if not arguments.dry_run:
+            failed |= _convert(requests, arguments)
+    if failed and len(arguments.models) > 1:
+        from .several import some_failed
+
+        raise some_failed(failed, len(arguments.models))
+    for reason in failed.values():
+        raise reason
+    return 0
+
+
+def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
+    """Where shards are converted; None for threads of this process."""
+    if arguments.executor == "process":
+        from .processes import processes  # here, as the other two need none of it
+
+        return processes(arguments.jobs or default_jobs())
+    if arguments.executor == "dask":
+        from .executor import cluster
+
+        return cluster(arguments.scheduler)
+    return nullcontext()
+
+
+def _prepare(model: str, executor: Executor | None, arguments: argparse.Namespace) -> Request:
+    """The request for one model; a dry run prints what it would do."""
     request = make_request(
-        arguments.model,
+        model,
         cache_dir=arguments.cache_dir,
         in_place=arguments.in_place,
         force=arguments.force,
@@ -115,23 +96,48 @@ def _run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         drop_source=arguments.drop_source,
         dtype=arguments.dtype,
+        executor=executor,
     )
     if arguments.dry_run:
         _print_survey(request, arguments)
-        return 0
-    if request.drop_source and request.remote is None and not arguments.yes:
+    elif request.drop_source and request.remote is None and not arguments.yes:
         _ask(request)
+    return request
+
+
+def _convert(
+    requests: Sequence[Request], arguments: argparse.Namespace
+) -> dict[str, ParoquantStreamError]:
+    """Converts the models and prints each as it is done; returns why others were not."""
+    failed = {}
     with written_to(arguments.trace) as trace, Progress(arguments.quiet) as progress:
         try:
-            conversion = convert(request, progress, trace)
+            for request, result in _results(requests, progress, trace):
+                if isinstance(result, ParoquantStreamError):
+                    failed[request.model] = result
+                elif arguments.json:
+                    progress.say(json.dumps(_as_json(result)))
+                elif not arguments.quiet:
+                    progress.say(shown(_summary(result)))
         except (KeyboardInterrupt, Terminated):
-            request.store.sweep(own=True)  # of workers that are still inside a system call
+            for request in requests:
+                request.store.sweep(own=True)  # of workers that are still inside a system call
             raise
-    if arguments.json:
-        print(json.dumps(_as_json(conversion)))
-    elif not arguments.quiet:
-        print(shown(_summary(conversion)))
-    return 0
+    return failed
+
+
+def _results(
+    requests: Sequence[Request], progress: Progress, trace: Trace
+) -> Iterator[tuple[Request, Conversion | ParoquantStreamError]]:
+    if len(requests) > 1:
+        from .several import convert_all  # here, because a run without work needs none of it
+
+        yield from convert_all(requests, progress, trace)
+    for request in requests[: len(requests) == 1]:
+        try:
+            yield request, convert(request, progress, trace)
+        except ParoquantStreamError as error:
+            yield request, error
 
 
 def _ask(request: Request) -> None:

@@ -93,5 +93,17 @@ class ProgramNotFound(ParoquantStreamError):
     """The program to run is no module and no file that can be read."""
 
 
+class WorkersUnfit(ParoquantStreamError):
+    """Workers elsewhere lack the package or do not see the files; names each and what it lacks."""
+
+
+class WorkersLost(ParoquantStreamError):
+    """Workers elsewhere, or their scheduler, cannot be reached or have ended."""
+
+
+class SomeFailed(ParoquantStreamError):
+    """Of several models some were not converted; names each and why. The others are."""
+
+
 class Cancelled(ParoquantStreamError):
     """The run was told to stop while this shard was being converted."""

@@ -64,6 +64,11 @@ class NewFile:
             raise _write_error(path, size, error) from error
 
     @property
+    def path(self) -> Path:
+        """Where the temp lies until it is published."""
+        return self._path
+
+    @property
     def digest(self) -> str:
         """XXH3-128 of the bytes written so far, in hex."""
         return self._hash.hexdigest()

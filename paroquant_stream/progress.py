@@ -43,6 +43,14 @@ class Progress:
             elif before < size <= done:
                 self._write_line(shard)
 
+    def say(self, line: str) -> None:
+        """Prints a line on stdout, on a terminal above the bars."""
+        with self._lock:
+            for bar in (*self._bars.values(), self._total):
+                if bar is not None:
+                    bar.clear()
+            print(line)
+
     def _write_line(self, shard: str) -> None:
         finished = sum(self._done[name] >= size for name, size in self._sizes.items())
         done, size = sum(self._done.values()), max(sum(self._sizes.values()), 1)

@@ -20,7 +20,10 @@ from .store import Store
 from .task import CAST_VERSION, TRANSFORM, Dtype
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from .arrival import Remote
+    from .worker import Places
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Request:
     """Remove each shard once its entry is durable and nothing else needs it."""
     dtype: Dtype = "source"
     """How wide floating tensors are stored."""
+    executor: Executor | None = None
+    """Where shards are converted; None for threads of this process."""
+    places: Places | None = None
+    """Shared with the conversions of other models; None for `jobs` of its own."""
 
     @property
     def manifest_name(self) -> str:

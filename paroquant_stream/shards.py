@@ -9,6 +9,7 @@ from dataclasses import replace
 from .arrival import Arrivals
 from .checkpoint import Checkpoint
 from .drop import Dropper, journal_name
+from .elsewhere import runner
 from .errors import StoreError
 from .executor import run_all
 from .manifest import EntryRecord, Manifest
@@ -20,8 +21,8 @@ from .tally import Progress, Tally
 from .task import TRANSFORM, Task
 from .tensorfile import file_size
 from .trace import Trace
-from .transform import Job, Outcome, run_task
-from .worker import Worker
+from .transform import Job, Outcome
+from .worker import Places, Worker
 
 
 def convert_shards(
@@ -95,9 +96,11 @@ def _run(
         with trace.span("wait for the shard", job.task.shard):
             arrivals.wait_for((job.task.shard, *job.task.borrowed), worker.check)
         with trace.span("shard", job.task.shard):
-            return run_task(job, worker, tick)
+            return run(job, worker, tick)
 
-    return run_all(work, jobs, request.jobs, trace)
+    places = request.places or Places(request.jobs, 0)
+    with runner(request) as run:
+        yield from run_all(work, jobs, request.jobs, trace, places.share(len(jobs)))
 
 
 def _check_space(request: Request, tasks: Sequence[Task]) -> None:

@@ -5,8 +5,10 @@ where a place is left over.
 from __future__ import annotations
 
 import contextlib
+import copy
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
@@ -33,15 +35,25 @@ class Buffers:
 
 
 class Places:
-    """As many places as jobs may work at once; each holds the buffers of the last who had it."""
+    """As many places as jobs may work at once; each holds the buffers of the last who had it.
 
-    def __init__(self, count: int, waiting: int = 1) -> None:
-        """`waiting`: how many jobs will come for a place."""
+    Runs that share them are stopped each by itself, or all together.
+    """
+
+    def __init__(self, count: int, waiting: int = 1, above: Places | None = None) -> None:
+        """`waiting`: how many jobs will come for a place. `above`: what stops these too."""
         self._free: queue.LifoQueue[Buffers] = queue.LifoQueue()  # the last used is warm
         for _ in range(count):
             self._free.put(Buffers())
-        self._waiting = waiting
-        self._stop = threading.Event()
+        self._waiting = deque([None] * waiting)  # as long as there are jobs; ends are thread-safe
+        self._stop, self._above = threading.Event(), above
+
+    def share(self, waiting: int) -> Places:
+        """The same places for one more run, of `waiting` jobs; stopping it stops no other."""
+        shared = copy.copy(self)
+        shared._stop, shared._above = threading.Event(), self
+        self._waiting.extend([None] * waiting)
+        return shared
 
     def stop(self) -> None:
         """From now on `check` raises Cancelled."""
@@ -51,6 +63,8 @@ class Places:
         """Raises Cancelled once the run is to end; a job calls it after every chunk."""
         if self._stop.is_set():
             raise Cancelled("another shard failed or the run was interrupted")
+        if self._above:
+            self._above.check()
 
     def wait(self) -> Buffers:
         """A place for a job, as soon as there is one. Raises Cancelled."""
@@ -58,13 +72,14 @@ class Places:
             self.check()
             with contextlib.suppress(queue.Empty):
                 buffers = self._free.get(timeout=_LOOK)
-                self._waiting -= 1
+                with contextlib.suppress(IndexError):  # more came than were announced
+                    self._waiting.pop()
                 return buffers
 
     def ask(self) -> Buffers | None:
         """A place for a helper, if one is free that no job will come for."""
         with contextlib.suppress(queue.Empty):
-            if self._free.qsize() > self._waiting:
+            if self._free.qsize() > len(self._waiting):
                 return self._free.get_nowait()
         return None
 

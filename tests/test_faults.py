@@ -455,6 +455,16 @@ def test_without_locks_four_processes_are_still_right(model, cache, golden, real
     resumes(model, cache, golden)
 
 
+def test_without_locks_two_runs_with_processes_of_their_own_are_still_right(model, cache, golden):
+    """Four processes convert the same shards at once; only the runs themselves take a lock."""
+    script = "\ncalls = []\nfcntl.flock = lambda *a: calls.append(a)"
+    script += "\ncode = convert.main(sys.argv[1:])\nassert calls\nsys.exit(code)"
+    arguments = (model, "--cache-dir", cache, "--executor", "process", "--jobs", 2, "--force")
+    running = [process(script, *arguments, "--quiet") for _ in range(2)]
+    assert [ended(one) for one in running] == [(0, "")] * 2
+    resumes(model, cache, golden)
+
+
 def test_two_threads_load_one_cold_model(cache, right):
     barrier = threading.Barrier(2)
 

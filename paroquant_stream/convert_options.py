@@ -1,0 +1,96 @@
+"""What the convert command understands: its options, their help, and which go together."""
+
+from __future__ import annotations
+
+import argparse
+
+from .task import DTYPES
+
+DESCRIPTION = """\
+Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are
+converted; an interrupted conversion goes on where it was. Several models share the workers, and one
+that fails lets the others finish. Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143
+interrupted."""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; ends the process with 2 when it is wrong."""
+    parser = argparse.ArgumentParser("paroquant-stream convert", description=DESCRIPTION)
+    _configure(parser)
+    arguments = parser.parse_args(argv)
+    if (arguments.executor == "dask") != (arguments.scheduler is not None):
+        parser.error("--executor dask and --scheduler ADDRESS go together")
+    if arguments.revision and len(arguments.models) > 1:
+        parser.error("--revision is for one MODEL")
+    return arguments
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a model directory, or a Hub repository id like owner/name",
+    )
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
+    )
+    _configure_workers(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
+    )
+    where.add_argument(
+        "--in-place", action="store_true", help="convert into MODEL/mlx, to ship with the model"
+    )
+    parser.add_argument(
+        "--drop-source",
+        action="store_true",
+        help="remove each shard, downloaded or local, once its entry is safe and nothing needs it",
+    )
+    parser.add_argument(
+        "-y", "--yes", action="store_true", help="remove a local model's shards without asking"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="source",
+        help="one width for scales, biases, norms and all that meets activations "
+        "(default: source, bit-identical to the public loader)",
+    )
+    parser.add_argument("--force", action="store_true", help="convert every shard again")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be converted and why; write nothing"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object a model instead of the summary"
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write the stages of every worker, for chrome://tracing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _configure_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="shards in work at once (default: one a core, at most 8; all threads of a cluster)",
+    )
+    parser.add_argument(
+        "--executor",
+        choices=["thread", "process", "dask"],
+        default="thread",
+        help="where shards are converted: threads (default), processes, or a Dask cluster",
+    )
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="the cluster's scheduler, like tcp://host:8786"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
