@@ -211,8 +211,15 @@ def test_the_text_part_of_a_vision_model_gives_the_text_models_logits(name):
 @pytest.mark.parametrize(
     "family",
     [
-        *("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"),
+        *("llama", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"),
         *("gemma4", "gemma4_moe", "gemma4_e2b"),
+        pytest.param(
+            "qwen2",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="MLX 0.32.4's quantized_matmul on CUDA, several rows of one group of 128",
+            ),
+        ),
     ],
 )
 def test_an_nvidia_gpu_gives_the_logits_of_the_cpu(family, monkeypatch):
