@@ -21,10 +21,8 @@ from .errors import (
     UnreadableFile,
 )
 from .hub import locate
-from .layout import read_quantization
 from .manifest import EntryRecord, Manifest
 from .request import Needed, Parallel, Request, Split, read_manifest, staleness
-from .single_file import check_usable, opened
 from .store import Store, user_cache_root
 from .task import DTYPES, Dtype
 from .trace import SILENCE, Trace, written_to
@@ -249,7 +247,9 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     """
     if request.dtype != "source":
         return None, None
+    from .layout import read_quantization  # here, because a conversion without work needs none
     from .model import assemble_stored
+    from .single_file import check_usable, opened
     from .weights import stored_in_file
 
     try:

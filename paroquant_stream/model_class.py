@@ -106,7 +106,7 @@ def keep_pipeline_layers(model: nn.Module, group: Any) -> range:
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
         others = ["layers=range(first, beyond the last) for a loop of your own"]
         if hasattr(model, "shard"):
-            others.append("shard(group), which splits each layer")
+            others.append('parallel="tensor", which splits each layer')
         if kind.startswith("mlx_vlm."):
             others.append("perhaps a pipeline of its text part, with force_text=True")
         raise NoSuchPart(f"{kind} offers no pipeline; there is {'; '.join(others)}")

@@ -153,7 +153,7 @@ def test_layers_that_the_model_has_not_are_named(model_dir):
 @pytest.mark.parametrize(
     ("name", "text", "offers"),
     [
-        ("llama-awq-adversarial", True, r"llama\.Model offers no pipeline; .*layers=.*shard\("),
+        ("llama-awq-adversarial", True, r"llama\.Model offers no pipeline; .*layers=.*parallel="),
         ("gemma4-awq-size", True, r"gemma4\.Model offers no pipeline; .*layers="),
         ("qwen3_5-awq-adversarial", False, "mlx_vlm.* offers no pipeline; .*force_text=True"),
     ],
