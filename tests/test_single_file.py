@@ -108,7 +108,7 @@ def test_a_directory_with_config_tokenizer_and_this_file_is_a_model(alone, no_co
 def test_the_conversion_in_mlx_comes_first(exported, monkeypatch):
     convert(api.make_request(exported, in_place=True, jobs=1))
     monkeypatch.setattr(single_file, "opened", lambda _: pytest.fail("looked at"))
-    monkeypatch.setattr(single_file, "opened", lambda _: pytest.fail("looked at"))
+    load(exported)
 
 
 def test_one_changed_source_makes_it_stale_and_the_model_is_converted(exported, caplog):
