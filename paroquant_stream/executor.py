@@ -120,8 +120,8 @@ def call_elsewhere(
             future.cancel()
 
 
-def width(executor: Executor) -> int:
-    """How many jobs the executor runs at once; where it does not tell, one a core, at most 8.
+def width(executor: Executor) -> int | None:
+    """How many jobs the executor runs at once; None where it does not tell.
 
     No executor tells it in public; `_max_workers` is what those of the standard library have.
     """
@@ -131,7 +131,7 @@ def width(executor: Executor) -> int:
             threads: dict[str, int] = client.nthreads()
             return sum(threads.values())
     told: int | None = getattr(executor, "_max_workers", None)
-    return told or min(8, os.cpu_count() or 1)
+    return told
 
 
 def check_workers(executor: Executor, paths: Sequence[Path]) -> None:

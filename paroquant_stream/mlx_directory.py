@@ -26,10 +26,11 @@ from .newdirectory import new_directory
 from .newfile import NewFile
 from .request import Request
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
+from .slices import MLX_DTYPES
 from .store import Store
 from .tally import Progress
 from .tensorfile import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
-from .weights import MLX_DTYPES, reading
+from .weights import reading
 
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""

@@ -20,7 +20,7 @@ from .descriptor import unreadable
 from .errors import MalformedFile
 from .tensorfile import DTYPE_BYTES, TensorInfo
 
-_DTYPES = {
+MLX_DTYPES = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,
     "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "I32": mx.int32, "F32": mx.float32,
     "U64": mx.uint64, "I64": mx.int64,
@@ -106,7 +106,7 @@ def read_slice(fd: int, tensor: TensorInfo, part: Slice, label: str) -> mx.array
                 _read_into(fd, into[place : place + stop - start], offset, label)
                 place += stop - start
     array = mx.array(found.view(f"u{size}").reshape(shape))  # numpy has no bfloat16
-    array = array.view(_DTYPES[tensor.dtype])
+    array = array.view(MLX_DTYPES[tensor.dtype])
     mx.eval(array)
     return array
 

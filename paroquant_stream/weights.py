@@ -20,6 +20,7 @@ from .layout import Quantization
 from .manifest import EntryRecord, Manifest
 from .sharding import Take
 from .single_file import SingleFile
+from .slices import MLX_DTYPES
 from .stacks import stacks_in_pieces
 from .store import Store
 from .tensorfile import TensorSpec, layout_defect
@@ -27,11 +28,6 @@ from .tensorfile import TensorSpec, layout_defect
 logger = logging.getLogger(__name__)
 IO_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of weights that are quantized here and were not in the checkpoint."""
-MLX_DTYPES = {
-    "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,
-    "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "I32": mx.int32, "F32": mx.float32,
-    "U64": mx.uint64, "I64": mx.int64,
-}  # fmt: skip
 _EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>\w+_proj\.\w+)")
 
 

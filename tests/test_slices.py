@@ -45,7 +45,7 @@ def stored(tmp_path):
         path.write_bytes(b"\xff" * START + data + b"\xff" * 100)
         opened.append(os.open(path, os.O_RDONLY))
         words = np.frombuffer(data, f"u{DTYPE_BYTES[dtype]}").reshape(shape)
-        array = mx.array(words).view(slices._DTYPES[dtype])
+        array = mx.array(words).view(slices.MLX_DTYPES[dtype])
         return opened[-1], TensorInfo("x", dtype, shape, START, START + count), array
 
     yield store
