@@ -89,7 +89,8 @@ def assemble_stored(
     with trace.span("open the entries"):
         weights = stored.read(part.reads)
     if not lazy and not split.by_tensors:
-        mx.async_eval(weights)  # read from here on, while seconds of imports go by
+        with stored.guard(part.reads):
+            mx.async_eval(weights)  # read from here on, while seconds of imports go by
     slices = stored.slices(weights) if split.by_tensors else nullcontext()
     unread = placeholders(t for t in tensors if part.has(t.name) and not part.reads(t.name))
     with trace.span("build the model"):
@@ -104,11 +105,12 @@ def assemble_stored(
         check_placed(part, weights, unread)
         _place(model, weights, stored, directory)
         del weights, unread  # else what `cut` replaces would stay
-    with trace.span("cut"), stored.guard(part.reads), slices as take:
-        cut(model, split, part, take)
-    if not lazy:
-        with trace.span("read"), stored.guard(part.reads):
-            read_by_layer(model) if split.by_tensors else mx.eval(model.parameters())
+    with stored.guard(part.reads):
+        with trace.span("cut"), slices as take:
+            cut(model, split, part, take)
+        if not lazy:
+            with trace.span("read"):
+                read_by_layer(model) if split.by_tensors else mx.eval(model.parameters())
     if split.group is not None:
         meet(split.group)
     return model, tokenizer, is_vlm

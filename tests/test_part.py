@@ -336,6 +336,23 @@ def test_an_entry_cut_short_while_a_part_is_loaded_is_converted_again(deep, monk
     assert cut
 
 
+def test_a_read_that_fails_while_it_is_begun_is_looked_into_too(model_dir, monkeypatch):
+    """The file's system may answer before `async_eval` returns, which then raises."""
+    wanted = parameters(load(model_dir)[0])
+    store, needed, _ = entries(model_dir, range(1))
+    fired = []
+
+    def begin(arrays):
+        if not fired:
+            fired.append(store.entry_path(needed[0].key))
+            os.truncate(fired[0], needed[0].size // 2)
+            raise RuntimeError("[read] Unable to read from file.")
+
+    monkeypatch.setattr(mx, "async_eval", begin)
+    assert_same(parameters(load(model_dir)[0]), wanted)
+    assert fired
+
+
 def test_a_class_that_exchanges_layers_cannot_be_loaded_in_parts(model_dir, monkeypatch):
     """A placeholder in a layer that was asked for would be zeros."""
     other = {".0.": ".1.", ".1.": ".0."}
