@@ -24,6 +24,19 @@ TOKENS = [[5, 9, 17, 42, 3]]
 ROOT = Path(__file__).parent.parent
 
 
+class Rank:
+    """One of `size` ranks that are asked one after the other in this process."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
 def logits_of(model: Any) -> np.ndarray:
     """The logits of a prompt and of each of three greedy tokens after it, through a cache."""
     import mlx.core as mx

@@ -240,18 +240,6 @@ def test_metal_tables_and_launch_give_the_rotation(monkeypatch, group_size, krot
     assert launches == [(tile, (-(-batch // tile) * group_size // 2, 3, 1))]
 
 
-def test_metal_is_left_alone_beyond_the_kernels_limits_and_for_no_rows(monkeypatch):
-    launches = []
-    on_a_pretended_gpu(monkeypatch, launches)
-    for group_size, krot in [(256, 8), (128, 17)]:
-        parameters = make_rotation(512, group_size, krot)
-        x = make_x((2, 512))
-        y = kernels.rotate(x, tables_of(parameters, group_size))
-        assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-6
-    assert kernels.rotate(make_x((0, 512)), tables_of(make_rotation(512, 128, 8), 128)).size == 0
-    assert launches == []
-
-
 @pytest.mark.usefixtures("on_the_cpu")
 def test_tables_follow_the_device_of_each_call(monkeypatch):
     """Moving to another device after the first call adds that kernel's form."""
@@ -342,9 +330,10 @@ def test_cuda_tables_and_launch_give_the_rotation(monkeypatch, group_size, krot,
     assert len(launches) == 1
 
 
-def test_cuda_is_left_alone_beyond_the_kernels_limits_and_for_no_rows(monkeypatch):
+@pytest.mark.parametrize("pretend", [on_a_pretended_gpu, on_a_pretended_nvidia_gpu])
+def test_a_gpu_is_left_alone_beyond_its_kernels_limits_and_for_no_rows(monkeypatch, pretend):
     launches = []
-    on_a_pretended_nvidia_gpu(monkeypatch, launches)
+    pretend(monkeypatch, launches)
     for group_size, krot in [(256, 8), (128, 17)]:
         parameters = make_rotation(512, group_size, krot)
         x = make_x((2, 512))

@@ -22,6 +22,7 @@ from paroquant_stream.tensorfile import TensorSpec
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.conftest import FIXTURES
 from tests.pipeline_rank import read_bytes
+from tests.ranks import Rank
 from tests.test_model import checkpoint
 from tests.test_parity import CATALOG, EXPECTED, VISION, assert_same, name_of, parameters
 from tests.test_single_file import as_pull_request_50
@@ -30,19 +31,6 @@ from tests.test_single_file import export as write_single
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TEXT = [row for row in CATALOG if row["expected_text"]]
 MOE = "qwen3_moe-awq-adversarial"  # its experts are spread over the shards
-
-
-class Rank:
-    """A rank of a group, for what asks only for its numbers."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from paroquant_stream.slices import Slice, read_slice
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.builders import cut_apart, write_checkpoint
 from tests.conftest import FIXTURES
-from tests.test_sharding import FAMILIES, Rank, splittable
+from tests.ranks import Rank
+from tests.test_sharding import FAMILIES, splittable
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "alone")
 

@@ -26,7 +26,7 @@ from paroquant_stream.tensorfile import lay_out
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.builders import CONFIG, awq_linear, llama_tensors, write_checkpoint
 from tests.conftest import FIXTURES
-from tests.ranks import logits_of, run_two_ranks
+from tests.ranks import Rank, logits_of, run_two_ranks
 from tests.test_kernels import make_rotation
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -83,19 +83,6 @@ def splittable(directory: Path, family: str) -> Path:
     config.get("text_config", config).update(settings)
     (directory / "config.json").write_text(json.dumps(config))
     return directory
-
-
-class Rank:
-    """One of `size` ranks that are asked one after the other in this process."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 @pytest.fixture(autouse=True)
