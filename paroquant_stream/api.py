@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +17,15 @@ from .errors import (
     CheckpointError,
     EntryDamaged,
     MalformedFile,
+    NewerManifest,
     SourceChanged,
+    SourceDropped,
+    StoreError,
     UnreadableFile,
 )
 from .hub import locate
 from .manifest import EntryRecord, Manifest
-from .request import Needed, Parallel, Request, Split, read_manifest, staleness
+from .request import Needed, Parallel, Request, Split, staleness
 from .store import Store, user_cache_root
 from .task import DTYPES, Dtype
 from .trace import SILENCE, Trace, written_to
@@ -224,20 +227,37 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
         return needed_entries(options.split, request.directory, manifest, options.force_text)
 
     needed = of_part if options.split.by_layers else None
+    loaded, damage = _load_shipped(request, options, needed)
+    if loaded is None:
+        loaded, reason = _load_single(request, options)
+    if loaded:
+        return loaded
+    try:
+        manifest = convert(request, progress, options.trace, needed).manifest
+    except (CheckpointError, SourceDropped) as error:
+        if damage:
+            raise damage from error
+        if reason is None:
+            raise
+        raise type(error)(f"{error}; and not used: {reason}") from error
+    return assemble(request.directory, manifest, request.store, **vars(options))
+
+
+def _load_shipped(
+    request: Request, options: _Options, needed: Needed | None
+) -> tuple[_Loaded | None, EntryDamaged | None]:
+    """The model from the conversion inside its directory, or the damage by which it cannot be."""
     with options.trace.span("check the sources"):
         found = shipped(request, needed)
     if found is None:
-        loaded, reason = _load_single(request, options)
-        if loaded:
-            return loaded
-        try:
-            found = convert(request, progress, options.trace, needed).manifest, request.store
-        except CheckpointError as error:
-            if reason is None:
-                raise
-            raise CheckpointError(f"{error}; and not used: {reason}") from error
+        return None, None
+    from .model import assemble
+
     manifest, store = found
-    return assemble(request.directory, manifest, store, **vars(options))
+    try:
+        return assemble(request.directory, manifest, store, **vars(options)), None
+    except EntryDamaged as error:  # logged; nobody repairs what somebody else may have made
+        return None, error
 
 
 def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, str | None]:
@@ -288,13 +308,28 @@ def converted(
 def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
     """The conversion inside the model directory, if there is one and it fits the sources, with all
     entries or those that are `needed`.
+
+    Whoever made the directory may have made it: it is only read, and digests by stat are those of
+    the user's cache.
     """
+    if not os.path.lexists(request.directory / IN_PLACE):
+        return None
+    from .find_dropped import find_manifest  # most models have none
+
     beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
-    manifest = read_manifest(beside)
-    if manifest is None:
+    store = replace(beside.store, read_only=True, memo_root=request.store.root)
+    beside = replace(beside, store=store)
+    manifest = None
+    try:
+        manifest = find_manifest(beside)
+        if manifest is None:
+            return None
+        with contextlib.suppress(StoreError):  # without a place for memos all is hashed each time
+            request.store.create()
+        reason = staleness(beside, manifest, read_unknown=True, needed=needed)
+    except (StoreError, NewerManifest) as error:
+        reason = str(error)
+    if reason or manifest is None:
+        logger.warning("%s is not used: %s", store.root, reason)
         return None
-    reason = staleness(beside, manifest, read_unknown=True, needed=needed)
-    if reason:
-        logger.warning("%s is not used: %s", beside.store.root, reason)
-        return None
-    return manifest, beside.store
+    return manifest, store

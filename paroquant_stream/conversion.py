@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from .errors import StoreError
+from .lock import directory_lock
 from .manifest import Manifest
 from .report import Conversion, report_reused
 from .request import Needed, Request, read_manifest, staleness
@@ -39,19 +42,46 @@ def convert(
     request.store.check_owner()
     current = _current(request, needed)
     if current is None:
-        from .shards import convert_shards  # half of the start of a run without work
-        from .survey import plan_model
+        drop = request.drop_source
+        with directory_lock(request.directory, exclusive=drop or request.in_place, required=drop):
+            return _convert_alone(request, progress, trace, needed, started)
+    request.store.sweep()
+    return _unchanged(request, current, started)
 
-        with trace.span("plan"):
-            plan, checkpoint = plan_model(request)
-        request.store.create()
-        request.store.sweep()
-        with request.store.lock(request.manifest_name):
-            current = _current(request, needed)  # another process may have just done it
-            if current is None:
-                return convert_shards(request, checkpoint, plan, progress, trace, started)
-    else:
-        request.store.sweep()
+
+def _convert_alone(
+    request: Request,
+    progress: Progress | None,
+    trace: Trace,
+    needed: Needed | None,
+    started: float,
+) -> Conversion:
+    """Converts while no other run removes sources of this model."""
+    from .shards import convert_shards  # half of the start of a run without work
+    from .survey import plan_model
+
+    with trace.span("plan"):
+        model = plan_model(request)
+    if request.drop_source:
+        from .model import check_assembly  # brings mlx-lm, for runs that remove sources
+
+        with trace.span("check that it can be loaded"):
+            check_assembly(request.directory, model.plan)
+    request.store.create()
+    request.store.sweep()
+    with request.store.lock(request.manifest_name):
+        if request.drop_source and not request.store.locks_work():
+            raise StoreError(
+                f"{request.store.root}: locks do nothing on this file system, so `cache rm` would "
+                "not see that sources are being removed; convert without --drop-source"
+            )
+        current = _current(request, needed)  # another process may have just done it
+        if current is None:
+            return convert_shards(request, model, progress, trace, started)
+    return _unchanged(request, current, started)
+
+
+def _unchanged(request: Request, current: Manifest, started: float) -> Conversion:
     request.store.touch_manifest(request.manifest_name)
     reports = tuple(report_reused(record, record) for record in current.entries)
     path = request.store.manifest_path(request.manifest_name)
@@ -65,5 +95,13 @@ def _current(request: Request, needed: Needed | None) -> Manifest | None:
     read_unknown = needed is not None
     if manifest is None or staleness(request, manifest, read_unknown, needed) is not None:
         return None
+    if any(record.dropped for record in manifest.entries):
+        from .dropped import heal_records  # most models keep their sources
+        from .find_dropped import agrees
+
+        if not agrees(request, manifest):
+            return None
+        with suppress(StoreError):  # a cache that cannot be written serves all the same
+            heal_records(request.store)
     paths = [request.directory / record.shard for record in manifest.entries]
     return None if request.drop_source and any(map(os.path.lexists, paths)) else manifest

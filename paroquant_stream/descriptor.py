@@ -11,23 +11,30 @@ from pathlib import Path
 from .errors import MalformedFile, UnreadableFile
 
 
-def open_regular(path: Path, *, follow: bool = True) -> int:
-    """A descriptor of the regular file at `path`.
+def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) -> int:
+    """A descriptor of the regular file at `path`, or of the name in it below the directory `dir_fd`.
 
-    Never blocks on a FIFO and never opens a device. With `follow=False` a symlink is refused.
-    Raises MalformedFile for anything else than a regular file, and OSError as `os.open` does.
+    Looks before it opens: a FIFO would block, and opening a device may do something. With
+    `follow=False` a symlink is refused. Raises MalformedFile for anything else than a regular file,
+    and OSError as `os.open` does.
     """
+    name = path if dir_fd is None else path.name
+    status = os.stat(name, dir_fd=dir_fd, follow_symlinks=follow)
+    if not stat.S_ISLNK(status.st_mode):  # a link that is refused is left to `os.open`
+        _check_regular(status, path)
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    fd = os.open(path, flags)
+    fd = os.open(name, flags, dir_fd=dir_fd)
     try:
-        regular = stat.S_ISREG(os.fstat(fd).st_mode)
-    except OSError:
+        _check_regular(os.fstat(fd), path)
+    except BaseException:
         os.close(fd)
         raise
-    if not regular:
-        os.close(fd)
-        raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
     return fd
+
+
+def _check_regular(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
 
 
 @contextlib.contextmanager

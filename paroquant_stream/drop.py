@@ -1,181 +1,219 @@
-"""Source shards that are removed once their entries are safe, and what is kept of them.
+"""Source shards that are removed once what replaces them is safe, and what is known of them later.
 
-    entry read back -> header kept -> journal published -> file removed -> ... -> manifest published
+The states of a shard, each durable before the next; whatever ends the run, the next one goes on:
 
-The order makes every state resumable: a file is removed only when the journal, which names its
-entry, and its header, which the plan needs, are durable. The journal is a manifest of the removed
-shards alone, beside the one that will name them all; a shard counts as dropped when a record says
-so and its file is absent.
+    1 source               there; its task is not done
+    2 source, entry        its entry is published, with its digest beside it
+    3 source, entry, record    both copies of the drop record name every finished entry and hold
+                           the headers of this shard and of those removed before, all marked dropped
+    4 entry, record        removed; a shard that is marked counts as dropped only while it is absent
 
-A shard goes when its own task is done, every task that borrows from it is done, and so is every
-task of a shard that it borrows from: only then were those bytes proved against the Hub's SHA-256.
+A shard passes from 2 to 3 when no other shard can need it any more: when the tasks of its
+`neighbours`, those that lend parts to it or borrow parts from it, are done too, their entries were
+read back from the disk, and the very files that lent were read again and hold what was borrowed.
+So a record never lacks a neighbour: if a later run finds a shard whose lender is gone, its own
+finished entry is in the record, and is used as it is. Where values are cast one of them may be out
+of range, and then another dtype needs the sources: nothing goes before all is converted.
+
+The removal itself is `SourceFile.remove`: of the file that was hashed in this run, through the
+descriptor that it was hashed through, while its name still leads to it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import TracebackType
 
-from .checkpoint import Shard
-from .descriptor import closing, open_regular, pread_exactly
-from .digest import FileStamp, hash_entry, read_into, sha256_of
-from .errors import EntryDamaged, MalformedFile, SourceChanged, SourceDropped
-from .hub import remove
+from .damage import confirmed_defect
+from .dropped import DropRecord, is_stored, new_id, read_note, write_note, write_record
+from .errors import EntryDamaged, SourceChanged, StoreError
 from .manifest import EntryRecord, Manifest
-from .request import Request, read_named
-from .task import Part, Task
-from .tensorfile import MAX_HEADER, Header, layout_defect, parse_header
+from .proof import SourceFile, remove_dangling_link
+from .request import Request
+from .survey import ModelPlan
+from .task import Task
+from .trace import SILENCE, Trace
+
+logger = logging.getLogger(__name__)
 
 
-def journal_name(request: Request) -> str:
-    """The name of the journal among the store's manifests."""
-    return f"{request.manifest_name}.dropped"
-
-
-def dropped_records(request: Request) -> dict[str, EntryRecord]:
-    """The records of shards that were dropped, by shard, as the manifest and the journal say."""
-    found: dict[str, EntryRecord] = {}
-    for name in (request.manifest_name, journal_name(request)):
-        manifest = read_named(request.store, name)
-        for record in manifest.entries if manifest else ():
-            if record.dropped and not os.path.exists(request.directory / record.shard):
-                found[record.shard] = record
-    return found
-
-
-def kept_header(request: Request, record: EntryRecord) -> Header | None:
-    """The header of a dropped shard as it was kept, or None if it is absent or damaged."""
-    path = request.store.header_path(record.source_sha256)
-    try:
-        with os.fdopen(open_regular(path, follow=False), "rb") as file:
-            data = file.read(32 + 8 + MAX_HEADER)
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
-            return None
-        label = f"{path} (the header of {record.shard})"
-        return parse_header(lambda at, n: data[32 + at : 32 + at + n], record.source_size, label)
-    except (OSError, MalformedFile):
-        return None
-
-
-def usable(
-    request: Request, tasks: Sequence[Task], dropped: Mapping[str, EntryRecord]
-) -> tuple[dict[str, EntryRecord], dict[str, str]]:
-    """The records of dropped shards that hold for these tasks, and why the others do not."""
-    usable: dict[str, EntryRecord] = {}
-    reasons: dict[str, str] = {}
-    for task in tasks:
-        record = dropped.get(task.shard)
-        if record is None:
-            continue
-        if request.force:
-            reasons[task.shard] = "forced"
-        elif record.task_sha256 != task.sha256:
-            reasons[task.shard] = "config, tensors of its linears or transform version changed"
-        elif request.store.entry_size(record.key) != record.size:
-            reasons[task.shard] = "its entry is absent or cut short"
-        elif _borrows_otherwise(request, task, record):
-            reasons[task.shard] = "a part that it borrows changed"
-        else:
-            usable[task.shard] = record
-    return usable, reasons
-
-
-def _borrows_otherwise(request: Request, task: Task, record: EntryRecord) -> bool:
-    """Whether a lender that is still there has other bytes now than the entry was made from."""
-    if len(task.borrowed) != len(record.borrowed_sha256):
-        return True
-    lenders = zip(task.borrowed.items(), record.borrowed_sha256, strict=True)
-    for (shard, parts), before in lenders:
-        if os.path.exists(request.directory / shard):
-            now = hashlib.sha256(b"".join(_part_digest(request, part) for part in parts))
-            if now.hexdigest() != before:
-                return True
-    return False
-
-
-def _part_digest(request: Request, part: Part) -> bytes:
-    path = request.directory / part.shard
-    with closing(Shard(part.shard, path).open()) as fd:
-        data = memoryview(bytearray(part.stop - part.start))
-        read_into(fd, data, part.start, str(path))
-        return sha256_of(data)
-
-
-def gone(request: Request, shards: Mapping[str, str]) -> SourceDropped:
-    """The error for shards that must be read and were dropped; `shards`: why, by name."""
-    listed = "\n  ".join(f"{shard}: {why}" for shard, why in shards.items())
-    return SourceDropped(
-        f"{request.directory}: {len(shards)} shards must be read again and were removed by "
-        f"--drop-source; put them back, or undo the change:\n  {listed}"
-    )
-
-
-class Dropper:
+class Dropper(AbstractContextManager["Dropper"]):
     """Removes the shards of a run as they become free."""
 
     def __init__(
         self,
         request: Request,
-        tasks: Sequence[Task],
-        dropped: Mapping[str, EntryRecord],
+        model: ModelPlan,
         manifest_of: Callable[[Sequence[EntryRecord]], Manifest],
+        trace: Trace = SILENCE,
     ) -> None:
-        """`dropped`: records of shards dropped before. `manifest_of(records)` gives a journal."""
-        self._request, self._manifest_of = request, manifest_of
-        self._pending = {task.shard: task for task in tasks if task.shard not in dropped}
-        self._waiting: dict[str, tuple[EntryRecord, Task]] = {}
-        self.dropped = dict(dropped)
-        for shard in dropped:  # a run may have been killed between the file and its link
-            if os.path.lexists(request.directory / shard):
-                remove(request.directory / shard)
+        """Make one for a run, which need not remove anything: `Request.drop_source` says so.
+
+        Args:
+            request: The run.
+            model: The plan of the whole model, and what earlier runs removed of it.
+            manifest_of: Gives a manifest of some records.
+            trace: Where the stages are timed.
+        """
+        self._request, self._manifest_of, self._trace = request, manifest_of, trace
+        self._tasks = {task.shard: task for task in model.plan.tasks}
+        self._neighbours = _neighbours(model.plan.tasks)
+        self._before = model.drop
+        self._record = model.drop or DropRecord(new_id(), request.dtype, manifest_of([]))
+        self._sound: set[str] = set()
+        self._proved: dict[str, SourceFile] = {}
+        self._noted = False
+        self.dropped = dict(model.dropped)
+        self._finished = dict(self.dropped)
+        for shard in self.dropped:
+            remove_dangling_link(request.directory, shard)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files that were read and not removed."""
+        while self._proved:
+            self._proved.popitem()[1].close()
 
     def finish_task(self, record: EntryRecord) -> None:
-        """Tells that a task is done, and removes every shard that is free by that.
+        """Note that a task is done, and remove every shard that is free by that.
 
-        Raises EntryDamaged when an entry is not what was written, SourceChanged when a shard is
-        not the one that was converted, StoreError; nothing is removed then.
+        Raises:
+            EntryDamaged: An entry is not what was written.
+            SourceChanged: A shard is not the one that was converted.
+            StoreError: Something cannot be written, read or removed.
         """
-        self._waiting[record.shard] = record, self._pending.pop(record.shard)
-        lending = {shard for task in self._pending.values() for shard in task.borrowed}
-        for shard, (waiting, task) in list(self._waiting.items()):
-            if shard not in lending and not self._pending.keys() & task.borrowed.keys():
-                self._drop(waiting, task)
-                del self._waiting[shard]
+        self._finished[record.shard] = record
+        if not self._request.drop_source:
+            return
+        for shard in (record.shard, *sorted(self._near(record.shard))):
+            if shard not in self.dropped and self._is_free(shard):
+                with self._trace.span("drop", shard):
+                    self._drop(shard)
 
-    def _drop(self, record: EntryRecord, task: Task) -> None:
-        request = self._request
-        shard = Shard(record.shard, request.directory / record.shard)
-        self._read_back(record, task)
-        with closing(shard.open()) as fd:
-            stamp = FileStamp.of_fd(fd, str(shard.path))
-            known = request.store.memo.lookup(stamp) or shard.hub_sha256
-            if (known or shard.sha256(request.store.memo)) != record.source_sha256:
-                raise SourceChanged(f"{shard.path}: changed since it was converted; run again")
-            length = 8 + int.from_bytes(pread_exactly(fd, 0, 8, str(shard.path)), "little")
-            header = pread_exactly(fd, 0, length, str(shard.path))
-        data = hashlib.sha256(header).digest() + header
-        with request.store.new_file(len(data)) as file:
-            file.write(memoryview(data))
-            file.publish(request.store.header_path(record.source_sha256))
-        self.dropped[record.shard] = replace(record, dropped=True)
-        journal = self._manifest_of(list(self.dropped.values()))
-        request.store.write_manifest(journal_name(request), journal.encode())
-        remove(shard.path)
+    def keep(self, manifest: Manifest) -> None:
+        """Bring the record up to date with a published manifest, once anything was removed.
 
-    def _read_back(self, record: EntryRecord, task: Task) -> None:
-        store, label = self._request.store, str(self._request.store.entry_path(record.key))
-        with closing(store.open_entry(record.key)) as fd:
-            if hasattr(os, "posix_fadvise"):  # from the disk, not from the cache; entries are clean
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            defect = layout_defect(fd, task.outputs, label)
-            digest = hash_entry(fd, label)
-        if defect or digest != record.digest:
-            store.quarantine(record.key)
-            raise EntryDamaged(
-                f"{label}: expected XXH3 {record.digest}, got {digest} when it was read back; "
-                f"taken out of use, {record.shard} was not removed; run again"
+        Raises StoreError when this run removed something; else a cache that cannot be written
+        serves as it is.
+        """
+        known = {(r.shard, r.source_sha256) for r in self._record.manifest.entries if r.dropped}
+        entries = [
+            replace(r, dropped=r.dropped or (r.shard, r.source_sha256) in known)
+            for r in manifest.entries
+        ]
+        if not any(record.dropped for record in entries):
+            return
+        record = replace(self._record, manifest=replace(manifest, entries=tuple(entries)))
+        try:
+            if record != self._before or not is_stored(self._request.store, record):
+                write_record(self._request.store, record)
+        except StoreError as error:
+            if self._request.drop_source:
+                raise
+            logger.warning("%s", error)
+
+    def _near(self, shard: str) -> set[str]:
+        """The shards that may have become free by this one's task."""
+        if self._request.dtype == "source":
+            return self._neighbours[shard]
+        return self._tasks.keys() - {shard}
+
+    def _is_free(self, shard: str) -> bool:
+        needed = {shard} | self._near(shard)
+        return needed <= self._finished.keys()
+
+    def _drop(self, shard: str) -> None:
+        lenders = self._tasks[shard].borrowed.keys()
+        borrowers = [n for n in self._neighbours[shard] if shard in self._tasks[n].borrowed]
+        for name in (shard, *borrowers):
+            self._read_back(name)
+        for lender in lenders:
+            self._check_lent(lender, shard)
+        for borrower in borrowers:
+            self._check_lent(shard, borrower)
+        source = self._source(shard)
+        self._write_record(shard, source.header())
+        source.remove()
+        self.dropped[shard] = replace(self._finished[shard], dropped=True)
+        self._proved.pop(shard).close()
+
+    def _source(self, shard: str) -> SourceFile:
+        """A source that was read through, once, and is the one that was converted."""
+        if shard not in self._proved:
+            record, path = self._finished[shard], self._request.directory / shard
+            source = SourceFile(self._request.directory, shard)
+            with contextlib.ExitStack() as stack:
+                stack.callback(source.close)
+                if source.sha256() != record.source_sha256:
+                    raise SourceChanged(f"{path}: changed since it was converted; run again")
+                stack.pop_all()
+            self._proved[shard] = source
+        return self._proved[shard]
+
+    def _check_lent(self, lender: str, borrower: str) -> None:
+        """Raises SourceChanged unless a lender holds what the borrower's entry was made from."""
+        if lender in self.dropped:  # checked when it went
+            return
+        parts = self._tasks[borrower].borrowed
+        before = dict(zip(parts, self._finished[borrower].borrowed_sha256, strict=True))[lender]
+        source = self._source(lender)
+        if source.lent_sha256(parts[lender]) != before:
+            raise SourceChanged(
+                f"{source.path}: what {borrower} borrowed from it changed since that was "
+                "converted; run again"
             )
+
+    def _read_back(self, shard: str) -> None:
+        """Hash an entry as it lies on the disk, once."""
+        if shard in self._sound or shard in self.dropped:
+            return
+        store, record = self._request.store, self._finished[shard]
+        for _ in range(2):  # one bad read is no damage
+            problem = confirmed_defect(record, store)
+            if not problem:
+                break
+        else:
+            store.discard_entry(record.key)
+            raise EntryDamaged(
+                f"{store.entry_path(record.key)}: {problem} when it was read back; taken out of "
+                f"use, {shard} was not removed; run again"
+            )
+        self._sound.add(shard)
+
+    def _write_record(self, shard: str, header: bytes) -> None:
+        """Make durable that a shard may go: in the store, then in the model directory's note."""
+        gone = {*self.dropped, shard}
+        entries = [replace(r, dropped=r.shard in gone) for r in self._finished.values()]
+        headers = {**self._record.headers, shard: header}
+        manifest = self._manifest_of(entries)
+        self._record = replace(self._record, manifest=manifest, headers=headers)
+        write_record(self._request.store, self._record)
+        if not self._noted and self._needs_note():
+            write_note(self._request.directory, self._record.id)
+        self._noted = True
+
+    def _needs_note(self) -> bool:
+        """Whether the path alone may lead to another model's record one day: not beside a model,
+        and not at a commit of the Hub; but an older note would lead to an older record.
+        """
+        directory = self._request.directory
+        own = self._request.in_place or self._request.remote is not None
+        return not own or read_note(directory) is not None
+
+
+def _neighbours(tasks: Sequence[Task]) -> dict[str, set[str]]:
+    """For each shard those that lend parts to it or borrow parts from it."""
+    found: dict[str, set[str]] = {task.shard: set() for task in tasks}
+    for task in tasks:
+        for lender in task.borrowed:
+            found[task.shard].add(lender)
+            found[lender].add(task.shard)
+    return found

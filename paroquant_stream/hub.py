@@ -7,7 +7,6 @@ other programs share them.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import logging
 import os
@@ -16,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import hub_blob
-from .errors import CheckpointError, ParoquantStreamError, StoreError
+from .errors import CheckpointError, ParoquantStreamError
 from .tensorfile import Header, parse_header
 
 logger = logging.getLogger(__name__)
@@ -179,41 +177,3 @@ def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def remove(path: Path) -> None:
-    """Removes a shard for good: the file, and what its link leads to, the file first.
-
-    A blob of the Hub's cache that another revision links to stays. Raises StoreError.
-    """
-    blob = hub_blob(path)
-    try:
-        if blob and _is_linked_elsewhere(blob, path):
-            logger.warning("%s stays: another revision in the Hub's cache uses it", blob)
-        elif blob:
-            shared = Path(os.path.realpath(blob)) if blob.is_symlink() else None
-            blob.unlink(missing_ok=True)
-            _sweep_shared(shared, blob.parents[2])
-        elif path.is_symlink() and os.path.exists(path):
-            os.unlink(os.path.realpath(path))
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be removed: {error.strerror}") from error
-
-
-def _is_linked_elsewhere(blob: Path, path: Path) -> bool:
-    here = Path(os.path.realpath(path.parent), path.name)
-    for directory, _, names in os.walk(os.path.realpath(blob.parents[1] / "snapshots")):
-        for other in (Path(directory, name) for name in names):
-            if other != here and hub_blob(other) == blob:
-                return True
-    return False
-
-
-def _sweep_shared(shared: Path | None, cache: Path) -> None:
-    """Removes a file that the Hub's client shares between repositories, if no other uses it."""
-    if shared:
-        with contextlib.suppress(ImportError):  # from release 2 on, see pull request 4498 there
-            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
-
-            sweep_shared_blob(shared, cache_dir=cache)

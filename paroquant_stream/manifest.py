@@ -74,7 +74,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The bytes of a manifest file."""
-        body: bytes = msgpack.packb(
+        body = pack(
             {
                 "model": self.model.encode("utf-8", "replace").decode(),
                 "config_sha256": self.config_sha256,
@@ -86,27 +86,16 @@ class Manifest:
                 "directory": os.fsencode(self.directory),
             }
         )
-        return (
-            _HEAD.pack(MAGIC, MAJOR << 16 | MINOR, len(body), hashlib.sha256(body).digest()) + body
-        )
+        return seal(MAGIC, body)
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
         """The manifest in a file's bytes. Raises ManifestError for any defect, NewerManifest for a
         newer major version.
         """
-        body = _checked_body(data)
+        body = unseal(MAGIC, data)
         try:
-            fields = msgpack.unpackb(
-                body,
-                strict_map_key=True,
-                max_str_len=4096,
-                max_bin_len=_MAX_PATH,
-                max_array_len=200_000,
-                max_map_len=10_000,
-                max_ext_len=0,
-                object_pairs_hook=_unique,
-            )
+            fields = unpack(body, _MAX_PATH)
             entries = tuple(_unpack_record(record) for record in _typed(fields, "entries", list))
             return cls(
                 _typed(fields, "model", str),
@@ -124,18 +113,48 @@ class Manifest:
             raise ManifestError(f"not a manifest: {type(error).__name__}: {error}") from None
 
 
-def _checked_body(data: bytes) -> bytes:
-    if len(data) < _HEAD.size or len(data) > MAX_BYTES:
+def seal(magic: bytes, body: bytes) -> bytes:
+    """The bytes of a file with this body, whose every change shows."""
+    digest = hashlib.sha256(body).digest()
+    return _HEAD.pack(magic, MAJOR << 16 | MINOR, len(body), digest) + body
+
+
+def unseal(magic: bytes, data: bytes, limit: int = MAX_BYTES) -> bytes:
+    """The body of a sealed file. Raises ManifestError, NewerManifest."""
+    if len(data) < _HEAD.size or len(data) > limit:
         raise ManifestError(f"not a manifest: {len(data):,} bytes")
-    magic, version, length, sha256 = _HEAD.unpack_from(data)
+    found, version, length, sha256 = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
-    if magic != MAGIC or length != len(body):
+    if found != magic or length != len(body):
         raise ManifestError("not a manifest: wrong magic or length")
     if version >> 16 != MAJOR:
         raise NewerManifest(f"manifest format {version >> 16}, this version reads {MAJOR}")
     if hashlib.sha256(body).digest() != sha256:
         raise ManifestError("damaged: the body's SHA-256 does not fit")
     return body
+
+
+def pack(value: Any) -> bytes:
+    """The msgpack bytes of a value."""
+    body: bytes = msgpack.packb(value)
+    return body
+
+
+def unpack(body: bytes, longest: int) -> Any:
+    """The value of msgpack bytes, none of it longer than a model needs; `longest`: of a byte string.
+
+    Raises whatever msgpack raises on hostile bytes.
+    """
+    return msgpack.unpackb(
+        body,
+        strict_map_key=True,
+        max_str_len=4096,
+        max_bin_len=longest,
+        max_array_len=200_000,
+        max_map_len=10_000,
+        max_ext_len=0,
+        object_pairs_hook=_unique,
+    )
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

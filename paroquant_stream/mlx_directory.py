@@ -23,7 +23,7 @@ from .exported import FORMAT
 from .manifest import Manifest
 from .model import assemble
 from .newdirectory import new_directory
-from .newfile import NewFile
+from .newfile import new_file_at
 from .request import Request
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .slices import MLX_DTYPES
@@ -192,15 +192,11 @@ def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.arra
     """Writes one file, taking each tensor out of `tensors`."""
     header, infos = lay_out(specs)
     size = end_of(header, infos)
-    file = NewFile(path.with_name(f"{path.name}.part"), size, 0o666)
-    try:
+    with new_file_at(path, size) as file:
         writer = TensorWriter(file.write, header)
         for info in infos:
             _write_tensor(writer, info, tensors.pop(info.name))
         writer.finish(size)
-        file.publish(path)
-    finally:
-        file.discard()
     mx.clear_cache()  # what Metal keeps of the buffers that were freed
 
 
@@ -238,9 +234,5 @@ def _json(value: object) -> bytes:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    file = NewFile(path.with_name(f"{path.name}.part"), len(data), 0o666)
-    try:
+    with new_file_at(path, len(data)) as file:
         file.write(memoryview(data))
-        file.publish(path)
-    finally:
-        file.discard()

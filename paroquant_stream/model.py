@@ -20,6 +20,7 @@ from .manifest import Manifest
 from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for
 from .part import check_placed, cut, meet, part_of
+from .plan import Plan
 from .ranges import entry_slices
 from .request import WHOLE, Split
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
@@ -103,7 +104,7 @@ def assemble_stored(
         if not stored.model_names:
             weights = named_for(model, weights, is_vlm)
         check_placed(part, weights, unread)
-        _place(model, weights, stored, directory)
+        _place(model, weights, stored.bits, stored.group_size, directory)
         del weights, unread  # else what `cut` replaces would stay
     with stored.guard(part.reads):
         with trace.span("cut"), slices as take:
@@ -116,10 +117,26 @@ def assemble_stored(
     return model, tokenizer, is_vlm
 
 
-def _place(model: nn.Module, weights: Weights, stored: Stored, directory: Path) -> None:
+def check_assembly(directory: Path, plan: Plan) -> None:
+    """Build the model's class and find the place of every tensor that a plan makes; reads none.
+
+    Raises:
+        AssemblyError: No class is known for the model, or a tensor has no place in it, or a
+            parameter no tensor.
+        MissingExtra: mlx-lm or mlx-vlm is not installed.
+    """
+    specs = [output for task in plan.tasks for output in task.outputs]
+    part = part_of(WHOLE, directory, [spec.name for spec in specs], force_text=False)
+    model = build(load_config(directory), part.is_vlm)
+    weights = named_for(model, placeholders(s for s in specs if part.has(s.name)), part.is_vlm)
+    bits, group_size = plan.quantization.bits, plan.quantization.group_size
+    _place(model, weights, bits, group_size, directory)
+
+
+def _place(model: nn.Module, weights: Weights, bits: int, group_size: int, directory: Path) -> None:
     """Puts the weights into the model, each in its place, or raises AssemblyError."""
     try:
-        _swap_layers(model, weights, stored.bits, stored.group_size)
+        _swap_layers(model, weights, bits, group_size)
     except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
         raise AssemblyError(  # what shapes and names lead to that no conversion has
             f"{directory}: the stored tensors are no rotated layers of this model: {error}"

@@ -12,13 +12,16 @@ import fcntl
 import mmap
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
 
+from . import temp_files
 from .digest import FileStamp
 from .errors import StoreError
+from .folder import Folder
 from .trace import SILENCE, Trace
 
 if TYPE_CHECKING:
@@ -28,12 +31,6 @@ _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
 _BLOCK = 4 << 20  # bytes a write; a multiple of any disk's blocks, as O_DIRECT wants it
 _BLOCKS = 3  # on their way to the disk
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_open: set[str] = set()
-
-
-def is_open(name: str) -> bool:
-    """Whether this process is writing the temp file of this name, by whatever path."""
-    return name in _open
 
 
 class NewFile:
@@ -44,29 +41,39 @@ class NewFile:
     0.2 s, and nothing that others have cached is driven out.
     """
 
-    def __init__(self, path: Path, size: int, mode: int, trace: Trace = SILENCE) -> None:
-        self._path, self._size, self._written, self._trace = path, size, 0, trace
+    def __init__(
+        self, folder: Folder, name: str, size: int, mode: int, trace: Trace = SILENCE
+    ) -> None:
+        """Make the temp `name` in a directory that stays open as long as this file."""
+        self._folder, self._name = folder, name
+        self._size, self._written, self._trace = size, 0, trace
         self._hash = xxhash.xxh3_128()
         self._block, self._filled = memoryview(b""), 0
         self._spare: list[memoryview] = []
         self._writer: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         try:
-            _open.add(path.name)  # before it is there: another thread's sweep may be looking
-            self._fd = _create(path, mode, direct=size >= _BLOCK)
+            temp_files.announce(name)  # before it is there: another thread's sweep may be looking
+            self._fd = _create(folder, name, mode, direct=size >= _BLOCK)
             try:
+                temp_files.hold(name, self._fd)
                 reserve(self._fd, size)
             except OSError:
                 self.discard()
                 raise
         except OSError as error:
-            _open.discard(path.name)
-            raise _write_error(path, size, error) from error
+            temp_files.release(name)
+            raise _write_error(self.path, size, error) from error
 
     @property
     def path(self) -> Path:
         """Where the temp lies until it is published."""
-        return self._path
+        return self._folder.path / self._name
+
+    @property
+    def size(self) -> int:
+        """Bytes that it has once it is published."""
+        return self._size
 
     @property
     def digest(self) -> str:
@@ -127,7 +134,7 @@ class NewFile:
                     self._written += count
                     block = block[count:]
             except OSError as error:
-                raise _write_error(self._path, self._size - self._written, error) from error
+                raise _write_error(self.path, self._size - self._written, error) from error
 
     def _write_some(self, block: memoryview) -> int:
         try:
@@ -138,9 +145,8 @@ class NewFile:
             _through_the_cache(self._fd)  # after a short write the rest may be no whole blocks
             return os.write(self._fd, block)
 
-    def publish(self, target: Path) -> FileStamp:
-        """Makes the file durable under the name `target`, in place of what is there; returns its
-        stamp.
+    def publish(self, folder: Folder, name: str) -> FileStamp:
+        """Makes the file durable under a name, in place of what has it; returns its stamp.
 
         Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel
         has dropped the pages by then. Raises StoreError.
@@ -150,32 +156,39 @@ class NewFile:
             _through_the_cache(self._fd)
             self._write(self._block[: self._filled])
             os.fsync(self._fd)
-            status = os.fstat(self._fd)
             # fallocate gives the file its size at once: a write that was lost shows in the offset
-            reached = min(status.st_size, os.lseek(self._fd, 0, os.SEEK_CUR))
+            reached = min(os.fstat(self._fd).st_size, os.lseek(self._fd, 0, os.SEEK_CUR))
             if not reached == self._written == self._size:
-                raise StoreError(
-                    f"{self._path}: {reached:,} bytes on disk, {self._size:,} expected"
-                )
-            target.parent.mkdir(mode=_directory_mode(status.st_mode), exist_ok=True)
-            os.replace(self._path, target)
-            sync_directory(target.parent)
-            sync_directory(target.parent.parent)  # it may hold a new directory's name
-            return FileStamp.of(os.stat(target))
+                raise StoreError(f"{self.path}: {reached:,} bytes on disk, {self._size:,} expected")
+            self._folder.replace(self._name, folder, name)
+            folder.sync()
+            return FileStamp.of(os.fstat(self._fd))
         except OSError as error:
-            raise _write_error(target, 0, error) from error
+            raise _write_error(folder.path / name, 0, error) from error
 
     def discard(self) -> None:
         """Closes the file and removes the temp if it is still there."""
         if self._writer:
             self._writer.shutdown()
         fd, self._fd = self._fd, -1
-        _open.discard(self._path.name)
+        with contextlib.suppress(OSError):  # the next run's sweep finds what stays
+            self._folder.unlink(self._name)
         with contextlib.suppress(OSError):  # nothing that was not synced is ever published
             if fd >= 0:
                 os.close(fd)
-        with contextlib.suppress(OSError):  # the next run's sweep finds what stays
-            self._path.unlink(missing_ok=True)
+        temp_files.release(self._name)
+
+
+@contextlib.contextmanager
+def new_file_at(path: Path, size: int) -> Iterator[NewFile]:
+    """A file of `size` bytes outside of a store, published as `path` after the body."""
+    with Folder.open(path.parent) as folder:
+        file = NewFile(folder, f"{path.name}.part", size, 0o666)
+        try:
+            yield file
+            file.publish(folder, path.name)
+        finally:
+            file.discard()
 
 
 def reserve(fd: int, size: int) -> None:
@@ -188,16 +201,17 @@ def reserve(fd: int, size: int) -> None:
                 raise
 
 
-def _create(path: Path, mode: int, direct: bool) -> int:
+def _create(folder: Folder, name: str, mode: int, direct: bool) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     if direct and _DIRECT:
         try:
-            return os.open(path, flags | _DIRECT, mode)
+            return os.open(name, flags | _DIRECT, mode, dir_fd=folder.fd)
         except OSError as error:
             if error.errno != errno.EINVAL:  # what a file system without O_DIRECT says
                 raise
-            path.unlink(missing_ok=True)  # Linux has made the file by then
-    return os.open(path, flags, mode)
+            with contextlib.suppress(FileNotFoundError):
+                folder.unlink(name)  # Linux has made the file by then
+    return os.open(name, flags, mode, dir_fd=folder.fd)
 
 
 def _past_the_cache(fd: int) -> bool:
@@ -208,11 +222,6 @@ def _through_the_cache(fd: int) -> None:
     """Takes O_DIRECT back: the end of a file is no whole block."""
     if _past_the_cache(fd):
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_DIRECT)
-
-
-def _directory_mode(file_mode: int) -> int:
-    """0700 beside files of 0600, else whatever the umask leaves of 0777."""
-    return 0o777 if file_mode & 0o077 else 0o700
 
 
 def sync_directory(path: Path) -> None:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from .errors import EntryDamaged, MalformedFile
+from .damage import take_out
+from .errors import MalformedFile
 from .manifest import EntryRecord
 from .slices import Slice, read_slice
 from .stacks import stacks_in_pieces
@@ -25,7 +26,7 @@ class EntrySlices:
         """`weights`: as they were read, stacks whole. Their names change later, the arrays do not:
         by them a parameter is found in the entries.
         """
-        self._store = store
+        self._store, self._records = store, {record.key: record for record in records}
         self._fds: dict[str, int] = {}
         stored = {
             tensor.name: (record.key, tensor)
@@ -60,8 +61,7 @@ class EntrySlices:
         try:
             return read_slice(self._fd(key), tensor, part, label)
         except MalformedFile as error:
-            self._store.quarantine(key)
-            raise EntryDamaged(f"{error}; taken out of use") from error
+            raise take_out(self._store, self._records[key], str(error)) from error
 
     def _fd(self, key: str) -> int:
         if key not in self._fds:

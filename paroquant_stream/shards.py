@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from .arrival import Arrivals
-from .checkpoint import Checkpoint
-from .drop import Dropper, journal_name
+from .drop import Dropper
 from .elsewhere import runner
 from .errors import StoreError
 from .executor import run_all
 from .manifest import EntryRecord, Manifest
-from .plan import Plan
-from .report import Conversion, report_converted, report_reused
+from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
-from .survey import work_of
+from .survey import ModelPlan, work_of
 from .tally import Progress, Tally
 from .task import TRANSFORM, Task
 from .tensorfile import file_size
@@ -27,51 +26,57 @@ from .worker import Places, Worker
 
 def convert_shards(
     request: Request,
-    checkpoint: Checkpoint,
-    plan: Plan,
+    model: ModelPlan,
     progress: Progress | None,
     trace: Trace,
     started: float,
 ) -> Conversion:
     """Converts what is missing, publishes the manifest, and says what became of each shard."""
     before = read_manifest(request)
-    known = {record.shard: record for record in before.entries} if before else {}
-    tasks, dropped, absent = work_of(request, plan)
-    _check_space(request, tasks)
-
-    def manifest_of(records: Sequence[EntryRecord]) -> Manifest:
-        return _manifest(request, checkpoint, plan, records)
-
-    dropper = Dropper(request, plan.tasks, dropped, manifest_of) if request.drop_source else None
-    tally = Tally(progress, tasks, absent)
+    known = _known_records(model, before)
+    work = work_of(request, model)
+    _check_space(request, work.tasks)
+    kept = work.dropped | work.settled
+    reports = {n: report_reused(r, r) for n, r in kept.items()}
+    tally = Tally(progress, work.tasks, work.absent)
     tally.announce()
     # at least `jobs`: of the tasks that hold a place, one is then always free to go on
     ahead = max(2, request.jobs) if request.drop_source else None
-    reports = {n: report_reused(record, record) for n, record in dropped.items()}
-    records = dict(dropped)
-    given = checkpoint.given
-    with Arrivals(request.remote, request.directory, absent, given, tally.add, ahead) as arrivals:
-        for outcome in _run(request, tasks, known, arrivals, tally, trace):
-            record, old = replace(outcome.record, dropped=False), known.get(outcome.record.shard)
-            records[record.shard] = record
-            if outcome.converted:
-                report = report_converted(record, old, request.force, outcome.seconds)
-            else:
-                report = report_reused(record, old, outcome.seconds)
-            reports[record.shard] = report
-            if dropper:
-                dropper.finish_task(record)
+    given = model.checkpoint.given
+    arrivals = Arrivals(request.remote, request.directory, work.absent, given, tally.add, ahead)
+    with Dropper(request, model, partial(_manifest, request, model), trace) as dropper, arrivals:
+        for record in work.settled.values():
+            dropper.finish_task(record)
+        for outcome in _run(request, work.tasks, known, arrivals, tally, trace):
+            record = replace(outcome.record, dropped=False)
+            kept[record.shard] = record
+            reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
+            dropper.finish_task(record)
             arrivals.finish_task()
             if progress:
                 progress(record.shard, record.source_size, record.source_size)
-    names = [task.shard for task in plan.tasks]
-    records |= dropper.dropped if dropper else {}
-    manifest = manifest_of([records[name] for name in names])
+        kept |= dropper.dropped
+    names = [task.shard for task in model.plan.tasks]
+    manifest = _manifest(request, model, [kept[name] for name in names])
     if manifest != before:  # equal, and a cache that cannot be written still serves
         request.store.write_manifest(request.manifest_name, manifest.encode())
-    request.store.remove_manifest(journal_name(request))
+    dropper.keep(manifest)
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
+
+
+def _report(
+    request: Request, outcome: Outcome, record: EntryRecord, old: EntryRecord | None
+) -> ShardReport:
+    if outcome.converted:
+        return report_converted(record, old, request.force, outcome.seconds)
+    return report_reused(record, old, outcome.seconds)
+
+
+def _known_records(model: ModelPlan, before: Manifest | None) -> dict[str, EntryRecord]:
+    """The records of earlier runs by shard; of one that was cut off they are in the drop's."""
+    dropped = model.drop.manifest.entries if model.drop else ()
+    return {record.shard: record for record in (*dropped, *(before.entries if before else ()))}
 
 
 def _run(
@@ -120,12 +125,11 @@ def _check_space(request: Request, tasks: Sequence[Task]) -> None:
         )
 
 
-def _manifest(
-    request: Request, checkpoint: Checkpoint, plan: Plan, records: Sequence[EntryRecord]
-) -> Manifest:
+def _manifest(request: Request, model: ModelPlan, records: Sequence[EntryRecord]) -> Manifest:
+    plan = model.plan
     return Manifest(
         request.model,
-        checkpoint.config_sha256,
+        model.checkpoint.config_sha256,
         TRANSFORM,
         plan.layout.value,
         plan.quantization.bits,

@@ -22,7 +22,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paroquant_stream import __version__
@@ -30,7 +30,7 @@ from paroquant_stream import __version__
 from .checkpoint import SHARD_NAME, Shard, shard_names
 from .descriptor import closing, pread_exactly
 from .digest import FileStamp, hash_parts
-from .errors import CheckpointError, MalformedFile, StoreError
+from .errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
 from .request import Request, source_staleness
 from .strictjson import strict_json
 from .task import TRANSFORM
@@ -140,12 +140,14 @@ def check_usable(file: SingleFile, request: Request, full: bool) -> None:
 
 
 def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
-    named = shard_names(request.directory)
+    named, removed = shard_names(request.directory), _removed_sources(request)
     if file.origin is None:
         present = [name for name in named if os.path.lexists(request.directory / name)]
-        if not present:
-            return None
-        return f"nothing in it tells whether it was made from {present[0]}, which is there too"
+        if present:
+            return f"nothing in it tells whether it was made from {present[0]}, which is there too"
+        if removed:
+            return "nothing in it tells whether it was made from the shards that were removed"
+        return None
     if file.origin.transform != TRANSFORM:
         return "made by another version"
     request.store.check_owner()  # for its memos are believed
@@ -154,6 +156,8 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
     for name in sorted({*named, *file.origin.sources}):
         shard = Shard(name, request.directory / name)
         if not os.path.exists(shard.path):
+            if removed.get(name, file.origin.sources.get(name)) != file.origin.sources.get(name):
+                return f"made from another {name} than the one that --drop-source removed"
             continue
         if name not in file.origin.sources:
             return f"{name} was not there when it was made"
@@ -161,6 +165,20 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
         if reason := source_staleness(memo, shard, expected, read_unknown=True):
             return reason
     return _damage(file, file.origin, request, full)
+
+
+def _removed_sources(request: Request) -> dict[str, str]:
+    """SHA-256 of the shards that `--drop-source` removed, by name, as cache and `mlx/` know them."""
+    from .find_dropped import find_dropped
+
+    beside = replace(request.store, root=request.directory / "mlx", private=False, read_only=True)
+    found: dict[str, str] = {}
+    for place in (replace(request, store=beside, in_place=True), request):
+        with contextlib.suppress(ParoquantStreamError):
+            drop = find_dropped(place)
+            entries = drop.manifest.entries if drop else ()
+            found |= {entry.shard: entry.source_sha256 for entry in entries if entry.dropped}
+    return found
 
 
 def _damage(file: SingleFile, origin: Origin, request: Request, full: bool) -> str | None:

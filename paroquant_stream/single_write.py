@@ -12,22 +12,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
+from . import temp_files
 from .api import converted
+from .damage import forget_pages, take_out
 from .descriptor import closing
 from .digest import CHUNK, read_chunks
 from .errors import EntryDamaged, UnwritableFile
+from .folder import Folder
+from .lock import excludes
 from .manifest import EntryRecord, Manifest
-from .newfile import reserve, sync_directory, write_problem
+from .newfile import reserve, write_problem
 from .request import Request
 from .single_file import NAME, hash_single, metadata_of, with_digest
 from .stacks import stacks_in_pieces
-from .store import Store, is_dead, temp_name
+from .store import Store
 from .tally import Progress
 from .tensorfile import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
 
@@ -115,15 +118,17 @@ def _places(
 def _copy_entry(record: EntryRecord, store: Store, target: int, places: dict[str, int]) -> None:
     """Copies an entry's tensors to their places. Raises EntryDamaged when they are not its own."""
     label = str(store.entry_path(record.key))
-    with closing(store.open_entry(record.key)) as fd:
-        problem = layout_defect(fd, record.tensors, label)
-        if not problem:
-            digest = _copy_tensors(record, fd, label, target, places)
-            if digest != record.digest:
+    problem: str | None = None
+    for _ in range(2):  # one bad read is no damage
+        with closing(store.open_entry(record.key)) as fd:
+            problem = layout_defect(fd, record.tensors, label)
+            if not problem:
+                digest = _copy_tensors(record, fd, label, target, places)
+                if digest == record.digest:
+                    return
                 problem = f"expected XXH3 {record.digest}, found {digest}"
-    if problem:
-        store.quarantine(record.key)
-        raise EntryDamaged(f"{label}: {problem}; taken out of use, convert the model again")
+            forget_pages(fd)
+    raise take_out(store, record, problem or "")
 
 
 def _copy_tensors(
@@ -153,30 +158,39 @@ def _new_file(path: Path, size: int) -> Iterator[int]:
 
     Removed when the body raises. Raises UnwritableFile.
     """
-    _sweep(path)
-    temp = path.with_name(f".{path.name}.{temp_name()}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    name = temp_files.temp_name()
+    temp = f".{path.name}.{name}"
     try:
-        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            with closing(fd):
-                reserve(fd, size)
-                yield fd
-                os.fsync(fd)
-            os.rename(temp, path)
-            sync_directory(path.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                temp.unlink(missing_ok=True)
+        with Folder.open(path.parent) as folder:
+            _sweep(folder, path.name)
+            fd = os.open(temp, flags, 0o666, dir_fd=folder.fd)
+            try:
+                with closing(fd):
+                    temp_files.hold(name, fd)
+                    reserve(fd, size)
+                    yield fd
+                    os.fsync(fd)
+                    folder.replace(temp, folder, path.name)
+                folder.sync()
+            finally:
+                temp_files.release(name)
+                with contextlib.suppress(OSError):
+                    folder.unlink(temp)
     except OSError as error:  # reads of entries raise errors of their own kinds
         raise UnwritableFile(write_problem(path, size, error)) from error
 
 
-def _sweep(path: Path) -> None:
-    """Removes what killed runs left beside `path`."""
-    prefix = f".{path.name}."
+def _sweep(folder: Folder, target: str) -> None:
+    """Removes what killed runs left beside a target."""
+    prefix = f".{target}."
     with contextlib.suppress(OSError):
-        for temp in path.parent.iterdir():
-            if temp.name.startswith(prefix):
-                age = time.time() - temp.stat(follow_symlinks=False).st_mtime
-                if is_dead(temp.name.removeprefix(prefix), age):
-                    temp.unlink()
+        locks = excludes(folder)
+        for name, _ in folder.files():
+            temp = name.removeprefix(prefix)
+            if (
+                name != temp
+                and temp_files.is_temp(temp)
+                and temp_files.is_dead(folder, name, locks)
+            ):
+                folder.unlink(name)

@@ -3,42 +3,42 @@
     <root>/
       CACHEDIR.TAG                                   backup programs skip the cache
       v1/entries/ab/<64 hex key>.safetensors         immutable; ab: the key's first two digits
+      v1/entries/ab/<64 hex key>.digest              what its writer hashed, see `entry_digest`
       v1/manifests/<64 hex model id>.msgpack         in place: model-<16 hex>.msgpack
-      v1/manifests/<model id>.dropped.msgpack        sources removed by a run that is not done yet
-      v1/headers/<64 hex SHA-256 of a shard>         of shards that were removed, see drop.py
       v1/manifests/<model id>.msgpack.removed        until the last entry of that model is gone
+      v1/dropped/<64 hex id>.{first,second}.msgpack  of sources that were removed, see dropped.py
+      v1/damaged/<key>.<number>.safetensors          damaged entries that nothing can make again
       v1/memo/<size>-<device>-<inode>                digests by stat, see digest.py
       v1/locks/<name>.lock                           never deleted: deleting one lets two in
-      v1/tmp/<host>-<pid>-<32 hex>                   what a run writes before it publishes
+      v1/tmp/<temp name>                             what a run writes before it publishes
 
-A lock only saves double work: correctness comes from content keys, unique temp names and rename.
+Below the root every directory is opened by name, is no link, and belongs to whom the root belongs
+to. A lock only saves double work: correctness comes from content keys, unique temp names and
+rename.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
+import errno
 import os
-import secrets
-import threading
-import time
+import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from .descriptor import open_regular
-from .digest import Memo
+from . import temp_files
+from .digest import FileStamp, Memo
 from .errors import MalformedFile, StoreError
-from .newfile import NewFile, is_open, sync_directory
+from .folder import Folder
+from .lock import conversion_lock, excludes, removal_lock
+from .newfile import NewFile, sync_directory
 from .trace import SILENCE, Trace
 
-logger = logging.getLogger(__name__)
-
-TEMP_MAX_AGE = 24 * 3600  # s after which a temp of another host counts as dead
-LOCK_TIMEOUT = 3600.0  # s to wait for another process on the same model before working beside it
+_KINDS = ("entries", "manifests", "dropped", "memo", "locks", "tmp")
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
-_thread_locks: dict[str, threading.Lock] = {}  # flock does not hold two threads of a process apart
+_DIGEST = re.compile(rb"xxh3-128 ([0-9a-f]{32}) (\d{1,19})\n")
 
 
 def user_cache_root() -> Path:
@@ -55,73 +55,90 @@ class Store:
 
     root: Path
     private: bool = True
-    """Directories 0700, files 0600 whatever the umask; a tree beside a model follows it."""
+    """A user's cache: directories 0700 and files 0600 whatever the umask, its root may be a link.
+    Else the tree beside a model, which follows the umask and the model directory's owner."""
     read_only: bool = False
-    """Nothing is written, not even a memo: for a look at what would be done."""
+    """Nothing is written: for a look at what would be done, and for a tree of somebody else."""
+    memo_root: Path | None = None
+    """The root of the store in which digests by stat are kept, if it is another one."""
 
     @property
     def memo(self) -> Memo:
-        """The digests known by stat."""
-        return Memo(self._path("memo"), self.read_only)
-
-    def _path(self, *parts: str) -> Path:
-        return self.root.joinpath("v1", *parts)
+        """The digests known by stat; for a tree beside a model, which anyone may have made, those
+        of the user's cache.
+        """
+        own = self.root if self.private else user_cache_root()
+        return Memo((self.memo_root or own) / "v1" / "memo", self.read_only)
 
     def folder(self, kind: str) -> Path:
-        """The directory of this kind: `entries`, `manifests`, `memo`, `locks` or `tmp`."""
-        return self._path(kind)
+        """Where files of this kind lie: one of `_KINDS`, or `damaged`; for messages and listings."""
+        return self.root / "v1" / kind
 
     def entry_path(self, key: str) -> Path:
         """Where the entry of this key lies or would lie."""
-        return self._path("entries", key[:2], f"{key}.safetensors")
+        return self.folder("entries") / key[:2] / f"{key}.safetensors"
 
     def manifest_path(self, name: str) -> Path:
         """Where the manifest of this name lies or would lie."""
-        return self._path("manifests", f"{name}.msgpack")
+        return self.folder("manifests") / f"{name}.msgpack"
 
-    def header_path(self, source_sha256: str) -> Path:
-        """Where the header of a dropped shard lies or would lie."""
-        return self._path("headers", source_sha256)
+    @property
+    def _modes(self) -> tuple[int, int]:
+        """Modes of new directories and files."""
+        return (0o700, 0o600) if self.private else (0o777, 0o666)
+
+    @contextlib.contextmanager
+    def opened(self, *names: str, create: bool = False) -> Iterator[Folder]:
+        """Open `v1` or a directory below it, step by step; no link is followed below the root.
+
+        Args:
+            names: The names below `v1`.
+            create: Make what is absent.
+
+        Raises:
+            FileNotFoundError: It is absent.
+            StoreError: A step is a link or no directory, or others could write into it.
+            OSError: As the system says.
+        """
+        with contextlib.ExitStack() as stack:
+            base, first = (self.root, ()) if self.private else (self.root.parent, (self.root.name,))
+            folder = stack.enter_context(Folder.open(base))
+            trusted = folder.status()
+            if self.private:
+                _check_owner(folder, None)
+            for name in (*first, "v1", *names):
+                folder = stack.enter_context(
+                    _step(folder, name, self._modes[0] if create else None)
+                )
+                _check_owner(folder, None if self.private else trusted)
+            yield folder
 
     def check_owner(self) -> None:
-        """Raises StoreError when others own the cache or can write into it, and so choose weights.
+        """Raises StoreError when others own the store or can write into it, and so choose weights.
 
-        A tree beside a model has the model directory's own trust, and a cache that is not there yet
-        is nobody's.
+        A cache that is not there yet is nobody's; the tree beside a model may belong to whom the
+        model directory belongs.
         """
-        for path in (self.root, self._path()) if self.private else ():
-            try:
-                status = os.stat(path)
-            except (
-                FileNotFoundError,
-                NotADirectoryError,
-            ):  # `create` makes it, or says what is wrong
-                continue
-            except OSError as error:
-                raise StoreError(f"{path}: cannot be looked at: {error.strerror}") from error
-            if status.st_uid != os.geteuid():
-                raise StoreError(
-                    f"{path}: owned by user {status.st_uid}, not by you ({os.geteuid()}); choose a "
-                    "cache of your own with --cache-dir"
-                )
-            if status.st_mode & 0o022:
-                raise StoreError(
-                    f"{path}: others can write into it (mode {status.st_mode & 0o777:03o}); run "
-                    f"`chmod go-w {path}` if you trust what is in it, else remove it"
-                )
+        try:
+            with self.opened():
+                pass
+        except (FileNotFoundError, NotADirectoryError):  # `create` makes it, or says what is wrong
+            pass
+        except OSError as error:
+            raise StoreError(f"{self.root}: cannot be looked at: {error.strerror}") from error
 
     def create(self) -> None:
         """Makes the directories. Raises StoreError when that is not possible."""
-        mode = 0o700 if self.private else 0o777
         try:
-            self.root.mkdir(mode=mode, parents=True, exist_ok=True)
-            for name in ("entries", "manifests", "memo", "locks", "tmp"):
-                self._path().mkdir(mode=mode, exist_ok=True)
-                self._path(name).mkdir(mode=mode, exist_ok=True)
+            if self.private:
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for kind in _KINDS if self.private else ("entries", "manifests", "dropped", "tmp"):
+                with self.opened(kind, create=True):
+                    pass
             tag = self.root / "CACHEDIR.TAG"
             if self.private and not (tag.exists() and tag.stat().st_size == len(_CACHEDIR_TAG)):
                 tag.write_text(_CACHEDIR_TAG)
-            for path in (self._path(), self.root, self.root.parent):
+            for path in (self.root, self.root.parent):
                 sync_directory(path)
         except OSError as error:
             raise StoreError(
@@ -139,75 +156,142 @@ class Store:
         return status.f_bavail * status.f_frsize
 
     def entry_size(self, key: str) -> int | None:
-        """Bytes of the entry, or None when there is none."""
+        """Bytes of the entry, or None when there is none. Raises StoreError."""
         try:
-            status = os.stat(self.entry_path(key), follow_symlinks=False)
+            with self.opened("entries", key[:2]) as folder:
+                return folder.stat(f"{key}.safetensors").st_size
         except OSError:
             return None
-        return status.st_size
+
+    def entry_digest(self, key: str) -> str | None:
+        """XXH3-128 of an entry as its writer hashed it, from the file beside it; None without one.
+
+        An entry whose manifest was lost is used only if it has this: a hash of what lies there now
+        would be one of its damage.
+        """
+        with contextlib.suppress(OSError, MalformedFile), self.opened("entries", key[:2]) as folder:
+            with os.fdopen(folder.open_file(f"{key}.digest"), "rb") as file:
+                found = _DIGEST.fullmatch(file.read(64))
+            size = folder.stat(f"{key}.safetensors").st_size
+            return found[1].decode() if found and int(found[2]) == size else None
+        return None
+
+    def publish_entry(self, file: NewFile, key: str) -> FileStamp:
+        """Publish an entry, its digest beside it first, and make both durable. Raises StoreError."""
+        note = f"xxh3-128 {file.digest} {file.size}\n".encode()
+        with self._writing("entries") as entries, _step(entries, key[:2], self._modes[0]) as folder:
+            self._publish(folder, f"{key}.digest", note)
+            stamp = file.publish(folder, f"{key}.safetensors")
+            entries.sync()  # it may hold a new directory's name
+            return stamp
 
     def sync_entry(self, key: str) -> None:
         """Makes an entry's name durable, as its writer may have been kept from it."""
-        with contextlib.suppress(OSError):
-            sync_directory(self.entry_path(key).parent)
+        with contextlib.suppress(OSError), self.opened("entries") as entries:
+            with _step(entries, key[:2], None) as folder:
+                folder.sync()
+            entries.sync()
 
     def open_entry(self, key: str) -> int:
         """A descriptor of the entry. Raises StoreError when it is absent or no regular file."""
-        path = self.entry_path(key)
         try:
-            return open_regular(path, follow=False)
+            with self.opened("entries", key[:2]) as folder:
+                return folder.open_file(f"{key}.safetensors")
         except (OSError, MalformedFile) as error:
+            path = self.entry_path(key)
             raise StoreError(f"{path}: the entry cannot be opened: {error}") from error
 
-    def read_manifest(self, name: str, limit: int) -> bytes | None:
-        """The first `limit` + 1 bytes of a manifest, or None when it is absent or unreadable."""
-        with contextlib.suppress(OSError, MalformedFile):
-            fd = open_regular(self.manifest_path(name), follow=False)
-            with os.fdopen(fd, "rb") as file:
+    def read_file(self, kind: str, name: str, limit: int) -> bytes | None:
+        """The first `limit` + 1 bytes of a file, or None when it is absent or unreadable."""
+        with contextlib.suppress(OSError, MalformedFile), self.opened(kind) as folder:
+            with os.fdopen(folder.open_file(name), "rb") as file:
                 return file.read(limit + 1)
         return None
 
+    def write_file(self, kind: str, name: str, data: bytes) -> None:
+        """Publishes a small file. Raises StoreError."""
+        with self._writing(kind) as folder:
+            self._publish(folder, name, data)
+
+    def file_names(self, kind: str) -> list[str]:
+        """The names of the regular files of a kind."""
+        with contextlib.suppress(OSError), self.opened(kind) as folder:
+            return [name for name, _ in folder.files()]
+        return []
+
+    def read_manifest(self, name: str, limit: int) -> bytes | None:
+        """The first `limit` + 1 bytes of a manifest, or None when it is absent or unreadable."""
+        return self.read_file("manifests", f"{name}.msgpack", limit)
+
     def write_manifest(self, name: str, data: bytes) -> None:
         """Publishes a manifest. Raises StoreError."""
-        with self.new_file(len(data)) as file:
-            file.write(memoryview(data))
-            file.publish(self.manifest_path(name))
+        self.write_file("manifests", f"{name}.msgpack", data)
 
-    def remove_manifest(self, name: str) -> None:
-        """Removes a manifest if it is there; what stays behind does no harm."""
-        with contextlib.suppress(OSError):
-            self.manifest_path(name).unlink()
+    def manifest_names(self) -> list[str]:
+        """The names of all manifests."""
+        names = self.file_names("manifests")
+        return [name.removesuffix(".msgpack") for name in names if name.endswith(".msgpack")]
 
     def touch_manifest(self, name: str) -> None:
         """Notes that the model was used now, as its manifest's mtime; nothing else looks at it."""
         with contextlib.suppress(OSError):  # a cache that cannot be written serves all the same
-            os.utime(self.manifest_path(name), follow_symlinks=False)
+            with self.opened("manifests") as folder:
+                os.utime(f"{name}.msgpack", dir_fd=folder.fd, follow_symlinks=False)
 
-    def _temp_path(self) -> Path:
-        """A name that no other run, process or host uses."""
-        return self._path("tmp", temp_name())
+    @contextlib.contextmanager
+    def _writing(self, kind: str) -> Iterator[Folder]:
+        """Open a directory to publish into, made if it is absent. Raises StoreError."""
+        if self.read_only:
+            raise StoreError(f"{self.root}: is only read, nothing is written there")
+        try:
+            with self.opened(kind, create=True) as folder:
+                yield folder
+        except OSError as error:
+            raise StoreError(f"{self.folder(kind)}: cannot be written: {error.strerror}") from error
+
+    def _publish(self, folder: Folder, name: str, data: bytes) -> None:
+        with self.new_file(len(data)) as file:
+            file.write(memoryview(data))
+            file.publish(folder, name)
 
     @contextlib.contextmanager
     def new_file(self, size: int, trace: Trace = SILENCE) -> Iterator[NewFile]:
         """A file of `size` bytes to be written and published; removed if it is not published."""
-        file = NewFile(self._temp_path(), size, 0o600 if self.private else 0o666, trace)
-        try:
-            yield file
-        finally:
-            file.discard()
+        with self._writing("tmp") as folder:
+            file = NewFile(folder, temp_files.temp_name(), size, self._modes[1], trace)
+            try:
+                yield file
+            finally:
+                file.discard()
 
-    def manifest_names(self) -> list[str]:
-        """The names of all manifests."""
-        with contextlib.suppress(OSError):
-            return sorted(path.stem for path in self._path("manifests").glob("*.msgpack"))
-        return []
-
-    def quarantine(self, key: str) -> None:
-        """Takes a damaged entry out of use; the next sweep removes it."""
+    def discard_entry(self, key: str) -> None:
+        """Takes an entry that can be made again out of use; the next sweep removes it."""
         if self.read_only:
             return
-        with contextlib.suppress(OSError):
-            os.replace(self.entry_path(key), self._temp_path())
+        with contextlib.suppress(OSError), self.opened("entries", key[:2]) as folder:
+            with self.opened("tmp", create=True) as tmp:
+                folder.replace(f"{key}.safetensors", tmp, temp_files.temp_name())
+
+    def damaged_path(self, key: str) -> Path | None:
+        """Where a damaged entry is kept that nothing could make again."""
+        names = [n for n in self.file_names("damaged") if n.startswith(f"{key}.")]
+        return self.folder("damaged") / names[-1] if names else None
+
+    def keep_damaged(self, key: str) -> Path | None:
+        """Takes an entry that nothing can make again out of use, and keeps it under `damaged`.
+
+        Returns where it is now; None where it stays, since nothing may be written.
+        """
+        if self.read_only:
+            return None
+        with contextlib.suppress(OSError), self.opened("entries", key[:2]) as folder:
+            with self.opened("damaged", create=True) as damaged:
+                numbers = (f"{key}.{n}.safetensors" for n in range(1, 1000))
+                name = next(name for name in numbers if name not in set(damaged.names()))
+                folder.replace(f"{key}.safetensors", damaged, name)
+                damaged.sync()
+                return damaged.path / name
+        return None
 
     def sweep(self, own: bool = False) -> int:
         """Removes the temps of dead runs and those that this process could not remove before.
@@ -215,62 +299,68 @@ class Store:
         With `own` also those that it is still writing. Returns the bytes freed.
         """
         freed = 0
-        with contextlib.suppress(OSError):
-            for path in self._path("tmp").iterdir():
+        with contextlib.suppress(OSError), self.opened("tmp") as tmp:
+            locks = excludes(tmp)
+            for name, status in tmp.files():
                 with contextlib.suppress(OSError):
-                    status = path.stat(follow_symlinks=False)
-                    mine = path.name.startswith(f"{_host()}-{os.getpid()}-")
-                    mine = mine and (own or not is_open(path.name))
-                    if mine or is_dead(path.name, time.time() - status.st_mtime):
-                        path.unlink()
+                    mine = temp_files.is_own(name) and (own or not temp_files.is_open(name))
+                    if mine or (temp_files.is_temp(name) and temp_files.is_dead(tmp, name, locks)):
+                        tmp.unlink(name)
                         freed += status.st_size
         return freed
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Holds the lock of this name, between threads and processes; on a file system without
-        locks, or after `LOCK_TIMEOUT`, goes on without it.
+    def locks_work(self) -> bool:
+        """Whether locks hold runs apart on this file system. Raises StoreError."""
+        with self.opened("manifests", create=True) as folder:
+            return excludes(folder)
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Hold the lock of a model's conversions; of a tree beside a model its directory's lock,
+        which `convert` holds, is enough.
         """
-        import filelock  # 9 ms, which a run without work saves
+        locks = self._locks()
+        return conversion_lock(locks, name, self._modes[1]) if locks else nullcontext()
 
-        path = str(self._path("locks", f"{name}.lock"))
-        with _thread_locks.setdefault(path, threading.Lock()):
-            mode = 0o600 if self.private else 0o666
-            lock = filelock.UnixFileLock(path, mode=mode, fallback_to_soft=False)
-            try:
-                lock.acquire(timeout=LOCK_TIMEOUT)
-            except (OSError, NotImplementedError, filelock.Timeout) as error:
-                logger.warning("going on without the lock %s: %s", path, error)
-                yield
-                return
-            try:
-                yield
-            finally:
-                lock.release()
+    def removal(self) -> AbstractContextManager[None]:
+        """Let no conversion begin here during the body. Raises StoreError."""
+        locks = self._locks()
+        return removal_lock(locks, self._modes[1]) if locks else nullcontext()
+
+    def _locks(self) -> Path | None:
+        """The directory of the lock files, once it is sure that it is no link; None without one."""
+        with contextlib.suppress(FileNotFoundError), self.opened("locks") as folder:
+            return folder.path
+        return None
 
 
-def _host() -> str:
-    return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
-
-
-def temp_name() -> str:
-    """A name for a temp that no other run, process or host uses, and that `is_dead` can judge."""
-    return f"{_host()}-{os.getpid()}-{secrets.token_hex(16)}"
-
-
-def is_dead(name: str, age: float) -> bool:
-    """Whether a temp's writer is gone: on this host by its process, on another after a day.
-
-    Never by time alone where the process can be asked: clocks jump.
-    """
-    host, _, rest = name.partition("-")
-    pid = rest.partition("-")[0]
-    if host != _host() or not pid.isdigit():
-        return age > TEMP_MAX_AGE
+def _step(folder: Folder, name: str, create: int | None) -> Folder:
+    """Open a directory below. Raises StoreError when it is a link or no directory, OSError."""
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # another user's process
-        return False
-    return False
+        return folder.child(name, create)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise StoreError(
+            f"{folder.path / name}: expected a directory, found a link or a file; links below "
+            f"{folder.path} are not followed: remove it"
+        ) from error
+
+
+def _check_owner(folder: Folder, trusted: os.stat_result | None) -> None:
+    """Raises StoreError when others than the user, or than may write into the `trusted` directory,
+    could write into this one.
+    """
+    status, user = folder.status(), os.geteuid()
+    owners, writable = {user}, 0o022
+    if trusted:
+        owners, writable = owners | {trusted.st_uid}, writable & ~trusted.st_mode
+    if status.st_uid not in owners:
+        raise StoreError(
+            f"{folder.path}: owned by user {status.st_uid}, not by you ({user}); choose a "
+            "cache of your own with --cache-dir"
+        )
+    if status.st_mode & writable:
+        raise StoreError(
+            f"{folder.path}: others can write into it (mode {status.st_mode & 0o777:03o}); run "
+            f"`chmod go-w {folder.path}` if you trust what is in it, else remove it"
+        )

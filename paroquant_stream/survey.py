@@ -4,43 +4,97 @@ why.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .drop import dropped_records, gone, kept_header, usable
+from .checkpoint import Checkpoint, Shard, open_checkpoint
+from .descriptor import closing
+from .digest import read_into, sha256_of
+from .dropped import DropRecord
+from .errors import MalformedFile, SourceDropped
+from .find_dropped import find_dropped
 from .layout import detect, read_quantization
 from .manifest import EntryRecord
 from .plan import Plan, make_plan
 from .report import ShardReport, report_reused, why_converted
-from .request import Request, read_manifest
-from .task import DTYPES, Task
-from .tensorfile import file_size
+from .request import Request, read_manifest, source_staleness
+from .task import DTYPES, Part, Task
+from .tensorfile import Header, file_size
 
 
-def plan_model(request: Request) -> tuple[Plan, Checkpoint]:
-    """The plan and the checkpoint of a model; reads config, index and headers.
+@dataclass(frozen=True)
+class ModelPlan:
+    """The plan of a model, and what it was made from."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    drop: DropRecord | None
+    """Of the drop by which shards are absent."""
+
+    @property
+    def dropped(self) -> dict[str, EntryRecord]:
+        """The records of absent shards that were removed, by shard."""
+        here = self.checkpoint.directory
+        return {
+            record.shard: record
+            for record in (self.drop.manifest.entries if self.drop else ())
+            if record.dropped and not os.path.exists(here / record.shard)
+        }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done for each shard."""
+
+    tasks: list[Task]
+    """To run."""
+    absent: list[list[str]]
+    """For each of them the shards that it reads and that are not there."""
+    dropped: dict[str, EntryRecord]
+    """Of shards that were removed: the records that hold."""
+    settled: dict[str, EntryRecord] = field(default_factory=dict)
+    """Of shards that are there, whose lender was removed: the records that hold."""
+
+
+def plan_model(request: Request) -> ModelPlan:
+    """The plan of a model; reads config, index and headers.
 
     The headers of shards that the directory lacks are those that were kept when they were dropped,
     or come from the Hub.
     """
-    remote, dropped = request.remote, dropped_records(request)
-    may_lack = (lambda _: True) if remote else dropped.__contains__
+    remote, drop = request.remote, find_dropped(request)
+    gone = {r.shard for r in drop.manifest.entries if r.dropped} if drop else set()
+    may_lack = (lambda _: True) if remote else gone.__contains__
     checkpoint = open_checkpoint(request.directory, may_lack)
-    given = {name: kept_header(request, record) for name, record in dropped.items()}
-    known = {name: header for name, header in given.items() if header}
-    names = [s.name for s in checkpoint.shards if s.name not in known]
-    if remote and (absent := [n for n in names if not os.path.exists(request.directory / n)]):
-        known |= remote.headers(absent)
-    elif lost := given.keys() & set(names):
-        raise gone(request, dict.fromkeys(sorted(lost), "the header that was kept is damaged"))
+    absent = [s.name for s in checkpoint.shards if not os.path.exists(s.path)]
+    known = _kept_headers(drop, absent) if drop else {}
+    if remote and (wanted := [name for name in absent if name not in known]):
+        known |= remote.headers(wanted)
+    elif lost := set(absent) - known.keys():
+        reasons = dict.fromkeys(sorted(lost), "the header that was kept is damaged")
+        raise gone_sources(request, reasons)
     checkpoint = replace(checkpoint, given=known)
     quantization = read_quantization(checkpoint.config)
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
     layout = detect(checkpoint.config, dtypes)
     dtype = DTYPES[request.dtype]
-    return make_plan(headers, layout, quantization, _experts(checkpoint), dtype), checkpoint
+    plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+    return ModelPlan(plan, checkpoint, drop)
+
+
+def _kept_headers(drop: DropRecord, absent: Sequence[str]) -> dict[str, Header]:
+    found: dict[str, Header] = {}
+    for name in absent:
+        try:
+            header = drop.header(name)
+        except MalformedFile:  # as the record is sealed, one that this version refuses
+            continue
+        if header:
+            found[name] = header
+    return found
 
 
 def _experts(checkpoint: Checkpoint) -> int | None:
@@ -53,15 +107,15 @@ def _experts(checkpoint: Checkpoint) -> int | None:
     return None
 
 
-def work_of(
-    request: Request, plan: Plan
-) -> tuple[list[Task], dict[str, EntryRecord], list[list[str]]]:
-    """The tasks to run, the records of dropped shards that hold, the absent shards of each task.
+def work_of(request: Request, model: ModelPlan) -> Work:
+    """What is to be done for each shard.
 
     Raises SourceDropped when a shard must be read that nothing can bring.
     """
-    dropped, reasons = usable(request, plan.tasks, dropped_records(request))
-    tasks = [task for task in plan.tasks if task.shard not in dropped]
+    dropped, reasons = _usable(request, model.plan.tasks, model.dropped)
+    tasks = [task for task in model.plan.tasks if task.shard not in dropped]
+    settled = _settled(request, tasks, model.drop)
+    tasks = [task for task in tasks if task.shard not in settled]
     absent = [
         [s for s in (task.shard, *task.borrowed) if not os.path.exists(request.directory / s)]
         for task in tasks
@@ -72,23 +126,107 @@ def work_of(
             for task, shards in zip(tasks, absent, strict=True)
             for shard in shards
         }
-        raise gone(request, lending)
-    return tasks, dropped, absent
+        raise gone_sources(request, lending)
+    return Work(tasks, absent, dropped, settled)
+
+
+def _usable(
+    request: Request, tasks: Sequence[Task], dropped: Mapping[str, EntryRecord]
+) -> tuple[dict[str, EntryRecord], dict[str, str]]:
+    """The records of dropped shards that hold for these tasks, and why the others do not."""
+    usable: dict[str, EntryRecord] = {}
+    reasons: dict[str, str] = {}
+    for task in tasks:
+        if record := dropped.get(task.shard):
+            if reason := _why_unusable(request, task, record):
+                reasons[task.shard] = reason
+            else:
+                usable[task.shard] = record
+    return usable, reasons
+
+
+def _why_unusable(request: Request, task: Task, record: EntryRecord) -> str | None:
+    """Why an entry does not hold for a task, as far as that can be told without its source."""
+    if request.force:
+        return "forced"
+    if record.task_sha256 != task.sha256:
+        return "config, tensors of its linears or transform version changed"
+    if request.store.entry_size(record.key) != record.size:
+        kept = request.store.damaged_path(record.key)
+        return (
+            f"its entry is damaged, and kept as {kept}"
+            if kept
+            else ("its entry is absent or cut short")
+        )
+    if _borrows_otherwise(request, task, record):
+        return "a part that it borrows changed"
+    return None
+
+
+def _settled(
+    request: Request, tasks: Sequence[Task], drop: DropRecord | None
+) -> dict[str, EntryRecord]:
+    """The records of shards that are there and whose key cannot be formed again, as a lender was
+    removed since they were converted; their own bytes are compared instead.
+    """
+    finished = {record.shard: record for record in drop.manifest.entries} if drop else {}
+    gone = {shard for shard, record in finished.items() if record.dropped}
+    settled: dict[str, EntryRecord] = {}
+    for task in tasks:
+        path, record = request.directory / task.shard, finished.get(task.shard)
+        lost = [s for s in task.borrowed if s in gone and not os.path.exists(request.directory / s)]
+        if not lost or record is None or not os.path.exists(path):
+            continue
+        memo, shard = request.store.memo, Shard(task.shard, path)
+        changed = source_staleness(memo, shard, record.source_sha256, read_unknown=True)
+        if not (changed or _why_unusable(request, task, record)):
+            settled[task.shard] = replace(record, dropped=False)
+    return settled
+
+
+def _borrows_otherwise(request: Request, task: Task, record: EntryRecord) -> bool:
+    """Whether a lender that is still there has other bytes now than the entry was made from."""
+    if len(task.borrowed) != len(record.borrowed_sha256):
+        return True
+    lenders = zip(task.borrowed.items(), record.borrowed_sha256, strict=True)
+    for (shard, parts), before in lenders:
+        if os.path.exists(request.directory / shard):
+            now = hashlib.sha256(b"".join(_part_digest(request, part) for part in parts))
+            if now.hexdigest() != before:
+                return True
+    return False
+
+
+def _part_digest(request: Request, part: Part) -> bytes:
+    path = request.directory / part.shard
+    with closing(Shard(part.shard, path).open()) as fd:
+        data = memoryview(bytearray(part.stop - part.start))
+        read_into(fd, data, part.start, str(path))
+        return sha256_of(data)
+
+
+def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDropped:
+    """The error for shards that must be read and were dropped; `shards`: why, by name."""
+    listed = "\n  ".join(f"{shard}: {why}" for shard, why in shards.items())
+    return SourceDropped(
+        f"{request.directory}: {len(shards)} shards must be read again and were removed by "
+        f"--drop-source; put them back, or undo the change:\n  {listed}"
+    )
 
 
 def survey(request: Request) -> tuple[ShardReport, ...]:
     """What `convert` would do for each shard and why; reads what it must and writes nothing."""
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
-    plan, _ = plan_model(request)
-    tasks, dropped, absent = work_of(request, plan)
-    reports = {n: report_reused(record, record) for n, record in dropped.items()}
-    for task, missing in zip(tasks, absent, strict=True):
+    model = plan_model(request)
+    work = work_of(request, model)
+    reports = {n: report_reused(r, r) for n, r in (work.dropped | work.settled).items()}
+    for task, missing in zip(work.tasks, work.absent, strict=True):
         old = known.get(task.shard)
         reports[task.shard] = (
             _report_work(task, "not downloaded yet") if missing else _survey(request, task, old)
         )
-    return tuple(reports[task.shard] for task in plan.tasks)
+    return tuple(reports[task.shard] for task in model.plan.tasks)
 
 
 def _survey(request: Request, task: Task, old: EntryRecord | None) -> ShardReport:

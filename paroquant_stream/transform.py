@@ -8,16 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .descriptor import closing
-from .digest import FileStamp, hash_entry
-from .errors import StoreError
+from .damage import confirmed_defect
 from .manifest import EntryRecord
 from .newfile import NewFile
 from .operations import run_operation
 from .source import Source, Tick
 from .store import Store
 from .task import Operation, Task
-from .tensorfile import TensorInfo, TensorWriter, end_of, lay_out, layout_defect
+from .tensorfile import TensorInfo, TensorWriter, end_of, file_size, lay_out
 from .worker import Worker
 
 
@@ -87,20 +85,19 @@ def find_entry(job: Job, source: Source) -> EntryRecord | None:
 
 
 def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord | None:
-    """The record of an entry whose record was lost; a malformed entry is taken out of use."""
-    try:
-        fd = job.store.open_entry(key)
-    except StoreError:
+    """The record of an entry whose record was lost, if it is what its writer hashed.
+
+    One without that digest is made again: its bytes may be damaged since they were written.
+    """
+    digest = job.store.entry_digest(key)
+    if digest is None:
         return None
-    with closing(fd):
-        label = str(job.store.entry_path(key))
-        stamp = FileStamp.of_fd(fd, label)
-        if layout_defect(fd, job.task.outputs, label):
-            job.store.quarantine(key)
-            return None
-        digest = job.store.memo.lookup(stamp) or hash_entry(fd, label)
+    size = file_size(job.task.outputs)
+    record = _record(job.task, sha256, borrowed, key, digest, size)
+    if confirmed_defect(record, job.store):
+        return None  # what is made in its place has its name
     job.store.sync_entry(key)
-    return _record(job.task, sha256, borrowed, key, digest, stamp.size)
+    return record
 
 
 def _convert(job: Job, source: Source, worker: Worker) -> EntryRecord:
@@ -112,7 +109,7 @@ def _convert(job: Job, source: Source, worker: Worker) -> EntryRecord:
         sha256 = source.check()
         key = job.task.key(sha256, borrowed)
         with worker.trace.span("publish", job.task.shard):
-            stamp = file.publish(job.store.entry_path(key))
+            stamp = job.store.publish_entry(file, key)
         job.store.memo.remember(stamp, file.digest)
         return _record(job.task, sha256, borrowed, key, file.digest, size)
 

@@ -13,9 +13,10 @@ from typing import cast
 
 import mlx.core as mx
 
+from .damage import confirmed_defect, defect_of, take_out
 from .descriptor import closing
-from .digest import FileStamp, hash_entry
-from .errors import AssemblyError, EntryDamaged, ParoquantStreamError
+from .digest import FileStamp
+from .errors import AssemblyError, ParoquantStreamError
 from .layout import Quantization
 from .manifest import EntryRecord, Manifest
 from .sharding import Take
@@ -173,31 +174,31 @@ def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
     """A descriptor of a sound entry; a damaged one is taken out of use."""
     fd = store.open_entry(record.key)
     try:
-        problem = _defect(record, store, fd, full)
+        if not _defect(record, store, fd, full):
+            return fd
     except BaseException:
         os.close(fd)
         raise
-    if problem:
-        os.close(fd)
-        store.quarantine(record.key)
-        message = f"{store.entry_path(record.key)}: {problem}; taken out of use"
-        logger.warning("%s", message)
-        raise EntryDamaged(message)
-    return fd
+    os.close(fd)
+    if problem := confirmed_defect(record, store):
+        raise take_out(store, record, problem)
+    logger.warning("%s: read wrong once, and right again", store.entry_path(record.key))
+    return store.open_entry(record.key)
 
 
 def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
     """What is wrong with an entry: size and header, and the digest unless its stat is known."""
     label = str(store.entry_path(record.key))
     stamp = FileStamp.of_fd(fd, label)
-    if problem := layout_defect(fd, record.tensors, label):
+    known = not full and store.memo.lookup(stamp) == record.digest
+    if (
+        problem := layout_defect(fd, record.tensors, label)
+        if known
+        else defect_of(record, store, fd)
+    ):
         return problem
-    if not full and store.memo.lookup(stamp) == record.digest:
-        return None
-    digest = hash_entry(fd, label)
-    if digest != record.digest:
-        return f"expected XXH3 {record.digest}, found {digest}"
-    store.memo.remember(stamp, digest)
+    if not known:
+        store.memo.remember(stamp, record.digest)
     return None
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..api import cache_store, make_request
+from ..api import cache_store, default_jobs, make_request
+from ..conversion import convert
 from ..errors import ParoquantStreamError, StoreError
 from ..report import bytes_text, shown
-from ..request import model_id
+from ..request import Request, model_id
 from ..task import DTYPES
 from .inventory import Inventory, Model, take_inventory
 from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
@@ -140,14 +142,15 @@ def _ask() -> None:
         raise StoreError("nothing removed")
 
 
+def _request_to_verify(arguments: argparse.Namespace) -> Request:
+    return make_request(arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         count, problems = verify_store(cache_store(arguments.cache_dir))
     else:
-        request = make_request(
-            arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place
-        )
-        count, problems = verify_model(request, arguments.sources)
+        count, problems = verify_model(_request_to_verify(arguments), arguments.sources)
     if arguments.json:
         listed = [{"path": str(p.path), "expected": p.expected, "found": p.found} for p in problems]
         print(json.dumps({"files": count, "problems": listed}))
@@ -155,7 +158,33 @@ def _verify(arguments: argparse.Namespace) -> int:
         for problem in problems:
             print(shown(problem))
         print(f"{count} files read, {len(problems)} differ")
-    return 1 if problems else 0
+    damaged = {problem.key for problem in problems if problem.key}
+    repaired = _repair(arguments, damaged) if damaged else False
+    return 0 if repaired and len(damaged) == len(problems) else int(bool(problems))
+
+
+def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
+    """Converts the models of these entries again, or says how that is done."""
+    if arguments.model is not None:
+        requests = [_request_to_verify(arguments)]
+    else:
+        store = cache_store(arguments.cache_dir)
+        models = take_inventory(store).models
+        requests = [
+            Request(str(m.directory), m.directory, store, dtype=m.dtype, jobs=default_jobs())
+            for m in models
+            if m.directory and damaged & {record.key for record in m.records}
+        ]
+    if not arguments.repair:
+        names = " ".join(shlex.quote(request.model) for request in requests)
+        print(
+            f"taken out of use; to make them again: paroquant-stream convert {names}, or --repair"
+        )
+        return False
+    for request in requests:
+        convert(request)
+        print(shown(f"{request.model}: converted again"))
+    return True
 
 
 _COMMANDS = {"ls": _ls, "path": _path, "rm": _rm, "prune": _prune, "verify": _verify}

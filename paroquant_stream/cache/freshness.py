@@ -65,7 +65,7 @@ def examine(request: Request, manifest: Manifest) -> Freshness:
         if reason is None:
             states = [_state(request.store, r, FRESH, UNCHANGED) for r in known.values()]
             return Freshness(FRESH, "", tuple(states))
-        plan, _ = plan_model(request)
+        plan = plan_model(request).plan
     except ParoquantStreamError as error:
         why = str(error).partition("\n")[0]
         return Freshness(BROKEN, why, entries_alone(request.store, manifest, "see its model"))

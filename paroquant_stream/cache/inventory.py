@@ -11,25 +11,34 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
+from .. import temp_files
 from ..digest import FileStamp
+from ..dropped import MAX_RECORD, DropRecord
 from ..errors import ManifestError, NewerManifest
+from ..lock import excludes
 from ..manifest import MAX_BYTES, EntryRecord, Manifest
 from ..report import shown
 from ..request import model_id
-from ..store import Store, is_dead
+from ..store import Store
 from ..task import DTYPES, Dtype
 from .foreign import Foreign, foreign_directories
 from .found import Found, regular_files
 
 SOURCE: Dtype = "source"
+_Decoded = TypeVar("_Decoded")
 _ID = r"(?P<id>[0-9a-f]{64}|model-[0-9a-f]{16})"
 _MANIFEST = re.compile(_ID + r"(?P<journal>\.dropped)?\.msgpack(?P<removed>\.removed)?")
+_RECORD = re.compile(r"(?P<id>[0-9a-f]{64})\.(first|second)\.msgpack(?P<removed>\.removed)?")
 _ENTRY = re.compile(r"(?P<key>[0-9a-f]{64})\.safetensors")
+_DIGEST = re.compile(r"(?P<key>[0-9a-f]{64})\.digest")
+_DAMAGED = re.compile(r"(?P<key>[0-9a-f]{64})\.\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,18 @@ class Model:
     manifest: Manifest | None
     """None when its bytes are damaged or of a newer format."""
     files: tuple[Found, ...]
-    """Its manifest and, of a run that drops sources and is not done, the journal."""
+    """Its manifest and, where sources were removed, the two copies of the record of that."""
     records: tuple[EntryRecord, ...]
     last_used: float
     newer: bool = False
     """Written by a newer version, or not readable now: its entries are not known, and stay."""
+    moved: bool = False
+    """Only a record of removed sources is left: its directory was moved, or holds another model."""
+
+    @property
+    def is_record(self) -> bool:
+        """Whether there is no manifest of it, only a record of removed sources."""
+        return self.id in self.files[0].path.name and self.files[0].path.parent.name == "dropped"
 
     @property
     def names(self) -> set[str]:
@@ -90,7 +106,11 @@ class Inventory:
     dead_temps: tuple[Found, ...]
     """What dead runs were writing, and entries that were found damaged and taken out of use."""
     headers: tuple[Found, ...]
-    """Kept headers of dropped shards that no manifest names."""
+    """Headers of dropped shards, as older versions kept them, that no manifest names."""
+    damaged: dict[str, Found]
+    """Damaged entries that nothing could make again when they were found, by file name."""
+    digests: tuple[Found, ...]
+    """Digests that lie beside no entry."""
     memos: tuple[Found, ...]
     """Digests of files that are neither an entry nor a shard of a model."""
     foreign: tuple[Foreign, ...]
@@ -111,9 +131,15 @@ class Inventory:
         return {key: file for key, file in self.entries.items() if key not in claims}
 
     @property
+    def healed(self) -> tuple[Found, ...]:
+        """Damaged entries whose key has an entry again."""
+        return tuple(f for name, f in self.damaged.items() if name[:64] in self.entries)
+
+    @property
     def size(self) -> int:
         """Bytes of everything that is listed."""
         files = [*self.entries.values(), *self.dead_temps, *self.headers, *self.memos]
+        files += [*self.damaged.values(), *self.digests]
         files += [file for model in self.models for file in model.files]
         files += [file for file, _ in self.removed]
         return sum(f.size for f in files) + sum(foreign.size for foreign in self.foreign)
@@ -128,15 +154,17 @@ def take_inventory(store: Store, now: float | None = None) -> Inventory:
     """What lies in the store; an absent store is empty, and nothing is written."""
     now = time.time() if now is None else now
     models, removed = _models(store)
-    entries = dict(_entries(store))
+    entries, digests = _entries(store)
     return Inventory(
         store,
         now,
         tuple(sorted(models, key=lambda model: model.name)),
         entries,
         removed,
-        tuple(_dead_temps(store, now)),
+        tuple(_dead_temps(store)),
         tuple(_unnamed_headers(store, models)),
+        {f.path.name: f for f in regular_files(store.folder("damaged")) if _is_damaged(f)},
+        tuple(file for key, file in digests.items() if key not in entries),
         tuple(_unknown_memos(store, models, entries.values())),
         tuple(foreign_directories(store.root)) if store.private else (),
     )
@@ -150,18 +178,76 @@ def claimed_keys(store: Store) -> set[str] | None:
     return {record.key for model in models for record in model.records}
 
 
-def _models(store: Store) -> tuple[list[Model], tuple[tuple[Found, frozenset[str]], ...]]:
+_Removed = tuple[tuple[Found, frozenset[str]], ...]
+
+
+def _models(store: Store) -> tuple[list[Model], _Removed]:
     groups: dict[str, list[Found]] = {}
     removed: list[tuple[Found, frozenset[str]]] = []
     for file in regular_files(store.folder("manifests")):
         match = _MANIFEST.fullmatch(file.path.name)
         if match and match["removed"]:
             manifest, _ = _read(file.path)
-            keys = (record.key for record in manifest.entries) if manifest else ()
-            removed.append((file, frozenset(keys)))
+            removed.append((file, _keys(manifest)))
         elif match:
             groups.setdefault(match["id"], []).append(file)
-    return [_model(name, files) for name, files in groups.items()], tuple(removed)
+    models = {name: _model(name, files) for name, files in groups.items()}
+    records, removed_records = _records(store)
+    for drop_id, files in records.items():
+        _add_record(models, drop_id, files)
+    return list(models.values()), (*removed, *removed_records)
+
+
+def _records(store: Store) -> tuple[dict[str, list[Found]], _Removed]:
+    """The files of the records of removed sources by id, and those whose removal was cut off."""
+    groups: dict[str, list[Found]] = {}
+    removed: list[tuple[Found, frozenset[str]]] = []
+    for file in regular_files(store.folder("dropped")):
+        match = _RECORD.fullmatch(file.path.name)
+        if match and match["removed"]:
+            record, _ = _read_record(match["id"], file.path)
+            removed.append((file, _keys(record.manifest if record else None)))
+        elif match:
+            groups.setdefault(match["id"], []).append(file)
+    return groups, tuple(removed)
+
+
+def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) -> None:
+    """Adds a record to the model whose manifest goes on from it, else as a model of its own."""
+    read = [_read_record(drop_id, file.path) for file in files]
+    record = next((record for record, _ in read if record), None)
+    last_used = max(file.mtime_ns for file in files) / 1e9
+    if record is None:
+        unknown = Model(
+            drop_id,
+            f"({drop_id[:12]})",
+            None,
+            SOURCE,
+            None,
+            tuple(files),
+            (),
+            last_used,
+            newer=True,
+        )
+        models[drop_id] = unknown
+        return
+    entries, directory = record.manifest.entries, record.manifest.directory
+    home = models.get(model_id(Path(directory), record.dtype))
+    gone = {(e.shard, e.source_sha256) for e in entries if e.dropped}
+    if home and gone <= {(e.shard, e.source_sha256) for e in home.records}:
+        merged = {(e.key, e.shard): e for e in (*home.records, *entries)}
+        merged |= {(e.key, e.shard): e for e in home.records if e.dropped}
+        models[home.id] = replace(home, files=(*home.files, *files), records=tuple(merged.values()))
+        return
+    name = f"{_shown_name(drop_id, record.manifest, Path(directory))}#{drop_id[:8]}"
+    models[drop_id] = Model(
+        drop_id, name, Path(directory), record.dtype, record.manifest, tuple(files),
+        tuple(entries), last_used, moved=home is not None or not os.path.isdir(directory),
+    )  # fmt: skip
+
+
+def _keys(manifest: Manifest | None) -> frozenset[str]:
+    return frozenset(record.key for record in manifest.entries) if manifest else frozenset()
 
 
 def _model(name: str, files: list[Found]) -> Model:
@@ -171,7 +257,7 @@ def _model(name: str, files: list[Found]) -> Model:
     told = main or (manifests[0] if manifests else None)
     directory, dtype = _directory(name, told) if told else (None, SOURCE)
     everything = [record for manifest in manifests for record in manifest.entries]
-    # the last of two wins: the journal's, which knows that the source is gone
+    # the last of two wins: the one that knows that the source is gone
     records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
     return Model(
         name,
@@ -188,16 +274,27 @@ def _model(name: str, files: list[Found]) -> Model:
 
 def _read(path: Path) -> tuple[Manifest | None, bool]:
     """The manifest in a file, and whether it may be sound all the same: newer, or unreadable."""
+    return _decoded(path, MAX_BYTES, Manifest.decode)
+
+
+def _read_record(drop_id: str, path: Path) -> tuple[DropRecord | None, bool]:
+    """As `_read`, of a record of removed sources."""
+    return _decoded(path, MAX_RECORD, partial(DropRecord.decode, drop_id))
+
+
+def _decoded(
+    path: Path, limit: int, decode: Callable[[bytes], _Decoded]
+) -> tuple[_Decoded | None, bool]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(limit + 1)
     except FileNotFoundError:  # removed meanwhile
         return None, False
     except OSError:
         return None, True
     try:
-        return Manifest.decode(data), False
+        return decode(data), False
     except NewerManifest:
         return None, True
     except ManifestError:
@@ -233,20 +330,32 @@ def _snapshot(directory: Path | None) -> str | None:
     return name[8:].replace("--", "/", 1) if name.startswith("models--") else None
 
 
-def _entries(store: Store) -> Iterator[tuple[str, Found]]:
+def _entries(store: Store) -> tuple[dict[str, Found], dict[str, Found]]:
+    """The entries, and the digests beside them, by key."""
+    entries: dict[str, Found] = {}
+    digests: dict[str, Found] = {}
     with contextlib.suppress(OSError):
         for prefix in sorted(os.scandir(store.folder("entries")), key=lambda entry: entry.name):
             if prefix.is_dir(follow_symlinks=False):
                 for file in regular_files(Path(prefix.path)):
-                    match = _ENTRY.fullmatch(file.path.name)
-                    if match and match["key"][:2] == prefix.name:
-                        yield match["key"], file
+                    for found, form in ((entries, _ENTRY), (digests, _DIGEST)):
+                        match = form.fullmatch(file.path.name)
+                        if match and match["key"][:2] == prefix.name:
+                            found[match["key"]] = file
+    return entries, digests
 
 
-def _dead_temps(store: Store, now: float) -> Iterator[Found]:
-    for file in regular_files(store.folder("tmp")):
-        if is_dead(file.path.name, now - file.mtime_ns / 1e9):
-            yield file
+def _is_damaged(file: Found) -> bool:
+    return _DAMAGED.fullmatch(file.path.name) is not None
+
+
+def _dead_temps(store: Store) -> Iterator[Found]:
+    with contextlib.suppress(OSError), store.opened("tmp") as tmp:
+        locks = excludes(tmp)
+        for file in regular_files(tmp.path):
+            name = file.path.name
+            if temp_files.is_temp(name) and temp_files.is_dead(tmp, name, locks):
+                yield file
 
 
 def _unnamed_headers(store: Store, models: Iterable[Model]) -> Iterator[Found]:

@@ -43,13 +43,17 @@ def make_row(inventory: Inventory, model: Model) -> Row:
 
 def _freshness(store: Store, model: Model) -> Freshness:
     manifest, directory = model.manifest, model.directory
+    if model.moved and manifest:
+        why = "its directory was moved or holds another model, and loads where it is now"
+        return Freshness("orphan", why, entries_alone(store, manifest, why))
+    if model.is_record and manifest:
+        why = "a conversion that removes sources was cut off; run it again"
+        return Freshness(STALE, why, entries_alone(store, manifest, why))
     if manifest is None:
         if model.newer:
             return Freshness(UNKNOWN, "of a newer version, or not readable", ())
         if model.records:
-            return Freshness(
-                STALE, "a conversion that dropped sources was cut off; run it again", ()
-            )
+            return Freshness(STALE, "the next conversion makes its manifest anew", ())
         return Freshness("damaged", "the next conversion makes it anew", ())
     if directory is None:
         why = "made by an older version, which did not record where the model lies"
@@ -126,6 +130,12 @@ def footer(inventory: Inventory) -> list[str]:
             f"{_count(len(idle), 'file')} of dead runs, damaged entries and removals that were cut "
             f"off ({_bytes_of(idle)}): `prune` removes them"
         )
+    if damaged := inventory.damaged.values():
+        lines.append(
+            f"{_count(len(damaged), 'damaged entry')} ({_bytes_of(damaged)}) kept in "
+            f"{inventory.store.folder('damaged')}, as nothing could make them again: put their "
+            "shards back and convert"
+        )
     if inventory.foreign:
         size = sum(foreign.size for foreign in inventory.foreign)
         lines.append(
@@ -145,6 +155,8 @@ def plan_lines(plan: PrunePlan) -> list[str]:
         "temp of dead runs or damaged entry": plan.dead_temps,
         "rest of a removal that was cut off": plan.remains,
         "kept header of a dropped shard": plan.headers,
+        "damaged entry that was made again": plan.healed,
+        "digest of an entry that is gone": plan.digests,
         "remembered digest of a file that is gone": plan.memos,
     }
     lines += [f"  {len(f)} x {what}  {_bytes_of(f)}" for what, f in groups.items() if f]
@@ -207,7 +219,7 @@ def _foreign_json(foreign: Foreign) -> dict[str, Any]:
 
 def plan_json(plan: PrunePlan, dry_run: bool) -> dict[str, Any]:
     """What goes or went."""
-    files = [*plan.entries.values(), *plan.dead_temps, *plan.remains, *plan.headers, *plan.memos]
+    files = [*plan.entries.values(), *plan.small]
     return {
         "dry_run": dry_run,
         "models": [_text(model.name) for model in plan.models],

@@ -31,7 +31,8 @@ print one JSON object: dry_run, models, files, foreign, stays (each with what an
 VERIFY = """\
 Read every entry of MODEL, or of all models, and with --sources its shards too, and compare their
 hashes with those taken when they were written. Prints `path: expected X, got Y` for each that
-differs. Exit code: 0 all right, 1 something differs or failed, 2 wrong usage."""
+differs. A damaged entry is taken out of use, to be made again by the next conversion; one whose
+shard was removed is kept in the cache's `damaged`. Exit code: 0 all right, 1 something differs or failed, 2 wrong usage."""
 _Number = TypeVar("_Number", int, float)
 
 
@@ -107,6 +108,9 @@ def _configure_verify(parser: argparse.ArgumentParser) -> None:
     _add_cache_dir(where)
     where.add_argument("--in-place", action="store_true", help="the conversion in MODEL/mlx")
     parser.add_argument("--sources", action="store_true", help="read MODEL's shards too")
+    parser.add_argument(
+        "--repair", action="store_true", help="convert the models of damaged entries again"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -14,7 +14,7 @@ from ..report import bytes_text
 from .foreign import Foreign
 from .found import Found, regular_files
 from .inventory import Inventory, Model
-from .running import QUIET, demand_quiet, locks_work, running
+from .running import QUIET, demand_quiet, running
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,37 @@ class PrunePlan:
     """Manifests of removals that were cut off."""
     dead_temps: tuple[Found, ...] = ()
     headers: tuple[Found, ...] = ()
+    healed: tuple[Found, ...] = ()
+    """Damaged entries that were made again."""
+    digests: tuple[Found, ...] = ()
+    """Digests beside which no entry lies."""
     memos: tuple[Found, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     """What stays and why."""
 
     @property
+    def small(self) -> tuple[Found, ...]:
+        """All files that are neither entries nor of a model."""
+        listed = (self.remains, self.dead_temps, self.headers, self.healed, self.digests)
+        return tuple(file for files in (*listed, self.memos) for file in files)
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to remove."""
-        small = (self.remains, self.dead_temps, self.headers, self.memos, self.foreign)
-        return not (self.models or self.entries or any(small))
+        return not (self.models or self.entries or self.small or self.foreign)
 
     @property
     def needs_quiet(self) -> bool:
         """Whether anything goes that a running conversion may be about to use."""
-        return bool(self.models or self.entries or self.headers or self.memos)
+        small = (*self.headers, *self.healed, *self.digests, *self.memos)
+        return bool(self.models or self.entries or small)
 
     @property
     def freed(self) -> int:
         """Bytes that go."""
-        files = [*self.entries.values(), *self.remains, *self.dead_temps, *self.headers]
-        files += [*self.memos, *(file for model in self.models for file in model.files)]
+        files = [*self.entries.values(), *self.small]
+        files += [file for model in self.models for file in model.files]
         return sum(f.size for f in files) + sum(foreign.size for foreign in self.foreign)
 
     def freed_by(self, model: Model) -> int:
@@ -92,8 +102,8 @@ def plan_removal(inventory: Inventory, models: Iterable[Model]) -> PrunePlan:
         for key in sorted(named)
         if key in inventory.entries and claims.get(key, set()) <= ids
     }
-    if entries or any(model.newer for model in going):
-        _demand_readable(inventory)
+    if entries:
+        _demand_readable(inventory, ids)
     remains = tuple(file for file, _ in inventory.removed)
     return PrunePlan(inventory, going, entries, remains=remains, headers=_headers(inventory, ids))
 
@@ -113,12 +123,17 @@ def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
     if rules.max_size is not None:
         base = _shrink(base, rules, kept)
     unclaimed = _idle_entries(base, kept) if rules.orphans else {}
-    idle = tuple(f for f in inventory.headers if inventory.time - f.changed > QUIET)
+
+    def idle(files: Iterable[Found]) -> tuple[Found, ...]:
+        return tuple(file for file in files if inventory.time - file.changed > QUIET)
+
     plan = replace(
         base,
         entries=base.entries | unclaimed,
         unclaimed=frozenset(unclaimed),
-        headers=base.headers + idle,
+        headers=base.headers + idle(inventory.headers),
+        healed=inventory.healed,
+        digests=idle(inventory.digests),
         kept=tuple(kept.items()),
     )
     return replace(plan, memos=_idle_memos(plan))
@@ -177,7 +192,7 @@ def _idle_entries(base: PrunePlan, kept: dict[str, str]) -> dict[str, Found]:
     if any(model.newer for model in inventory.models):
         kept[f"{len(found)} unclaimed entries"] = "a manifest of a newer version may name them"
         return {}
-    if not locks_work(inventory.store):
+    if not inventory.store.locks_work():
         kept[f"{len(found)} unclaimed entries"] = (
             "locks do nothing on this file system, so a running conversion would not be seen"
         )
@@ -209,10 +224,11 @@ def _headers(inventory: Inventory, ids: set[str]) -> tuple[Found, ...]:
     return tuple(file for file in found if file.path.name in named[True] - named[False])
 
 
-def _demand_readable(inventory: Inventory) -> None:
+def _demand_readable(inventory: Inventory, going: set[str]) -> None:
     for model in inventory.models:
-        if model.newer:
+        if model.newer and model.id not in going:
             raise StoreError(
                 f"{model.files[0].path}: of a newer version of paroquant_stream, or not readable: "
-                "which entries it names cannot be told, so none is removed; use that version"
+                "which entries it names cannot be told, so none is removed; use that version, or "
+                f"remove it first: `paroquant-stream cache rm '{model.name}'`"
             )

@@ -1,6 +1,6 @@
 """Carries out a plan of `prune`.
 
-    manifest renamed to <name>.removed -> entries that no other manifest names -> that file
+    manifest, records renamed to <name>.removed -> entries that no other names -> those files
 
 So a manifest never names entries that are going, and a removal that was cut off is finished by the
 next one. That no conversion is running is asked again before every entry: one that begins
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 from ..errors import StoreError
@@ -29,8 +30,21 @@ def execute(plan: PrunePlan) -> int:
     Raises StoreError when a conversion is running or begins meanwhile, and for what cannot be
     removed. What went before stays gone, and the same call again goes on.
     """
-    store, freed = plan.inventory.store, 0
+    store = plan.inventory.store
     store.check_owner()
+    with store.removal() if plan.needs_quiet else nullcontext():
+        freed = _remove_files(plan)
+    for foreign in plan.foreign:
+        try:
+            freed += remove_foreign(foreign)
+        except OSError as error:
+            raise _failed(foreign.path, error) from error
+    return freed + (store.sweep() if plan.dead_temps else 0)
+
+
+def _remove_files(plan: PrunePlan) -> int:
+    """Removes entries and small files while no conversion can begin; returns the bytes freed."""
+    store, freed = plan.inventory.store, 0
     if plan.needs_quiet:
         demand_quiet(store)
     aside = [*plan.remains, *_set_aside(plan)]
@@ -42,15 +56,11 @@ def execute(plan: PrunePlan) -> int:
             demand_quiet(store)
             freed += _unlink(file)
             with contextlib.suppress(StoreError):
+                _unlink_path(file.path.with_name(f"{key}.digest"))
                 _unlink_path(store.memo.path(file.stamp))
-    for file in (*plan.headers, *plan.memos, *aside):
+    for file in (*plan.headers, *plan.healed, *plan.digests, *plan.memos, *aside):
         freed += _unlink(file)
-    for foreign in plan.foreign:
-        try:
-            freed += remove_foreign(foreign)
-        except OSError as error:
-            raise _failed(foreign.path, error) from error
-    return freed + (store.sweep() if plan.dead_temps else 0)
+    return freed
 
 
 def _set_aside(plan: PrunePlan) -> list[Found]:
@@ -69,8 +79,9 @@ def _set_aside(plan: PrunePlan) -> list[Found]:
             continue
         except OSError as error:
             raise _failed(file.path, error) from error
-    with contextlib.suppress(OSError):
-        sync_directory(plan.inventory.store.folder("manifests"))
+    for kind in ("manifests", "dropped"):
+        with contextlib.suppress(OSError):
+            sync_directory(plan.inventory.store.folder(kind))
     return aside
 
 

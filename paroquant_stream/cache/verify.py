@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 
 from ..checkpoint import Shard
+from ..damage import confirmed_defect, take_out
 from ..descriptor import closing
 from ..digest import Memo, hash_entry
+from ..dropped import heal_records, read_records
 from ..errors import ManifestError, ParoquantStreamError, StoreError
+from ..find_dropped import find_manifest
 from ..manifest import MAX_BYTES, EntryRecord, Manifest
-from ..request import Request, read_manifest
+from ..request import Request
 from ..store import Store
 
 
@@ -25,6 +29,8 @@ class Problem:
     path: Path
     expected: str
     found: str
+    key: str | None = None
+    """Of the entry; None for a source shard."""
 
     def __str__(self) -> str:
         """`path: expected X, got Y`."""
@@ -32,25 +38,34 @@ class Problem:
 
 
 def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
-    """What is wrong with an entry, every byte of it read; safetensors gives a second opinion."""
+    """What is wrong with an entry, every byte of it read; safetensors gives a second opinion.
+
+    A damaged entry is taken out of use.
+    """
     path = store.entry_path(record.key)
     try:
         fd = store.open_entry(record.key)
     except StoreError:
-        return Problem(path, f"{record.size:,} bytes", "no readable file")
+        return Problem(path, f"{record.size:,} bytes", "no readable file", record.key)
     with closing(fd):
-        digest = hash_entry(fd, str(path))
-    if digest != record.digest:
-        return Problem(path, f"XXH3 {record.digest}", digest)
-    names = {tensor.name for tensor in record.tensors}
+        digest, opinion = hash_entry(fd, str(path)), _second_opinion(fd, record)
+    if digest == record.digest:
+        return Problem(path, *opinion, record.key) if opinion else None
+    if not confirmed_defect(record, store):  # one bad read is no damage
+        return None
+    take_out(store, record, f"expected XXH3 {record.digest}, found {digest}")
+    return Problem(path, f"XXH3 {record.digest}", digest, record.key)
+
+
+def _second_opinion(fd: int, record: EntryRecord) -> tuple[str, str] | None:
+    """Expected and found where the safetensors library does not see the record's tensors."""
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:  # reads the header alone
+        with safetensors.safe_open(f"/dev/fd/{fd}", framework="numpy") as file:  # the header alone
             found = set(file.keys())
     except safetensors.SafetensorError as error:
-        return Problem(path, "a file that safetensors opens", str(error))
-    return (
-        None if found == names else Problem(path, f"{len(names)} tensors", f"{len(found)} others")
-    )
+        return "a file that safetensors opens", str(error)
+    names = {tensor.name for tensor in record.tensors}
+    return None if found == names else (f"{len(names)} tensors", f"{len(found)} others")
 
 
 def verify_source(directory: Path, record: EntryRecord, memo: Memo) -> Problem | None:
@@ -83,7 +98,7 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
 
     Raises StoreError when the model was never converted into this store.
     """
-    manifest = read_manifest(request)
+    manifest = find_manifest(request)
     if manifest is None:
         raise StoreError(f"{request.model}: not converted in {request.store.root}")
     checks = [verify_entry(request.store, record) for record in manifest.entries]
@@ -97,8 +112,9 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
 
 def verify_store(store: Store) -> tuple[int, list[Problem]]:
     """The number of entries that some manifest names, and what is wrong with them."""
-    records = {
-        record.key: record for manifest in manifests_of(store) for record in manifest.entries
-    }
+    with suppress(StoreError):  # a cache that cannot be written is read all the same
+        heal_records(store)
+    manifests = [*manifests_of(store), *(record.manifest for record in read_records(store))]
+    records = {record.key: record for manifest in manifests for record in manifest.entries}
     checks = [verify_entry(store, record) for record in records.values()]
     return len(checks), [problem for problem in checks if problem]

@@ -1,0 +1,97 @@
+"""What becomes of an entry whose bytes are not those that were written.
+
+It is read again first, past the page cache, as one bad read is no damage. What can be made again
+is taken out of use at once. What cannot, since sources were removed, is kept under a name that says
+so: most of its bytes are sound, and no other copy may exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+from .descriptor import closing
+from .digest import hash_entry
+from .dropped import read_record, record_ids
+from .errors import EntryDamaged, ManifestError, StoreError
+from .manifest import MAX_BYTES, EntryRecord, Manifest
+from .store import Store
+from .tensorfile import layout_defect
+
+logger = logging.getLogger(__name__)
+
+
+def defect_of(record: EntryRecord, store: Store, fd: int) -> str | None:
+    """What is wrong with an open entry, every byte of it read; None where nothing is."""
+    label = str(store.entry_path(record.key))
+    if problem := layout_defect(fd, record.tensors, label):
+        return problem
+    digest = hash_entry(fd, label)
+    return None if digest == record.digest else f"expected XXH3 {record.digest}, found {digest}"
+
+
+def confirmed_defect(record: EntryRecord, store: Store) -> str | None:
+    """What is wrong with an entry as it lies on the disk now, opened and read anew."""
+    try:
+        fd = store.open_entry(record.key)
+    except StoreError as error:
+        return str(error)
+    with closing(fd):
+        forget_pages(fd)
+        return defect_of(record, store, fd)
+
+
+def forget_pages(fd: int) -> None:
+    """Have the next read of a file come from the disk, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def take_out(store: Store, record: EntryRecord, problem: str) -> EntryDamaged:
+    """Take a damaged entry out of use, and return the error that says what became of it."""
+    error = EntryDamaged(f"{store.entry_path(record.key)}: {problem}; {_remove(store, record)}")
+    logger.warning("%s", error)
+    return error
+
+
+def _remove(store: Store, record: EntryRecord) -> str:
+    if store.read_only:
+        return "it stays, since nothing is written there"
+    if not is_only_copy(store, record.key):
+        store.discard_entry(record.key)
+        return "taken out of use"
+    kept = store.keep_damaged(record.key)
+    return (
+        f"kept as {kept}, as --drop-source removed what it was made from: put back "
+        f"{record.shard} with SHA-256 {record.source_sha256} and convert the model again"
+    )
+
+
+def is_only_copy(store: Store, key: str) -> bool:
+    """Whether an entry cannot be made again: its shard was removed, or one that lent to it.
+
+    Also where that cannot be told, as a manifest or record cannot be read.
+    """
+    try:
+        records = [read_record(store, drop_id) for drop_id in record_ids(store)]
+    except ManifestError:  # of a newer version
+        return True
+    manifests = [record.manifest for record in records if record] + _manifests(store)
+    for manifest in manifests:
+        dropped = any(record.dropped for record in manifest.entries)
+        for record in manifest.entries:
+            if record.key == key and (record.dropped or (dropped and record.borrowed_sha256)):
+                return True
+    return not all(records)
+
+
+def _manifests(store: Store) -> list[Manifest]:
+    found = []
+    for name in store.manifest_names():
+        data = store.read_manifest(name, MAX_BYTES)
+        with contextlib.suppress(ManifestError):
+            if data is not None:
+                found.append(Manifest.decode(data))
+    return found

@@ -1,0 +1,165 @@
+"""Which drop took a model's absent shards, told by what is left of the model.
+
+The note in its directory comes first, then its path, then the revision of the Hub that it is, then
+its config and index. A record holds only if no shard that is there contradicts it: else a model
+that was half copied over another one would be completed with the other's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .checkpoint import Shard, config_digest, shard_names
+from .dropped import NOTE, DropRecord, new_id, read_note, read_record, read_records
+from .errors import CheckpointError, SourceDropped
+from .manifest import Manifest
+from .request import Request, read_manifest, source_staleness
+
+
+def find_dropped(request: Request) -> DropRecord | None:
+    """Find the record of the drop that shards of this model are absent by, if it was one.
+
+    Raises:
+        SourceDropped: A shard that is there has other content than the one that was removed.
+        CheckpointError: Records of two models fit, or what there is cannot be read.
+    """
+    absent = {n for n in shard_names(request.directory) if not _is_there(request, n)}
+    if not absent:
+        return None
+    records = [r for r in read_records(request.store) if r.dtype == request.dtype]
+    records = [r for r in records if absent & _dropped_shards(r)]
+    contradicted: str | None = None
+    for group in _by_evidence(request, records):
+        fitting = []
+        for record in group:
+            reason = _contradiction(request, record)
+            contradicted = contradicted or reason
+            fitting += [] if reason else [record]
+        if fitting:
+            return _only(request, fitting)
+    if contradicted and request.remote is None:
+        raise SourceDropped(contradicted)
+    if read_note(request.directory) is None:
+        return _from_manifest(request, absent)
+    if request.remote is None:
+        raise SourceDropped(
+            f"{request.directory}: its shards were removed by --drop-source, and "
+            f"{request.store.root} has no record of that for --dtype {request.dtype}; name the "
+            "cache and the dtype that it was converted with, or put the shards back"
+        )
+    return None
+
+
+def find_manifest(request: Request) -> Manifest | None:
+    """The manifest of a model, or of one that was dropped its record where the manifest is lost.
+
+    Raises NewerManifest when a record is of a newer format.
+    """
+    if manifest := read_manifest(request):
+        return manifest
+    names = set(shard_names(request.directory))
+    complete = [
+        record.manifest
+        for record in read_records(request.store)
+        if record.dtype == request.dtype
+        and names == {entry.shard for entry in record.manifest.entries}
+    ]
+    sources = {frozenset((e.shard, e.source_sha256) for e in m.entries) for m in complete}
+    return complete[0] if len(sources) == 1 else None
+
+
+def agrees(request: Request, manifest: Manifest) -> bool:
+    """Whether a manifest that was found by its path is of the model that lies there: a directory
+    without shards may have been moved there since, and has a note then.
+    """
+    dropped = {(e.shard, e.source_sha256) for e in manifest.entries if e.dropped}
+    noted = read_note(request.directory) if dropped and not request.in_place else None
+    if noted is None:
+        return True
+    record = read_record(request.store, noted)
+    return record is not None and dropped <= {
+        (entry.shard, entry.source_sha256) for entry in record.manifest.entries if entry.dropped
+    }
+
+
+def _by_evidence(request: Request, records: Sequence[DropRecord]) -> Iterator[list[DropRecord]]:
+    """The records that something speaks for, the best evidence first."""
+    if request.in_place:  # the tree beside the model holds no other's
+        yield list(records)
+        return
+    here = str(request.directory.resolve())
+    if noted := read_note(request.directory):
+        yield [record for record in records if record.id == noted]
+        return  # any other is of another model, or of this one as it was before
+    config = config_digest(request.directory)
+    alike = [r for r in records if r.manifest.config_sha256 == config]
+    yield [r for r in alike if r.manifest.directory == here]
+    revision = _revision(here)
+    yield [r for r in alike if revision and _revision(r.manifest.directory) == revision]
+    yield [r for r in alike if not (revision and _revision(r.manifest.directory))]
+
+
+def _revision(directory: str) -> tuple[str, str] | None:
+    """Repository and commit of a snapshot in a Hub cache, wherever that cache lies."""
+    path = Path(directory)
+    repository = path.parent.parent.name
+    snapshot = path.parent.name == "snapshots" and repository.startswith("models--")
+    return (repository, path.name) if snapshot else None
+
+
+def _only(request: Request, fitting: Sequence[DropRecord]) -> DropRecord:
+    """The record where all that fit are of one model: the one that knows most."""
+    best = max(fitting, key=lambda record: len(record.manifest.entries))
+    known = {(e.shard, e.source_sha256) for e in best.manifest.entries}
+    for record in fitting:
+        if not {(e.shard, e.source_sha256) for e in record.manifest.entries} <= known:
+            raise CheckpointError(
+                f"{request.directory}: its shards were removed by --drop-source, and of two models "
+                f"with this config and index, {best.manifest.directory} and "
+                f"{record.manifest.directory}, both were; move the directory back to where it "
+                f"was, or put back the file {NOTE} that was left in it"
+            )
+    return best
+
+
+def _contradiction(request: Request, record: DropRecord) -> str | None:
+    """Which shard that is there is not the one that the record knows."""
+    for entry in record.manifest.entries:
+        shard = Shard(entry.shard, request.directory / entry.shard)
+        if not _is_there(request, entry.shard):
+            continue
+        if source_staleness(request.store.memo, shard, entry.source_sha256, read_unknown=True):
+            return (
+                f"{shard.path}: expected SHA-256 {entry.source_sha256}, as it had when "
+                "--drop-source removed shards of this model, found another; the removed ones "
+                "cannot complete it: put back all shards of one model"
+            )
+    return None
+
+
+def _from_manifest(request: Request, absent: set[str]) -> DropRecord | None:
+    """A record, not stored yet, of what an older version dropped."""
+    manifest = read_manifest(request)
+    if manifest is None or manifest.config_sha256 != config_digest(request.directory):
+        return None
+    record = DropRecord(new_id(), request.dtype, manifest)
+    if not absent & _dropped_shards(record) or _contradiction(request, record):
+        return None
+    headers = {}
+    for entry in manifest.entries:
+        data = request.store.read_file("headers", entry.source_sha256, 33 << 20) or b""
+        if entry.dropped and hashlib.sha256(data[32:]).digest() == data[:32]:
+            headers[entry.shard] = data[32:]
+    return replace(record, headers=headers)
+
+
+def _dropped_shards(record: DropRecord) -> set[str]:
+    return {entry.shard for entry in record.manifest.entries if entry.dropped}
+
+
+def _is_there(request: Request, shard: str) -> bool:
+    return os.path.exists(request.directory / shard)
