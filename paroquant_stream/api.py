@@ -309,23 +309,21 @@ def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, S
     """The conversion inside the model directory, if there is one and it fits the sources, with all
     entries or those that are `needed`.
 
-    Whoever made the directory may have made it: it is only read, and digests by stat are those of
-    the user's cache.
+    Whoever made the directory may have made it: it is only read. So what its own conversion did not
+    remember of its files is hashed at every load.
     """
     if not os.path.lexists(request.directory / IN_PLACE):
         return None
     from .find_dropped import find_manifest  # most models have none
 
     beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
-    store = replace(beside.store, read_only=True, memo_root=request.store.root)
+    store = replace(beside.store, read_only=True)
     beside = replace(beside, store=store)
     manifest = None
     try:
         manifest = find_manifest(beside)
         if manifest is None:
             return None
-        with contextlib.suppress(StoreError):  # without a place for memos all is hashed each time
-            request.store.create()
         reason = staleness(beside, manifest, read_unknown=True, needed=needed)
     except (StoreError, NewerManifest) as error:
         reason = str(error)

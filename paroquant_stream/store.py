@@ -36,7 +36,7 @@ from .lock import conversion_lock, excludes, removal_lock
 from .newfile import NewFile, sync_directory
 from .trace import SILENCE, Trace
 
-_KINDS = ("entries", "manifests", "dropped", "memo", "locks", "tmp")
+_KINDS = ("entries", "manifests", "dropped", "memo", "tmp", "locks")
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
 _DIGEST = re.compile(rb"xxh3-128 ([0-9a-f]{32}) (\d{1,19})\n")
 
@@ -59,16 +59,11 @@ class Store:
     Else the tree beside a model, which follows the umask and the model directory's owner."""
     read_only: bool = False
     """Nothing is written: for a look at what would be done, and for a tree of somebody else."""
-    memo_root: Path | None = None
-    """The root of the store in which digests by stat are kept, if it is another one."""
 
     @property
     def memo(self) -> Memo:
-        """The digests known by stat; for a tree beside a model, which anyone may have made, those
-        of the user's cache.
-        """
-        own = self.root if self.private else user_cache_root()
-        return Memo((self.memo_root or own) / "v1" / "memo", self.read_only)
+        """The digests known by stat."""
+        return Memo(self.folder("memo"), self.read_only)
 
     def folder(self, kind: str) -> Path:
         """Where files of this kind lie: one of `_KINDS`, or `damaged`; for messages and listings."""
@@ -100,18 +95,19 @@ class Store:
             StoreError: A step is a link or no directory, or others could write into it.
             OSError: As the system says.
         """
-        with contextlib.ExitStack() as stack:
-            base, first = (self.root, ()) if self.private else (self.root.parent, (self.root.name,))
-            folder = stack.enter_context(Folder.open(base))
-            trusted = folder.status()
+        base, first = (self.root, ()) if self.private else (self.root.parent, (self.root.name,))
+        folder = Folder.open(base)
+        try:
+            trusted = None if self.private else folder.status()
             if self.private:
                 _check_owner(folder, None)
             for name in (*first, "v1", *names):
-                folder = stack.enter_context(
-                    _step(folder, name, self._modes[0] if create else None)
-                )
-                _check_owner(folder, None if self.private else trusted)
+                above, folder = folder, _step(folder, name, self._modes[0] if create else None)
+                above.close()
+                _check_owner(folder, trusted)
             yield folder
+        finally:
+            folder.close()
 
     def check_owner(self) -> None:
         """Raises StoreError when others own the store or can write into it, and so choose weights.
@@ -132,7 +128,7 @@ class Store:
         try:
             if self.private:
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for kind in _KINDS if self.private else ("entries", "manifests", "dropped", "tmp"):
+            for kind in _KINDS if self.private else _KINDS[:-1]:
                 with self.opened(kind, create=True):
                     pass
             tag = self.root / "CACHEDIR.TAG"
@@ -179,7 +175,7 @@ class Store:
     def publish_entry(self, file: NewFile, key: str) -> FileStamp:
         """Publish an entry, its digest beside it first, and make both durable. Raises StoreError."""
         note = f"xxh3-128 {file.digest} {file.size}\n".encode()
-        with self._writing("entries") as entries, _step(entries, key[:2], self._modes[0]) as folder:
+        with self._writing("entries") as entries, self._writing("entries", key[:2]) as folder:
             self._publish(folder, f"{key}.digest", note)
             stamp = file.publish(folder, f"{key}.safetensors")
             entries.sync()  # it may hold a new directory's name
@@ -239,15 +235,16 @@ class Store:
                 os.utime(f"{name}.msgpack", dir_fd=folder.fd, follow_symlinks=False)
 
     @contextlib.contextmanager
-    def _writing(self, kind: str) -> Iterator[Folder]:
+    def _writing(self, *names: str) -> Iterator[Folder]:
         """Open a directory to publish into, made if it is absent. Raises StoreError."""
         if self.read_only:
             raise StoreError(f"{self.root}: is only read, nothing is written there")
         try:
-            with self.opened(kind, create=True) as folder:
+            with self.opened(*names, create=True) as folder:
                 yield folder
         except OSError as error:
-            raise StoreError(f"{self.folder(kind)}: cannot be written: {error.strerror}") from error
+            path = self.folder("/".join(names))
+            raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _publish(self, folder: Folder, name: str, data: bytes) -> None:
         with self.new_file(len(data)) as file:
@@ -311,8 +308,9 @@ class Store:
 
     def locks_work(self) -> bool:
         """Whether locks hold runs apart on this file system. Raises StoreError."""
-        with self.opened("manifests", create=True) as folder:
+        with contextlib.suppress(OSError), self.opened("manifests", create=True) as folder:
             return excludes(folder)
+        return False
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock of a model's conversions; of a tree beside a model its directory's lock,
@@ -327,8 +325,11 @@ class Store:
         return removal_lock(locks, self._modes[1]) if locks else nullcontext()
 
     def _locks(self) -> Path | None:
-        """The directory of the lock files, once it is sure that it is no link; None without one."""
-        with contextlib.suppress(FileNotFoundError), self.opened("locks") as folder:
+        """The directory of the lock files, once it is sure that it is no link; None without one.
+
+        A removal or conversion then goes on without: a lock only saves double work.
+        """
+        with contextlib.suppress(OSError), self.opened("locks") as folder:
             return folder.path
         return None
 

@@ -171,3 +171,11 @@ def settle(directory: Path, seconds: float = 10) -> None:
     for path in directory.iterdir():
         if path.is_file():
             os.utime(path, (old, old))
+
+
+def temp_of(pid: int, **others: str | int) -> str:
+    """The name of a temp of process `pid` of this system; `others`: fields that say otherwise."""
+    from paroquant_stream import temp_files
+
+    fields = {**vars(temp_files._here()), "pid": pid, **others}
+    return "{machine}-{boot}-{space}-{pid}-{random}".format(random="0" * 32, **fields)

@@ -11,22 +11,27 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from paroquant_stream import drop
+from paroquant_stream import drop, lock
 from paroquant_stream.api import load, make_request
-from paroquant_stream.arrival import Arrivals
 from paroquant_stream.conversion import convert
+from paroquant_stream.dropped import read_records, write_record
 from paroquant_stream.errors import (
+    AssemblyError,
     EntryDamaged,
+    MissingExtra,
+    OutOfRange,
     ParoquantStreamError,
     SourceChanged,
     SourceDropped,
     StoreError,
 )
+from paroquant_stream.lock import directory_lock
 from paroquant_stream.request import read_manifest
-from paroquant_stream.survey import survey
-from tests.builders import CONFIG, cut_evenly, write_checkpoint
+from paroquant_stream.survey import plan_model, survey
+from tests.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
 FIRST, SECOND, THIRD = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 
@@ -86,24 +91,90 @@ def test_a_model_that_was_converted_before_is_only_dropped(model_dir, whole):
 
 
 def test_an_entry_that_reads_back_wrong_keeps_its_source(model_dir, monkeypatch):
-    monkeypatch.setattr(drop, "hash_entry", lambda *_: "0" * 32)
+    monkeypatch.setattr(drop, "confirmed_defect", lambda *_: "expected this, found that")
     with pytest.raises(EntryDamaged, match="was not removed; run again"):
         run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
 
 
-def test_a_source_that_changed_since_is_kept(model_dir, monkeypatch):
-    real = drop.Dropper._read_back
+def test_an_entry_that_reads_back_wrong_once_is_no_damage(model_dir, whole, monkeypatch):
+    real, answers = drop.confirmed_defect, ["expected this, found that"]
+    monkeypatch.setattr(drop, "confirmed_defect", lambda *a: answers.pop() if answers else real(*a))
+    assert digests(run(model_dir, drop_source=True)) == whole
+    assert answers == shards(model_dir) == []
 
-    def change(self, record, task):
-        real(self, record, task)
-        with (model_dir / record.shard).open("ab") as file:
-            file.write(b"new")
 
-    monkeypatch.setattr(drop.Dropper, "_read_back", change)
-    with pytest.raises(SourceChanged, match="changed since it was converted"):
-        run(model_dir, drop_source=True)
-    assert shards(model_dir) == [FIRST, SECOND, THIRD]
+def test_an_entry_whose_lender_goes_is_read_back_before(scattered_dir, monkeypatch):
+    events = []
+    read_back, remove = drop.Dropper._read_back, drop.SourceFile.remove
+    monkeypatch.setattr(
+        drop.Dropper, "_read_back", lambda self, s: events.append(s) or read_back(self, s)
+    )
+    monkeypatch.setattr(
+        drop.SourceFile, "remove", lambda self: events.append(self.path) or remove(self)
+    )
+    borrowed = {t.shard: t.borrowed for t in plan_model(make_request(scattered_dir)).plan.tasks}
+    run(scattered_dir, drop_source=True)
+    assert any(borrowed.values())
+    for borrower, lenders in borrowed.items():
+        for lender in lenders:
+            assert events.index(borrower) < events.index(scattered_dir / lender)
+
+
+CHANGES = {
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"new"),
+    "another file": lambda path: replace_by(path, bytes(path.stat().st_size)),
+    "one byte in place, times restored": lambda path: flip(path),
+    "another name for it": lambda path: path.rename(path.with_suffix(".gone")),
+}
+
+
+def replace_by(path, data: bytes) -> None:
+    path.with_suffix(".new").write_bytes(data)
+    path.with_suffix(".new").replace(path)
+
+
+def flip(path) -> None:
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+MOMENTS = ("_read_back", "_source", "_check_lent", "_write_record")
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_source_that_changes_before_it_goes_is_kept(scattered_dir, monkeypatch, moment, change):
+    real, changed = getattr(drop.Dropper, moment), []
+    run(scattered_dir)
+
+    def first_change(self, *arguments):
+        if not changed:
+            changed.append(SECOND)
+            CHANGES[change](scattered_dir / SECOND)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(drop.Dropper, moment, first_change)
+    with pytest.raises((SourceChanged, StoreError)):
+        run(scattered_dir, drop_source=True)
+    left = {path.stat().st_ino for path in scattered_dir.iterdir()}
+    assert changed
+    kept = SECOND if change != "another name for it" else SECOND.replace(".safetensors", ".gone")
+    assert (scattered_dir / kept).stat().st_ino in left
+    assert len(list(scattered_dir.glob("model-*"))) >= 2
+
+
+def test_a_lender_that_changed_after_it_lent_is_noticed_though_its_own_hash_fits(
+    scattered_dir, monkeypatch
+):
+    monkeypatch.setattr(drop.SourceFile, "lent_sha256", lambda *_: "0" * 64)
+    with pytest.raises(SourceChanged, match="borrowed from it changed"):
+        run(scattered_dir, drop_source=True)
+    assert shards(scattered_dir) == [FIRST, SECOND, THIRD]
 
 
 def test_a_changed_config_says_that_the_source_is_gone_and_what_to_do(model_dir):
@@ -139,37 +210,31 @@ def test_sources_that_come_back_are_sources_again(model_dir, tmp_path):
     assert not any(record.dropped for record in result.manifest.entries)
 
 
-def test_a_changed_lender_is_noticed_though_its_borrower_is_gone(scattered_dir, tmp_path):
+def test_a_shard_that_came_back_with_other_content_is_not_completed_by_the_dropped_ones(
+    scattered_dir, tmp_path
+):
     backup = shutil.copytree(scattered_dir, tmp_path / "backup")
     run(scattered_dir, drop_source=True)
-    lender = bytearray((backup / THIRD).read_bytes())
-    for tensor in drop.Shard(THIRD, backup / THIRD).header().tensors:
-        lender[tensor.start] ^= 1
-    (scattered_dir / THIRD).write_bytes(lender)
-    with pytest.raises(SourceDropped, match="a part that it borrows changed"):
+    shutil.copy(backup / THIRD, scattered_dir / THIRD)
+    flip(scattered_dir / THIRD)
+    with pytest.raises(SourceDropped, match=f"{THIRD}: expected SHA-256 .*put back all shards"):
         run(scattered_dir)
-
-
-def test_a_header_that_was_lost_is_told(model_dir, monkeypatch):
-    manifest = run(model_dir, drop_source=True).manifest
-    path = make_request(model_dir).store.header_path(manifest.entries[0].source_sha256)
-    data = bytearray(path.read_bytes())
-    data[40] ^= 1
-    path.write_bytes(data)
-    assert run(model_dir).manifest == manifest  # nobody needs it
-    (model_dir / "config.json").write_text(json.dumps(CONFIG | {"note": 1}))
-    with pytest.raises(SourceDropped, match=f"{FIRST}: the header that was kept is damaged"):
-        run(model_dir)
+    shutil.copy(backup / THIRD, scattered_dir / THIRD)
+    assert {r.action for r in run(scattered_dir).shards} == {"reused"}
 
 
 def test_a_directory_that_cannot_be_written_is_told_and_nothing_is_lost(
     model_dir, whole, monkeypatch
 ):
-    def refuse(path, *_, **__):
-        raise PermissionError(13, "Permission denied")
+    real = os.unlink
+
+    def refuse(name, **where):
+        if str(name).startswith("model-"):
+            raise PermissionError(13, "Permission denied")
+        real(name, **where)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.unlink", refuse)
+        patch.setattr(os, "unlink", refuse)
         with pytest.raises(StoreError, match=f"{FIRST}: cannot be removed: Permission denied"):
             run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
@@ -188,16 +253,30 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(params=["in a row", "apart", "by type"])
+def lending_dir(request, tmp_path):
+    """A model whose shards lend to each other: to the next one, to all, to one that has all."""
+    cuts = {"in a row": cut_evenly(3), "apart": cut_apart(3), "by type": cut_by_type}
+    return write_checkpoint(tmp_path / "lending", cut=cuts[request.param])
+
+
+def cut_by_type(names: list[str]) -> dict[str, str]:
+    """Every qzeros in the first shard, every scales in the last: each lends to another."""
+    homes = {"qzeros": FIRST, "scales": THIRD}
+    return {name: homes.get(name.rpartition(".")[2], SECOND) for name in names}
+
+
 @pytest.mark.parametrize("converted", [False, True])
 def test_cut_off_at_any_change_of_the_disk_the_next_run_completes(
-    model_dir, whole, tmp_path, monkeypatch, converted
+    lending_dir, tmp_path, monkeypatch, converted
 ):
     """Every rename, unlink and fsync in turn is the last thing that a run does."""
+    right = digests(run(lending_dir, cache_dir=tmp_path / "right"))
     step, cut = 0, 0
     while True:
         step += 1
         directory, cache = tmp_path / f"model{step}", tmp_path / f"cache{step}"
-        shutil.copytree(model_dir, directory)
+        shutil.copytree(lending_dir, directory)
         if converted:  # by an earlier run, so that there is a manifest that drops nothing
             run(directory, cache_dir=cache)
         calls = 0
@@ -221,12 +300,12 @@ def test_cut_off_at_any_change_of_the_disk_the_next_run_completes(
                 cut += 1
             else:
                 break
-        assert digests(run(directory, cache_dir=cache)) == whole  # also without the option
-        assert digests(run(directory, cache_dir=cache, drop_source=True)) == whole
+        assert digests(run(directory, cache_dir=cache)) == right  # also without the option
+        assert digests(run(directory, cache_dir=cache, drop_source=True)) == right
         assert shards(directory) == []
         shutil.rmtree(directory)
         shutil.rmtree(cache)
-    assert cut > 25
+    assert cut > 40
 
 
 KILL = """
@@ -262,30 +341,101 @@ def test_killed_while_it_drops_the_next_run_completes(model_dir, whole, tmp_path
     assert killed >= min(len(steps), 12)
 
 
-def test_the_journal_protects_what_was_dropped_until_the_manifest_does(model_dir, monkeypatch):
-    request = make_request(model_dir, jobs=1, drop_source=True)
-    names = []
-    real = Arrivals.finish_task
+def test_before_a_shard_goes_the_record_names_every_shard_that_needed_it(
+    scattered_dir, monkeypatch
+):
+    request = make_request(scattered_dir, jobs=1, drop_source=True)
+    real, seen = drop.SourceFile.remove, []
 
     def look(self):
-        names.append(request.store.manifest_names())
+        (record,) = read_records(request.store)
+        named = {entry.shard: entry.dropped for entry in record.manifest.entries}
+        seen.append((named, record.headers.keys()))
         real(self)
 
-    monkeypatch.setattr(Arrivals, "finish_task", look)
+    monkeypatch.setattr(drop.SourceFile, "remove", look)
     convert(request)
-    assert [drop.journal_name(request)] in names
-    assert request.store.manifest_names() == [request.manifest_name]
+    assert [named.keys() for named, _ in seen] == [{FIRST, SECOND, THIRD}] * 3
+    for named, headers in seen:
+        assert {shard for shard, dropped in named.items() if dropped} == headers
+    assert [len(headers) for _, headers in seen] == [1, 2, 3]
 
 
-def test_a_manifest_that_lies_about_lenders_is_not_believed(scattered_dir):
+def test_a_record_that_lies_about_lenders_is_not_believed(scattered_dir):
     run(scattered_dir, drop_source=True)
     request = make_request(scattered_dir)
-    manifest = read_manifest(request)
-    entries = tuple(replace(record, borrowed_sha256=()) for record in manifest.entries)
-    request.store.write_manifest(request.manifest_name, replace(manifest, entries=entries).encode())
+    (record,) = read_records(request.store)
+    entries = tuple(replace(entry, borrowed_sha256=()) for entry in record.manifest.entries)
+    write_record(request.store, replace(record, manifest=replace(record.manifest, entries=entries)))
     (scattered_dir / "config.json").write_text(json.dumps(CONFIG | {"note": 1}))
     with pytest.raises(SourceDropped, match="a part that it borrows changed"):
         run(scattered_dir)
+
+
+def test_where_values_are_cast_nothing_goes_before_all_is_converted(tmp_path, monkeypatch):
+    tensors = llama_tensors()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    tensors["model.norm.weight"][0] = 1e6  # no float16
+    directory = write_checkpoint(tmp_path / "m", tensors, cut_evenly(4))
+    with pytest.raises(OutOfRange):
+        run(directory, drop_source=True, dtype="float16")
+    assert len(shards(directory)) == 4
+    left, remove = [], drop.SourceFile.remove
+    monkeypatch.setattr(
+        drop.SourceFile, "remove", lambda self: left.append(len(shards(directory))) or remove(self)
+    )
+    request = make_request(directory, jobs=1, drop_source=True, dtype="bfloat16")
+    convert(request)
+    assert left == [4, 3, 2, 1]
+    assert len(read_manifest(request).entries) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "nosuch"}, "nosuch"),
+        ({"num_hidden_layers": 3}, r"layers\.2\..*no stored tensor"),
+        ({"intermediate_size": 256}, "the model has"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_dropped(model_dir, config, words):
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | config))
+    with pytest.raises(AssemblyError, match=words):
+        run(model_dir, drop_source=True)
+    assert shards(model_dir) == [FIRST, SECOND, THIRD]
+    assert not list(model_dir.parent.glob("user-cache/v1/entries/*/*"))
+
+
+def test_without_mlx_lm_nothing_is_dropped(model_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'paroquant_stream\[lm\]'"):
+        run(model_dir, drop_source=True)
+    assert shards(model_dir) == [FIRST, SECOND, THIRD]
+
+
+@pytest.mark.parametrize("where", ["model", "cache"])
+def test_where_locks_do_nothing_a_drop_is_refused(model_dir, monkeypatch, where):
+    if where == "model":
+        monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    else:
+        monkeypatch.setattr("paroquant_stream.store.Store.locks_work", lambda _: False)
+    with pytest.raises(StoreError, match="locks do nothing on this file system"):
+        run(model_dir, drop_source=True)
+    assert shards(model_dir) == [FIRST, SECOND, THIRD]
+    run(model_dir)
+
+
+def test_a_drop_waits_for_every_other_run_of_the_model(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    with directory_lock(model_dir, exclusive=False, required=False):
+        run(model_dir, cache_dir=tmp_path / "other")  # a conversion that removes nothing does not
+        with pytest.raises(StoreError, match="another conversion of this model held its lock"):
+            run(model_dir, drop_source=True)
+    (tmp_path / "link").symlink_to(model_dir)
+    with directory_lock(tmp_path / "link", exclusive=True, required=True):
+        with pytest.raises(StoreError, match="another conversion"):
+            run(model_dir, drop_source=True)
+    assert shards(model_dir) == [FIRST, SECOND, THIRD]
 
 
 def test_a_disk_error_at_any_change_is_typed_and_the_next_run_completes(

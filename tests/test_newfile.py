@@ -10,8 +10,9 @@ import random
 import pytest
 import xxhash
 
-from paroquant_stream import newfile
+from paroquant_stream import newfile, temp_files
 from paroquant_stream.errors import StoreError
+from paroquant_stream.folder import Folder
 from paroquant_stream.newfile import NewFile
 from paroquant_stream.trace import Trace
 
@@ -22,7 +23,12 @@ SIZES = [0, 1, 4095, 4096, 4097, 8192, 5 * 4096, 50_001]
 def new(tmp_path, size, **options) -> NewFile:
     (tmp_path / "tmp").mkdir(exist_ok=True)
     (tmp_path / "entries").mkdir(exist_ok=True)
-    return NewFile(tmp_path / "tmp" / f"temp{random.random()}", size, 0o600, **options)
+    return NewFile(Folder.open(tmp_path / "tmp"), f"temp{random.random()}", size, 0o600, **options)
+
+
+def publish(file: NewFile, tmp_path) -> None:
+    with Folder.open(tmp_path / "entries") as folder:
+        file.publish(folder, "entry")
 
 
 def write(tmp_path, data: bytes, chunk: int = 3000) -> bytes:
@@ -36,7 +42,7 @@ def write(tmp_path, data: bytes, chunk: int = 3000) -> bytes:
             memory[: len(part)] = part
             file.write(memoryview(memory)[: len(part)])
             memory[:] = bytes(chunk)
-        file.publish(target)
+        publish(file, tmp_path)
         assert file.digest == xxhash.xxh3_128(data).hexdigest()
     finally:
         file.discard()
@@ -48,14 +54,14 @@ def refuse(monkeypatch, name: str, times: int = 1) -> list[str]:
     """os.<name> answers EINVAL to what asks for whole blocks, the first `times` times."""
     real, fired = getattr(os, name), []
 
-    def call(where, what, *rest):
+    def call(where, what, *rest, **options):
         fd_direct = name == "write" and newfile._past_the_cache(where)
         if (fd_direct or (name == "open" and what & newfile._DIRECT)) and len(fired) < times:
             fired.append(name)
             if name == "open":
-                os.close(real(where, what & ~newfile._DIRECT, *rest))  # as Linux does
+                os.close(real(where, what & ~newfile._DIRECT, *rest, **options))  # as Linux does
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real(where, what, *rest)
+        return real(where, what, *rest, **options)
 
     monkeypatch.setattr(os, name, call)
     return fired
@@ -137,7 +143,7 @@ def test_a_trace_shows_the_writes(tmp_path):
     trace = Trace()
     file = new(tmp_path, 5000, trace=trace)
     file.write(memoryview(bytes(5000)))
-    file.publish(tmp_path / "entries" / "entry")
+    publish(file, tmp_path)
     file.discard()
     assert [span.stage for span in trace.spans] == ["write", "write"]
 
@@ -145,14 +151,18 @@ def test_a_trace_shows_the_writes(tmp_path):
 def test_no_sweep_of_another_thread_can_see_a_temp_that_is_not_known_as_open(tmp_path, monkeypatch):
     real, known = newfile._create, []
 
-    def create(path, *rest, **options):
-        known.append(newfile.is_open(path.name))
-        return real(path, *rest, **options)
+    def create(folder, name, *rest, **options):
+        known.append(temp_files.is_open(name))
+        return real(folder, name, *rest, **options)
 
     monkeypatch.setattr(newfile, "_create", create)
     new(tmp_path, 10).discard()
     assert known == [True]
-    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "bad")
+
+    monkeypatch.setattr(newfile, "_create", fail)
     with pytest.raises(StoreError):
         new(tmp_path, 10)
-    assert not newfile._open
+    assert not temp_files._open

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from paroquant_stream import convert_checkpoint, load, model, part, weights
+from paroquant_stream import convert_checkpoint, damage, load, model, part, weights
 from paroquant_stream.api import make_request
 from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamaged, NoSuchPart
 from paroquant_stream.mlx_directory import export_model
@@ -275,13 +275,13 @@ def test_full_hashes_the_entries_of_the_part_and_damage_elsewhere_is_not_seen(de
     layers = range(2, 4)
     store, needed, others = entries(deep, layers)
     flip_last_bit(store.entry_path(others[0].key))
-    real, hashed = weights.hash_entry, []
+    real, hashed = damage.hash_entry, []
 
     def recorded(fd, label):
         hashed.append(label)
         return real(fd, label)
 
-    monkeypatch.setattr(weights, "hash_entry", recorded)
+    monkeypatch.setattr(damage, "hash_entry", recorded)
     load(deep, layers=layers, verify="full")
     assert sorted(hashed) == sorted(str(store.entry_path(record.key)) for record in needed)
     flip_last_bit(store.entry_path(needed[1].key))

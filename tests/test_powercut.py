@@ -63,15 +63,15 @@ class Cuts:
         self._image, self._done = image, set()
         real_publish, real_replace = newfile.NewFile.publish, os.replace
 
-        def publish(file, target):
-            stamp = real_publish(file, target)
-            self._done.add(target.stem)
+        def publish(file, folder, name):
+            stamp = real_publish(file, folder, name)
+            self._done |= {name.removesuffix(".safetensors")}
             self._cut()
             return stamp
 
-        def replace(*paths):
+        def replace(*names, **where):
             self._cut()
-            real_replace(*paths)
+            real_replace(*names, **where)
             self._cut()
 
         patch.setattr(newfile.NewFile, "publish", publish)

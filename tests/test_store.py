@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
 import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import xxhash
 
-from paroquant_stream import store as store_module
+from paroquant_stream import temp_files
 from paroquant_stream.errors import StoreError
+from paroquant_stream.folder import Folder
 from paroquant_stream.store import Store, user_cache_root
+from tests.builders import temp_of
 
 KEY = "ab" * 32
+NOBODY = 4194305  # over Linux's largest process number
 
 
 @pytest.fixture
@@ -27,7 +35,14 @@ def store(tmp_path) -> Store:
 def publish(store: Store, data: bytes, key: str = KEY) -> None:
     with store.new_file(len(data)) as file:
         file.write(memoryview(data))
-        file.publish(store.entry_path(key))
+        store.publish_entry(file, key)
+
+
+def temp(store: Store, pid: int, **fields: str) -> Path:
+    """A temp that process `pid` of this system would write, and that nobody has locked."""
+    path = store.folder("tmp") / temp_of(pid, **fields)
+    path.write_bytes(b"1234")
+    return path
 
 
 def temps(store: Store) -> list[str]:
@@ -63,9 +78,60 @@ def test_a_cache_whose_owner_cannot_be_told_is_refused(store, monkeypatch):
     def fail(*_arguments, **_options):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "stat", fail)
+    monkeypatch.setattr(Folder, "status", fail)
     with pytest.raises(StoreError, match="cannot be looked at: Input/output error"):
         store.check_owner()
+
+
+@pytest.mark.parametrize("below", ["v1", "v1/entries", "v1/entries/ab", "v1/tmp", "v1/manifests"])
+def test_a_directory_of_the_cache_that_others_can_write_into_is_refused(store, below):
+    publish(store, b"x")
+    (store.root / below).chmod(0o777)
+    with pytest.raises(StoreError, match=f"{below}: others can write into it .*chmod go-w"):
+        publish(store, b"y")
+        store.write_manifest("m", b"z")
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("below", ["v1", "v1/entries", "v1/entries/ab", "v1/tmp", "v1/manifests"])
+def test_a_link_below_the_root_is_not_followed(tmp_path, below, private):
+    store = Store(tmp_path / "model" / "mlx", private=private)
+    (tmp_path / "model").mkdir()
+    store.create()
+    publish(store, b"x")
+    outside = tmp_path / "outside"
+    (store.root / below).rename(outside)
+    (store.root / below).symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(StoreError, match=f"{below}: expected a directory, found a link"):
+        publish(store, b"y")
+        store.write_manifest("m", b"z")
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_a_tree_beside_a_model_is_no_link_and_a_cache_may_be_one(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(outside)
+    with pytest.raises(StoreError, match="link: expected a directory, found a link"):
+        Store(tmp_path / "link", private=False).create()
+    assert not list(outside.iterdir())
+    store = Store(tmp_path / "link")
+    store.create()
+    publish(store, b"x")
+    assert store.entry_size(KEY) == 1
+
+
+def test_a_tree_beside_a_model_has_its_directorys_trust_and_no_more(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir(mode=0o755)
+    store = Store(model / "mlx", private=False)
+    store.create()
+    store.folder("entries").chmod(0o777)
+    with pytest.raises(StoreError, match="others can write into it"):
+        publish(store, b"x")
+    model.chmod(0o777)
+    publish(store, b"x")
 
 
 def test_a_cut_short_tag_is_written_again(store):
@@ -77,13 +143,11 @@ def test_a_cut_short_tag_is_written_again(store):
 
 
 def test_a_temp_that_could_not_be_removed_goes_with_the_next_sweep(store, monkeypatch):
-    from pathlib import Path
-
     def fail(*_arguments, **_options):
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch, store.new_file(1) as kept:
-        patch.setattr(Path, "unlink", fail)
+        patch.setattr(os, "unlink", fail)
         with store.new_file(1):
             pass
         patch.undo()
@@ -91,7 +155,7 @@ def test_a_temp_that_could_not_be_removed_goes_with_the_next_sweep(store, monkey
         store.sweep()
         assert len(temps(store)) == 1  # the one that is being written
         kept.write(memoryview(b"x"))
-        kept.publish(store.entry_path(KEY))
+        store.publish_entry(kept, KEY)
 
 
 def test_a_temp_that_is_being_written_is_spared_by_a_sweep_through_another_path(store, tmp_path):
@@ -99,11 +163,12 @@ def test_a_temp_that_is_being_written_is_spared_by_a_sweep_through_another_path(
     with store.new_file(1) as file:
         assert Store(tmp_path / "link").sweep() == 0
         file.write(memoryview(b"x"))
-        file.publish(store.entry_path(KEY))
+        store.publish_entry(file, KEY)
 
 
 def test_a_tree_beside_a_model_and_an_absent_cache_have_no_owner_to_check(store, tmp_path):
     store.root.chmod(0o777)
+    tmp_path.chmod(0o777)
     Store(store.root, private=False).check_owner()
     Store(tmp_path / "absent").check_owner()
 
@@ -152,7 +217,7 @@ def test_an_entry_that_is_not_published_leaves_nothing(store):
 def test_a_file_of_the_wrong_size_is_never_published(store):
     with pytest.raises(StoreError, match="5 expected"), store.new_file(5) as file:
         file.write(memoryview(b"hel"))
-        file.publish(store.entry_path(KEY))
+        store.publish_entry(file, KEY)
     assert store.entry_size(KEY) is None
     assert temps(store) == []
 
@@ -166,7 +231,8 @@ def test_a_reader_of_a_replaced_entry_keeps_its_bytes(store):
     assert store.entry_path(KEY).read_bytes() == b"two"
 
 
-def test_publishing_syncs_the_file_then_renames_then_syncs_the_directory(store, monkeypatch):
+def test_publishing_syncs_the_digest_and_the_entry_before_their_names(store, monkeypatch):
+    publish(store, b"x", "ab" + "0" * 62)  # makes the directory
     calls = []
     real_fsync, real_replace = os.fsync, os.replace
 
@@ -174,14 +240,16 @@ def test_publishing_syncs_the_file_then_renames_then_syncs_the_directory(store, 
         calls.append("fsync directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync file")
         real_fsync(fd)
 
-    def replace(*paths):
-        calls.append("rename")
-        real_replace(*paths)
+    def replace(source, target, **where):
+        calls.append(f"rename to {target.partition('.')[2]}")
+        real_replace(source, target, **where)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     publish(store, b"x")
-    assert calls == ["fsync file", "rename", "fsync directory", "fsync directory"]
+    digest = ["fsync file", "rename to digest", "fsync directory"]
+    entry = ["fsync file", "rename to safetensors", "fsync directory", "fsync directory"]
+    assert calls == digest + entry
 
 
 @pytest.mark.parametrize("call", ["open", "posix_fallocate", "write", "fsync", "replace"])
@@ -251,45 +319,110 @@ def test_a_link_planted_for_an_entry_is_not_followed(store, tmp_path):
 def test_what_is_planted_at_a_temp_name_is_neither_followed_nor_written(
     store, tmp_path, monkeypatch, plant
 ):
-    monkeypatch.setattr(store_module.secrets, "token_hex", lambda _: "0" * 32)
+    monkeypatch.setattr(temp_files.secrets, "token_hex", lambda _: "0" * 32)
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
-    temp = store.root / "v1" / "tmp" / f"{store_module._host()}-{os.getpid()}-{'0' * 32}"
+    temp = store.folder("tmp") / temp_of(os.getpid())
     temp.symlink_to(victim) if plant == "link" else os.link(victim, temp)
     with pytest.raises(StoreError, match="File exists"):
         publish(store, b"entry")
     assert victim.read_bytes() == b"precious"
+    assert os.path.lexists(temp)
 
 
-def test_the_sweep_removes_temps_of_dead_runs_and_no_others(store):
-    tmp = store.root / "v1" / "tmp"
-    host = store_module._host()
-    dead, alive, foreign, old = (
-        tmp / f"{host}-4194305-{'0' * 32}",  # over Linux's largest process number
-        tmp / f"{host}-{os.getppid()}-{'0' * 32}",
-        tmp / f"ffffffff-1-{'0' * 32}",
-        tmp / f"ffffffff-2-{'0' * 32}",
-    )
-    for path in (dead, alive, foreign, old):
-        path.write_bytes(b"1234")
-    os.utime(old, (0, 0))
+def test_the_sweep_removes_temps_of_dead_runs_and_no_other_file(store):
+    dead = temp(store, NOBODY)
+    restarted = temp(store, 1, boot="ffffffff")
+    other = temp(store, 1, boot="ffffffff", machine="ffffffff")
+    expired = temp(store, 2, boot="ffffffff", machine="ffffffff")
+    strange = store.folder("tmp") / "notes.txt"
+    strange.write_text("mine")
+    for path in (restarted, expired, strange):
+        os.utime(path, (0, 0))
+    assert store.sweep() == 12
+    assert set(store.folder("tmp").iterdir()) == {other, strange}
+    assert not dead.exists()
+
+
+def test_a_temp_whose_writer_holds_its_lock_stays_whatever_its_name_and_age_say(store):
+    path = temp(store, NOBODY)
+    os.utime(path, (0, 0))
+    with path.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        assert store.sweep() == 0
+    assert store.sweep() == 4
+
+
+def test_a_temp_of_another_namespace_of_processes_goes_once_nobody_holds_it(store):
+    path = temp(store, 1, space=1)  # a process 1 that is not ours
+    assert store.sweep() == 0  # just made, and perhaps not locked yet
+    os.utime(path, (0, 0))
+    assert store.sweep() == 4
+
+
+def test_where_locks_do_nothing_the_name_and_the_lease_tell(store, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    alive, dead = temp(store, os.getppid()), temp(store, NOBODY)
+    near, gone = temp(store, 1, space=1), temp(store, 2, space=1)
+    for path in (alive, gone):
+        os.utime(path, (0, 0))
     assert store.sweep() == 8
-    assert set(tmp.iterdir()) == {alive, foreign}
+    assert set(store.folder("tmp").iterdir()) == {alive, near}
+    assert not dead.exists()
 
 
-def test_a_clock_that_jumps_removes_no_temp_of_a_live_writer(store):
-    live = store.root / "v1" / "tmp" / f"{store_module._host()}-{os.getppid()}-{'0' * 32}"
-    live.write_bytes(b"x")
-    os.utime(live, (0, 0))  # as after a clock that went ahead by decades
-    assert store.sweep() == 0
-    assert live.exists()
+def test_a_writer_renews_its_lease(store, monkeypatch):
+    monkeypatch.setattr(temp_files, "RENEW", 0.01)
+    monkeypatch.setattr(temp_files, "_renewer", threading.Lock())
+    with store.new_file(1) as file:
+        os.utime(file.path, (0, 0))
+        until = time.monotonic() + 20
+        while file.path.stat().st_mtime == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert file.path.stat().st_mtime > 0
 
 
-def test_a_quarantined_entry_is_a_miss(store):
+def test_an_entry_that_can_be_made_again_goes_with_the_next_sweep(store):
     publish(store, b"bad")
-    store.quarantine(KEY)
+    store.discard_entry(KEY)
     assert store.entry_size(KEY) is None
-    assert len(temps(store)) == 1
+    assert store.sweep() == 3
+    assert temps(store) == []
+
+
+def test_a_damaged_entry_that_cannot_be_made_again_is_kept_each_time(store):
+    for number in (1, 2):
+        publish(store, b"bad")
+        kept = store.keep_damaged(KEY)
+        assert kept == store.folder("damaged") / f"{KEY}.{number}.safetensors"
+        assert store.entry_size(KEY) is None
+    assert store.sweep() == 0
+    assert store.damaged_path(KEY) == kept
+    assert kept.read_bytes() == b"bad"
+
+
+def test_a_store_that_is_only_read_changes_nothing(store):
+    publish(store, b"bad")
+    looked = replace(store, read_only=True)
+    looked.discard_entry(KEY)
+    assert looked.keep_damaged(KEY) is None
+    with pytest.raises(StoreError, match="is only read"):
+        publish(looked, b"new")
+    assert store.entry_path(KEY).read_bytes() == b"bad"
+
+
+def test_the_digest_beside_an_entry_is_the_one_of_its_writer(store):
+    publish(store, b"right")
+    assert store.entry_digest(KEY) == xxhash.xxh3_128(b"right").hexdigest()
+    path = store.entry_path(KEY)
+    path.write_bytes(b"wrong")
+    assert store.entry_digest(KEY) == xxhash.xxh3_128(b"right").hexdigest()
+    path.write_bytes(b"longer")
+    assert store.entry_digest(KEY) is None
+    path.with_name(f"{KEY}.digest").write_bytes(b"nonsense")
+    assert store.entry_digest(KEY) is None
+    path.with_name(f"{KEY}.digest").unlink()
+    assert store.entry_digest(KEY) is None
 
 
 def test_a_lock_holds_two_threads_apart(store):
@@ -308,6 +441,57 @@ def test_a_lock_holds_two_threads_apart(store):
     for thread in threads:
         thread.join()
     assert most == [1] * 8
+
+
+def test_a_child_that_was_forked_while_a_thread_held_a_lock_can_take_it_later(store):
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with store.lock("m"):
+            held.set()
+            release.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a process with threads is forked is the point
+        child = os.fork()
+    if not child:
+        with store.lock("m"):
+            os._exit(7)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_no_conversion_begins_while_something_is_removed(store):
+    begun, order = threading.Event(), []
+
+    def convert():
+        begun.set()
+        with store.lock("m"):
+            order.append("conversion")
+
+    with store.removal():
+        thread = threading.Thread(target=convert)
+        thread.start()
+        begun.wait(20)
+        time.sleep(0.3)  # more than a look at the gate
+        order.append("removal")
+    thread.join()
+    assert order == ["removal", "conversion"]
+
+
+def test_a_conversion_that_waits_for_its_model_keeps_no_other_from_beginning(store):
+    waiting = threading.Thread(target=lambda: store.lock("m").__enter__())
+    with store.lock("m"):
+        waiting.start()
+        with store.lock("other"):
+            pass
+        with store.removal():
+            pass
+    waiting.join()
 
 
 def test_a_file_system_without_locks_only_warns(store, monkeypatch, caplog):

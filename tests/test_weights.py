@@ -62,7 +62,7 @@ def test_a_truncated_or_absent_entry_is_noticed(converted):
 
 def test_an_entry_as_its_writer_left_it_is_not_hashed_again(converted, monkeypatch):
     manifest, store = converted
-    monkeypatch.setattr("paroquant_stream.weights.hash_entry", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("paroquant_stream.damage.hash_entry", lambda *_: pytest.fail("hashed"))
     assert read_weights(manifest, store, everything)
 
 

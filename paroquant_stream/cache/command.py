@@ -159,12 +159,13 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(shown(problem))
         print(f"{count} files read, {len(problems)} differ")
     damaged = {problem.key for problem in problems if problem.key}
-    repaired = _repair(arguments, damaged) if damaged else False
-    return 0 if repaired and len(damaged) == len(problems) else int(bool(problems))
+    if damaged and _repair(arguments, damaged):
+        problems = [problem for problem in problems if not problem.key]
+    return int(bool(problems))
 
 
 def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
-    """Converts the models of these entries again, or says how that is done."""
+    """Converts the models of these entries again, if asked to, else says how that is done."""
     if arguments.model is not None:
         requests = [_request_to_verify(arguments)]
     else:
@@ -175,15 +176,14 @@ def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
             for m in models
             if m.directory and damaged & {record.key for record in m.records}
         ]
+    say = print if not arguments.json else (lambda _: None)
     if not arguments.repair:
         names = " ".join(shlex.quote(request.model) for request in requests)
-        print(
-            f"taken out of use; to make them again: paroquant-stream convert {names}, or --repair"
-        )
+        say(f"to make what is damaged again: paroquant-stream convert {names}, or --repair")
         return False
     for request in requests:
         convert(request)
-        print(shown(f"{request.model}: converted again"))
+        say(shown(f"{request.model}: converted again"))
     return True
 
 

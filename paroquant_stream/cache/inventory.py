@@ -109,8 +109,8 @@ class Inventory:
     """Headers of dropped shards, as older versions kept them, that no manifest names."""
     damaged: dict[str, Found]
     """Damaged entries that nothing could make again when they were found, by file name."""
-    digests: tuple[Found, ...]
-    """Digests that lie beside no entry."""
+    digests: dict[str, Found]
+    """What lies beside the entries: the digest that its writer made of each, by key."""
     memos: tuple[Found, ...]
     """Digests of files that are neither an entry nor a shard of a model."""
     foreign: tuple[Foreign, ...]
@@ -136,10 +136,15 @@ class Inventory:
         return tuple(f for name, f in self.damaged.items() if name[:64] in self.entries)
 
     @property
+    def lone_digests(self) -> tuple[Found, ...]:
+        """Digests that lie beside no entry."""
+        return tuple(file for key, file in self.digests.items() if key not in self.entries)
+
+    @property
     def size(self) -> int:
         """Bytes of everything that is listed."""
         files = [*self.entries.values(), *self.dead_temps, *self.headers, *self.memos]
-        files += [*self.damaged.values(), *self.digests]
+        files += [*self.damaged.values(), *self.digests.values()]
         files += [file for model in self.models for file in model.files]
         files += [file for file, _ in self.removed]
         return sum(f.size for f in files) + sum(foreign.size for foreign in self.foreign)
@@ -164,7 +169,7 @@ def take_inventory(store: Store, now: float | None = None) -> Inventory:
         tuple(_dead_temps(store)),
         tuple(_unnamed_headers(store, models)),
         {f.path.name: f for f in regular_files(store.folder("damaged")) if _is_damaged(f)},
-        tuple(file for key, file in digests.items() if key not in entries),
+        digests,
         tuple(_unknown_memos(store, models, entries.values())),
         tuple(foreign_directories(store.root)) if store.private else (),
     )

@@ -53,7 +53,9 @@ def _freshness(store: Store, model: Model) -> Freshness:
         if model.newer:
             return Freshness(UNKNOWN, "of a newer version, or not readable", ())
         if model.records:
-            return Freshness(STALE, "the next conversion makes its manifest anew", ())
+            return Freshness(
+                STALE, "a conversion that dropped sources was cut off; run it again", ()
+            )
         return Freshness("damaged", "the next conversion makes it anew", ())
     if directory is None:
         why = "made by an older version, which did not record where the model lies"
@@ -156,7 +158,7 @@ def plan_lines(plan: PrunePlan) -> list[str]:
         "rest of a removal that was cut off": plan.remains,
         "kept header of a dropped shard": plan.headers,
         "damaged entry that was made again": plan.healed,
-        "digest of an entry that is gone": plan.digests,
+        "digest of an entry": plan.digests,
         "remembered digest of a file that is gone": plan.memos,
     }
     lines += [f"  {len(f)} x {what}  {_bytes_of(f)}" for what, f in groups.items() if f]

@@ -50,7 +50,7 @@ class PrunePlan:
     healed: tuple[Found, ...] = ()
     """Damaged entries that were made again."""
     digests: tuple[Found, ...] = ()
-    """Digests beside which no entry lies."""
+    """Of the entries that go, and such beside which no entry lies."""
     memos: tuple[Found, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
@@ -102,10 +102,17 @@ def plan_removal(inventory: Inventory, models: Iterable[Model]) -> PrunePlan:
         for key in sorted(named)
         if key in inventory.entries and claims.get(key, set()) <= ids
     }
-    if entries:
-        _demand_readable(inventory, ids)
-    remains = tuple(file for file, _ in inventory.removed)
-    return PrunePlan(inventory, going, entries, remains=remains, headers=_headers(inventory, ids))
+    lost = {model.id for model in going if model.is_record}  # unreadable, so nobody can use them
+    if entries or any(model.newer and model.id not in lost for model in going):
+        _demand_readable(inventory, lost)
+    return PrunePlan(
+        inventory,
+        going,
+        entries,
+        remains=tuple(file for file, _ in inventory.removed),
+        headers=_headers(inventory, ids),
+        digests=tuple(inventory.digests[key] for key in entries if key in inventory.digests),
+    )
 
 
 def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
@@ -133,7 +140,7 @@ def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
         unclaimed=frozenset(unclaimed),
         headers=base.headers + idle(inventory.headers),
         healed=inventory.healed,
-        digests=idle(inventory.digests),
+        digests=base.digests + idle(inventory.lone_digests),
         kept=tuple(kept.items()),
     )
     return replace(plan, memos=_idle_memos(plan))
@@ -224,11 +231,11 @@ def _headers(inventory: Inventory, ids: set[str]) -> tuple[Found, ...]:
     return tuple(file for file in found if file.path.name in named[True] - named[False])
 
 
-def _demand_readable(inventory: Inventory, going: set[str]) -> None:
+def _demand_readable(inventory: Inventory, lost: set[str]) -> None:
     for model in inventory.models:
-        if model.newer and model.id not in going:
+        if model.newer and model.id not in lost:
             raise StoreError(
                 f"{model.files[0].path}: of a newer version of paroquant_stream, or not readable: "
-                "which entries it names cannot be told, so none is removed; use that version, or "
-                f"remove it first: `paroquant-stream cache rm '{model.name}'`"
+                "which entries it names cannot be told, so none is removed; use that version"
+                + (f", or first `cache rm '{model.name}'`" if model.is_record else "")
             )

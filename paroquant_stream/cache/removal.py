@@ -56,9 +56,9 @@ def _remove_files(plan: PrunePlan) -> int:
             demand_quiet(store)
             freed += _unlink(file)
             with contextlib.suppress(StoreError):
-                _unlink_path(file.path.with_name(f"{key}.digest"))
                 _unlink_path(store.memo.path(file.stamp))
-    for file in (*plan.headers, *plan.healed, *plan.digests, *plan.memos, *aside):
+    lone = [file for file in plan.digests if not file.path.with_suffix(".safetensors").exists()]
+    for file in (*plan.headers, *plan.healed, *lone, *plan.memos, *aside):
         freed += _unlink(file)
     return freed
 

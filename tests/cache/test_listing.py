@@ -23,7 +23,7 @@ from paroquant_stream.cache.listing import (
 )
 from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.manifest import Manifest
-from tests.builders import cut_evenly, write_checkpoint
+from tests.builders import cut_evenly, temp_of, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -128,8 +128,7 @@ def test_the_footer_counts_what_is_shared_and_what_could_go(converted, tmp_path)
     assert "3 entries shared by models (" in footer(take_inventory(store))[2]
     for path in store.folder("manifests").iterdir():
         path.unlink()
-    (store.folder("tmp") / "not-of-this-host").write_bytes(b"12")
-    os.utime(store.folder("tmp") / "not-of-this-host", (0, 0))
+    (store.folder("tmp") / temp_of(4194305)).write_bytes(b"12")
     (store.root / "0123456789abcdef").mkdir()
     (store.root / "0123456789abcdef" / "converted_mlx.safetensors").write_bytes(b"123")
     inventory = take_inventory(store)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import store as store_module
 from paroquant_stream.api import cache_store, convert_checkpoint
 from paroquant_stream.cache.inventory import Inventory, take_inventory
 from paroquant_stream.cache.prune import PrunePlan, Rules, plan_prune, plan_removal
@@ -18,7 +17,7 @@ from paroquant_stream.errors import StoreError
 from paroquant_stream.manifest import Manifest
 from paroquant_stream.request import model_id
 from paroquant_stream.store import Store
-from tests.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")
 DAY = 86_400.0
@@ -85,9 +84,9 @@ def test_a_clean_cache_has_nothing_to_prune(store):
 
 
 def test_plain_prune_takes_temps_damaged_manifests_and_forgotten_memos(store, tmp_path):
-    temp = store.folder("tmp") / f"{store_module._host()}-4194305-{'0' * 32}"
+    temp = store.folder("tmp") / temp_of(4194305)
     temp.write_bytes(b"1234")
-    live = store.folder("tmp") / f"{store_module._host()}-{os.getppid()}-{'0' * 32}"
+    live = store.folder("tmp") / temp_of(os.getppid())
     live.write_bytes(b"1234")
     os.utime(live, (0, 0))
     memo = store.folder("memo") / "1-2-3"
@@ -184,7 +183,7 @@ def test_an_old_mtime_does_not_make_an_unclaimed_entry_old(store, tmp_path):
 
 
 def test_while_a_conversion_runs_only_temps_and_foreign_directories_go(store, tmp_path):
-    temp = store.folder("tmp") / f"{store_module._host()}-4194305-{'0' * 32}"
+    temp = store.folder("tmp") / temp_of(4194305)
     temp.write_bytes(b"1234")
     manifest_path(store, tmp_path / "c").unlink()
     with store.lock("another"):

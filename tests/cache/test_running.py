@@ -7,11 +7,11 @@ import os
 
 import pytest
 
-from paroquant_stream import store as store_module
 from paroquant_stream.cache import running as room
-from paroquant_stream.cache.running import demand_quiet, locks_work, running
+from paroquant_stream.cache.running import demand_quiet, running
 from paroquant_stream.errors import StoreError
 from paroquant_stream.store import Store
+from tests.builders import temp_of
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def store(tmp_path) -> Store:
     return store
 
 
-def temp_of(store: Store, pid: int) -> None:
-    store.folder("tmp").joinpath(f"{store_module._host()}-{pid}-{'0' * 32}").write_bytes(b"x")
+def write_temp(store: Store, pid: int) -> None:
+    store.folder("tmp").joinpath(temp_of(pid)).write_bytes(b"x")
 
 
 def test_a_lock_that_is_held_shows_it(store):
@@ -36,17 +36,17 @@ def test_a_lock_that_is_held_shows_it(store):
 
 
 def test_a_temp_that_a_live_process_writes_shows_it(store):
-    temp_of(store, os.getppid())
+    write_temp(store, os.getppid())
     assert "is being written" in (running(store) or "")
 
 
 def test_a_temp_of_a_dead_process_shows_nothing(store):
-    temp_of(store, 4194305)  # over Linux's largest process number
+    write_temp(store, 4194305)  # over Linux's largest process number
     assert running(store) is None
 
 
 def test_a_temp_that_has_not_grown_for_an_hour_shows_nothing(store, monkeypatch):
-    temp_of(store, os.getppid())
+    write_temp(store, os.getppid())
     monkeypatch.setattr(room, "QUIET", -1)
     assert running(store) is None
 
@@ -74,10 +74,10 @@ def test_nothing_runs_in_an_absent_store(tmp_path):
 
 
 def test_locks_that_hold_nothing_are_noticed(store, monkeypatch):
-    assert locks_work(store)
+    assert store.locks_work()
     assert running(store) is None  # asking left none held
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    assert not locks_work(store)
+    assert not store.locks_work()
 
 
 def test_a_file_system_without_locks_is_noticed(store, monkeypatch, tmp_path):
@@ -85,8 +85,7 @@ def test_a_file_system_without_locks_is_noticed(store, monkeypatch, tmp_path):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    assert not locks_work(store)
-    assert not locks_work(Store(tmp_path / "absent"))
+    assert not store.locks_work()
 
 
 def test_one_who_asks_is_not_taken_for_a_conversion_by_another(store):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from paroquant_stream.api import make_request
+from paroquant_stream.cache import verify as module
 from paroquant_stream.cache.verify import manifests_of, verify_model, verify_store
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import StoreError
@@ -38,11 +39,33 @@ def test_a_sound_model_has_no_problem(request_):
 def test_any_flipped_bit_of_an_entry_is_found_although_its_stat_is_remembered(request_, position):
     path = entry_paths(request_)[1]
     flip(path, position)
-    for count, problems in (verify_model(request_, False), verify_store(request_.store)):
+    data = path.read_bytes()
+    for verify in (lambda: verify_model(request_, False), lambda: verify_store(request_.store)):
+        path.write_bytes(data)
+        count, (problem,) = verify()
         assert count == 3
-        (problem,) = problems
         assert problem.path == path
         assert str(problem).startswith(f"{path}: expected XXH3 ")
+        assert not path.exists()  # taken out of use
+
+
+def test_one_bad_read_is_no_damage(request_, monkeypatch):
+    real, reads = module.hash_entry, []
+
+    def wrong_once(fd, label):
+        reads.append(label)
+        return "0" * 32 if len(reads) == 1 else real(fd, label)
+
+    monkeypatch.setattr(module, "hash_entry", wrong_once)
+    assert verify_store(request_.store) == (3, [])
+    assert len(reads) == 3
+
+
+def test_after_damage_was_found_the_model_is_converted_again(request_):
+    flip(entry_paths(request_)[1])
+    verify_store(request_.store)
+    assert [r.action for r in convert(request_).shards].count("converted") == 1
+    assert verify_store(request_.store) == (3, [])
 
 
 def test_an_absent_entry_is_found(request_):
