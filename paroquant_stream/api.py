@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,18 +16,15 @@ from .errors import (
     CheckpointError,
     EntryDamaged,
     MalformedFile,
-    NewerManifest,
     SourceChanged,
     SourceDropped,
-    StoreError,
     UnreadableFile,
 )
-from .hub import locate
+from .in_place import shipped
 from .manifest import EntryRecord, Manifest
-from .request import Needed, Parallel, Request, Split, staleness
-from .store import Store, user_cache_root
-from .task import DTYPES, Dtype
-from .trace import SILENCE, Trace, written_to
+from .request import Needed, Parallel, Request, Split, make_request
+from .task import Dtype
+from .trace import Trace, written_to
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -36,56 +32,6 @@ if TYPE_CHECKING:
     from .tally import Progress
 
 logger = logging.getLogger(__name__)
-IN_PLACE = "mlx"
-"""The directory inside a model directory in which a conversion can be shipped with the model."""
-
-
-def cache_store(cache_dir: str | Path | None = None) -> Store:
-    """The cache in `cache_dir`, default the user's."""
-    return Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())
-
-
-def default_jobs() -> int:
-    """Workers where nothing is said: one a core, at most 8."""
-    return min(8, os.cpu_count() or 1)
-
-
-def make_request(
-    model_path: str | Path,
-    *,
-    cache_dir: str | Path | None = None,
-    in_place: bool = False,
-    force: bool = False,
-    jobs: int | None = None,
-    revision: str | None = None,
-    drop_source: bool = False,
-    dtype: Dtype = "source",
-    executor: Executor | None = None,
-) -> Request:
-    """The request for converting `model_path` with these options; of a model named by a Hub id it
-    downloads the config, the index and the tokenizer, no shard.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
-    directory, remote = locate(model_path, revision)
-    if jobs is None and executor:
-        from .executor import width  # here, because a run without work needs none of it
-
-        jobs = width(executor)
-    jobs = jobs or default_jobs()
-    store = Store(directory / IN_PLACE, private=False) if in_place else cache_store(cache_dir)
-    return Request(
-        str(model_path),
-        directory,
-        store,
-        in_place,
-        force,
-        jobs,
-        remote,
-        drop_source,
-        dtype,
-        executor,
-    )
 
 
 def convert_checkpoint(
@@ -292,42 +238,3 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
         reason = str(error)
     logger.warning("not used: %s", reason)
     return None, reason
-
-
-def converted(
-    request: Request, progress: Progress | None = None, trace: Trace = SILENCE
-) -> tuple[Manifest, Store]:
-    """The model's conversion and the store it lies in: the one inside the model directory, if it
-    fits the sources, else the cache's, made complete first.
-    """
-    with trace.span("check the sources"):
-        found = shipped(request)
-    return found or (convert(request, progress, trace).manifest, request.store)
-
-
-def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
-    """The conversion inside the model directory, if there is one and it fits the sources, with all
-    entries or those that are `needed`.
-
-    Whoever made the directory may have made it: it is only read. So what its own conversion did not
-    remember of its files is hashed at every load.
-    """
-    if not os.path.lexists(request.directory / IN_PLACE):
-        return None
-    from .find_dropped import find_manifest  # most models have none
-
-    beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
-    store = replace(beside.store, read_only=True)
-    beside = replace(beside, store=store)
-    manifest = None
-    try:
-        manifest = find_manifest(beside)
-        if manifest is None:
-            return None
-        reason = staleness(beside, manifest, read_unknown=True, needed=needed)
-    except (StoreError, NewerManifest) as error:
-        reason = str(error)
-    if reason or manifest is None:
-        logger.warning("%s is not used: %s", store.root, reason)
-        return None
-    return manifest, store

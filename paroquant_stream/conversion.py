@@ -9,6 +9,7 @@ When nothing changed none of this runs: the manifest, the memo and one stat a fi
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from contextlib import suppress
@@ -22,7 +23,10 @@ from .request import Needed, Request, read_manifest, staleness
 from .trace import SILENCE, Trace
 
 if TYPE_CHECKING:
+    from .survey import ModelPlan
     from .tally import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -67,6 +71,8 @@ def _convert_alone(
 
         with trace.span("check that it can be loaded"):
             check_assembly(request.directory, model.plan)
+    elif reason := _why_not_loadable(model):
+        logger.warning("%s: %s", request.model, reason)
     request.store.create()
     request.store.sweep()
     with request.store.lock(request.manifest_name):
@@ -79,6 +85,15 @@ def _convert_alone(
         if current is None:
             return convert_shards(request, model, progress, trace, started)
     return _unchanged(request, current, started)
+
+
+def _why_not_loadable(model: ModelPlan) -> str | None:
+    from .known_class import why_unknown
+    from .model_kind import is_vision_model
+
+    config = model.checkpoint.config
+    names = [tensor.name for task in model.plan.tasks for tensor in task.outputs]
+    return why_unknown(config, is_vision_model(config, names, force_text=False))
 
 
 def _unchanged(request: Request, current: Manifest, started: float) -> Conversion:

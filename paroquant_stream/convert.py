@@ -14,14 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .api import default_jobs, make_request
 from .conversion import convert
 from .convert_options import parse
 from .errors import CheckpointError, ParoquantStreamError
 from .exits import end_with
 from .progress import Progress
 from .report import Conversion, ShardReport, bytes_text, shown
-from .request import Request
+from .request import Request, default_jobs, make_request
 from .trace import Trace, written_to
 
 if TYPE_CHECKING:

@@ -15,16 +15,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import standalone
-from .api import converted, make_request
 from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, Shard, read_config
 from .descriptor import closing, file_status, pread_exactly
 from .errors import CheckpointError, EntryDamaged
 from .exported import FORMAT
+from .in_place import converted
 from .manifest import Manifest
 from .model import assemble
 from .newdirectory import new_directory
 from .newfile import new_file_at
-from .request import Request
+from .request import Request, make_request
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .slices import MLX_DTYPES
 from .store import Store

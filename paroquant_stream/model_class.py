@@ -7,7 +7,7 @@ Everything of theirs that is used is used here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,43 +15,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import AssemblyError, MissingExtra, NoSuchPart
+from .model_kind import TEXT_TYPES
 
 logger = logging.getLogger(__name__)
 
-TOWER_PREFIXES = (
-    "vision_tower.",
-    "model.visual.",
-    "visual.",
-    "model.vision_tower.",
-    "model.embed_vision.",
-    "model.vision_embedder.",
-    "model.embed_audio.",
-    "model.audio_tower.",
-    "embed_vision.",
-    "vision_embedder.",
-    "embed_audio.",
-    "audio_tower.",
-)
-"""Tensors of vision and audio towers, by the checkpoint's names and by mlx-vlm's; a text model
-reads none of them.
-"""
-_TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
-"""Model types that transformers writes for a text-only save and mlx-lm knows by another name."""
 _PARTS = ["text", "vision", "perceiver", "projector", "audio"]
-
-
-def is_vision_model(config: Mapping[str, Any], names: Collection[str], force_text: bool) -> bool:
-    """Whether a model is loaded through mlx-vlm: a vision config, a tower's tensor, and no
-    `force_text`.
-    """
-    tower = any(name.startswith(TOWER_PREFIXES) for name in names)
-    return bool(config.get("vision_config")) and tower and not force_text
 
 
 def load_config(directory: Path) -> dict[str, Any]:
     """config.json as mlx-lm reads it, with the end-of-text tokens of generation_config.json."""
     config: dict[str, Any] = _mlx_lm().load_config(directory)
-    config["model_type"] = _TEXT_TYPES.get(config.get("model_type", ""), config.get("model_type"))
+    config["model_type"] = TEXT_TYPES.get(config.get("model_type", ""), config.get("model_type"))
     return config
 
 
@@ -77,6 +51,18 @@ def build(config: dict[str, Any], is_vlm: bool) -> nn.Module:
         KeyError,
     ) as error:  # a key missing in the config is any of these
         raise AssemblyError(f"model_type {config.get('model_type')!r}: {error}") from error
+
+
+def has_class(config: dict[str, Any], is_vlm: bool) -> bool:
+    """Whether the installed library has a class for the config's model type."""
+    try:
+        if is_vlm:
+            _mlx_vlm().get_model_and_args(config=config)
+        else:
+            _mlx_lm()._get_classes(config)
+    except (MissingExtra, TypeError, ValueError, KeyError):
+        return False
+    return True
 
 
 def sanitize(model: nn.Module, weights: dict[str, mx.array], is_vlm: bool) -> dict[str, mx.array]:

@@ -47,6 +47,7 @@ class NewFile:
         """Make the temp `name` in a directory that stays open as long as this file."""
         self._folder, self._name = folder, name
         self._size, self._written, self._trace = size, 0, trace
+        self._published = False
         self._hash = xxhash.xxh3_128()
         self._block, self._filled = memoryview(b""), 0
         self._spare: list[memoryview] = []
@@ -161,6 +162,7 @@ class NewFile:
             if not reached == self._written == self._size:
                 raise StoreError(f"{self.path}: {reached:,} bytes on disk, {self._size:,} expected")
             self._folder.replace(self._name, folder, name)
+            self._published = True
             folder.sync()
             return FileStamp.of(os.fstat(self._fd))
         except OSError as error:
@@ -172,7 +174,8 @@ class NewFile:
             self._writer.shutdown()
         fd, self._fd = self._fd, -1
         with contextlib.suppress(OSError):  # the next run's sweep finds what stays
-            self._folder.unlink(self._name)
+            if not self._published:
+                self._folder.unlink(self._name)
         with contextlib.suppress(OSError):  # nothing that was not synced is ever published
             if fd >= 0:
                 os.close(fd)
@@ -182,7 +185,11 @@ class NewFile:
 @contextlib.contextmanager
 def new_file_at(path: Path, size: int) -> Iterator[NewFile]:
     """A file of `size` bytes outside of a store, published as `path` after the body."""
-    with Folder.open(path.parent) as folder:
+    try:
+        folder = Folder.open(path.parent)
+    except OSError as error:
+        raise _write_error(path, size, error) from error
+    with folder:
         file = NewFile(folder, f"{path.name}.part", size, 0o666)
         try:
             yield file

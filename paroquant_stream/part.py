@@ -19,13 +19,8 @@ import mlx.nn as nn
 from .checkpoint import read_config
 from .errors import AssemblyError, NoSuchPart
 from .manifest import EntryRecord, Manifest
-from .model_class import (
-    TOWER_PREFIXES,
-    build,
-    is_vision_model,
-    keep_pipeline_layers,
-    load_config,
-)
+from .model_class import build, keep_pipeline_layers, load_config
+from .model_kind import TOWER_PREFIXES, is_vision_model
 from .request import Split
 from .sharding import Take, shard
 from .weights import entries_with

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp, Memo
 from .errors import ManifestError
+from .hub import locate
 from .manifest import MAX_BYTES, EntryRecord, Manifest
-from .store import Store
-from .task import CAST_VERSION, TRANSFORM, Dtype
+from .store import Store, cache_store
+from .task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -94,6 +95,8 @@ class Split:
 
 
 WHOLE = Split()
+IN_PLACE = "mlx"
+"""The directory inside a model directory in which a conversion can be shipped with the model."""
 Needed = Callable[[Manifest], Collection[EntryRecord]]
 """The entries of a manifest from which a part of the model is read."""
 
@@ -168,3 +171,46 @@ def source_staleness(
     if sha256 != expected:
         return f"{shard.name} changed, or was never read where it is now"
     return None
+
+
+def default_jobs() -> int:
+    """Workers where nothing is said: one a core, at most 8."""
+    return min(8, os.cpu_count() or 1)
+
+
+def make_request(
+    model_path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+    revision: str | None = None,
+    drop_source: bool = False,
+    dtype: Dtype = "source",
+    executor: Executor | None = None,
+) -> Request:
+    """The request for converting `model_path` with these options; of a model named by a Hub id it
+    downloads the config, the index and the tokenizer, no shard.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    directory, remote = locate(model_path, revision)
+    if jobs is None and executor:
+        from .executor import width  # here, because a run without work needs none of it
+
+        jobs = width(executor)
+    jobs = jobs or default_jobs()
+    store = Store(directory / IN_PLACE, private=False) if in_place else cache_store(cache_dir)
+    return Request(
+        str(model_path),
+        directory,
+        store,
+        in_place,
+        force,
+        jobs,
+        remote,
+        drop_source,
+        dtype,
+        executor,
+    )

@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .api import make_request
 from .conversion import convert
 from .errors import ParoquantStreamError, SomeFailed
 from .executor import run_all
 from .manifest import Manifest
 from .report import Conversion
-from .request import Request
+from .request import Request, make_request
 from .tally import Progress
 from .task import Dtype
 from .trace import SILENCE, Trace, written_to

@@ -18,12 +18,12 @@ from pathlib import Path
 import xxhash
 
 from . import temp_files
-from .api import converted
 from .damage import forget_pages, take_out
 from .descriptor import closing
 from .digest import CHUNK, read_chunks
 from .errors import EntryDamaged, UnwritableFile
 from .folder import Folder
+from .in_place import converted
 from .lock import excludes
 from .manifest import EntryRecord, Manifest
 from .newfile import reserve, write_problem

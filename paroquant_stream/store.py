@@ -20,7 +20,6 @@ rename.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from . import temp_files
 from .digest import FileStamp, Memo
 from .errors import MalformedFile, StoreError
 from .folder import Folder
+from .location import check_owner, step_into, user_cache_root
 from .lock import conversion_lock, excludes, removal_lock
 from .newfile import NewFile, sync_directory
 from .trace import SILENCE, Trace
@@ -39,14 +39,6 @@ from .trace import SILENCE, Trace
 _KINDS = ("entries", "manifests", "dropped", "memo", "tmp", "locks")
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
 _DIGEST = re.compile(rb"xxh3-128 ([0-9a-f]{32}) (\d{1,19})\n")
-
-
-def user_cache_root() -> Path:
-    """The user's cache: $PAROQUANT_STREAM_CACHE, else under $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("PAROQUANT_STREAM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "paroquant" / "mlx_cache"
 
 
 @dataclass(frozen=True)
@@ -100,11 +92,11 @@ class Store:
         try:
             trusted = None if self.private else folder.status()
             if self.private:
-                _check_owner(folder, None)
+                check_owner(folder, None)
             for name in (*first, "v1", *names):
-                above, folder = folder, _step(folder, name, self._modes[0] if create else None)
+                above, folder = folder, step_into(folder, name, self._modes[0] if create else None)
                 above.close()
-                _check_owner(folder, trusted)
+                check_owner(folder, trusted)
             yield folder
         finally:
             folder.close()
@@ -184,7 +176,7 @@ class Store:
     def sync_entry(self, key: str) -> None:
         """Makes an entry's name durable, as its writer may have been kept from it."""
         with contextlib.suppress(OSError), self.opened("entries") as entries:
-            with _step(entries, key[:2], None) as folder:
+            with step_into(entries, key[:2], None) as folder:
                 folder.sync()
             entries.sync()
 
@@ -295,16 +287,9 @@ class Store:
 
         With `own` also those that it is still writing. Returns the bytes freed.
         """
-        freed = 0
         with contextlib.suppress(OSError), self.opened("tmp") as tmp:
-            locks = excludes(tmp)
-            for name, status in tmp.files():
-                with contextlib.suppress(OSError):
-                    mine = temp_files.is_own(name) and (own or not temp_files.is_open(name))
-                    if mine or (temp_files.is_temp(name) and temp_files.is_dead(tmp, name, locks)):
-                        tmp.unlink(name)
-                        freed += status.st_size
-        return freed
+            return temp_files.sweep(tmp, excludes(tmp), own)
+        return 0
 
     def locks_work(self) -> bool:
         """Whether locks hold runs apart on this file system. Raises StoreError."""
@@ -334,34 +319,6 @@ class Store:
         return None
 
 
-def _step(folder: Folder, name: str, create: int | None) -> Folder:
-    """Open a directory below. Raises StoreError when it is a link or no directory, OSError."""
-    try:
-        return folder.child(name, create)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-            raise
-        raise StoreError(
-            f"{folder.path / name}: expected a directory, found a link or a file; links below "
-            f"{folder.path} are not followed: remove it"
-        ) from error
-
-
-def _check_owner(folder: Folder, trusted: os.stat_result | None) -> None:
-    """Raises StoreError when others than the user, or than may write into the `trusted` directory,
-    could write into this one.
-    """
-    status, user = folder.status(), os.geteuid()
-    owners, writable = {user}, 0o022
-    if trusted:
-        owners, writable = owners | {trusted.st_uid}, writable & ~trusted.st_mode
-    if status.st_uid not in owners:
-        raise StoreError(
-            f"{folder.path}: owned by user {status.st_uid}, not by you ({user}); choose a "
-            "cache of your own with --cache-dir"
-        )
-    if status.st_mode & writable:
-        raise StoreError(
-            f"{folder.path}: others can write into it (mode {status.st_mode & 0o777:03o}); run "
-            f"`chmod go-w {folder.path}` if you trust what is in it, else remove it"
-        )
+def cache_store(cache_dir: str | Path | None = None) -> Store:
+    """The cache in `cache_dir`, default the user's."""
+    return Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())

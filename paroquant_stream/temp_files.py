@@ -125,6 +125,30 @@ def is_dead(folder: Folder, name: str, locks: bool) -> bool:
         return _is_gone(name, os.fstat(fd).st_mtime, locks)
 
 
+def sweep(folder: Folder, locks: bool, own: bool) -> int:
+    """Remove the temps of dead runs and those that this process could not remove before.
+
+    Args:
+        folder: Where temps lie; other files in it stay.
+        locks: Whether locks are known to work on its file system.
+        own: Remove also those that this process is still writing.
+
+    Returns:
+        The bytes freed.
+
+    Raises:
+        OSError: The directory cannot be read.
+    """
+    freed = 0
+    for name, status in folder.files():
+        with contextlib.suppress(OSError):
+            mine = is_own(name) and (own or not is_open(name))
+            if mine or (is_temp(name) and is_dead(folder, name, locks)):
+                folder.unlink(name)
+                freed += status.st_size
+    return freed
+
+
 def is_held(folder: Folder, name: str) -> bool:
     """Whether a writer holds the lock of a temp. Raises OSError."""
     try:

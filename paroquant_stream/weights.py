@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 
 from .damage import confirmed_defect, defect_of, take_out
-from .descriptor import closing
+from .descriptor import closing, file_status
 from .digest import FileStamp
 from .errors import AssemblyError, ParoquantStreamError
 from .layout import Quantization
@@ -127,6 +127,8 @@ def _reading_file(file: SingleFile) -> Iterator[None]:
         raise
     except Exception as error:
         raise AssemblyError(f"{file.path}: MLX could not read the weights: {error}") from error
+    if file_status(file.fd, str(file.path)).st_size != file.header.size:
+        raise AssemblyError(f"{file.path}: its size changed while it was read; load it again")
 
 
 def _quantize_floats(
@@ -162,6 +164,9 @@ def reading(records: Collection[EntryRecord], store: Store) -> Iterator[None]:
             with closing(_open_checked(record, store, full=True)):
                 pass
         raise AssemblyError(f"MLX could not read the weights: {error}") from error
+    for record in records:  # MLX before 0.32.4 gives zeros for what was cut off after `mx.load`
+        if store.entry_size(record.key) not in (None, record.size):  # None: removed, and still open
+            raise take_out(store, record, "became shorter while it was read")
 
 
 def _read_entry(record: EntryRecord, store: Store, full: bool) -> dict[str, mx.array]:

@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream import digest, request, shards
-from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, PlanError
 from paroquant_stream.manifest import Manifest
-from paroquant_stream.request import read_manifest, staleness
+from paroquant_stream.request import make_request, read_manifest, staleness
 from paroquant_stream.survey import survey
 from paroquant_stream.task import OPERATION_VERSIONS
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
@@ -337,3 +336,31 @@ def test_a_cache_whose_times_cannot_be_set_serves_all_the_same(model_dir, monkey
 def test_a_manifest_in_a_cache_names_the_directory_and_one_beside_a_model_no_path(model_dir):
     assert run(model_dir).manifest.directory == str(model_dir.resolve())
     assert run(model_dir, in_place=True).manifest.directory == ""
+
+
+@pytest.mark.parametrize("lost", ["manifest", "path"])
+def test_damage_from_before_its_record_was_lost_is_not_adopted(model_dir, tmp_path, lost):
+    first = run(model_dir)
+    store, record = make_request(model_dir).store, first.manifest.entries[0]
+    right = store.entry_path(record.key).read_bytes()
+    store.entry_path(record.key).write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    if lost == "manifest":
+        first.manifest_path.unlink()
+        directory = model_dir
+    else:
+        directory = model_dir.rename(tmp_path / "moved")
+    again = run(directory)
+    assert store.entry_path(record.key).read_bytes() == right
+    assert [report.action for report in again.shards].count("converted") == 1
+    assert again.manifest.entries == first.manifest.entries
+
+
+def test_an_entry_without_its_writers_digest_is_made_again_when_its_record_is_lost(model_dir):
+    first = run(model_dir)
+    store, record = make_request(model_dir).store, first.manifest.entries[0]
+    store.entry_path(record.key).with_suffix(".digest").unlink()
+    assert {r.action for r in run(model_dir).shards} == {"reused"}  # the manifest has it
+    first.manifest_path.unlink()
+    again = run(model_dir)
+    assert [report.action for report in again.shards].count("converted") == 1
+    assert store.entry_digest(record.key) == record.digest

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream import drop, lock
-from paroquant_stream.api import load, make_request
+from paroquant_stream.api import load
 from paroquant_stream.conversion import convert
 from paroquant_stream.dropped import read_records, write_record
 from paroquant_stream.errors import (
@@ -29,7 +29,7 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.lock import directory_lock
-from paroquant_stream.request import read_manifest
+from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.survey import plan_model, survey
 from tests.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from paroquant_stream.api import cache_store, load, make_request
+from paroquant_stream.api import load
 from paroquant_stream.cache.inventory import take_inventory
 from paroquant_stream.cache.listing import make_row
 from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
@@ -32,7 +32,8 @@ from paroquant_stream.errors import (
     NewerManifest,
     SourceDropped,
 )
-from paroquant_stream.request import read_manifest
+from paroquant_stream.request import make_request, read_manifest
+from paroquant_stream.store import cache_store
 from tests.builders import CONFIG, cut_evenly, llama_tensors, write_checkpoint
 
 

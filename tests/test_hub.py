@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream import hub as room
-from paroquant_stream.api import make_request
 from paroquant_stream.checkpoint import hub_blob
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, MalformedFile, PlanError, SourceDamaged
 from paroquant_stream.hub import PATTERNS, HubModel, locate
+from paroquant_stream.request import make_request
 from paroquant_stream.survey import survey
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
@@ -137,7 +136,7 @@ def test_the_first_entry_is_published_before_the_last_shard_is_sent(hub, right, 
     def hold_the_last(method, what):
         if (method, what) == ("GET", names()[-1]):
             until = time.monotonic() + 20
-            while not (found := list((tmp_path / "user-cache").rglob("entries/*/*"))):
+            while not (found := list((tmp_path / "user-cache").rglob("entries/*/*.safetensors"))):
                 assert time.monotonic() < until, "no entry before the last shard"
                 time.sleep(0.01)
             waited.append(len(found))
@@ -168,7 +167,9 @@ def test_a_single_file_without_an_index_works(hub, tmp_path):
 
 @pytest.mark.usefixtures("commit")
 def test_a_dry_run_reads_headers_alone(hub, monkeypatch):
-    monkeypatch.setattr(room, "_FIRST_BYTES", 64)  # so that a second request is needed
+    monkeypatch.setattr(
+        "paroquant_stream.hub._FIRST_BYTES", 64
+    )  # so that a second request is needed
     reports = survey(make_request(REPO))
     assert {report.why for report in reports} == {"not downloaded yet"}
     assert hub.downloads() == []
@@ -254,7 +255,7 @@ def test_a_hub_that_goes_away_is_one_error_and_the_next_run_goes_on(hub, right, 
     with pytest.raises(CheckpointError, match=f"{names()[3]} cannot be had from the Hub"):
         convert_checkpoint(REPO, jobs=1)
     assert gone
-    kept = len(list((tmp_path / "user-cache").rglob("entries/*/*")))
+    kept = len(list((tmp_path / "user-cache").rglob("entries/*/*.safetensors")))
     assert kept >= 1
     assert not list((tmp_path / "hf").rglob("*.incomplete"))
     hub.fault = lambda *_: None
@@ -286,7 +287,7 @@ def digests_in(cache: Path) -> set[str]:
     from paroquant_stream.digest import hash_entry
 
     found = set()
-    for path in cache.rglob("entries/*/*"):
+    for path in cache.rglob("entries/*/*.safetensors"):
         fd = os.open(path, os.O_RDONLY)
         found.add(hash_entry(fd, path.name))
         os.close(fd)
@@ -448,38 +449,3 @@ def test_killed_in_a_download_the_next_run_goes_on(hub, right, moment):
     assert finish(process)[0] == -signal.SIGKILL
     assert killed
     assert digests(convert_checkpoint(REPO, drop_source=True)) == right
-
-
-@pytest.mark.parametrize("users", [1, 2])
-def test_a_blob_that_the_hubs_client_shares_goes_with_its_last_user(tmp_path, users):
-    """Since its pull request 4498 a blob may be a link to a file that repositories share."""
-    from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store, shared_blob_path
-
-    cache, xet, sha256 = tmp_path / "hub", "e" * 64, "a" * 64
-    paths = []
-    for user in range(users):
-        repo = cache / f"models--owner--m{user}"
-        snapshot = repo / "snapshots" / ("c" * 40)
-        snapshot.mkdir(parents=True)
-        (repo / "blobs").mkdir()
-        (repo / "blobs" / sha256).write_bytes(b"12345")
-        assert publish_blob_to_shared_store(
-            blob_path=str(repo / "blobs" / sha256), xet_hash=xet, cache_dir=str(cache),
-            expected_size=5, replace_existing=False,
-        )  # fmt: skip
-        paths.append(snapshot / "model.safetensors")
-        paths[-1].symlink_to(f"../../blobs/{sha256}")
-    shared = shared_blob_path(cache, xet)
-    assert (cache / "models--owner--m0" / "blobs" / sha256).is_symlink()
-    room.remove(paths[0])
-    assert not os.path.lexists(paths[0])
-    assert not os.path.lexists(cache / "models--owner--m0" / "blobs" / sha256)
-    assert shared.exists() == (users == 2)
-    assert all(path.read_bytes() == b"12345" for path in paths[1:])
-
-
-def test_a_link_inside_the_model_directory_goes_with_its_file(tmp_path):
-    (tmp_path / "real.bin").write_bytes(b"x")
-    (tmp_path / "model.safetensors").symlink_to("real.bin")
-    room.remove(tmp_path / "model.safetensors")
-    assert list(tmp_path.iterdir()) == []

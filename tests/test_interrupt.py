@@ -14,9 +14,9 @@ import time
 
 import pytest
 
-from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
 from paroquant_stream.digest import hash_entry
+from paroquant_stream.request import make_request
 from paroquant_stream.store import Store
 
 KILL = """

@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from paroquant_stream import convert_checkpoint, load, mlx_directory, standalone
-from paroquant_stream.api import cache_store
 from paroquant_stream.errors import CheckpointError, ParoquantStreamError, StoreError
 from paroquant_stream.mlx_directory import MODEL_FILE, export_model
+from paroquant_stream.store import cache_store
 from tests.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.conftest import FIXTURES
 
@@ -186,7 +186,8 @@ class Failing:
         monkeypatch.setattr(os, name, self)
 
     def __call__(self, first, *arguments, **options):
-        path = os.readlink(f"/proc/self/fd/{first}") if type(first) is int else str(first)
+        where = options.get("dir_fd", options.get("src_dir_fd", first))
+        path = os.readlink(f"/proc/self/fd/{where}") if type(where) is int else str(first)
         if "/.out." in path or path.endswith("/parent"):
             self.calls += 1
             if self.calls == self._number:

@@ -10,23 +10,6 @@ from paroquant_stream import model_class
 from paroquant_stream.errors import MissingExtra
 
 
-@pytest.mark.parametrize(
-    ("config", "names", "force_text", "expected"),
-    [
-        ({"vision_config": {"depth": 1}}, ["model.visual.x"], False, True),
-        ({"vision_config": {"depth": 1}}, ["model.visual.x"], True, False),
-        ({"vision_config": {"depth": 1}}, ["model.layers.0.x"], False, False),
-        ({}, ["model.visual.x"], False, False),
-        ({"vision_config": {"depth": 1}}, ["model.embed_audio.x"], False, True),
-        ({"vision_config": None}, ["model.visual.x"], False, False),
-    ],
-)
-def test_a_vision_model_has_a_config_a_tower_and_is_not_forced_to_text(
-    config, names, force_text, expected
-):
-    assert model_class.is_vision_model(config, names, force_text) is expected
-
-
 def test_without_mlx_lm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
     with pytest.raises(MissingExtra, match=r"paroquant_stream\[lm\]"):

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, damage, load, model, part, weights
-from paroquant_stream.api import make_request
 from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamaged, NoSuchPart
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.part import AbsentLayer, Part, _layer_of, needed_entries
-from paroquant_stream.request import WHOLE, Split, staleness
+from paroquant_stream.request import WHOLE, Split, make_request, staleness
 from paroquant_stream.tensorfile import TensorSpec
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.conftest import FIXTURES

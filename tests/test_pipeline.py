@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.api import make_request
 from paroquant_stream.part import needed_entries
-from paroquant_stream.request import Split
+from paroquant_stream.request import Split, make_request
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.conftest import FIXTURES
 from tests.pipeline_rank import logits

@@ -10,9 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import convert_checkpoint, load, model, ranges
-from paroquant_stream.api import make_request
 from paroquant_stream.errors import ShardingError
 from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.request import make_request
 from paroquant_stream.sharding import shard
 from paroquant_stream.slices import Slice, read_slice
 from tests.benchmarks.checkpoint import make_checkpoint

@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from paroquant_stream import load, sharding
-from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import ShardingError, UnreadableFile
+from paroquant_stream.request import make_request
 from paroquant_stream.rotation import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from paroquant_stream.sharding import shard
 from paroquant_stream.slices import read_slice

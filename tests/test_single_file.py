@@ -16,10 +16,12 @@ from paroquant.inference.backends.mlx.load import load as public_load
 from paroquant_stream import api, load, single_file
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
+from paroquant_stream.request import make_request
 from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
-from paroquant_stream.single_write import write_single_file
+from paroquant_stream.single_write import export_single_file, write_single_file
+from paroquant_stream.store import cache_store
 from paroquant_stream.tensorfile import read_header
-from tests.builders import cut_evenly, write_checkpoint
+from tests.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.conftest import FIXTURES
 from tests.test_parity import assert_same, parameters
 
@@ -38,7 +40,7 @@ def remove_sources(directory: Path) -> None:
 
 def export(directory: Path, cache: Path) -> Path:
     """The model's single file beside it, made from entries in another cache than the user's."""
-    request = api.make_request(directory, cache_dir=cache, jobs=1)
+    request = make_request(directory, cache_dir=cache, jobs=1)
     write_single_file(convert(request).manifest, request.store, directory / NAME)
     return directory / NAME
 
@@ -106,7 +108,7 @@ def test_a_directory_with_config_tokenizer_and_this_file_is_a_model(alone, no_co
 
 
 def test_the_conversion_in_mlx_comes_first(exported, monkeypatch):
-    convert(api.make_request(exported, in_place=True, jobs=1))
+    convert(make_request(exported, in_place=True, jobs=1))
     monkeypatch.setattr(single_file, "opened", lambda _: pytest.fail("looked at"))
     load(exported)
 
@@ -192,7 +194,7 @@ def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
         digest = read_header(file.fileno(), "x").metadata["xxh3"]
     data[-1] ^= 1
     path.write_bytes(data)
-    api.cache_store().memo.remember(FileStamp.of(os.stat(path)), digest)
+    cache_store().memo.remember(FileStamp.of(os.stat(path)), digest)
     load(exported)
     assert "damaged" not in caplog.text
     load(exported, verify="full")
@@ -427,3 +429,22 @@ def test_a_file_of_pull_request_50_that_does_not_fit_is_the_error(tmp_path, chan
     mx.save_safetensors(str(directory / NAME), weights)
     with pytest.raises(CheckpointError, match=rf"(?s)not used: .*{NAME}.*\d differences.*model\."):
         load(directory)
+
+
+def test_a_file_that_was_ignored_does_not_win_once_the_shards_are_dropped(model_dir, tmp_path):
+    """Ours, made from older shards, and one that says nothing of what it was made from."""
+    old = write_checkpoint(tmp_path / "old", llama_tensors(7), cut_evenly(3))
+    export_single_file(make_request(old, cache_dir=tmp_path / "old-cache"), tmp_path / NAME)
+    right = parameters(api.load(model_dir, cache_dir=tmp_path / "right")[0])
+    stale = parameters(api.load(old, cache_dir=tmp_path / "old-cache")[0])
+    for form in ("ours", "pull request 50"):
+        directory = shutil.copytree(model_dir, tmp_path / f"model {form}")
+        if form == "ours":
+            shutil.copy(tmp_path / NAME, directory / NAME)
+        else:
+            mx.save_safetensors(str(directory / NAME), stale)
+        convert(make_request(directory, drop_source=True, jobs=1))
+        for moved in (directory, directory.rename(tmp_path / f"moved {form}")):
+            if moved.exists():
+                found = parameters(api.load(moved)[0])
+                assert all(mx.array_equal(found[name], right[name]).item() for name in right)

@@ -21,6 +21,7 @@ from paroquant_stream.errors import (
     StoreError,
     UnwritableFile,
 )
+from paroquant_stream.request import make_request
 from paroquant_stream.single_file import NAME
 from paroquant_stream.single_write import export_single_file, write_single_file
 from paroquant_stream.stacks import stacks_in_pieces
@@ -30,7 +31,7 @@ MOE = FIXTURES / "qwen3_moe-awq-adversarial"
 
 
 def converted(directory: Path, cache: Path):
-    request = api.make_request(directory, cache_dir=cache, jobs=1)
+    request = make_request(directory, cache_dir=cache, jobs=1)
     return convert(request).manifest, request.store
 
 
@@ -236,7 +237,7 @@ from paroquant_stream.single_write import write_single_file
 model, cache, target = sys.argv[1:]
 manifest = convert_checkpoint(model, cache_dir=cache)
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-write_single_file(manifest, api.cache_store(cache), Path(target))
+write_single_file(manifest, cache_store(cache), Path(target))
 """
 
 
@@ -251,14 +252,14 @@ def test_what_a_killed_run_left_is_removed_by_the_next(model_dir, model, tmp_pat
 
 
 def test_an_export_converts_first_and_lies_where_load_looks(model_dir):
-    path, size = export_single_file(api.make_request(model_dir, jobs=1))
+    path, size = export_single_file(make_request(model_dir, jobs=1))
     assert path == model_dir / NAME
     assert path.stat().st_size == size
     api.load(model_dir)
 
 
 def test_an_export_goes_into_a_directory_or_under_a_name(model_dir, tmp_path):
-    request = api.make_request(model_dir, jobs=1)
+    request = make_request(model_dir, jobs=1)
     assert export_single_file(request, tmp_path)[0] == tmp_path / NAME
     assert export_single_file(request, tmp_path / "x.safetensors")[0].exists()
 
@@ -266,7 +267,7 @@ def test_an_export_goes_into_a_directory_or_under_a_name(model_dir, tmp_path):
 def test_an_export_that_cannot_be_written_converts_nothing(model_dir, tmp_path):
     (model_dir / NAME).write_bytes(b"mine")
     with pytest.raises(UnwritableFile, match="is there already"):
-        export_single_file(api.make_request(model_dir, cache_dir=tmp_path / "cache"))
+        export_single_file(make_request(model_dir, cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
@@ -275,22 +276,22 @@ def test_an_export_of_a_damaged_entry_converts_it_again(model_dir, model, tmp_pa
     path = store.entry_path(manifest.entries[1].key)
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    export_single_file(api.make_request(model_dir, cache_dir=tmp_path / "cache", jobs=1), target)
+    export_single_file(make_request(model_dir, cache_dir=tmp_path / "cache", jobs=1), target)
     assert "taken out of use" in caplog.text
     assert path.read_bytes() == good
 
 
 def test_an_export_of_a_conversion_beside_the_model_needs_no_source(model_dir, target, tmp_path):
-    convert(api.make_request(model_dir, in_place=True, drop_source=True, jobs=1))
+    convert(make_request(model_dir, in_place=True, drop_source=True, jobs=1))
     assert list(model_dir.glob("*.safetensors")) == []
-    export_single_file(api.make_request(model_dir, cache_dir=tmp_path / "cache"), target)
+    export_single_file(make_request(model_dir, cache_dir=tmp_path / "cache"), target)
     assert not (tmp_path / "cache").exists()
 
 
 def test_an_export_of_a_repository_must_be_told_where_to(hub, tmp_path):
     hub.push("owner/model", FIXTURES / "llama-awq-single")
     with pytest.raises(UnwritableFile, match="say where"):
-        export_single_file(api.make_request("owner/model"))
+        export_single_file(make_request("owner/model"))
 
 
 def test_the_export_command_writes_it_into_the_model_directory(model_dir, tmp_path, capsys):

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from paroquant_stream import digest
-from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import MalformedFile, SourceChanged
+from paroquant_stream.request import make_request
 from paroquant_stream.source import Source
 from tests.benchmarks.checkpoint import as_saved, make_checkpoint
 from tests.builders import write_checkpoint

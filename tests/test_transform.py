@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from paroquant_stream.api import make_request
 from paroquant_stream.errors import Cancelled
+from paroquant_stream.request import make_request
 from paroquant_stream.survey import plan_model
 from paroquant_stream.tensorfile import PAGE, lay_out
 from paroquant_stream.transform import Job, Outcome, run_task
@@ -21,7 +21,7 @@ from tests.builders import llama_tensors
 def jobs(scattered_dir) -> list[Job]:
     request = make_request(scattered_dir)
     request.store.create()
-    plan, _ = plan_model(request)
+    plan = plan_model(request).plan
     return [Job(task, request.directory, request.store) for task in plan.tasks]
 
 

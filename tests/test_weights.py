@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream.api import make_request
+from paroquant_stream import model
+from paroquant_stream.api import convert_checkpoint, load
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
+from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.request import make_request
+from paroquant_stream.single_write import export_single_file
 from paroquant_stream.weights import _join_pieces, _stack_experts, read_weights
 
 
@@ -97,8 +103,6 @@ def test_unquantized_experts_are_stacked():
 
 
 def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
-    import os
-
     from paroquant_stream.digest import FileStamp
 
     manifest, store = converted
@@ -112,8 +116,6 @@ def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
 
 def defect(record, store, full: bool) -> str | None:
     """What is found wrong with the entry as it lies there now."""
-    import os
-
     from paroquant_stream.weights import _defect
 
     fd = os.open(store.entry_path(record.key), os.O_RDONLY)
@@ -128,8 +130,6 @@ def test_every_flipped_bit_of_an_entry_is_found(converted, stride):
     """Each bit, or each fifth, of the length, the header's text and the data; of the padding each
     77th. Without a remembered stat the default check finds them too.
     """
-    import os
-
     manifest, store = converted
     record = min(manifest.entries, key=lambda record: record.size)
     path = store.entry_path(record.key)
@@ -151,8 +151,6 @@ def test_every_flipped_bit_of_an_entry_is_found(converted, stride):
 
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
 def test_every_truncation_and_an_appended_byte_are_found(converted, stride):
-    import os
-
     manifest, store = converted
     record = manifest.entries[0]
     path = store.entry_path(record.key)
@@ -162,3 +160,42 @@ def test_every_truncation_and_an_appended_byte_are_found(converted, stride):
     for size in range(record.size - 1, -1, -stride):
         os.truncate(path, size)
         assert "bytes, found" in defect(record, store, full=False)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_an_entry_that_was_cut_after_it_was_opened_is_no_weights(
+    model_dir, monkeypatch, size, caplog
+):
+    """As MLX before 0.32.4, which gives zeros for what it cannot read any more."""
+    manifest = convert_checkpoint(model_dir, jobs=1)
+    store, record = make_request(model_dir).store, manifest.entries[1]
+    real, cut = model.mx.eval, []
+
+    def cut_then_give_zeros(arrays):
+        if not cut:
+            cut.append(record.key)
+            os.truncate(store.entry_path(record.key), record.size + size if size else 0)
+            return
+        real(arrays)
+
+    monkeypatch.setattr(model.mx, "async_eval", lambda _: None)
+    monkeypatch.setattr(model.mx, "eval", cut_then_give_zeros)
+    load(model_dir, jobs=1)
+    assert cut
+    assert "became shorter while it was read" in caplog.text
+    assert store.entry_size(record.key) == record.size  # made again
+
+
+@pytest.mark.parametrize("form", ["export", "single file"])
+def test_a_file_that_was_cut_after_it_was_opened_is_an_error(
+    model_dir, tmp_path, monkeypatch, form
+):
+    if form == "export":
+        export_model(model_dir, tmp_path / "out")
+        place, path = tmp_path / "out", tmp_path / "out" / "model.safetensors"
+    else:
+        place, (path, _) = model_dir, export_single_file(make_request(model_dir))
+    monkeypatch.setattr(model.mx, "async_eval", lambda _: None)
+    monkeypatch.setattr(model.mx, "eval", lambda _: os.truncate(path, path.stat().st_size - 1))
+    with pytest.raises(AssemblyError, match=f"{path}: its size changed while it was read"):
+        load(place)

@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..api import cache_store, default_jobs, make_request
 from ..conversion import convert
 from ..errors import ParoquantStreamError, StoreError
 from ..report import bytes_text, shown
-from ..request import Request, model_id
+from ..request import Request, default_jobs, make_request, model_id
+from ..store import cache_store
 from ..task import DTYPES
 from .inventory import Inventory, Model, take_inventory
 from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table

@@ -158,7 +158,7 @@ def plan_lines(plan: PrunePlan) -> list[str]:
         "rest of a removal that was cut off": plan.remains,
         "kept header of a dropped shard": plan.headers,
         "damaged entry that was made again": plan.healed,
-        "digest of an entry": plan.digests,
+        "digest of an entry that is gone": plan.digests,
         "remembered digest of a file that is gone": plan.memos,
     }
     lines += [f"  {len(f)} x {what}  {_bytes_of(f)}" for what, f in groups.items() if f]

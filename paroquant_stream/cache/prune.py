@@ -50,7 +50,7 @@ class PrunePlan:
     healed: tuple[Found, ...] = ()
     """Damaged entries that were made again."""
     digests: tuple[Found, ...] = ()
-    """Of the entries that go, and such beside which no entry lies."""
+    """Such beside which no entry lies."""
     memos: tuple[Found, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
@@ -61,6 +61,12 @@ class PrunePlan:
         """All files that are neither entries nor of a model."""
         listed = (self.remains, self.dead_temps, self.headers, self.healed, self.digests)
         return tuple(file for files in (*listed, self.memos) for file in files)
+
+    @property
+    def entry_digests(self) -> tuple[Found, ...]:
+        """The digests that lie beside the entries that go."""
+        known = self.inventory.digests
+        return tuple(known[key] for key in self.entries if key in known)
 
     @property
     def is_empty(self) -> bool:
@@ -76,7 +82,7 @@ class PrunePlan:
     @property
     def freed(self) -> int:
         """Bytes that go."""
-        files = [*self.entries.values(), *self.small]
+        files = [*self.entries.values(), *self.entry_digests, *self.small]
         files += [file for model in self.models for file in model.files]
         return sum(f.size for f in files) + sum(foreign.size for foreign in self.foreign)
 
@@ -111,7 +117,6 @@ def plan_removal(inventory: Inventory, models: Iterable[Model]) -> PrunePlan:
         entries,
         remains=tuple(file for file, _ in inventory.removed),
         headers=_headers(inventory, ids),
-        digests=tuple(inventory.digests[key] for key in entries if key in inventory.digests),
     )
 
 
@@ -140,7 +145,7 @@ def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
         unclaimed=frozenset(unclaimed),
         headers=base.headers + idle(inventory.headers),
         healed=inventory.healed,
-        digests=base.digests + idle(inventory.lone_digests),
+        digests=idle(inventory.lone_digests),
         kept=tuple(kept.items()),
     )
     return replace(plan, memos=_idle_memos(plan))

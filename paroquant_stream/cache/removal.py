@@ -57,7 +57,8 @@ def _remove_files(plan: PrunePlan) -> int:
             freed += _unlink(file)
             with contextlib.suppress(StoreError):
                 _unlink_path(store.memo.path(file.stamp))
-    lone = [file for file in plan.digests if not file.path.with_suffix(".safetensors").exists()]
+    digests = (*plan.entry_digests, *plan.digests)
+    lone = [file for file in digests if not file.path.with_suffix(".safetensors").exists()]
     for file in (*plan.headers, *plan.healed, *lone, *plan.memos, *aside):
         freed += _unlink(file)
     return freed

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api import cache_store, convert_checkpoint
+from paroquant_stream.api import convert_checkpoint
 from paroquant_stream.cache.inventory import Inventory, take_inventory
 from paroquant_stream.cache.listing import (
     as_json,
@@ -23,6 +23,7 @@ from paroquant_stream.cache.listing import (
 )
 from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.manifest import Manifest
+from paroquant_stream.store import cache_store
 from tests.builders import cut_evenly, temp_of, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

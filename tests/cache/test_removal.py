@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api import cache_store, convert_checkpoint, make_request
+from paroquant_stream.api import convert_checkpoint
 from paroquant_stream.cache import removal, running
 from paroquant_stream.cache.inventory import take_inventory
 from paroquant_stream.cache.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.cache.removal import execute
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import StoreError
-from paroquant_stream.store import Store
+from paroquant_stream.request import make_request
+from paroquant_stream.store import Store, cache_store
 from tests.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

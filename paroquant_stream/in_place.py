@@ -1,0 +1,56 @@
+"""Conversions inside a model directory, as a published model ships one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+
+from .conversion import convert
+from .errors import NewerManifest, StoreError
+from .find_dropped import find_manifest
+from .manifest import Manifest
+from .request import IN_PLACE, Needed, Request, make_request, staleness
+from .store import Store
+from .tally import Progress
+from .trace import SILENCE, Trace
+
+logger = logging.getLogger(__name__)
+
+
+def converted(
+    request: Request, progress: Progress | None = None, trace: Trace = SILENCE
+) -> tuple[Manifest, Store]:
+    """The model's conversion and the store it lies in: the one inside the model directory, if it
+    fits the sources, else the cache's, made complete first.
+    """
+    with trace.span("check the sources"):
+        found = shipped(request)
+    return found or (convert(request, progress, trace).manifest, request.store)
+
+
+def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
+    """The conversion inside the model directory, if there is one and it fits the sources, with all
+    entries or those that are `needed`.
+
+    Whoever made the directory may have made it: it is only read. So what its own conversion did not
+    remember of its files is hashed at every load.
+    """
+    if not os.path.lexists(request.directory / IN_PLACE):
+        return None
+
+    beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
+    store = replace(beside.store, read_only=True)
+    beside = replace(beside, store=store)
+    manifest = None
+    try:
+        manifest = find_manifest(beside)
+        if manifest is None:
+            return None
+        reason = staleness(beside, manifest, read_unknown=True, needed=needed)
+    except (StoreError, NewerManifest) as error:
+        reason = str(error)
+    if reason or manifest is None:
+        logger.warning("%s is not used: %s", store.root, reason)
+        return None
+    return manifest, store

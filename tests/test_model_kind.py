@@ -1,0 +1,24 @@
+"""Which library runs a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from paroquant_stream.model_kind import is_vision_model
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "force_text", "expected"),
+    [
+        ({"vision_config": {"depth": 1}}, ["model.visual.x"], False, True),
+        ({"vision_config": {"depth": 1}}, ["model.visual.x"], True, False),
+        ({"vision_config": {"depth": 1}}, ["model.layers.0.x"], False, False),
+        ({}, ["model.visual.x"], False, False),
+        ({"vision_config": {"depth": 1}}, ["model.embed_audio.x"], False, True),
+        ({"vision_config": None}, ["model.visual.x"], False, False),
+    ],
+)
+def test_a_vision_model_has_a_config_a_tower_and_is_not_forced_to_text(
+    config, names, force_text, expected
+):
+    assert is_vision_model(config, names, force_text) is expected

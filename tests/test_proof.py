@@ -1,0 +1,211 @@
+"""A source goes only if it is the file that was read, and only from where it truly lies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from paroquant_stream.errors import MalformedFile, SourceChanged, StoreError
+from paroquant_stream.proof import SourceFile, remove_dangling_link
+
+NAME = "model.safetensors"
+
+
+def remove(path: Path) -> None:
+    source = SourceFile(path.parent, path.name)
+    try:
+        source.remove()
+    finally:
+        source.close()
+
+
+def snapshot(hub: Path, repository: str, data: bytes, commit: str = "c" * 40) -> Path:
+    """The shard of a model in a Hub cache."""
+    etag = hashlib.sha256(data).hexdigest()
+    directory = hub / f"models--owner--{repository}" / "snapshots" / commit
+    directory.mkdir(parents=True)
+    blobs = directory.parents[1] / "blobs"
+    blobs.mkdir(exist_ok=True)
+    (blobs / etag).write_bytes(data)
+    (directory / NAME).symlink_to(f"../../blobs/{etag}")
+    return directory / NAME
+
+
+def test_a_plain_file_goes(tmp_path):
+    (tmp_path / NAME).write_bytes(b"x")
+    remove(tmp_path / NAME)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_inside_the_model_directory_goes_with_its_file(tmp_path):
+    (tmp_path / "real.bin").write_bytes(b"x")
+    (tmp_path / "hop").symlink_to("real.bin")
+    (tmp_path / NAME).symlink_to("hop")
+    remove(tmp_path / NAME)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_of_the_hubs_cache_goes_with_its_blob(tmp_path):
+    shard = snapshot(tmp_path, "one", b"x")
+    other = snapshot(tmp_path, "two", b"x")
+    remove(shard)
+    assert not os.path.lexists(shard)
+    assert list((tmp_path / "models--owner--one" / "blobs").iterdir()) == []
+    assert other.read_bytes() == b"x"
+
+
+def test_a_blob_that_another_revision_uses_stays(tmp_path):
+    shard = snapshot(tmp_path, "one", b"x")
+    other = snapshot(tmp_path, "one", b"x", "d" * 40)
+    remove(shard)
+    assert not os.path.lexists(shard)
+    assert other.read_bytes() == b"x"
+    remove(other)
+    assert list((tmp_path / "models--owner--one" / "blobs").iterdir()) == []
+
+
+def test_through_a_link_to_the_snapshot_the_same_blob_goes(tmp_path):
+    shard = snapshot(tmp_path / "hub", "one", b"x")
+    (tmp_path / "model").symlink_to(shard.parent)
+    remove(tmp_path / "model" / NAME)
+    assert not os.path.lexists(shard)
+
+
+@pytest.mark.parametrize("users", [1, 2])
+def test_a_blob_that_the_hubs_client_shares_goes_with_its_last_user(tmp_path, users):
+    """Since its pull request 4498 a blob may be a link to a file that repositories share."""
+    from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store, shared_blob_path
+
+    cache, xet, sha256 = tmp_path / "hub", "e" * 64, "a" * 64
+    paths = []
+    for user in range(users):
+        repo = cache / f"models--owner--m{user}"
+        snapshot = repo / "snapshots" / ("c" * 40)
+        snapshot.mkdir(parents=True)
+        (repo / "blobs").mkdir()
+        (repo / "blobs" / sha256).write_bytes(b"12345")
+        assert publish_blob_to_shared_store(
+            blob_path=str(repo / "blobs" / sha256), xet_hash=xet, cache_dir=str(cache),
+            expected_size=5, replace_existing=False,
+        )  # fmt: skip
+        paths.append(snapshot / "model.safetensors")
+        paths[-1].symlink_to(f"../../blobs/{sha256}")
+    shared = shared_blob_path(cache, xet)
+    assert (cache / "models--owner--m0" / "blobs" / sha256).is_symlink()
+    remove(paths[0])
+    assert not os.path.lexists(paths[0])
+    assert not os.path.lexists(cache / "models--owner--m0" / "blobs" / sha256)
+    assert shared.exists() == (users == 2)
+    assert all(path.read_bytes() == b"12345" for path in paths[1:])
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{hub}/models--owner--victim/blobs/{etag}",
+        "models--a/blobs/{etag}",
+        "../hub/models--owner--victim/blobs/{etag}",
+        "../hub/models--owner--victim/snapshots/" + "c" * 40 + "/" + NAME,
+        "inner/{etag}",
+    ],
+)
+def test_a_link_that_leads_to_another_models_file_removes_nothing(tmp_path, spelling):
+    victim = snapshot(tmp_path / "hub", "victim", b"precious")
+    etag = os.path.basename(os.readlink(victim))
+    model = tmp_path / "model"
+    (model / "models--a").mkdir(parents=True)
+    blobs = victim.parents[2] / "blobs"
+    (model / "models--a" / "blobs").symlink_to(blobs)
+    (model / "inner").symlink_to(blobs)
+    (model / NAME).symlink_to(spelling.format(hub=tmp_path / "hub", etag=etag))
+    assert (model / NAME).read_bytes() == b"precious"
+    with pytest.raises(StoreError, match="outside of the model directory"):
+        remove(model / NAME)
+    assert victim.read_bytes() == (model / NAME).read_bytes() == b"precious"
+
+
+def test_a_snapshot_that_links_to_another_repositorys_blob_removes_nothing(tmp_path):
+    victim = snapshot(tmp_path, "victim", b"precious")
+    shard = snapshot(tmp_path, "one", b"x")
+    shard.unlink()
+    shard.symlink_to(
+        f"../../../models--owner--victim/blobs/{os.path.basename(os.readlink(victim))}"
+    )
+    with pytest.raises(StoreError, match="outside of the model directory"):
+        remove(shard)
+    assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("what", ["loop", "fifo", "directory", "absent"])
+def test_what_is_no_file_is_an_error(tmp_path, what):
+    path = tmp_path / NAME
+    if what == "loop":
+        path.symlink_to(NAME)
+    elif what == "fifo":
+        os.mkfifo(path)
+    elif what == "directory":
+        path.mkdir()
+    with pytest.raises((StoreError, MalformedFile)):
+        remove(path)
+    assert os.path.lexists(path) == (what != "absent")
+
+
+def replaced(path: Path) -> None:
+    path.with_name("new").write_bytes(b"y")
+    path.with_name("new").replace(path)
+
+
+CHANGES = {
+    "another file under its name": replaced,
+    "appended": lambda path: os.truncate(path, 2),
+    "rewritten": lambda path: path.write_bytes(b"y"),
+    "gone": os.unlink,
+    "a link in its place": lambda path: (path.rename(path.with_name("x")), path.symlink_to("x")),
+    "touched": lambda path: os.utime(path, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_that_changed_since_it_was_read_stays(tmp_path, change, linked):
+    path = tmp_path / NAME
+    file = tmp_path / "real.bin" if linked else path
+    file.write_bytes(b"x")
+    if linked:
+        path.symlink_to("real.bin")
+    source = SourceFile(tmp_path, NAME)
+    assert source.sha256() == hashlib.sha256(b"x").hexdigest()
+    CHANGES[change](file)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SourceChanged, match="changed since it was converted"):
+        source.remove()
+    source.close()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_changes_while_it_is_hashed_has_no_hash(tmp_path, monkeypatch):
+    (tmp_path / NAME).write_bytes(b"x")
+    source, real, done = SourceFile(tmp_path, NAME), os.preadv, []
+
+    def change(*arguments):
+        if not done:
+            done.append(os.utime(tmp_path / NAME, (1, 1)))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", change)
+    with pytest.raises(SourceChanged):
+        source.sha256()
+    source.close()
+    assert done
+
+
+def test_a_link_that_a_killed_run_left_goes_and_no_other(tmp_path):
+    (tmp_path / NAME).symlink_to("gone")
+    (tmp_path / "kept").symlink_to("real")
+    (tmp_path / "real").write_bytes(b"x")
+    for name in (NAME, "kept", "real", "absent"):
+        remove_dangling_link(tmp_path, name)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "real"}
