@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from pathlib import Path
 
 from .descriptor import closing
 from .digest import hash_entry
 from .dropped import read_record, record_ids
 from .errors import EntryDamaged, ManifestError, StoreError
-from .manifest import MAX_BYTES, EntryRecord, Manifest
+from .manifest import EntryRecord
 from .store import Store
 from .tensorfile import layout_defect
 
@@ -62,7 +63,7 @@ def _remove(store: Store, record: EntryRecord) -> str:
     if not is_only_copy(store, record.key):
         store.discard_entry(record.key)
         return "taken out of use"
-    kept = store.keep_damaged(record.key)
+    kept = keep_damaged(store, record.key)
     return (
         f"kept as {kept}, as --drop-source removed what it was made from: put back "
         f"{record.shard} with SHA-256 {record.source_sha256} and convert the model again"
@@ -78,7 +79,7 @@ def is_only_copy(store: Store, key: str) -> bool:
         records = [read_record(store, drop_id) for drop_id in record_ids(store)]
     except ManifestError:  # of a newer version
         return True
-    manifests = [record.manifest for record in records if record] + _manifests(store)
+    manifests = [record.manifest for record in records if record]
     for manifest in manifests:
         dropped = any(record.dropped for record in manifest.entries)
         for record in manifest.entries:
@@ -87,11 +88,24 @@ def is_only_copy(store: Store, key: str) -> bool:
     return not all(records)
 
 
-def _manifests(store: Store) -> list[Manifest]:
-    found = []
-    for name in store.manifest_names():
-        data = store.read_manifest(name, MAX_BYTES)
-        with contextlib.suppress(ManifestError):
-            if data is not None:
-                found.append(Manifest.decode(data))
-    return found
+def damaged_path(store: Store, key: str) -> Path | None:
+    """Where a damaged entry is kept that nothing could make again."""
+    names = [n for n in store.file_names("damaged") if n.startswith(f"{key}.")]
+    return store.folder("damaged") / names[-1] if names else None
+
+
+def keep_damaged(store: Store, key: str) -> Path | None:
+    """Takes an entry that nothing can make again out of use, and keeps it under `damaged`.
+
+    Returns where it is now; None where it stays, since nothing may be written.
+    """
+    if store.read_only:
+        return None
+    with contextlib.suppress(OSError), store.opened("entries", key[:2]) as folder:
+        with store.opened("damaged", create=True) as damaged:
+            numbers = (f"{key}.{n}.safetensors" for n in range(1, 1000))
+            name = next(name for name in numbers if name not in set(damaged.names()))
+            folder.replace(f"{key}.safetensors", damaged, name)
+            damaged.sync()
+            return damaged.path / name
+    return None

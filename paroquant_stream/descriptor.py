@@ -12,7 +12,7 @@ from .errors import MalformedFile, UnreadableFile
 
 
 def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) -> int:
-    """A descriptor of the regular file at `path`, or of the name in it below the directory `dir_fd`.
+    """A descriptor of the regular file at `path`, or of its last name below a directory `dir_fd`.
 
     Looks before it opens: a FIFO would block, and opening a device may do something. With
     `follow=False` a symlink is refused. Raises MalformedFile for anything else than a regular file,

@@ -9,6 +9,8 @@ from pathlib import Path
 from .errors import StoreError
 from .folder import Folder
 
+_CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
+
 
 def user_cache_root() -> Path:
     """The user's cache: $PAROQUANT_STREAM_CACHE, else under $XDG_CACHE_HOME or ~/.cache."""
@@ -16,6 +18,23 @@ def user_cache_root() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "paroquant" / "mlx_cache"
+
+
+def mark_as_cache(root: Path) -> None:
+    """Leave the tag by which backup programs skip a cache. Raises OSError."""
+    tag = root / "CACHEDIR.TAG"
+    if not (tag.exists() and tag.stat().st_size == len(_CACHEDIR_TAG)):
+        tag.write_text(_CACHEDIR_TAG)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free where a path lies or would lie. Raises StoreError."""
+    place = next((p for p in (path, *path.parents) if os.path.exists(p)), path)
+    try:
+        status = os.statvfs(place)
+    except OSError as error:
+        raise StoreError(f"{place}: cannot tell its free space: {error.strerror}") from error
+    return status.f_bavail * status.f_frsize
 
 
 def step_into(folder: Folder, name: str, create: int | None) -> Folder:

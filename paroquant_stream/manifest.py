@@ -141,7 +141,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(body: bytes, longest: int) -> Any:
-    """The value of msgpack bytes, none of it longer than a model needs; `longest`: of a byte string.
+    """The value of msgpack bytes, none of it longer than a model needs; `longest`: of bytes.
 
     Raises whatever msgpack raises on hostile bytes.
     """

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .checkpoint import Shard, config_digest
 from .digest import FileStamp, Memo
-from .errors import ManifestError
 from .hub import locate
-from .manifest import MAX_BYTES, EntryRecord, Manifest
+from .manifest import EntryRecord, Manifest
 from .store import Store, cache_store
 from .task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
 
@@ -114,16 +113,7 @@ def _options(dtype: Dtype) -> bytes:
 
 def read_manifest(request: Request) -> Manifest | None:
     """The manifest of an earlier conversion, or None; whatever is wrong with it, it is None."""
-    return read_named(request.store, request.manifest_name)
-
-
-def read_named(store: Store, name: str) -> Manifest | None:
-    """The manifest of this name in a store, or None."""
-    data = store.read_manifest(name, MAX_BYTES)
-    try:
-        return Manifest.decode(data) if data is not None else None
-    except ManifestError:
-        return None
+    return request.store.load_manifest(request.manifest_name)
 
 
 def staleness(

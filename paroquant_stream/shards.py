@@ -59,7 +59,7 @@ def convert_shards(
     names = [task.shard for task in model.plan.tasks]
     manifest = _manifest(request, model, [kept[name] for name in names])
     if manifest != before:  # equal, and a cache that cannot be written still serves
-        request.store.write_manifest(request.manifest_name, manifest.encode())
+        request.store.write_manifest(request.manifest_name, manifest)
     dropper.keep(manifest)
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)

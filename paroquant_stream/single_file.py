@@ -168,7 +168,7 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
 
 
 def _removed_sources(request: Request) -> dict[str, str]:
-    """SHA-256 of the shards that `--drop-source` removed, by name, as cache and `mlx/` know them."""
+    """SHA-256 of shards that `--drop-source` removed, by name, as cache and `mlx/` know them."""
     from .find_dropped import find_dropped
 
     beside = replace(request.store, root=request.directory / "mlx", private=False, read_only=True)

@@ -29,15 +29,15 @@ from pathlib import Path
 
 from . import temp_files
 from .digest import FileStamp, Memo
-from .errors import MalformedFile, StoreError
+from .errors import MalformedFile, ManifestError, StoreError
 from .folder import Folder
-from .location import check_owner, step_into, user_cache_root
+from .location import check_owner, free_bytes, mark_as_cache, step_into, user_cache_root
 from .lock import conversion_lock, excludes, removal_lock
+from .manifest import MAX_BYTES, Manifest
 from .newfile import NewFile, sync_directory
 from .trace import SILENCE, Trace
 
 _KINDS = ("entries", "manifests", "dropped", "memo", "tmp", "locks")
-_CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
 _DIGEST = re.compile(rb"xxh3-128 ([0-9a-f]{32}) (\d{1,19})\n")
 
 
@@ -58,7 +58,7 @@ class Store:
         return Memo(self.folder("memo"), self.read_only)
 
     def folder(self, kind: str) -> Path:
-        """Where files of this kind lie: one of `_KINDS`, or `damaged`; for messages and listings."""
+        """Where files of a kind lie: one of `_KINDS`, or `damaged`; for messages and listings."""
         return self.root / "v1" / kind
 
     def entry_path(self, key: str) -> Path:
@@ -123,9 +123,8 @@ class Store:
             for kind in _KINDS if self.private else _KINDS[:-1]:
                 with self.opened(kind, create=True):
                     pass
-            tag = self.root / "CACHEDIR.TAG"
-            if self.private and not (tag.exists() and tag.stat().st_size == len(_CACHEDIR_TAG)):
-                tag.write_text(_CACHEDIR_TAG)
+            if self.private:
+                mark_as_cache(self.root)
             for path in (self.root, self.root.parent):
                 sync_directory(path)
         except OSError as error:
@@ -135,13 +134,7 @@ class Store:
 
     def free_bytes(self) -> int:
         """Bytes free for entries, where the store lies or would lie. Raises StoreError."""
-        parents = (self.root, *self.root.parents)
-        place = next((path for path in parents if os.path.exists(path)), self.root)
-        try:
-            status = os.statvfs(place)
-        except OSError as error:
-            raise StoreError(f"{place}: cannot tell its free space: {error.strerror}") from error
-        return status.f_bavail * status.f_frsize
+        return free_bytes(self.root)
 
     def entry_size(self, key: str) -> int | None:
         """Bytes of the entry, or None when there is none. Raises StoreError."""
@@ -165,7 +158,7 @@ class Store:
         return None
 
     def publish_entry(self, file: NewFile, key: str) -> FileStamp:
-        """Publish an entry, its digest beside it first, and make both durable. Raises StoreError."""
+        """Publish an entry durably, its digest beside it first. Raises StoreError."""
         note = f"xxh3-128 {file.digest} {file.size}\n".encode()
         with self._writing("entries") as entries, self._writing("entries", key[:2]) as folder:
             self._publish(folder, f"{key}.digest", note)
@@ -207,13 +200,17 @@ class Store:
             return [name for name, _ in folder.files()]
         return []
 
-    def read_manifest(self, name: str, limit: int) -> bytes | None:
-        """The first `limit` + 1 bytes of a manifest, or None when it is absent or unreadable."""
-        return self.read_file("manifests", f"{name}.msgpack", limit)
+    def load_manifest(self, name: str) -> Manifest | None:
+        """The manifest of this name; whatever is wrong with it, None."""
+        data = self.read_file("manifests", f"{name}.msgpack", MAX_BYTES)
+        try:
+            return Manifest.decode(data) if data is not None else None
+        except ManifestError:
+            return None
 
-    def write_manifest(self, name: str, data: bytes) -> None:
+    def write_manifest(self, name: str, manifest: Manifest) -> None:
         """Publishes a manifest. Raises StoreError."""
-        self.write_file("manifests", f"{name}.msgpack", data)
+        self.write_file("manifests", f"{name}.msgpack", manifest.encode())
 
     def manifest_names(self) -> list[str]:
         """The names of all manifests."""
@@ -260,27 +257,6 @@ class Store:
         with contextlib.suppress(OSError), self.opened("entries", key[:2]) as folder:
             with self.opened("tmp", create=True) as tmp:
                 folder.replace(f"{key}.safetensors", tmp, temp_files.temp_name())
-
-    def damaged_path(self, key: str) -> Path | None:
-        """Where a damaged entry is kept that nothing could make again."""
-        names = [n for n in self.file_names("damaged") if n.startswith(f"{key}.")]
-        return self.folder("damaged") / names[-1] if names else None
-
-    def keep_damaged(self, key: str) -> Path | None:
-        """Takes an entry that nothing can make again out of use, and keeps it under `damaged`.
-
-        Returns where it is now; None where it stays, since nothing may be written.
-        """
-        if self.read_only:
-            return None
-        with contextlib.suppress(OSError), self.opened("entries", key[:2]) as folder:
-            with self.opened("damaged", create=True) as damaged:
-                numbers = (f"{key}.{n}.safetensors" for n in range(1, 1000))
-                name = next(name for name in numbers if name not in set(damaged.names()))
-                folder.replace(f"{key}.safetensors", damaged, name)
-                damaged.sync()
-                return damaged.path / name
-        return None
 
     def sweep(self, own: bool = False) -> int:
         """Removes the temps of dead runs and those that this process could not remove before.

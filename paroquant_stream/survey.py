@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .checkpoint import Checkpoint, Shard, open_checkpoint
+from .damage import damaged_path
 from .descriptor import closing
 from .digest import read_into, sha256_of
 from .dropped import DropRecord
@@ -152,7 +153,7 @@ def _why_unusable(request: Request, task: Task, record: EntryRecord) -> str | No
     if record.task_sha256 != task.sha256:
         return "config, tensors of its linears or transform version changed"
     if request.store.entry_size(record.key) != record.size:
-        kept = request.store.damaged_path(record.key)
+        kept = damaged_path(request.store, record.key)
         return (
             f"its entry is damaged, and kept as {kept}"
             if kept

@@ -121,14 +121,6 @@ def test_an_entry_whose_lender_goes_is_read_back_before(scattered_dir, monkeypat
             assert events.index(borrower) < events.index(scattered_dir / lender)
 
 
-CHANGES = {
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b"new"),
-    "another file": lambda path: replace_by(path, bytes(path.stat().st_size)),
-    "one byte in place, times restored": lambda path: flip(path),
-    "another name for it": lambda path: path.rename(path.with_suffix(".gone")),
-}
-
-
 def replace_by(path, data: bytes) -> None:
     path.with_suffix(".new").write_bytes(data)
     path.with_suffix(".new").replace(path)
@@ -142,6 +134,12 @@ def flip(path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+CHANGES = {
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"new"),
+    "another file": lambda path: replace_by(path, bytes(path.stat().st_size)),
+    "one byte in place, times restored": flip,
+    "another name for it": lambda path: path.rename(path.with_suffix(".gone")),
+}
 MOMENTS = ("_read_back", "_source", "_check_lent", "_write_record")
 
 

@@ -16,6 +16,7 @@ from paroquant_stream.cache.listing import make_row
 from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.cache.removal import execute
 from paroquant_stream.conversion import convert
+from paroquant_stream.damage import damaged_path
 from paroquant_stream.dropped import (
     NOTE,
     DropRecord,
@@ -155,7 +156,7 @@ def test_twins_whose_notes_were_lost_are_told_apart_by_their_paths_or_not_at_all
     assert same(weights(one), first)
     assert same(weights(two), second)
     two.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=f"of two models .*{NOTE}"):
+    with pytest.raises(CheckpointError, match=rf"of two models .*{NOTE}"):
         load(tmp_path / "elsewhere")
 
 
@@ -197,7 +198,7 @@ def test_a_directory_without_shards_that_says_which_drop_it_was_takes_no_other(t
 
 def test_another_dtype_after_a_drop_says_what_there_is(dropped):
     directory, _ = dropped
-    with pytest.raises(SourceDropped, match="removed by --drop-source.*--dtype float16"):
+    with pytest.raises(SourceDropped, match=r"removed by --drop-source.*--dtype float16"):
         run(directory, dtype="float16")
 
 
@@ -297,11 +298,11 @@ def test_damage_of_the_only_copy_is_kept_and_the_shard_heals_it(model_dir, tmp_p
         load(model_dir, verify="full")
     for rules in (Rules(orphans=True), Rules(max_size=0)):
         execute(plan_prune(take_inventory(store, now=4e9), rules))
-    assert store.damaged_path(record.key).read_bytes() == broken
+    assert damaged_path(store, record.key).read_bytes() == broken
     shutil.copy(backup / record.shard, model_dir / record.shard)
     load(model_dir)
     execute(plan_prune(take_inventory(store, now=4e9), Rules()))
-    assert store.damaged_path(record.key) is None
+    assert damaged_path(store, record.key) is None
     assert read_manifest(make_request(model_dir)).entries[1].key == record.key
 
 

@@ -294,9 +294,8 @@ def test_bytes_are_durable_before_their_name_and_entries_before_the_manifest(log
     events = []
     for line in log:
         call = line.partition("(")[0]
-        if "at" in call:  # a name in a directory: joined
-            line = re.sub(r'<([^>"]*)>, "([^/"]+)"', r"<\1/\2>", line)
-        paths = re.findall(r'[<"](/[^>"]*)[>"]', line)
+        joined = re.sub(r'<([^>"]*)>, "([^/"]+)"', r"<\1/\2>", line)  # a name in a directory
+        paths = re.findall(r'[<"](/[^>"]*)[>"]', joined if "at" in call else line)
         if paths and " = -1 " not in line:
             events.append((call.rstrip("2").removesuffix("at"), *paths[-2:]))
     named, durable = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 
 from paroquant_stream.api import convert_checkpoint, load
 from paroquant_stream.conversion import convert
-from paroquant_stream.errors import ParoquantStreamError
+from paroquant_stream.errors import StoreError
 from paroquant_stream.request import make_request
 from tests.builders import cut_evenly, temp_of, write_checkpoint
 
@@ -49,15 +50,12 @@ def test_nothing_outside_changes_whatever_a_link_leads_to(model_dir, outside, pl
     shutil.rmtree(path)
     path.symlink_to(outside)
     before = look(outside)
-    try:
-        if what == "load":
-            load(model_dir, jobs=1)
-        else:
-            drop = what == "drop"
+    if what == "load":
+        load(model_dir, jobs=1)
+    else:
+        drop = what == "drop"
+        with contextlib.suppress(StoreError):  # the memo alone is no reason to fail
             convert(make_request(model_dir, in_place=True, jobs=1, drop_source=drop, force=True))
-    except ParoquantStreamError as error:
-        assert "expected a directory, found a link" in str(error)
-        assert what != "load"
     assert look(outside) == before
     path.unlink()  # and nothing is lost
     convert(make_request(model_dir, in_place=True, jobs=1))

@@ -16,6 +16,7 @@ import pytest
 import xxhash
 
 from paroquant_stream import temp_files
+from paroquant_stream.damage import damaged_path, keep_damaged
 from paroquant_stream.errors import StoreError
 from paroquant_stream.folder import Folder
 from paroquant_stream.store import Store, user_cache_root
@@ -89,7 +90,7 @@ def test_a_directory_of_the_cache_that_others_can_write_into_is_refused(store, b
     (store.root / below).chmod(0o777)
     with pytest.raises(StoreError, match=f"{below}: others can write into it .*chmod go-w"):
         publish(store, b"y")
-        store.write_manifest("m", b"z")
+        store.write_file("manifests", "m.msgpack", b"z")
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -105,7 +106,7 @@ def test_a_link_below_the_root_is_not_followed(tmp_path, below, private):
     before = sorted(outside.rglob("*"))
     with pytest.raises(StoreError, match=f"{below}: expected a directory, found a link"):
         publish(store, b"y")
-        store.write_manifest("m", b"z")
+        store.write_file("manifests", "m.msgpack", b"z")
     assert sorted(outside.rglob("*")) == before
 
 
@@ -393,11 +394,11 @@ def test_an_entry_that_can_be_made_again_goes_with_the_next_sweep(store):
 def test_a_damaged_entry_that_cannot_be_made_again_is_kept_each_time(store):
     for number in (1, 2):
         publish(store, b"bad")
-        kept = store.keep_damaged(KEY)
+        kept = keep_damaged(store, KEY)
         assert kept == store.folder("damaged") / f"{KEY}.{number}.safetensors"
         assert store.entry_size(KEY) is None
     assert store.sweep() == 0
-    assert store.damaged_path(KEY) == kept
+    assert damaged_path(store, KEY) == kept
     assert kept.read_bytes() == b"bad"
 
 
@@ -405,7 +406,7 @@ def test_a_store_that_is_only_read_changes_nothing(store):
     publish(store, b"bad")
     looked = replace(store, read_only=True)
     looked.discard_entry(KEY)
-    assert looked.keep_damaged(KEY) is None
+    assert keep_damaged(looked, KEY) is None
     with pytest.raises(StoreError, match="is only read"):
         publish(looked, b"new")
     assert store.entry_path(KEY).read_bytes() == b"bad"
@@ -515,9 +516,9 @@ def test_a_place_that_cannot_be_made_is_a_store_error(tmp_path):
 
 
 def test_a_manifest_that_is_absent_or_a_directory_reads_as_none(store):
-    assert store.read_manifest("m", 100) is None
+    assert store.load_manifest("m") is None
     store.manifest_path("m").mkdir()
-    assert store.read_manifest("m", 100) is None
+    assert store.load_manifest("m") is None
 
 
 def test_free_bytes_of_a_store_that_is_not_there_are_those_of_its_parent(tmp_path):

@@ -17,8 +17,9 @@ from ..report import bytes_text, shown
 from ..request import Request, default_jobs, make_request, model_id
 from ..store import cache_store
 from ..task import DTYPES
-from .inventory import Inventory, Model, take_inventory
+from .inventory import Inventory, take_inventory
 from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
+from .models import Model
 from .options import configure_parser
 from .prune import PrunePlan, Rules, plan_prune, plan_removal
 from .removal import execute

@@ -11,85 +11,21 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import product
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from .. import temp_files
 from ..digest import FileStamp
-from ..dropped import MAX_RECORD, DropRecord
-from ..errors import ManifestError, NewerManifest
 from ..lock import excludes
-from ..manifest import MAX_BYTES, EntryRecord, Manifest
-from ..report import shown
-from ..request import model_id
 from ..store import Store
-from ..task import DTYPES, Dtype
 from .foreign import Foreign, foreign_directories
 from .found import Found, regular_files
+from .models import Model, read_models
 
-SOURCE: Dtype = "source"
-_Decoded = TypeVar("_Decoded")
-_ID = r"(?P<id>[0-9a-f]{64}|model-[0-9a-f]{16})"
-_MANIFEST = re.compile(_ID + r"(?P<journal>\.dropped)?\.msgpack(?P<removed>\.removed)?")
-_RECORD = re.compile(r"(?P<id>[0-9a-f]{64})\.(first|second)\.msgpack(?P<removed>\.removed)?")
 _ENTRY = re.compile(r"(?P<key>[0-9a-f]{64})\.safetensors")
 _DIGEST = re.compile(r"(?P<key>[0-9a-f]{64})\.digest")
 _DAMAGED = re.compile(r"(?P<key>[0-9a-f]{64})\.\d+\.safetensors")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A converted model as the store knows it."""
-
-    id: str
-    """The name of its manifest."""
-    name: str
-    """As it is shown: its directory, or `owner/name@revision` in the Hub's cache."""
-    directory: Path | None
-    """Where it lies or lay; None when the manifest does not say so in a way that can be checked."""
-    dtype: Dtype
-    """What it was converted to."""
-    manifest: Manifest | None
-    """None when its bytes are damaged or of a newer format."""
-    files: tuple[Found, ...]
-    """Its manifest and, where sources were removed, the two copies of the record of that."""
-    records: tuple[EntryRecord, ...]
-    last_used: float
-    newer: bool = False
-    """Written by a newer version, or not readable now: its entries are not known, and stay."""
-    moved: bool = False
-    """Only a record of removed sources is left: its directory was moved, or holds another model."""
-
-    @property
-    def is_record(self) -> bool:
-        """Whether there is no manifest of it, only a record of removed sources."""
-        return self.id in self.files[0].path.name and self.files[0].path.parent.name == "dropped"
-
-    @property
-    def names(self) -> set[str]:
-        """What it may be called: as shown, escaped or not, and without the Hub's revision."""
-        repository = {self.name.partition("@")[0]} if _snapshot(self.directory) else set()
-        named = {str(self.directory)} if self.directory else set()
-        return {self.name, shown(self.name)} | repository | named
-
-    @property
-    def is_orphan(self) -> bool:
-        """Whether the model directory is known and is not there."""
-        return self.directory is not None and not os.path.isdir(self.directory)
-
-    @property
-    def is_damaged(self) -> bool:
-        """Whether nobody can read it: a miss for every load, with no entry that it names."""
-        return not self.records and not self.newer
-
-    @property
-    def only_copy(self) -> bool:
-        """Whether source shards were dropped, so that their entries are all that is left."""
-        return any(record.dropped for record in self.records)
 
 
 @dataclass(frozen=True)
@@ -158,7 +94,7 @@ class Inventory:
 def take_inventory(store: Store, now: float | None = None) -> Inventory:
     """What lies in the store; an absent store is empty, and nothing is written."""
     now = time.time() if now is None else now
-    models, removed = _models(store)
+    models, removed = read_models(store)
     entries, digests = _entries(store)
     return Inventory(
         store,
@@ -177,162 +113,10 @@ def take_inventory(store: Store, now: float | None = None) -> Inventory:
 
 def claimed_keys(store: Store) -> set[str] | None:
     """The keys that manifests name now; None when some manifest cannot tell."""
-    models, _ = _models(store)
+    models, _ = read_models(store)
     if any(model.newer for model in models):
         return None
     return {record.key for model in models for record in model.records}
-
-
-_Removed = tuple[tuple[Found, frozenset[str]], ...]
-
-
-def _models(store: Store) -> tuple[list[Model], _Removed]:
-    groups: dict[str, list[Found]] = {}
-    removed: list[tuple[Found, frozenset[str]]] = []
-    for file in regular_files(store.folder("manifests")):
-        match = _MANIFEST.fullmatch(file.path.name)
-        if match and match["removed"]:
-            manifest, _ = _read(file.path)
-            removed.append((file, _keys(manifest)))
-        elif match:
-            groups.setdefault(match["id"], []).append(file)
-    models = {name: _model(name, files) for name, files in groups.items()}
-    records, removed_records = _records(store)
-    for drop_id, files in records.items():
-        _add_record(models, drop_id, files)
-    return list(models.values()), (*removed, *removed_records)
-
-
-def _records(store: Store) -> tuple[dict[str, list[Found]], _Removed]:
-    """The files of the records of removed sources by id, and those whose removal was cut off."""
-    groups: dict[str, list[Found]] = {}
-    removed: list[tuple[Found, frozenset[str]]] = []
-    for file in regular_files(store.folder("dropped")):
-        match = _RECORD.fullmatch(file.path.name)
-        if match and match["removed"]:
-            record, _ = _read_record(match["id"], file.path)
-            removed.append((file, _keys(record.manifest if record else None)))
-        elif match:
-            groups.setdefault(match["id"], []).append(file)
-    return groups, tuple(removed)
-
-
-def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) -> None:
-    """Adds a record to the model whose manifest goes on from it, else as a model of its own."""
-    read = [_read_record(drop_id, file.path) for file in files]
-    record = next((record for record, _ in read if record), None)
-    last_used = max(file.mtime_ns for file in files) / 1e9
-    if record is None:
-        unknown = Model(
-            drop_id,
-            f"({drop_id[:12]})",
-            None,
-            SOURCE,
-            None,
-            tuple(files),
-            (),
-            last_used,
-            newer=True,
-        )
-        models[drop_id] = unknown
-        return
-    entries, directory = record.manifest.entries, record.manifest.directory
-    home = models.get(model_id(Path(directory), record.dtype))
-    gone = {(e.shard, e.source_sha256) for e in entries if e.dropped}
-    if home and gone <= {(e.shard, e.source_sha256) for e in home.records}:
-        merged = {(e.key, e.shard): e for e in (*home.records, *entries)}
-        merged |= {(e.key, e.shard): e for e in home.records if e.dropped}
-        models[home.id] = replace(home, files=(*home.files, *files), records=tuple(merged.values()))
-        return
-    name = f"{_shown_name(drop_id, record.manifest, Path(directory))}#{drop_id[:8]}"
-    models[drop_id] = Model(
-        drop_id, name, Path(directory), record.dtype, record.manifest, tuple(files),
-        tuple(entries), last_used, moved=home is not None or not os.path.isdir(directory),
-    )  # fmt: skip
-
-
-def _keys(manifest: Manifest | None) -> frozenset[str]:
-    return frozenset(record.key for record in manifest.entries) if manifest else frozenset()
-
-
-def _model(name: str, files: list[Found]) -> Model:
-    read = {file.path.name: _read(file.path) for file in files}
-    manifests = [manifest for manifest, _ in read.values() if manifest]
-    main = read.get(f"{name}.msgpack", (None, False))[0]
-    told = main or (manifests[0] if manifests else None)
-    directory, dtype = _directory(name, told) if told else (None, SOURCE)
-    everything = [record for manifest in manifests for record in manifest.entries]
-    # the last of two wins: the one that knows that the source is gone
-    records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
-    return Model(
-        name,
-        _shown_name(name, told, directory) + ("" if dtype == SOURCE else f" ({dtype})"),
-        directory,
-        dtype,
-        main,
-        tuple(files),
-        tuple(records.values()),
-        max(file.mtime_ns for file in files) / 1e9,
-        any(newer for _, newer in read.values()),
-    )
-
-
-def _read(path: Path) -> tuple[Manifest | None, bool]:
-    """The manifest in a file, and whether it may be sound all the same: newer, or unreadable."""
-    return _decoded(path, MAX_BYTES, Manifest.decode)
-
-
-def _read_record(drop_id: str, path: Path) -> tuple[DropRecord | None, bool]:
-    """As `_read`, of a record of removed sources."""
-    return _decoded(path, MAX_RECORD, partial(DropRecord.decode, drop_id))
-
-
-def _decoded(
-    path: Path, limit: int, decode: Callable[[bytes], _Decoded]
-) -> tuple[_Decoded | None, bool]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError:  # removed meanwhile
-        return None, False
-    except OSError:
-        return None, True
-    try:
-        return decode(data), False
-    except NewerManifest:
-        return None, True
-    except ManifestError:
-        return None, False
-
-
-def _directory(name: str, manifest: Manifest) -> tuple[Path | None, Dtype]:
-    """The model directory and the dtype, if the manifest's name is their hash; before 1.1 as the
-    user named it.
-    """
-    candidates = [Path(manifest.directory)] if manifest.directory else []
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of links, no home, NUL
-        candidates.append(Path(manifest.model).expanduser().resolve())
-    for path, dtype in product(candidates, DTYPES):
-        if model_id(path, dtype) == name:
-            return path, dtype
-    return None, SOURCE
-
-
-def _shown_name(name: str, manifest: Manifest | None, directory: Path | None) -> str:
-    if directory is None:
-        return f"{manifest.model} ({name[:12]})" if manifest else f"({name[:12]})"
-    if repository := _snapshot(directory):
-        return f"{repository}@{directory.name[:8]}"
-    return str(directory)
-
-
-def _snapshot(directory: Path | None) -> str | None:
-    """`owner/name` of a directory `models--owner--name/snapshots/<commit>` of the Hub's cache."""
-    if directory is None or directory.parent.name != "snapshots":
-        return None
-    name = directory.parent.parent.name
-    return name[8:].replace("--", "/", 1) if name.startswith("models--") else None
 
 
 def _entries(store: Store) -> tuple[dict[str, Found], dict[str, Found]]:

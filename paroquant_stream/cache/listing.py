@@ -13,7 +13,8 @@ from ..store import Store
 from ..units import age_text
 from .foreign import Foreign
 from .freshness import STALE, UNKNOWN, Freshness, entries_alone, examine
-from .inventory import Inventory, Model
+from .inventory import Inventory
+from .models import Model
 from .prune import PrunePlan
 
 _HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", "STATE")

@@ -32,7 +32,8 @@ VERIFY = """\
 Read every entry of MODEL, or of all models, and with --sources its shards too, and compare their
 hashes with those taken when they were written. Prints `path: expected X, got Y` for each that
 differs. A damaged entry is taken out of use, to be made again by the next conversion; one whose
-shard was removed is kept in the cache's `damaged`. Exit code: 0 all right, 1 something differs or failed, 2 wrong usage."""
+shard was removed is kept in the cache's `damaged`. Exit code: 0 all right, 1 something differs or
+failed, 2 wrong usage."""
 _Number = TypeVar("_Number", int, float)
 
 

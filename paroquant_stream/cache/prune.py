@@ -13,7 +13,8 @@ from ..errors import StoreError
 from ..report import bytes_text
 from .foreign import Foreign
 from .found import Found, regular_files
-from .inventory import Inventory, Model
+from .inventory import Inventory
+from .models import Model
 from .running import QUIET, demand_quiet, running
 
 

@@ -15,9 +15,9 @@ from ..damage import confirmed_defect, take_out
 from ..descriptor import closing
 from ..digest import Memo, hash_entry
 from ..dropped import heal_records, read_records
-from ..errors import ManifestError, ParoquantStreamError, StoreError
+from ..errors import ParoquantStreamError, StoreError
 from ..find_dropped import find_manifest
-from ..manifest import MAX_BYTES, EntryRecord, Manifest
+from ..manifest import EntryRecord, Manifest
 from ..request import Request
 from ..store import Store
 
@@ -85,12 +85,8 @@ def verify_source(directory: Path, record: EntryRecord, memo: Memo) -> Problem |
 def manifests_of(store: Store) -> Iterator[Manifest]:
     """Every readable manifest of a store."""
     for name in store.manifest_names():
-        data = store.read_manifest(name, MAX_BYTES)
-        try:
-            if data is not None:
-                yield Manifest.decode(data)
-        except ManifestError:
-            continue  # a miss everywhere, so here too
+        if manifest := store.load_manifest(name):
+            yield manifest
 
 
 def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:

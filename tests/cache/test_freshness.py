@@ -188,7 +188,7 @@ def test_a_dropped_shard_is_fresh_while_its_entry_is_there(converted):
     made = make_request(converted)
     manifest = read_manifest(made)
     records = tuple(replace(record, dropped=True) for record in manifest.entries)
-    made.store.write_manifest(made.manifest_name, replace(manifest, entries=records).encode())
+    made.store.write_manifest(made.manifest_name, replace(manifest, entries=records))
     (converted / SECOND).unlink()
     found = look(converted)
     assert found.state == FRESH
