@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .descriptor import closing, open_regular
-from .digest import Memo, hash_file
+from .digest_cache import Memo, hash_file
 from .errors import CheckpointError, MalformedFile
 from .strictjson import strict_json
 from .tensorfile import Header, TensorInfo, read_header

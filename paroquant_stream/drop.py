@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from .checkpoint import Shard
-from .descriptor import closing, open_regular, pread_exactly
-from .digest import FileStamp, hash_entry, read_into, sha256_of
+from .descriptor import FileStamp, closing, open_regular, pread_exactly
 from .errors import EntryDamaged, MalformedFile, SourceChanged, SourceDropped
+from .hashing import hash_entry, read_into, sha256_of
 from .hub import remove
 from .manifest import EntryRecord, Manifest
 from .request import Request, read_named

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from .digest import FileStamp
+from .descriptor import FileStamp
 from .errors import StoreError
 from .trace import SILENCE, Trace
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .checkpoint import Shard, config_digest
-from .digest import FileStamp, Memo
+from .descriptor import FileStamp
+from .digest_cache import Memo
 from .errors import ManifestError
 from .manifest import MAX_BYTES, EntryRecord, Manifest
 from .store import Store

@@ -28,9 +28,9 @@ from pathlib import Path
 from paroquant_stream import __version__
 
 from .checkpoint import SHARD_NAME, Shard, shard_names
-from .descriptor import closing, pread_exactly
-from .digest import FileStamp, hash_parts
+from .descriptor import FileStamp, closing, pread_exactly
 from .errors import CheckpointError, MalformedFile, StoreError
+from .hashing import hash_parts
 from .request import Request, source_staleness
 from .strictjson import strict_json
 from .task import TRANSFORM

@@ -20,8 +20,8 @@ import xxhash
 
 from .api import converted
 from .descriptor import closing
-from .digest import CHUNK, read_chunks
 from .errors import EntryDamaged, UnwritableFile
+from .hashing import CHUNK, read_chunks
 from .manifest import EntryRecord, Manifest
 from .newfile import reserve, sync_directory, write_problem
 from .request import Request

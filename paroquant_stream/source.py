@@ -20,16 +20,10 @@ from typing import Any
 import xxhash
 
 from .checkpoint import Shard
-from .digest import (
-    CHUNK,
-    FileStamp,
-    Memo,
-    SourceDigest,
-    SourceHasher,
-    read_into,
-    sha256_of,
-)
+from .descriptor import FileStamp
+from .digest_cache import Memo
 from .errors import Cancelled, SourceChanged, SourceDamaged
+from .hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
 from .task import Part, Task
 from .tensorfile import read_header
 from .worker import Worker

@@ -7,7 +7,7 @@
       v1/manifests/<model id>.dropped.msgpack        sources removed by a run that is not done yet
       v1/headers/<64 hex SHA-256 of a shard>         of shards that were removed, see drop.py
       v1/manifests/<model id>.msgpack.removed        until the last entry of that model is gone
-      v1/memo/<size>-<device>-<inode>                digests by stat, see digest.py
+      v1/memo/<size>-<device>-<inode>                digests by stat, see digest_cache.py
       v1/locks/<name>.lock                           never deleted: deleting one lets two in
       v1/tmp/<host>-<pid>-<32 hex>                   what a run writes before it publishes
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .descriptor import open_regular
-from .digest import Memo
+from .digest_cache import Memo
 from .errors import MalformedFile, StoreError
 from .newfile import NewFile, is_open, sync_directory
 from .trace import SILENCE, Trace

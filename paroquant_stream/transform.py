@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .descriptor import closing
-from .digest import FileStamp, hash_entry
+from .descriptor import FileStamp, closing
 from .errors import StoreError
+from .hashing import hash_entry
 from .manifest import EntryRecord
 from .newfile import NewFile
 from .operations import run_operation

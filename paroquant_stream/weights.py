@@ -13,9 +13,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from .descriptor import closing
-from .digest import FileStamp, hash_entry
+from .descriptor import FileStamp, closing
 from .errors import AssemblyError, EntryDamaged, ParoquantStreamError
+from .hashing import hash_entry
 from .layout import Quantization
 from .manifest import EntryRecord, Manifest
 from .sharding import Take

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import digest, newfile
+from paroquant_stream import descriptor, newfile
 from tests.builders import cut_apart, cut_evenly, write_checkpoint
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -21,7 +21,7 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as left alone at once, so that their digests are remembered."""
-    monkeypatch.setattr(digest, "RACY_SECONDS", -1)
+    monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
 
 
 @pytest.fixture

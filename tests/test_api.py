@@ -111,7 +111,7 @@ def test_full_verification_finds_what_the_stat_does_not_show(model_dir, monkeypa
     """The memo made to fit, as after a write through a mapping that no time shows."""
     import os
 
-    from paroquant_stream.digest import FileStamp
+    from paroquant_stream.descriptor import FileStamp
 
     manifest = convert_checkpoint(model_dir)
     store = make_request(model_dir).store

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import digest, request, shards
+from paroquant_stream import descriptor, request, shards
 from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, PlanError
@@ -264,7 +264,7 @@ def test_in_place_writes_beside_the_model_and_names_no_path(model_dir, tmp_path)
 
 
 def test_a_shard_that_just_changed_is_not_trusted_by_its_stat(model_dir, monkeypatch):
-    monkeypatch.setattr(digest, "RACY_SECONDS", 2.0)
+    monkeypatch.setattr(descriptor, "RACY_SECONDS", 2.0)
     request = make_request(model_dir, jobs=1)
     result = convert(request)
     assert "never read" in staleness(request, result.manifest)

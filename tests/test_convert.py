@@ -138,8 +138,8 @@ def test_a_bar_by_bytes_is_shown_on_a_terminal_only(arguments):
 
 LIGHT = """
 import sys
-from paroquant_stream import digest
-digest.RACY_SECONDS = -1
+from paroquant_stream import descriptor
+descriptor.RACY_SECONDS = -1
 from paroquant_stream.convert import main
 code = main(sys.argv[1:])
 heavy = {"numpy", "mlx", "transformers", "huggingface_hub", "tqdm", "safetensors", "mlx_lm"}

@@ -36,8 +36,8 @@ CALLS = ("write", "fsync", "rename", "openat", "unlink", "fallocate", "close", "
 START = """
 import fcntl, os, resource, sys
 import concurrent.futures.thread, filelock  # what a run imports when it finds work
-from paroquant_stream import convert, digest, executor, shards, source, transform
-digest.RACY_SECONDS = -1
+from paroquant_stream import convert, descriptor, executor, shards, source, transform
+descriptor.RACY_SECONDS = -1
 """
 END = "\nsys.exit(convert.main(sys.argv[1:]))"
 LINUX_ROOT = pytest.mark.skipif(

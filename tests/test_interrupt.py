@@ -16,13 +16,13 @@ import pytest
 
 from paroquant_stream.api import make_request
 from paroquant_stream.conversion import convert
-from paroquant_stream.digest import hash_entry
+from paroquant_stream.hashing import hash_entry
 from paroquant_stream.store import Store
 
 KILL = """
 import os, signal, sys
-from paroquant_stream import convert, digest, newfile
-digest.RACY_SECONDS, newfile._BLOCK = -1, 4096
+from paroquant_stream import convert, descriptor, newfile
+descriptor.RACY_SECONDS, newfile._BLOCK = -1, 4096
 step, calls = int(sys.argv[1]), 0
 def deadly(real):
     def call(*arguments, **options):

@@ -174,7 +174,7 @@ def test_a_cache_that_cannot_be_made_costs_only_the_hashing(exported, tmp_path):
 
 def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
     """Its stat may not show the next write: git's racy rule."""
-    monkeypatch.setattr("paroquant_stream.digest.RACY_SECONDS", 3600)
+    monkeypatch.setattr("paroquant_stream.descriptor.RACY_SECONDS", 3600)
     real, hashed = single_file.hash_parts, []
     monkeypatch.setattr(single_file, "hash_parts", lambda *a: hashed.append(a) or real(*a))
     load(exported)
@@ -183,7 +183,7 @@ def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
 
 
 def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
-    from paroquant_stream.digest import FileStamp
+    from paroquant_stream.descriptor import FileStamp
 
     load(exported)
     path = exported / NAME

@@ -99,7 +99,7 @@ def test_unquantized_experts_are_stacked():
 def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
     import os
 
-    from paroquant_stream.digest import FileStamp
+    from paroquant_stream.descriptor import FileStamp
 
     manifest, store = converted
     record = manifest.entries[0]

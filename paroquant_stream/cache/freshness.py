@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import Shard
-from ..digest import FileStamp
+from ..descriptor import FileStamp
 from ..errors import ParoquantStreamError
 from ..manifest import EntryRecord, Manifest
 from ..report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted

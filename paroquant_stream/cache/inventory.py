@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from ..digest import FileStamp
+from ..descriptor import FileStamp
 from ..errors import ManifestError, NewerManifest
 from ..manifest import MAX_BYTES, EntryRecord, Manifest
 from ..report import shown

@@ -11,8 +11,9 @@ import safetensors
 
 from ..checkpoint import Shard
 from ..descriptor import closing
-from ..digest import Memo, hash_entry
+from ..digest_cache import Memo
 from ..errors import ManifestError, ParoquantStreamError, StoreError
+from ..hashing import hash_entry
 from ..manifest import MAX_BYTES, EntryRecord, Manifest
 from ..request import Request, read_manifest
 from ..store import Store

@@ -16,7 +16,7 @@ from paroquant_stream import convert as command
 from paroquant_stream.api import make_request
 from paroquant_stream.cache.freshness import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
 from paroquant_stream.conversion import convert
-from paroquant_stream.digest import SourceHasher
+from paroquant_stream.hashing import SourceHasher
 from paroquant_stream.request import read_manifest
 from paroquant_stream.task import OPERATION_VERSIONS
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint

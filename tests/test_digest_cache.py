@@ -1,4 +1,4 @@
-"""Digests and the memo: right by reading, right by stat, and never by a stat that may lie."""
+"""The memo of digests: right by stat, and never by a stat that may lie."""
 
 from __future__ import annotations
 
@@ -8,21 +8,12 @@ import time
 from dataclasses import replace
 
 import pytest
-import xxhash
 
-from paroquant_stream import digest
-from paroquant_stream.digest import (
-    FileStamp,
-    Memo,
-    SourceHasher,
-    hash_entry,
-    hash_file,
-    read_chunks,
-)
-from paroquant_stream.errors import SourceChanged
-from paroquant_stream.tensorfile import TensorInfo
+from paroquant_stream import descriptor
+from paroquant_stream.descriptor import FileStamp
+from paroquant_stream.digest_cache import Memo, hash_file
 
-DATA = bytes(range(256)) * 50_000  # 12.8 MB, over three chunks
+DATA = bytes(range(256)) * 50_000
 
 
 @pytest.fixture
@@ -41,64 +32,6 @@ def memo(tmp_path) -> Memo:
 
 def stamp_of(path) -> FileStamp:
     return FileStamp.of(os.stat(path))
-
-
-def test_chunks_are_the_bytes_in_order_in_the_buffer_that_is_given(fd):
-    buffer = memoryview(bytearray(5_000_000))
-    sizes, seen = [], bytearray()
-    for chunk in read_chunks(fd, 3, len(DATA) - 2, "x", buffer):
-        sizes.append(len(chunk))
-        seen += chunk
-    assert bytes(seen) == DATA[3:-2]
-    assert sizes == [5_000_000, 5_000_000, len(DATA) - 5 - 10_000_000]
-
-
-def test_short_reads_are_continued(fd, monkeypatch):
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda f, views, at: real(f, [views[0][:999_983]], at))
-    assert hash_entry(fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
-
-
-def test_a_file_that_ends_early_is_an_error(fd):
-    with pytest.raises(SourceChanged, match="shorter"):
-        list(read_chunks(fd, 0, len(DATA) + 1, "x", memoryview(bytearray(100_000))))
-
-
-FIRST = TensorInfo("a", "U8", (100,), 10, 110)
-EMPTY = TensorInfo("e", "U8", (0,), 110, 110)
-SECOND = TensorInfo("b", "U8", (len(DATA) - 500,), 400, len(DATA) - 100)
-WANTED = {
-    "a": xxhash.xxh3_128_digest(DATA[10:110]),
-    "e": xxhash.xxh3_128_digest(b""),
-    "b": xxhash.xxh3_128_digest(DATA[400:-100]),
-}
-
-
-def test_one_pass_gives_the_hash_of_the_file_and_of_each_tensor(fd):
-    ticks: list[int] = []
-    hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", ticks.append)
-    found = hasher.finish()
-    assert found.sha256 == hashlib.sha256(DATA).hexdigest()
-    assert found.fingerprints == WANTED
-    assert sum(ticks) == len(DATA)
-
-
-def test_bytes_that_were_read_for_another_end_are_not_read_again(fd, monkeypatch):
-    hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", lambda _: None)
-    hasher.advance(50)
-    hasher.update(memoryview(DATA[50:5000]))
-    reads = []
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda f, v, at: reads.append(at) or real(f, v, at))
-    hasher.advance(1000)  # is behind
-    found = hasher.finish()
-    assert min(reads) == 5000
-    assert found.sha256 == hashlib.sha256(DATA).hexdigest()
-    assert found.fingerprints == WANTED
-
-
-def test_an_entry_is_hashed_whole(fd):
-    assert hash_entry(fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
 
 
 def test_a_memo_gives_back_what_it_was_told_for_the_same_stamp_only(memo, tmp_path):
@@ -138,7 +71,7 @@ def test_a_young_file_is_not_remembered(fd, memo, tmp_path):
 
 
 def test_an_old_file_is_remembered(fd, memo, tmp_path, monkeypatch):
-    monkeypatch.setattr(digest, "RACY_SECONDS", -1)
+    monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
     assert hash_file(fd, "x", memo) == hashlib.sha256(DATA).hexdigest()
     assert memo.lookup(stamp_of(tmp_path / "x")) == hashlib.sha256(DATA).hexdigest()
 
