@@ -36,6 +36,11 @@ class FileStamp:
         """The stamp of an open file. Raises UnreadableFile."""
         return cls.of(file_status(fd, label))
 
+    @property
+    def in_whole_seconds(self) -> bool:
+        """Whether the ctime is no finer: a coarse clock's, an image's, or 0."""
+        return self.ctime_ns % 1_000_000_000 == 0
+
     def is_settled(self, now_ns: int) -> bool:
         """Whether a change after `now_ns` must show in the stamp."""
         return max(self.mtime_ns, self.ctime_ns) + RACY_SECONDS * 1e9 <= now_ns

@@ -13,7 +13,7 @@ ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__
 LEVELS = [
     {"errors", "exits", "repack", "cast", "kernels", "standalone", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
-    {"tensorfile", "worker"},
+    {"filesystems", "tensorfile", "worker"},
     {"hashing", "layout", "manifest", "slices", "stacks", "task"},
     {"digest_cache", "linears", "newfile", "report", "sharding"},
     {"checkpoint"},
