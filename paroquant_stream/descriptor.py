@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import MalformedFile, UnreadableFile
 
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
+WIDE_SECONDS = 86_400.0  # what the clocks of two machines may differ by, a wrong time zone included
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,13 @@ class FileStamp:
         """Whether the ctime is no finer: a coarse clock's, an image's, or 0."""
         return self.ctime_ns % 1_000_000_000 == 0
 
-    def is_settled(self, now_ns: int) -> bool:
-        """Whether a change after `now_ns` must show in the stamp."""
-        return max(self.mtime_ns, self.ctime_ns) + RACY_SECONDS * 1e9 <= now_ns
+    def is_settled(self, now_ns: int, same_clock: bool) -> bool:
+        """Whether a change after `now_ns` must show in the stamp.
+
+        `same_clock`: `now_ns` is by the clock that stamps the file.
+        """
+        margin = RACY_SECONDS if same_clock else WIDE_SECONDS
+        return max(self.mtime_ns, self.ctime_ns) + margin * 1e9 <= now_ns
 
 
 def open_regular(path: Path, *, follow: bool = True) -> int:

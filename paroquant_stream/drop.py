@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from .checkpoint import Shard
-from .descriptor import FileStamp, closing, open_regular, pread_exactly
+from .descriptor import closing, open_regular, pread_exactly
 from .errors import EntryDamaged, MalformedFile, SourceChanged, SourceDropped
 from .hashing import hash_entry, read_into, sha256_of
 from .hub import remove
@@ -150,8 +150,7 @@ class Dropper:
         shard = Shard(record.shard, request.directory / record.shard)
         self._read_back(record, task)
         with closing(shard.open()) as fd:
-            stamp = FileStamp.of_fd(fd, str(shard.path))
-            known = request.store.memo.lookup(stamp) or shard.hub_sha256
+            known = shard.known_sha256(request.store.memo, fd)
             if (known or shard.sha256(request.store.memo)) != record.source_sha256:
                 raise SourceChanged(f"{shard.path}: changed since it was converted; run again")
             length = 8 + int.from_bytes(pread_exactly(fd, 0, 8, str(shard.path)), "little")

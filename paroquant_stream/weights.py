@@ -13,7 +13,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from .descriptor import FileStamp, closing
+from .descriptor import closing
 from .errors import AssemblyError, EntryDamaged, ParoquantStreamError
 from .hashing import hash_entry
 from .layout import Quantization
@@ -189,15 +189,15 @@ def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
 def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
     """What is wrong with an entry: size and header, and the digest unless its stat is known."""
     label = str(store.entry_path(record.key))
-    stamp = FileStamp.of_fd(fd, label)
     if problem := layout_defect(fd, record.tensors, label):
         return problem
-    if not full and store.memo.lookup(stamp) == record.digest:
+    if not full and store.memo.lookup(fd) == record.digest:
         return None
+    before = store.memo.begin(fd)
     digest = hash_entry(fd, label)
     if digest != record.digest:
         return f"expected XXH3 {record.digest}, found {digest}"
-    store.memo.remember(stamp, digest)
+    store.memo.remember(fd, before, digest)
     return None
 
 

@@ -77,3 +77,19 @@ def in_loop(image: Path, where: Path, device: str = "") -> Iterator[str]:
             yield device
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+@contextlib.contextmanager
+def without_ctime(source: Path, where: Path) -> Iterator[None]:
+    """Shows a flat directory through a FUSE that has no ctime, during the body."""
+    program = Path(__file__).with_name("tiny_fuse.py")
+    command = [sys.executable, program, source, where]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as fuse:
+        if not fuse.stdout.readline():
+            pytest.skip(f"no FUSE here: {fuse.stderr.read().strip().splitlines()[-1]}")
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", str(where)], check=True)

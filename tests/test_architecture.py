@@ -37,7 +37,7 @@ LEVELS = [
 HOMES = {
     "msgpack": {"manifest"},
     "filelock": {"store"},
-    "xxhash": {"hashing", "newfile", "single_write", "source"},
+    "xxhash": {"hashing", "digest_cache", "newfile", "single_write", "source"},
     "huggingface_hub": {"hub"},
     "tqdm": {"progress"},
     "distributed": {"executor"},

@@ -19,7 +19,7 @@ from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStr
 from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
 from paroquant_stream.single_write import write_single_file
 from paroquant_stream.tensorfile import read_header
-from tests.builders import cut_evenly, write_checkpoint
+from tests.builders import cut_evenly, flip, remember, uncovered, write_checkpoint
 from tests.conftest import FIXTURES
 from tests.test_parity import assert_same, parameters
 
@@ -182,9 +182,24 @@ def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
     assert len(hashed) == 2
 
 
-def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
-    from paroquant_stream.descriptor import FileStamp
+def test_a_file_that_changed_meanwhile_is_hashed_again(exported, monkeypatch, caplog):
+    real, hashed = single_file.hash_parts, []
 
+    def hash_then_change(*arguments):
+        digest = real(*arguments)
+        if not hashed:
+            flip(exported / NAME, uncovered(exported / NAME))
+        hashed.append(digest)
+        return digest
+
+    monkeypatch.setattr(single_file, "hash_parts", hash_then_change)
+    load(exported)
+    assert "damaged" not in caplog.text
+    load(exported)
+    assert "damaged: expected XXH3" in caplog.text
+
+
+def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
     load(exported)
     path = exported / NAME
     data = bytearray(path.read_bytes())
@@ -192,7 +207,7 @@ def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
         digest = read_header(file.fileno(), "x").metadata["xxh3"]
     data[-1] ^= 1
     path.write_bytes(data)
-    api.cache_store().memo.remember(FileStamp.of(os.stat(path)), digest)
+    remember(api.cache_store().memo, path, digest)
     load(exported)
     assert "damaged" not in caplog.text
     load(exported, verify="full")
