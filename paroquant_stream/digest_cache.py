@@ -30,8 +30,8 @@ from .filesystems import Ctime, ctime_kind, shows_changes
 from .hashing import SourceHasher, read_into
 
 _FORM = 2
-_PAGES = 8  # of a sample: 20 us a file, 0.8 ms from a disk; 64 pages take 0.15 and 6 ms
-_PAGE = 4096  # bytes
+SAMPLES = 8  # places in a file, 20 us in all, 0.8 ms from a disk; 64 would take 0.15 and 6 ms
+SAMPLE_SIZE = 4096  # bytes of each
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,9 @@ def _sample(fd: int, size: int) -> str:
         SourceChanged: The file became shorter meanwhile.
         UnreadableFile: The system cannot read it.
     """
-    count = min(_PAGE, size)
-    pages = memoryview(bytearray(_PAGES * count))
-    for index in range(_PAGES):
-        start = (size - count) * index // (_PAGES - 1)
+    count = min(SAMPLE_SIZE, size)
+    pages = memoryview(bytearray(SAMPLES * count))
+    for index in range(SAMPLES):
+        start = (size - count) * index // (SAMPLES - 1)
         read_into(fd, pages[index * count : (index + 1) * count], start, "a sample")
     return xxhash.xxh3_128_hexdigest(pages)

@@ -15,9 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from paroquant_stream.descriptor import FileStamp
-from paroquant_stream.digest_cache import _PAGE as PAGE
-from paroquant_stream.digest_cache import _PAGES as PAGES
-from paroquant_stream.digest_cache import Memo
+from paroquant_stream.digest_cache import SAMPLE_SIZE, SAMPLES, Memo
 
 SETTLED = """
 from paroquant_stream import descriptor, digest_cache, filesystems
@@ -210,10 +208,10 @@ def flip(path: Path, at: int) -> None:
 def uncovered(path: Path) -> int:
     """Where a byte lies that no sample of the file covers: in the middle of the widest gap."""
     size = path.stat().st_size
-    starts = [(size - PAGE) * i // (PAGES - 1) for i in range(PAGES)]
+    starts = [(size - SAMPLE_SIZE) * i // (SAMPLES - 1) for i in range(SAMPLES)]
     gap, first = max((after - before, before) for before, after in pairwise(starts))
-    assert gap > 2 * PAGE, "the sample covers all of the file"
-    return first + (gap + PAGE) // 2
+    assert gap > 2 * SAMPLE_SIZE, "the sample covers all of the file"
+    return first + (gap + SAMPLE_SIZE) // 2
 
 
 def settle(directory: Path, seconds: float = 10) -> None:

@@ -70,8 +70,10 @@ def mounted(*arguments: object) -> Iterator[Path]:
 @contextlib.contextmanager
 def in_loop(image: Path, where: Path, device: str = "") -> Iterator[str]:
     """Mounts an image read-only through a loop device, a free one or this one; gives its name."""
-    device = device or call("losetup", "-f")
-    call("losetup", "-r", device, image)
+    if device:
+        call("losetup", "-r", device, image)
+    else:  # found and taken at once: other tests want one, too
+        device = call("losetup", "-r", "-f", "--show", image)
     try:
         with mounted("-o", "ro", device, where):
             yield device
