@@ -57,7 +57,7 @@ def golden(directory, cache: Path) -> list[str]:
 
 
 def seen(path: Path):
-    """All that the memo sees of a file."""
+    """All that the memo sees of a file; no public function gives it, for nobody else needs it."""
     with path.open("rb") as file:
         return _observe(file.fileno())
 
