@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .descriptor import closing, open_regular
-from .digest import Memo, hash_file
+from .digest_cache import Memo, hash_file
 from .errors import CheckpointError, MalformedFile
 from .strictjson import strict_json
 from .tensorfile import Header, TensorInfo, read_header
@@ -64,15 +64,33 @@ class Shard:
     def sha256(self, memo: Memo) -> str:
         """SHA-256 of the whole shard, read now and remembered."""
         with closing(self.open()) as fd:
-            return hash_file(fd, str(self.path), memo)
+            return hash_file(fd, str(self.path), memo, self.hub_sha256)
+
+    def known_sha256(self, memo: Memo, fd: int | None = None) -> str | None:
+        """SHA-256 of the whole shard, if that is known without reading it through.
+
+        What the Hub's cache names it by is not enough: see `Memo.lookup`.
+
+        Args:
+            memo: Of what was hashed before.
+            fd: The shard, if it is open.
+
+        Raises:
+            CheckpointError: It is absent or cannot be opened.
+            MalformedFile: It is no regular file.
+        """
+        if fd is None:
+            with closing(self.open()) as opened:
+                return self.known_sha256(memo, opened)
+        return memo.lookup(fd, self.hub_sha256)
 
     @property
     def hub_sha256(self) -> str | None:
         """The SHA-256 that the Hub's cache gives in the blob's name, if it is one.
 
         Exactly one hop: since huggingface_hub PR 4498 the blob may itself be a link to a Xet hash,
-        which is 64 hex digits too and no SHA-256. It is the server's claim: an identity, never a
-        proof.
+        which is 64 hex digits too and no SHA-256. It is the server's claim about the file that it
+        sent, so no identity of what lies there now.
         """
         blob = hub_blob(self.path)
         return blob.name if blob and re.fullmatch("[0-9a-f]{64}", blob.name) else None

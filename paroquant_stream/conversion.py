@@ -4,7 +4,7 @@
               -> jobs -> EntryRecords           a shard whose key is in the store is not converted
               -> Manifest, published last       so it never names an entry that is not there
 
-When nothing changed none of this runs: the manifest, the memo and one stat a file tell so.
+When nothing changed none of this runs: the manifest, the memo and a sample of each file tell so.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import os
 from pathlib import Path
 
 from .descriptor import closing
-from .digest import hash_entry
 from .dropped import read_record, record_ids
 from .errors import EntryDamaged, ManifestError, StoreError
+from .hashing import hash_entry
 from .manifest import EntryRecord
 from .store import Store
 from .tensorfile import layout_defect

@@ -6,9 +6,49 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import MalformedFile, UnreadableFile
+
+RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
+WIDE_SECONDS = 86_400.0  # what the clocks of two machines may differ by, a wrong time zone included
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What `stat` says of a file's content: unequal stamps, perhaps unequal bytes."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        """The stamp in a `stat` result."""
+        return cls(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
+
+    @classmethod
+    def of_fd(cls, fd: int, label: str) -> FileStamp:
+        """The stamp of an open file. Raises UnreadableFile."""
+        return cls.of(file_status(fd, label))
+
+    @property
+    def in_whole_seconds(self) -> bool:
+        """Whether the ctime is no finer: a coarse clock's, an image's, or 0."""
+        return self.ctime_ns % 1_000_000_000 == 0
+
+    def is_settled(self, now_ns: int, same_clock: bool) -> bool:
+        """Whether a change after `now_ns` must show in the stamp.
+
+        `same_clock`: `now_ns` is by the clock that stamps the file.
+        """
+        margin = RACY_SECONDS if same_clock else WIDE_SECONDS
+        return max(self.mtime_ns, self.ctime_ns) + margin * 1e9 <= now_ns
 
 
 def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from . import temp_files
-from .digest import FileStamp
+from .descriptor import FileStamp
 from .errors import StoreError
 from .folder import Folder
 from .trace import SILENCE, Trace

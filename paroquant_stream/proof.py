@@ -17,10 +17,10 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from .descriptor import closing, pread_exactly
-from .digest import FileStamp, SourceHasher, read_into, sha256_of
+from .descriptor import FileStamp, closing, pread_exactly
 from .errors import SourceChanged, StoreError
 from .folder import Folder
+from .hashing import SourceHasher, read_into, sha256_of
 from .task import Part
 
 logger = logging.getLogger(__name__)

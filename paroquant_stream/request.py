@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .checkpoint import Shard, config_digest
-from .digest import FileStamp, Memo
+from .descriptor import closing
+from .digest_cache import Memo
+from .errors import ParoquantStreamError
 from .hub import locate
 from .manifest import EntryRecord, Manifest
 from .store import Store, cache_store
@@ -124,9 +126,9 @@ def staleness(
 ) -> str | None:
     """Why the manifest does not hold for the model as it is now, or None when it surely does.
 
-    A shard whose digest is in no memo and no blob name counts as changed, unless `read_unknown`:
-    then it is hashed. Of an entry that is not `needed` neither it nor its shard has to be there; a
-    shard that is must be the one it was made from, for it may have lent parts.
+    A shard whose digest no memo knows counts as changed, unless `read_unknown`: then it is hashed.
+    Of an entry that is not `needed` neither it nor its shard has to be there; a shard that is must
+    be the one it was made from, for it may have lent parts.
     """
     if manifest.transform != TRANSFORM:
         return "made by another version"
@@ -149,15 +151,16 @@ def source_staleness(
     memo: Memo, shard: Shard, expected: str, read_unknown: bool = False
 ) -> str | None:
     """Why a shard's SHA-256 is not the `expected` one, or None when it surely is."""
-    try:
-        stamp = FileStamp.of(os.stat(shard.path))
-    except FileNotFoundError:
+    if not os.path.exists(shard.path):
         return f"{shard.name} is absent"
-    except OSError as error:
-        return f"{shard.name} cannot be looked at: {error.strerror}"
-    sha256 = memo.lookup(stamp) or shard.hub_sha256
-    if sha256 is None and read_unknown:
-        sha256 = shard.sha256(memo)
+    try:
+        fd = shard.open()
+    except ParoquantStreamError as error:
+        return f"{shard.name} cannot be looked at: {error}"
+    with closing(fd):
+        sha256 = shard.known_sha256(memo, fd)
+        if sha256 is None and read_unknown:
+            sha256 = shard.sha256(memo)
     if sha256 != expected:
         return f"{shard.name} changed, or was never read where it is now"
     return None

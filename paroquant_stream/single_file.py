@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +28,8 @@ from paroquant_stream import __version__
 
 from .checkpoint import SHARD_NAME, Shard, shard_names
 from .descriptor import closing, pread_exactly
-from .digest import FileStamp, hash_parts
 from .errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
+from .hashing import hash_parts
 from .request import Request, source_staleness
 from .strictjson import strict_json
 from .task import TRANSFORM
@@ -183,13 +182,12 @@ def _removed_sources(request: Request) -> dict[str, str]:
 
 def _damage(file: SingleFile, origin: Origin, request: Request, full: bool) -> str | None:
     label, memo = str(file.path), request.store.memo
-    started, stamp = time.time_ns(), FileStamp.of_fd(file.fd, label)
-    if not full and memo.lookup(stamp) == origin.digest:
+    if not full and memo.lookup(file.fd) == origin.digest:
         return None
+    before = memo.begin(file.fd)
     header_size = file.header.tensors[0].start if file.header.tensors else file.header.size
     digest = hash_single(file.fd, header_size, label, origin.digest)
     if digest != origin.digest:
         return f"damaged: expected XXH3 {origin.digest}, found {digest}"
-    if stamp.is_settled(started) and FileStamp.of_fd(file.fd, label) == stamp:
-        memo.remember(stamp, digest)
+    memo.remember(file.fd, before, digest)
     return None

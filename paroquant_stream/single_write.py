@@ -20,9 +20,9 @@ import xxhash
 from . import temp_files
 from .damage import forget_pages, take_out
 from .descriptor import closing
-from .digest import CHUNK, read_chunks
 from .errors import EntryDamaged, UnwritableFile
 from .folder import Folder
+from .hashing import CHUNK, read_chunks
 from .in_place import converted
 from .lock import excludes
 from .manifest import EntryRecord, Manifest

@@ -10,7 +10,6 @@ spare, the hash runs beside the conversion.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
@@ -20,16 +19,10 @@ from typing import Any
 import xxhash
 
 from .checkpoint import Shard
-from .digest import (
-    CHUNK,
-    FileStamp,
-    Memo,
-    SourceDigest,
-    SourceHasher,
-    read_into,
-    sha256_of,
-)
+from .descriptor import FileStamp
+from .digest_cache import Memo
 from .errors import Cancelled, SourceChanged, SourceDamaged
+from .hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
 from .task import Part, Task
 from .tensorfile import read_header
 from .worker import Worker
@@ -46,17 +39,17 @@ class Source:
     ) -> None:
         self._worker = worker or Worker()
         self._task, self._directory, self._memo, self._tick = task, directory, memo, tick
+        self._shard = Shard(task.shard, directory / task.shard)
         self._fds: dict[str, int] = {}
         self._fingerprints: dict[str, bytes] = {}
         self._borrowed: dict[str, bytes] = {}
         self._digest: SourceDigest | None = None
         self._stopped = self._beside = False
-        self._opened = time.time_ns()
         self.spread: Callable[..., Iterator[Any]] = map
         """`map`, or one that works on several items at once."""
         fd, label = self._fd(task.shard), str(self._path())
         try:
-            self._stamp = FileStamp.of_fd(fd, label)
+            self._stamp, self._seen = FileStamp.of_fd(fd, label), memo.begin(fd)
             tensors = read_header(fd, label).tensors
         except BaseException:
             self.close()
@@ -64,10 +57,10 @@ class Source:
         self._hasher = SourceHasher(fd, tensors, self._stamp.size, label, self._count)
 
     def known_sha256(self) -> str | None:
-        """The shard's SHA-256 if it needs no reading: from the memo or the Hub's blob name."""
+        """The shard's SHA-256 if that is known without reading it through."""
         if self._digest:
             return self._digest.sha256
-        return self._memo.lookup(self._stamp) or Shard(self._task.shard, self._path()).hub_sha256
+        return self._shard.known_sha256(self._memo, self._fd(self._task.shard))
 
     def may_be_known(self) -> bool:
         """Whether the store has seen a shard of this size: hashing first may save the work."""
@@ -78,8 +71,8 @@ class Source:
         if self._digest is None:
             with self._worker.trace.span("hash", self._task.shard):
                 self._digest = self._hasher.finish()
-            if self._unchanged() and self._stamp.is_settled(self._opened):
-                self._memo.remember(self._stamp, self._digest.sha256)
+            sha256, name = self._digest.sha256, self._shard.hub_sha256
+            self._memo.remember(self._fd(self._task.shard), self._seen, sha256, name)
         return self._digest
 
     @contextmanager
@@ -171,7 +164,7 @@ class Source:
             raise SourceChanged(
                 f"{self._path()}: {what} changed during the conversion; convert it again"
             )
-        claimed = Shard(self._task.shard, self._path()).hub_sha256
+        claimed = self._shard.hub_sha256
         if claimed not in (None, digest.sha256):
             raise SourceDamaged(
                 f"{self._path()}: expected SHA-256 {claimed} as the Hub names it, found "

@@ -8,7 +8,7 @@
       v1/manifests/<model id>.msgpack.removed        until the last entry of that model is gone
       v1/dropped/<64 hex id>.{first,second}.msgpack  of sources that were removed, see dropped.py
       v1/damaged/<key>.<number>.safetensors          damaged entries that nothing can make again
-      v1/memo/<size>-<device>-<inode>                digests by stat, see digest.py
+      v1/memo/<size>-<device>-<inode>                digests by stat, see digest_cache.py
       v1/locks/<name>.lock                           never deleted: deleting one lets two in
       v1/tmp/<temp name>                             what a run writes before it publishes
 
@@ -25,10 +25,12 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import temp_files
-from .digest import FileStamp, Memo
+from .descriptor import FileStamp
+from .digest_cache import Memo
 from .errors import MalformedFile, ManifestError, StoreError
 from .folder import Folder
 from .location import check_owner, free_bytes, mark_as_cache, step_into, user_cache_root
@@ -55,7 +57,7 @@ class Store:
     @property
     def memo(self) -> Memo:
         """The digests known by stat."""
-        return Memo(self.folder("memo"), self.read_only)
+        return Memo(self.folder("memo"), self.read_only, partial(self.opened, "memo"))
 
     def folder(self, kind: str) -> Path:
         """Where files of a kind lie: one of `_KINDS`, or `damaged`; for messages and listings."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from .checkpoint import Checkpoint, Shard, open_checkpoint
 from .damage import damaged_path
 from .descriptor import closing
-from .digest import read_into, sha256_of
 from .dropped import DropRecord
 from .errors import MalformedFile, SourceDropped
 from .find_dropped import find_dropped
+from .hashing import read_into, sha256_of
 from .layout import detect, read_quantization
 from .manifest import EntryRecord
 from .plan import Plan, make_plan

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .damage import confirmed_defect
+from .descriptor import FileStamp, closing
+from .errors import StoreError
 from .manifest import EntryRecord
 from .newfile import NewFile
 from .operations import run_operation
@@ -66,8 +68,8 @@ def open_source(job: Job, worker: Worker, tick: Tick) -> Source:
 def find_entry(job: Job, source: Source) -> EntryRecord | None:
     """The record of the entry that the store already has for this shard, or None.
 
-    The shard's SHA-256 comes from the memo or the Hub's blob name; else the shard is hashed if the
-    store has seen one of its size, since that may save the conversion.
+    The shard's SHA-256 comes from the memo; else the shard is hashed if the store has seen one of
+    its size, since that may save the conversion.
     """
     sha256 = source.known_sha256()
     seen = job.known is not None and job.known.source_size == job.task.size
@@ -110,8 +112,14 @@ def _convert(job: Job, source: Source, worker: Worker) -> EntryRecord:
         key = job.task.key(sha256, borrowed)
         with worker.trace.span("publish", job.task.shard):
             stamp = job.store.publish_entry(file, key)
-        job.store.memo.remember(stamp, file.digest)
+        _remember(job.store, key, stamp, file.digest)
         return _record(job.task, sha256, borrowed, key, file.digest, size)
+
+
+def _remember(store: Store, key: str, stamp: FileStamp, digest: str) -> None:
+    """Spares the first load the hash of an entry that was just published with this stamp."""
+    with suppress(StoreError), closing(store.open_entry(key)) as fd:
+        store.memo.remember_written(fd, stamp, digest)
 
 
 def _write(

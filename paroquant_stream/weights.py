@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from .damage import confirmed_defect, defect_of, take_out
 from .descriptor import closing, file_status
-from .digest import FileStamp
 from .errors import AssemblyError, ParoquantStreamError
 from .layout import Quantization
 from .manifest import EntryRecord, Manifest
@@ -194,17 +193,13 @@ def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
 def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
     """What is wrong with an entry: size and header, and the digest unless its stat is known."""
     label = str(store.entry_path(record.key))
-    stamp = FileStamp.of_fd(fd, label)
-    known = not full and store.memo.lookup(stamp) == record.digest
-    if (
-        problem := layout_defect(fd, record.tensors, label)
-        if known
-        else defect_of(record, store, fd)
-    ):
-        return problem
-    if not known:
-        store.memo.remember(stamp, record.digest)
-    return None
+    if not full and store.memo.lookup(fd) == record.digest:
+        return layout_defect(fd, record.tensors, label)
+    before = store.memo.begin(fd)
+    problem = defect_of(record, store, fd)
+    if not problem:
+        store.memo.remember(fd, before, record.digest)
+    return problem
 
 
 def _join_pieces(weights: dict[str, mx.array], lazy: bool) -> dict[str, mx.array]:

@@ -4,12 +4,25 @@ milliseconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from paroquant_stream.descriptor import FileStamp
+from paroquant_stream.digest_cache import SAMPLE_SIZE, SAMPLES, Memo
+
+SETTLED = """
+from paroquant_stream import descriptor, digest_cache, filesystems
+descriptor.RACY_SECONDS = -1
+digest_cache.ctime_kind = lambda *_: filesystems.Ctime.LOCAL
+"""
+"""The fixture `settled`, for a process of its own."""
 
 Tensors = dict[str, np.ndarray]
 Cut = Callable[[list[str]], Mapping[str, str]]
@@ -162,9 +175,47 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def as_hub_snapshot(directory: Path, repository: Path) -> Path:
+    """The model in the form of the Hub's cache: shards are links to blobs, named by SHA-256."""
+    snapshot = repository / "snapshots" / "0123456789abcdef"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.parent.mkdir()
+    directory.rename(snapshot)
+    for shard in snapshot.glob("*.safetensors"):
+        name = hashlib.sha256(shard.read_bytes()).hexdigest()
+        shard.rename(repository / "blobs" / name)
+        shard.symlink_to(f"../../blobs/{name}")
+    return snapshot
+
+
+def remember(memo: Memo, path: Path, digest: str) -> None:
+    """Makes the memo say that the file, as it is, has this digest; with the fixture `settled`."""
+    fd = os.open(path, os.O_RDONLY)
+    memo.remember_written(fd, FileStamp.of(os.fstat(fd)), digest)
+    assert memo.lookup(fd) == digest
+    os.close(fd)
+
+
+def flip(path: Path, at: int) -> None:
+    """Changes one bit of a file, in place."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def uncovered(path: Path) -> int:
+    """Where a byte lies that no sample of the file covers: in the middle of the widest gap."""
+    size = path.stat().st_size
+    starts = [(size - SAMPLE_SIZE) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+    gap, first = max((after - before, before) for before, after in pairwise(starts))
+    assert gap > 2 * SAMPLE_SIZE, "the sample covers all of the file"
+    return first + (gap + SAMPLE_SIZE) // 2
+
+
 def settle(directory: Path, seconds: float = 10) -> None:
     """Sets every file's times into the past. ctime cannot be set, so see `forget_time` too."""
-    import os
     import time
 
     old = time.time() - seconds

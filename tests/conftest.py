@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import digest, newfile
+from paroquant_stream import descriptor, digest_cache, newfile
+from paroquant_stream.filesystems import Ctime
 from tests.builders import cut_apart, cut_evenly, write_checkpoint
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -20,8 +21,11 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def settled(monkeypatch):
-    """Files count as left alone at once, so that their digests are remembered."""
-    monkeypatch.setattr(digest, "RACY_SECONDS", -1)
+    """Files count as left alone at once, and their times as good wherever the tests run, so that
+    their digests are remembered.
+    """
+    monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
+    monkeypatch.setattr(digest_cache, "ctime_kind", lambda *_: Ctime.LOCAL)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import paroquant_stream
 from paroquant_stream import Manifest, convert_checkpoint, load
 from paroquant_stream.errors import AssemblyError, CheckpointError
 from paroquant_stream.request import make_request
+from tests.builders import remember
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -109,16 +110,12 @@ def test_two_threads_that_load_one_cold_model_convert_it_once(model_dir, monkeyp
 
 def test_full_verification_finds_what_the_stat_does_not_show(model_dir, monkeypatch):
     """The memo made to fit, as after a write through a mapping that no time shows."""
-    import os
-
-    from paroquant_stream.digest import FileStamp
-
     manifest = convert_checkpoint(model_dir)
     store = make_request(model_dir).store
     path = store.entry_path(manifest.entries[0].key)
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    store.memo.remember(FileStamp.of(os.stat(path)), manifest.entries[0].digest)
+    remember(store.memo, path, manifest.entries[0].digest)
     load(model_dir)
     assert path.read_bytes() != good
     load(model_dir, verify="full")

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import digest, request, shards
+from paroquant_stream import descriptor, request, shards
 from paroquant_stream.conversion import convert
+from paroquant_stream.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.errors import CheckpointError, PlanError
 from paroquant_stream.manifest import Manifest
 from paroquant_stream.request import make_request, read_manifest, staleness
@@ -57,11 +58,13 @@ def test_the_first_run_converts_every_shard_and_the_second_none(model_dir):
     assert second.manifest == first.manifest
 
 
-def test_a_run_without_work_reads_no_shard(model_dir, monkeypatch):
+def test_a_run_without_work_reads_a_sample_of_each_shard(model_dir, monkeypatch):
     run(model_dir)
-    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a shard was read"))
+    read, real = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, v, at: read.append(len(v[0])) or real(f, v, at))
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a shard was read"))
     assert set(actions(run(model_dir)).values()) == {"reused"}
+    assert read == [SAMPLE_SIZE] * SAMPLES * 3
 
 
 def test_one_changed_byte_rebuilds_exactly_its_entry(model_dir):
@@ -263,7 +266,7 @@ def test_in_place_writes_beside_the_model_and_names_no_path(model_dir, tmp_path)
 
 
 def test_a_shard_that_just_changed_is_not_trusted_by_its_stat(model_dir, monkeypatch):
-    monkeypatch.setattr(digest, "RACY_SECONDS", 2.0)
+    monkeypatch.setattr(descriptor, "RACY_SECONDS", 2.0)
     request = make_request(model_dir, jobs=1)
     result = convert(request)
     assert "never read" in staleness(request, result.manifest)

@@ -13,7 +13,7 @@ import termios
 import pytest
 
 from paroquant_stream.convert import main
-from tests.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.builders import SETTLED, cut_evenly, llama_tensors, write_checkpoint
 
 
 @pytest.fixture
@@ -136,10 +136,10 @@ def test_a_bar_by_bytes_is_shown_on_a_terminal_only(arguments):
     assert out.count(b"\n") == 1
 
 
-LIGHT = """
+LIGHT = (
+    SETTLED
+    + """
 import sys
-from paroquant_stream import digest
-digest.RACY_SECONDS = -1
 from paroquant_stream.convert import main
 code = main(sys.argv[1:])
 heavy = {"numpy", "mlx", "transformers", "huggingface_hub", "tqdm", "safetensors", "mlx_lm"}
@@ -147,6 +147,7 @@ heavy |= {"distributed", "dask", "multiprocessing", "concurrent"}
 print(sorted(heavy & set(sys.modules)))
 sys.exit(code)
 """
+)
 
 
 def test_a_run_without_work_imports_nothing_heavy(arguments):

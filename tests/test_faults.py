@@ -27,19 +27,21 @@ from paroquant_stream.conversion import convert
 from paroquant_stream.errors import ParoquantStreamError, StoreError
 from paroquant_stream.request import make_request
 from paroquant_stream.store import Store
-from tests.builders import cut_evenly, write_checkpoint
+from tests.builders import SETTLED, cut_evenly, write_checkpoint
 
 ERRNOS = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE", "EINTR", "ESTALE")
 SEAM = ("open", "posix_fallocate", "write", "fsync", "fstat", "stat", "mkdir", "replace", "unlink")
 SEAM += ("close", "preadv", "pread", "statvfs", "scandir", "lseek")
 ROOT = Path(__file__).parent.parent
 CALLS = ("write", "fsync", "rename", "openat", "unlink", "fallocate", "close", "mkdir")
-START = """
+START = (
+    SETTLED
+    + """
 import fcntl, os, resource, sys
 import concurrent.futures.thread, filelock  # what a run imports when it finds work
-from paroquant_stream import convert, digest, executor, shards, source, transform
-digest.RACY_SECONDS = -1
+from paroquant_stream import convert, executor, shards, source, transform
 """
+)
 END = "\nsys.exit(convert.main(sys.argv[1:]))"
 LINUX_ROOT = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="only root of Linux can mount"

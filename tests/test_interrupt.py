@@ -15,14 +15,17 @@ import time
 import pytest
 
 from paroquant_stream.conversion import convert
-from paroquant_stream.digest import hash_entry
+from paroquant_stream.hashing import hash_entry
 from paroquant_stream.request import make_request
 from paroquant_stream.store import Store
+from tests.builders import SETTLED
 
-KILL = """
+KILL = (
+    SETTLED
+    + """
 import os, signal, sys
-from paroquant_stream import convert, digest, newfile
-digest.RACY_SECONDS, newfile._BLOCK = -1, 4096
+from paroquant_stream import convert, newfile
+newfile._BLOCK = 4096
 step, calls = int(sys.argv[1]), 0
 def deadly(real):
     def call(*arguments, **options):
@@ -36,6 +39,7 @@ for name in ("fsync", "replace", "posix_fallocate", "open", "write", "mkdir"):
     setattr(os, name, deadly(getattr(os, name)))
 sys.exit(convert.main(sys.argv[2:]))
 """
+)
 
 SLOW = """
 import sys, time

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, damage, load, model, part, weights
+from paroquant_stream.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamaged, NoSuchPart
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.part import AbsentLayer, Part, _layer_of, needed_entries
@@ -170,7 +171,9 @@ def test_each_rank_has_the_layers_that_its_class_gives_it(name, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no count of bytes read")
 def test_only_bytes_of_its_own_layers_are_read(deep):
-    """Beside the tensors: config, tokenizer, and of each entry the header, by us and by MLX."""
+    """Beside the tensors: config, tokenizer, of each entry the header, by us and by MLX, and of
+    each entry and shard a sample.
+    """
     load(deep)  # whatever is imported or remembered at the first load
     manifest, before, read = convert_checkpoint(deep), read_bytes(), {}
     for layers in (range(8), range(4), range(4, 8), range(2, 3)):
@@ -180,7 +183,8 @@ def test_only_bytes_of_its_own_layers_are_read(deep):
         own = Part(False, layers).reads
         opened = weights.entries_with(manifest, own)
         size = sum(t.nbytes for record in opened for t in record.tensors if own(t.name))
-        assert size <= count <= size + 65_536 * len(opened) + 100_000, layers
+        sampled = SAMPLES * SAMPLE_SIZE * (len(opened) + len(manifest.entries))
+        assert size <= count <= size + sampled + 65_536 * len(opened) + 100_000, layers
     assert max(read[range(4)], read[range(4, 8)]) < 0.55 * read[range(8)]
 
 

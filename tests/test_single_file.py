@@ -21,7 +21,7 @@ from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_dige
 from paroquant_stream.single_write import export_single_file, write_single_file
 from paroquant_stream.store import cache_store
 from paroquant_stream.tensorfile import read_header
-from tests.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.builders import cut_evenly, flip, llama_tensors, remember, uncovered, write_checkpoint
 from tests.conftest import FIXTURES
 from tests.test_parity import assert_same, parameters
 
@@ -176,7 +176,7 @@ def test_a_cache_that_cannot_be_made_costs_only_the_hashing(exported, tmp_path):
 
 def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
     """Its stat may not show the next write: git's racy rule."""
-    monkeypatch.setattr("paroquant_stream.digest.RACY_SECONDS", 3600)
+    monkeypatch.setattr("paroquant_stream.descriptor.RACY_SECONDS", 3600)
     real, hashed = single_file.hash_parts, []
     monkeypatch.setattr(single_file, "hash_parts", lambda *a: hashed.append(a) or real(*a))
     load(exported)
@@ -184,9 +184,24 @@ def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
     assert len(hashed) == 2
 
 
-def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
-    from paroquant_stream.digest import FileStamp
+def test_a_file_that_changed_meanwhile_is_hashed_again(exported, monkeypatch, caplog):
+    real, hashed = single_file.hash_parts, []
 
+    def hash_then_change(*arguments):
+        digest = real(*arguments)
+        if not hashed:
+            flip(exported / NAME, uncovered(exported / NAME))
+        hashed.append(digest)
+        return digest
+
+    monkeypatch.setattr(single_file, "hash_parts", hash_then_change)
+    load(exported)
+    assert "damaged" not in caplog.text
+    load(exported)
+    assert "damaged: expected XXH3" in caplog.text
+
+
+def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
     load(exported)
     path = exported / NAME
     data = bytearray(path.read_bytes())
@@ -194,7 +209,7 @@ def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
         digest = read_header(file.fileno(), "x").metadata["xxh3"]
     data[-1] ^= 1
     path.write_bytes(data)
-    cache_store().memo.remember(FileStamp.of(os.stat(path)), digest)
+    remember(cache_store().memo, path, digest)
     load(exported)
     assert "damaged" not in caplog.text
     load(exported, verify="full")

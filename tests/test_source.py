@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from paroquant_stream import digest
+from paroquant_stream import hashing
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import MalformedFile, SourceChanged
 from paroquant_stream.request import make_request
@@ -142,4 +142,4 @@ def test_no_chunk_is_larger_than_one_linear_or_the_read_size(directory, tmp_path
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda f, v, at: sizes.append(len(v[0])) or real(f, v, at))
     convert(make_request(directory, cache_dir=tmp_path / "cache", jobs=1))
-    assert 0 < max(sizes) <= digest.CHUNK
+    assert 0 < max(sizes) <= hashing.CHUNK

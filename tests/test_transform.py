@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from paroquant_stream.errors import Cancelled
+from paroquant_stream.errors import Cancelled, StoreError
 from paroquant_stream.request import make_request
+from paroquant_stream.store import Store
 from paroquant_stream.survey import plan_model
 from paroquant_stream.tensorfile import PAGE, lay_out
 from paroquant_stream.transform import Job, Outcome, run_task
@@ -48,6 +49,14 @@ def test_data_starts_on_a_page(jobs):
     header, _ = lay_out(record.tensors)
     assert len(header) % PAGE == 0
     assert jobs[0].store.entry_path(record.key).read_bytes().startswith(header)
+
+
+def test_an_entry_that_goes_at_once_is_only_not_remembered(jobs, monkeypatch):
+    def gone(self, key):
+        raise StoreError("pruned")
+
+    monkeypatch.setattr(Store, "open_entry", gone)
+    assert run_task(jobs[0], Worker(), ignore).converted
 
 
 def test_biases_use_scales_that_lie_in_another_shard(jobs):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream import model
+from paroquant_stream import damage, model
 from paroquant_stream.api import convert_checkpoint, load
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
@@ -16,6 +17,7 @@ from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.request import make_request
 from paroquant_stream.single_write import export_single_file
 from paroquant_stream.weights import _join_pieces, _stack_experts, read_weights
+from tests.builders import flip, remember
 
 
 @pytest.fixture
@@ -102,16 +104,53 @@ def test_unquantized_experts_are_stacked():
         _stack_experts({f"l.experts.{e}.up_proj.weight": mx.zeros(1) for e in (0, 2)})
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
-    from paroquant_stream.digest import FileStamp
 
     manifest, store = converted
     record = manifest.entries[0]
     path = store.entry_path(record.key)
     path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U16"', 1))
-    store.memo.remember(FileStamp.of(os.stat(path)), record.digest)
+    remember(store.memo, path, record.digest)
     with pytest.raises(EntryDamaged, match="the header is not the one that was written"):
         read_weights(manifest, store, everything)
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_entry_that_nothing_is_known_of_is_hashed_once(converted, monkeypatch):
+    manifest, store = converted
+    for memo in store.folder("memo").iterdir():
+        memo.unlink()
+    real, hashed = damage.hash_entry, []
+    monkeypatch.setattr(damage, "hash_entry", lambda *a: hashed.append(1) or real(*a))
+    for _ in range(3):
+        assert defect(manifest.entries[0], store, full=False) is None
+    assert len(hashed) == 1
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_digest_that_is_known_must_be_that_of_the_record(converted):
+    manifest, store = converted
+    other = replace(manifest.entries[0], digest="0" * 32)
+    assert f"expected XXH3 {other.digest}" in defect(other, store, full=False)
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_entry_that_changed_meanwhile_is_hashed_again(converted, monkeypatch):
+    manifest, store = converted
+    path = store.entry_path(manifest.entries[0].key)
+    real, hashed = damage.hash_entry, []
+
+    def hash_then_change(fd, label):
+        digest = real(fd, label)
+        if not hashed:
+            flip(path, path.stat().st_size - 1)
+        hashed.append(digest)
+        return digest
+
+    monkeypatch.setattr(damage, "hash_entry", hash_then_change)
+    assert defect(manifest.entries[0], store, full=True) is None
+    assert "expected XXH3" in defect(manifest.entries[0], store, full=False)
 
 
 def defect(record, store, full: bool) -> str | None:

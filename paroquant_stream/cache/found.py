@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..digest import FileStamp
+from ..descriptor import FileStamp
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Whether a converted model still holds, shard by shard, told from headers, stat and memo alone.
 
-No shard is read through: one whose digest is in no memo and in no blob name is `unknown`. The words
-are those of `convert --dry-run`, which reads what it must.
+No shard is read through: one whose digest no memo knows is `unknown`. The words are those of
+`convert --dry-run`, which reads what it must.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import Shard
-from ..digest import FileStamp
 from ..errors import ParoquantStreamError
 from ..manifest import EntryRecord, Manifest
 from ..report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
@@ -150,11 +149,12 @@ class _Sight:
     def _look_up(self, name: str) -> str | None:
         shard = Shard(name, self._request.directory / name)
         record = self._known.get(name)
-        try:
-            stamp = FileStamp.of(os.stat(shard.path))
-        except OSError:
+        if not os.path.exists(shard.path):
             return record.source_sha256 if record and record.dropped else None
-        return self._request.store.memo.lookup(stamp) or shard.hub_sha256
+        try:
+            return shard.known_sha256(self._request.store.memo)
+        except ParoquantStreamError:  # removed meanwhile, or not readable
+            return None
 
     def _borrowed(self, task: Task) -> tuple[str, ...] | None:
         """SHA-256 of what the task borrows, if its lenders are what they were."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import temp_files
-from ..digest import FileStamp
+from ..descriptor import FileStamp
 from ..lock import excludes
 from ..store import Store
 from .foreign import Foreign, foreign_directories

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from paroquant_stream.checkpoint import open_checkpoint
-from paroquant_stream.digest import Memo
+from paroquant_stream.digest_cache import Memo
 from paroquant_stream.layout import Layout, Quantization
 from paroquant_stream.newfile import NewFile
 from paroquant_stream.operations import _quantize_rows

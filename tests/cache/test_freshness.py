@@ -14,11 +14,13 @@ import pytest
 from paroquant_stream import conversion, request, task
 from paroquant_stream import convert as command
 from paroquant_stream.cache.freshness import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
+from paroquant_stream.checkpoint import Shard
 from paroquant_stream.conversion import convert
-from paroquant_stream.digest import SourceHasher
+from paroquant_stream.errors import CheckpointError
+from paroquant_stream.hashing import SourceHasher
 from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.task import OPERATION_VERSIONS
-from tests.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.builders import as_hub_snapshot, cut_evenly, flip, llama_tensors, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")
 FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
@@ -50,8 +52,6 @@ def dry_run(directory) -> list[str]:
 
 def read_through(directory) -> None:
     """Remembers the digests of all shards, as a hash of them does."""
-    from paroquant_stream.checkpoint import Shard
-
     memo = make_request(directory).store.memo
     for path in directory.glob("model*.safetensors"):
         Shard(path.name, path).sha256(memo)
@@ -59,8 +59,6 @@ def read_through(directory) -> None:
 
 def change(directory, name: str = SECOND) -> None:
     """Changes one byte of a tensor that no other shard borrows."""
-    from paroquant_stream.checkpoint import Shard
-
     tensors = Shard(name, directory / name).header().tensors
     found = next(t for t in tensors if t.name.endswith(("theta", "norm.weight")))
     with (directory / name).open("r+b") as file:
@@ -108,6 +106,24 @@ def test_a_shard_that_was_not_read_where_it_is_now_is_unknown_and_a_dry_run_tell
     assert (found.state, found.why) == (UNKNOWN, "not read since it was written or moved (1)")
     assert all(shard.is_converted for shard in found.shards)
     assert dry_run(converted) == ["unchanged"] * 3
+
+
+def test_the_name_of_a_blob_alone_tells_nothing(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "copy")
+    snapshot = as_hub_snapshot(tmp_path / "copy", tmp_path / "models--owner--name")
+    convert(make_request(snapshot, jobs=1))
+    assert look(snapshot).state == FRESH
+    flip((snapshot / SECOND).resolve(), -1 + (snapshot / SECOND).stat().st_size)
+    assert whys(look(snapshot))[1] == (UNKNOWN, "not read since it was written or moved")
+
+
+def test_a_shard_that_goes_meanwhile_is_unknown(converted, monkeypatch):
+    def gone(*_):
+        raise CheckpointError("the shard is absent")
+
+    monkeypatch.setattr(Shard, "known_sha256", gone)
+    (converted / "config.json").write_text((converted / "config.json").read_text() + " ")
+    assert {state for state, _ in whys(look(converted))} == {UNKNOWN}
 
 
 def test_an_entry_that_is_gone_is_told_even_of_a_shard_that_was_not_read(converted):

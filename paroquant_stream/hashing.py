@@ -1,22 +1,16 @@
-"""Identities of bytes: SHA-256 of sources and parts, XXH3-128 of entries, and the memo that saves
-both.
+"""Identities of bytes: SHA-256 of sources and parts, XXH3-128 of entries.
 
 SHA-256 is the Hub's own identity of a shard. XXH3 detects damage, not malice, at a tenth of the
-cost. A memo trusts `stat`, so it is made only for a file that was left alone for `RACY_SECONDS`
-before its hash began (git's racy rule); a store through mmap into an already dirty page escapes it.
+cost.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import xxhash
 
@@ -25,81 +19,6 @@ from .errors import SourceChanged
 from .tensorfile import TensorInfo
 
 CHUNK = 4 << 20  # bytes a read; larger ones leave the L2 cache before they are hashed
-RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
-
-
-@dataclass(frozen=True)
-class FileStamp:
-    """What `stat` says of a file's content: unequal stamps, perhaps unequal bytes."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> FileStamp:
-        """The stamp in a `stat` result."""
-        return cls(
-            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        )
-
-    @classmethod
-    def of_fd(cls, fd: int, label: str) -> FileStamp:
-        """The stamp of an open file. Raises UnreadableFile."""
-        return cls.of(file_status(fd, label))
-
-    def is_settled(self, now_ns: int) -> bool:
-        """Whether a change after `now_ns` must show in the stamp."""
-        return max(self.mtime_ns, self.ctime_ns) + RACY_SECONDS * 1e9 <= now_ns
-
-
-@dataclass(frozen=True)
-class Memo:
-    """Digests remembered by stamp, one small JSON file each, named `<size>-<device>-<inode>`.
-
-    Every defect is a miss, and every failure to write is ignored: a memo only saves reading.
-    """
-
-    directory: Path
-    read_only: bool = False
-
-    def lookup(self, stamp: FileStamp) -> str | None:
-        """The digest of the file with this stamp, if it is known."""
-        try:
-            found, digest = json.loads(self.path(stamp).read_bytes())
-        except (OSError, ValueError, TypeError):
-            return None
-        known = (
-            found == list(astuple(stamp)) and isinstance(digest, str) and len(digest) in (32, 64)
-        )
-        return digest if known else None
-
-    def remember(self, stamp: FileStamp, digest: str) -> None:
-        """Keeps `digest` for the file with this stamp."""
-        if self.read_only:
-            return
-        path = self.path(stamp)
-        temp = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-        try:
-            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(json.dumps([astuple(stamp), digest]).encode())
-            os.replace(temp, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temp.unlink()
-
-    def knows_size(self, size: int) -> bool:
-        """Whether a file of this size was ever hashed: hashing first may save a conversion."""
-        with contextlib.suppress(OSError):
-            return any(self.directory.glob(f"{size}-*"))
-        return False
-
-    def path(self, stamp: FileStamp) -> Path:
-        """Where the digest of the file with this stamp lies or would lie."""
-        return self.directory / f"{stamp.size}-{stamp.device:x}-{stamp.inode:x}"
 
 
 def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
@@ -191,15 +110,6 @@ class SourceHasher:
         """The digest, once the rest of the file is read."""
         self.advance(self._size)
         return SourceDigest(self._whole.hexdigest(), self._fingerprints)
-
-
-def hash_file(fd: int, label: str, memo: Memo) -> str:
-    """SHA-256 of the file at `fd`, remembered if the file was left alone long enough."""
-    started, stamp = time.time_ns(), FileStamp.of_fd(fd, label)
-    sha256 = SourceHasher(fd, (), stamp.size, label, lambda _: None).finish().sha256
-    if stamp.is_settled(started) and FileStamp.of_fd(fd, label) == stamp:
-        memo.remember(stamp, sha256)
-    return sha256
 
 
 def sha256_of(data: memoryview) -> bytes:
