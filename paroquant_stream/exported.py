@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
-from .checkpoint import EXPORTED, Checkpoint, Shard, open_checkpoint
+from .checkpoint import EXPORTED, Shard, open_checkpoint
 from .descriptor import closing
-from .errors import AssemblyError, CheckpointError
+from .errors import AssemblyError, CheckpointError, ParoquantStreamError
 from .layout import read_quantization
-from .tensorfile import Header, read_header
+from .tensorfile import read_header
 from .weights import Stored
 
 FORMAT = 1
@@ -40,21 +40,27 @@ def stored_in_export(directory: Path) -> Stored:
             weights |= {name: arrays[name] for name in names}
         return weights
 
-    def guard(_wanted: Callable[[str], bool]) -> contextlib.AbstractContextManager[None]:
-        return _guard(checkpoint, headers)
+    def check(_wanted: Callable[[str], bool]) -> None:
+        for shard in checkpoint.shards:  # MLX before 0.32.4 gives zeros for what was cut off
+            size = os.path.getsize(shard.path) if os.path.exists(shard.path) else None
+            if size not in (None, headers[shard.name].size):
+                raise AssemblyError(
+                    f"{shard.path}: its size changed while it was read; load it again"
+                )
 
-    return Stored(tensors, read, guard, found.bits, found.group_size, True)
+    return Stored(
+        tensors, read, lambda _: _guard(directory), check, found.bits, found.group_size, True
+    )
 
 
 @contextlib.contextmanager
-def _guard(checkpoint: Checkpoint, headers: Mapping[str, Header]) -> Iterator[None]:
+def _guard(directory: Path) -> Iterator[None]:
     try:
         yield
+    except ParoquantStreamError:
+        raise
     except Exception as error:
-        raise AssemblyError(f"{checkpoint.directory}: MLX could not read it: {error}") from error
-    for shard in checkpoint.shards:  # MLX before 0.32.4 gives zeros for what was cut off meanwhile
-        if os.path.exists(shard.path) and os.path.getsize(shard.path) != headers[shard.name].size:
-            raise AssemblyError(f"{shard.path}: its size changed while it was read; load it again")
+        raise AssemblyError(f"{directory}: MLX could not read it: {error}") from error
 
 
 def _check_format(mark: Any, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +29,9 @@ def why_unknown(config: Mapping[str, Any], is_vlm: bool) -> str | None:
     name = str(kind if is_vlm else TEXT_TYPES.get(str(kind), kind))
     for directory in spec.submodule_search_locations or ():
         models = Path(directory, "models")
-        if (models / f"{name}.py").is_file() or (models / name / "__init__.py").is_file():
-            return None
+        with suppress(OSError):
+            if (models / f"{name}.py").is_file() or (models / name / "__init__.py").is_file():
+                return None
     from .model_class import has_class  # brings the library
 
     if has_class({**config, "model_type": name}, is_vlm):

@@ -19,7 +19,7 @@ from .errors import AssemblyError
 from .manifest import Manifest
 from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for
-from .part import check_placed, cut, meet, part_of
+from .part import Part, check_placed, cut, meet, part_of
 from .plan import Plan
 from .ranges import entry_slices
 from .request import WHOLE, Split
@@ -27,7 +27,7 @@ from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .sharding import read_by_layer
 from .store import Store
 from .trace import SILENCE, Trace
-from .weights import Stored, entries_with, placeholders, read_weights, reading
+from .weights import Stored, check_sizes, entries_with, placeholders, read_weights, reading
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def assemble(
             manifest, store, wanted, full=full, lazy=lazy or split.by_tensors
         ),
         lambda wanted: reading(entries_with(manifest, wanted), store),
+        lambda wanted: check_sizes(entries_with(manifest, wanted), store),
         manifest.bits,
         manifest.group_size,
         slices=lambda weights: entry_slices(manifest.entries, store, weights),
@@ -111,10 +112,19 @@ def assemble_stored(
             cut(model, split, part, take)
         if not lazy:
             with trace.span("read"):
-                read_by_layer(model) if split.by_tensors else mx.eval(model.parameters())
+                _read(model, stored, part, split)
     if split.group is not None:
         meet(split.group)
     return model, tokenizer, is_vlm
+
+
+def _read(model: nn.Module, stored: Stored, part: Part, split: Split) -> None:
+    """Has MLX read what is left of the parameters, from files that are as they were opened."""
+    if split.by_tensors:
+        read_by_layer(model)
+    else:
+        mx.eval(model.parameters())
+    stored.check(part.reads)
 
 
 def check_assembly(directory: Path, plan: Plan) -> None:

@@ -7,14 +7,13 @@
       v1/manifests/<64 hex model id>.msgpack         in place: model-<16 hex>.msgpack
       v1/manifests/<model id>.msgpack.removed        until the last entry of that model is gone
       v1/dropped/<64 hex id>.{first,second}.msgpack  of sources that were removed, see dropped.py
-      v1/damaged/<key>.<number>.safetensors          damaged entries that nothing can make again
+      v1/damaged/<key>.<number>.safetensors          damaged, and nothing can make them again
       v1/memo/<size>-<device>-<inode>                digests by stat, see digest_cache.py
       v1/locks/<name>.lock                           never deleted: deleting one lets two in
       v1/tmp/<temp name>                             what a run writes before it publishes
 
-Below the root every directory is opened by name, is no link, and belongs to whom the root belongs
-to. A lock only saves double work: correctness comes from content keys, unique temp names and
-rename.
+Below the root every directory is opened by name, is no link, and belongs to the root's owner.
+A lock saves double work: correctness comes from content keys, unique temp names and rename.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Store:
     """A user's cache: directories 0700 and files 0600 whatever the umask, its root may be a link.
     Else the tree beside a model, which follows the umask and the model directory's owner."""
     read_only: bool = False
-    """Nothing is written: for a look at what would be done, and for a tree of somebody else."""
+    """Nothing is written: for a look at what would be done, and for somebody else's tree."""
 
     @property
     def memo(self) -> Memo:
@@ -261,10 +260,7 @@ class Store:
                 folder.replace(f"{key}.safetensors", tmp, temp_files.temp_name())
 
     def sweep(self, own: bool = False) -> int:
-        """Removes the temps of dead runs and those that this process could not remove before.
-
-        With `own` also those that it is still writing. Returns the bytes freed.
-        """
+        """Removes the temps of dead runs, with `own` also this process's; returns bytes freed."""
         with contextlib.suppress(OSError), self.opened("tmp") as tmp:
             return temp_files.sweep(tmp, excludes(tmp), own)
         return 0

@@ -84,6 +84,8 @@ class Stored:
     """The arrays of the wanted names, as `read_weights` gives them."""
     guard: Callable[[Callable[[str], bool]], contextlib.AbstractContextManager[None]]
     """For a body in which MLX reads the wanted names, as `reading` is."""
+    check: Callable[[Callable[[str], bool]], None]
+    """Raises when a file of the wanted names changed its size since it was opened."""
     bits: int
     group_size: int
     model_names: bool = False
@@ -113,8 +115,19 @@ def stored_in_file(file: SingleFile, quantization: Quantization, *, lazy: bool) 
 
     foreign = file.origin is None
     return Stored(
-        file.header.tensors, read, lambda _: _reading_file(file), bits, group_size, foreign
+        file.header.tensors,
+        read,
+        lambda _: _reading_file(file),
+        lambda _: _check_size(file),
+        bits,
+        group_size,
+        foreign,
     )
+
+
+def _check_size(file: SingleFile) -> None:
+    if file_status(file.fd, str(file.path)).st_size != file.header.size:
+        raise AssemblyError(f"{file.path}: its size changed while it was read; load it again")
 
 
 @contextlib.contextmanager
@@ -126,8 +139,6 @@ def _reading_file(file: SingleFile) -> Iterator[None]:
         raise
     except Exception as error:
         raise AssemblyError(f"{file.path}: MLX could not read the weights: {error}") from error
-    if file_status(file.fd, str(file.path)).st_size != file.header.size:
-        raise AssemblyError(f"{file.path}: its size changed while it was read; load it again")
 
 
 def _quantize_floats(
@@ -163,7 +174,17 @@ def reading(records: Collection[EntryRecord], store: Store) -> Iterator[None]:
             with closing(_open_checked(record, store, full=True)):
                 pass
         raise AssemblyError(f"MLX could not read the weights: {error}") from error
-    for record in records:  # MLX before 0.32.4 gives zeros for what was cut off after `mx.load`
+
+
+def check_sizes(records: Collection[EntryRecord], store: Store) -> None:
+    """Take out of use an entry that was cut off since it was opened.
+
+    MLX before 0.32.4 gives zeros for what it cannot read any more.
+
+    Raises:
+        EntryDamaged: There is one.
+    """
+    for record in records:
         if store.entry_size(record.key) not in (None, record.size):  # None: removed, and still open
             raise take_out(store, record, "became shorter while it was read")
 

@@ -438,9 +438,9 @@ def test_a_memo_of_before_the_sample_is_a_miss(memo, path):
 def test_a_memo_is_private_and_published_whole(memo, path, monkeypatch):
     real, seen = os.replace, []
 
-    def look(temp, target):
-        seen.append(json.loads(temp.read_text()))
-        real(temp, target)
+    def look(temp, target, **where):
+        seen.append(json.loads((memo.directory / temp).read_text()))
+        real(temp, target, **where)
 
     monkeypatch.setattr(os, "replace", look)
     hash_now(memo, path)

@@ -303,7 +303,7 @@ def test_cut_off_at_any_change_of_the_disk_the_next_run_completes(
         assert shards(directory) == []
         shutil.rmtree(directory)
         shutil.rmtree(cache)
-    assert cut > 40
+    assert cut > 30
 
 
 KILL = """

@@ -30,10 +30,10 @@ from paroquant_stream.store import Store
 from tests.builders import SETTLED, cut_evenly, write_checkpoint
 
 ERRNOS = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE", "EINTR", "ESTALE")
-SEAM = ("open", "posix_fallocate", "write", "fsync", "fstat", "stat", "mkdir", "replace", "unlink")
-SEAM += ("close", "preadv", "pread", "statvfs", "scandir", "lseek")
+SEAM = ("open", "posix_fallocate", "write", "fsync", "fstat", "stat", "mkdir", "replace", "utime")
+SEAM += ("close", "preadv", "pread", "statvfs", "listdir", "lseek")
 ROOT = Path(__file__).parent.parent
-CALLS = ("write", "fsync", "rename", "openat", "unlink", "fallocate", "close", "mkdir")
+CALLS = ("write", "fsync", "rename", "openat", "fallocate", "close", "mkdir")
 START = (
     SETTLED
     + """

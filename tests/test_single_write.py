@@ -232,7 +232,8 @@ def test_an_absent_directory_is_one_line(model, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from paroquant_stream import api, convert_checkpoint
+from paroquant_stream import convert_checkpoint
+from paroquant_stream.store import cache_store
 from paroquant_stream.single_write import write_single_file
 model, cache, target = sys.argv[1:]
 manifest = convert_checkpoint(model, cache_dir=cache)
