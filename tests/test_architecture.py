@@ -159,7 +159,6 @@ def test_every_room_has_its_tests():
         "request": "test_conversion",
         "shards": "test_conversion",
         "survey": "test_conversion",
-        "strictjson": "test_tensorfile",
         "descriptor": "test_tensorfile",
     }
     for room in {room_of(path) for path in ROOMS}:
