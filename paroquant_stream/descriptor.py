@@ -14,20 +14,24 @@ from .errors import MalformedFile, UnreadableFile
 def open_regular(path: Path, *, follow: bool = True) -> int:
     """A descriptor of the regular file at `path`.
 
-    Never blocks on a FIFO and never opens a device. With `follow=False` a symlink is refused.
+    Never opens a FIFO or a device: opened, a tape rewinds and a writer's wait for a reader ends.
+    What becomes one meanwhile does not block. With `follow=False` a symlink is refused.
     Raises MalformedFile for anything else than a regular file, and OSError as `os.open` does.
     """
+    _check_regular(path, os.stat(path, follow_symlinks=follow))
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     fd = os.open(path, flags)
     try:
-        regular = stat.S_ISREG(os.fstat(fd).st_mode)
-    except OSError:
+        _check_regular(path, os.fstat(fd))
+    except BaseException:
         os.close(fd)
         raise
-    if not regular:
-        os.close(fd)
-        raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
     return fd
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
+        raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import hub_blob
 from .errors import CheckpointError, ParoquantStreamError, StoreError
+from .inside import hub_blob, true_place
 from .tensorfile import Header, parse_header
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ def _one_line(error: Exception) -> str:
 def remove(path: Path) -> None:
     """Removes a shard for good: the file, and what its link leads to, the file first.
 
-    A blob of the Hub's cache that another revision links to stays. Raises StoreError.
+    A blob of the Hub's cache that another revision links to stays. Raises StoreError, and
+    CheckpointError for a link that leads out of the model.
     """
     blob = hub_blob(path)
     try:
@@ -195,7 +196,7 @@ def remove(path: Path) -> None:
             blob.unlink(missing_ok=True)
             _sweep_shared(shared, blob.parents[2])
         elif path.is_symlink() and os.path.exists(path):
-            os.unlink(os.path.realpath(path))
+            os.unlink(true_place(path, path.parent))
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"{path}: cannot be removed: {error.strerror}") from error

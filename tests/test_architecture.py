@@ -13,7 +13,7 @@ ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__
 LEVELS = [
     {"errors", "exits", "repack", "cast", "kernels", "standalone", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
-    {"tensorfile", "worker"},
+    {"tensorfile", "worker", "inside"},
     {"digest", "layout", "manifest", "slices", "stacks", "task"},
     {"checkpoint", "linears", "newfile", "report", "sharding"},
     {"store", "arrival", "tally", "hub", "cache.found", "newdirectory"},

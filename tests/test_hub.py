@@ -483,3 +483,12 @@ def test_a_link_inside_the_model_directory_goes_with_its_file(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("real.bin")
     room.remove(tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_a_link_leads_to_outside_of_the_model_is_never_removed(tmp_path):
+    (tmp_path / "somebodys").write_bytes(b"x")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").symlink_to("../somebodys")
+    with pytest.raises(CheckpointError, match="outside of the model directory"):
+        room.remove(tmp_path / "model" / "model.safetensors")
+    assert (tmp_path / "somebodys").read_bytes() == b"x"

@@ -35,9 +35,9 @@ def test_a_key_that_stands_twice_is_found_in_the_time_that_the_object_takes():
     assert seconds(keys(20_000, "k19998"), "'k19998' stands twice") < 5 * whole + 0.01
 
 
-@pytest.mark.parametrize("number", ["1e999", "-1e999", "1.0e400", "1" * 400 + ".0", "NaN", "-Infinity"])
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 400 + ".0", "NaN", "-Infinity"])
 def test_a_number_that_is_not_finite_is_refused(number):
-    with pytest.raises(MalformedFile, match="no finite number|no JSON number"):
+    with pytest.raises(MalformedFile, match=r"no finite number|no JSON number"):
         strict_json(f'{{"a": [{number}]}}'.encode(), "x")
 
 
