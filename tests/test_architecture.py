@@ -16,7 +16,7 @@ LEVELS = [
     {"tensorfile", "worker", "inside"},
     {"digest", "layout", "manifest", "slices", "stacks", "task"},
     {"checkpoint", "linears", "newfile", "report", "sharding"},
-    {"store", "arrival", "tally", "hub", "cache.found", "newdirectory"},
+    {"store", "arrival", "tally", "hub", "cache.found", "newdirectory", "export_files"},
     {"request", "cache.running", "cache.foreign"},
     {"cache.inventory", "single_file"},
     {"plan", "source", "drop", "executor", "weights", "model_class"},
