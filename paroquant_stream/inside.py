@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .descriptor import file_status, open_regular, unreadable
@@ -103,8 +103,20 @@ def read_inside(path: Path, limit: int) -> bytes:
         MalformedFile: It is no regular file.
         UnreadableFile: The system cannot read it.
     """
+    return _read(path, limit, open_inside)
+
+
+def read_linked(path: Path, limit: int) -> bytes:
+    """Read a small file whole, wherever it lies, as `read_inside` does with one of the model.
+
+    What is not given on may be a link to anywhere: people share tokenizers so.
+    """
+    return _read(path, limit, open_regular)
+
+
+def _read(path: Path, limit: int, opener: Callable[[Path], int]) -> bytes:
     try:
-        fd = open_inside(path)
+        fd = opener(path)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -79,7 +79,7 @@ def assemble_stored(
     without a tensor, and every shape that does not fit; NoSuchPart.
     """
     tensors, config = stored.tensors, read_config(directory)
-    part = part_of(split, directory, [t.name for t in tensors], force_text)
+    part = part_of(split, directory, tensors, force_text)
     is_vlm = part.is_vlm
     if stored.model_names and config.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so a text model", directory)

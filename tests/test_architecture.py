@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "exits", "repack", "cast", "kernels", "standalone", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
     {"tensorfile", "worker", "inside"},
-    {"digest", "layout", "manifest", "slices", "stacks", "task"},
+    {"digest", "layout", "manifest", "slices", "stacks", "task", "config_bounds"},
     {"checkpoint", "linears", "newfile", "report", "sharding"},
     {"store", "arrival", "tally", "hub", "cache.found", "newdirectory", "export_files"},
     {"request", "cache.running", "cache.foreign"},
