@@ -34,6 +34,7 @@ OTHER = (
 """Copied as they are: the vocabularies of transformers' tokenizers, and under which terms."""
 CODE_KEYS = ("auto_map", "custom_pipelines", "model_file")
 """Settings that name Python files: of transformers' classes and pipelines, and mlx-lm's model."""
+_DIGITS = 40  # of an integer: transformers writes 10**30 as the length of a model without a limit
 _DEEPEST = 100  # levels of JSON, of which a tokenizer has ten; Python's own limit is near 1,000
 
 
@@ -136,7 +137,7 @@ def _open(path: Path) -> int:
 
 def _clean(text: bytes, label: str) -> bytes:
     """The same bytes, or the JSON anew if it has a key that must go."""
-    value = strict_json(text, label)
+    value = strict_json(text, label, _DIGITS)
     clean = without_code(value, label)
     return text if clean == value else as_json(clean)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 from .errors import MalformedFile
 
 
-def strict_json(text: bytes, label: str) -> Any:
+def strict_json(text: bytes, label: str, digits: int = 20) -> Any:
     """The value of a JSON text, refusing what parsers disagree on.
 
     Duplicate keys, floats that are not numbers or that a double cannot hold, a byte order mark,
-    bytes after the value and integers over 20 digits are MalformedFile. Takes time in proportion to
-    the text.
+    bytes after the value and integers over so many digits (2**64 has 20) are MalformedFile. Takes
+    time in proportion to the text.
     """
     try:
         return json.loads(
@@ -22,7 +23,7 @@ def strict_json(text: bytes, label: str) -> Any:
             object_pairs_hook=_unique_pairs,
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
-            parse_int=_bounded_int,
+            parse_int=partial(_bounded_int, digits),
         )
     except (
         ValueError,
@@ -53,7 +54,7 @@ def _finite_float(text: str) -> float:
     return value
 
 
-def _bounded_int(text: str) -> int:
-    if len(text) > 20:  # 2**64 has 20 digits
-        raise ValueError("an integer has more than 20 digits")
+def _bounded_int(digits: int, text: str) -> int:
+    if len(text) > digits:
+        raise ValueError(f"an integer has more than {digits} digits")
     return int(text)

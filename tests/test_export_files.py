@@ -148,6 +148,16 @@ def test_settings_that_parsers_read_differently_are_refused(model_dir, out, text
         export(model_dir, out)
 
 
+def test_the_length_that_transformers_writes_for_no_limit_is_let_through(model_dir, out):
+    for settings in ({}, {"auto_map": {}}):
+        text = json.dumps({"model_max_length": int(1e30), **settings})
+        (model_dir / "tokenizer_config.json").write_text(text)
+        export(model_dir, out)
+        assert json.loads((out / "tokenizer_config.json").read_text()) == {
+            "model_max_length": 1000000000000000019884624838656
+        }
+
+
 @pytest.mark.parametrize("key", ["auto_map", "custom_pipelines", "model_file"])
 def test_a_key_by_which_code_is_found_goes_wherever_it_stands(model_dir, out, key):
     for name in JSON:
