@@ -163,9 +163,14 @@ def check_directory(directory: Path) -> None:
             raise MalformedFile(
                 f"{entry.path}: expected a regular file, found a pipe, socket or device; remove it"
             )
-        limit = _LIMITS.get(os.path.splitext(entry.name)[1].lower())
-        if limit and entry.name not in _NEVER_READ:
+        limit = size_limit(entry.name)
+        if limit is not None:
             check_size(Path(entry.path), status.st_size, limit)
+
+
+def size_limit(name: str) -> int | None:
+    """The most bytes of a file of this name, which somebody reads whole; None for any other."""
+    return None if name in _NEVER_READ else _LIMITS.get(os.path.splitext(name)[1].lower())
 
 
 def hub_blob(path: Path) -> Path | None:

@@ -13,7 +13,7 @@ ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__
 LEVELS = [
     {"errors", "exits", "repack", "cast", "kernels", "standalone", "units"},
     {"descriptor", "strictjson", "rotation", "trace"},
-    {"tensorfile", "worker", "inside"},
+    {"tensorfile", "worker", "inside", "hub_watch"},
     {"digest", "layout", "manifest", "slices", "stacks", "task", "config_bounds"},
     {"checkpoint", "linears", "newfile", "report", "sharding"},
     {"store", "arrival", "tally", "hub", "cache.found", "newdirectory", "export_files"},
@@ -37,7 +37,7 @@ HOMES = {
     "msgpack": {"manifest"},
     "filelock": {"store"},
     "xxhash": {"digest", "newfile", "single_write", "source"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"hub", "hub_watch"},
     "tqdm": {"progress"},
     "distributed": {"executor"},
     "dask": set(),
