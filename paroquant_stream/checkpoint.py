@@ -17,7 +17,7 @@ from typing import Any
 from .descriptor import closing
 from .digest import Memo, hash_file
 from .errors import CheckpointError, MalformedFile
-from .inside import MAX_JSON, hub_blob, open_inside, read_inside
+from .inside import MAX_CONFIG, MAX_JSON, hub_blob, open_inside, read_inside
 from .strictjson import strict_json
 from .tensorfile import Header, TensorInfo, read_header
 
@@ -136,7 +136,7 @@ def shard_names(directory: Path) -> list[str]:
 
     Raises CheckpointError or MalformedFile when it cannot be read.
     """
-    index_text = _read_text(directory / INDEX_NAME)
+    index_text = _read_text(directory / INDEX_NAME, MAX_JSON)
     if index_text is None:
         return [SINGLE_NAME]
     return sorted(set(_parse_index(index_text, directory / INDEX_NAME).values()))
@@ -177,15 +177,15 @@ def _digest(config_text: bytes, index_text: bytes | None) -> str:
 def _read_texts(directory: Path) -> tuple[bytes, bytes | None]:
     if not os.path.isdir(directory):
         raise CheckpointError(f"{directory}: no such model directory")
-    config_text = _read_text(directory / "config.json")
+    config_text = _read_text(directory / "config.json", MAX_CONFIG)
     if config_text is None:
         raise CheckpointError(f"{directory}: config.json is absent; is this a model directory?")
-    return config_text, _read_text(directory / INDEX_NAME)
+    return config_text, _read_text(directory / INDEX_NAME, MAX_JSON)
 
 
-def _read_text(path: Path) -> bytes | None:
+def _read_text(path: Path, limit: int) -> bytes | None:
     try:
-        return read_inside(path, MAX_JSON)
+        return read_inside(path, limit)
     except FileNotFoundError:
         return None
 

@@ -19,6 +19,7 @@ from .inside import MAX_JSON, read_linked
 from .tensorfile import TensorSpec
 
 MOST_LAYERS = 2_000  # the deepest model that we know has 126; a layer takes 0.1 to 0.2 MB and 1 ms
+MOST_SETTINGS = 2_000  # of a section; transformers takes quadratic time, 12 s for 100,000
 MOST_TOKENS = 1 << 20  # ids of a tokenizer; the largest vocabulary that we know has 262,144
 _LAYERS = re.compile(r"(?!max_)(.*_)?(layers?|blocks?|depths?|stages?)")
 """Counts of layers, and lists of their numbers: `num_hidden_layers`, `depth`, `n_layer`, ..."""
@@ -50,6 +51,9 @@ def check_config(config: Mapping[str, Any], tensors: Sequence[TensorSpec], label
     if layers < len(tensors):
         why = "layers of any model that we know"
     widest = max((max(t.shape, default=0) for t in tensors if t.nbytes), default=0)
+    for path, section in _sections(config):
+        what = f"{label}: the number of settings{path}"
+        _check(what, len(section), MOST_SETTINGS, "of any model that we know")
     for path, key, value in _settings(config, ""):
         if _LAYERS.fullmatch(key):
             _check(f"{label}: {path}", _largest(key, value), layers, why)
@@ -96,6 +100,14 @@ def _check(what: str, value: float, bound: int, why: str) -> None:
             f"{what} is {value:,}, more than the {bound:,} {why}; put the model's own file in its "
             "place"
         )
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The config and those inside of it that transformers makes a config of."""
+    yield "", config
+    for key, value in config.items():
+        if key.endswith("_config") and key != "quantization_config" and isinstance(value, Mapping):
+            yield f" in {key}", value
 
 
 def _settings(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, Any]]:

@@ -21,6 +21,7 @@ from .descriptor import file_status, open_regular, unreadable
 from .errors import CheckpointError, MalformedFile
 
 MAX_JSON = 64 << 20  # bytes; the largest tokenizer.json that we know, of Gemma 3n, has 33 MB
+MAX_CONFIG = 16 << 20  # bytes; transformers takes 20 s and 0.7 GB for that much of its labels
 MAX_TEXT = 256 << 20  # bytes; vocabularies and merges take a few MB, models of sentencepiece ten
 TEMPLATES = "additional_chat_templates"
 """The one directory inside a model's from which transformers reads."""
@@ -170,6 +171,8 @@ def check_directory(directory: Path) -> None:
 
 def size_limit(name: str) -> int | None:
     """The most bytes of a file of this name, which somebody reads whole; None for any other."""
+    if name == "config.json":
+        return MAX_CONFIG
     return None if name in _NEVER_READ else _LIMITS.get(os.path.splitext(name)[1].lower())
 
 

@@ -109,6 +109,22 @@ def test_other_numbers_are_not_looked_at(config):
     check_config(config, FEW, "x")
 
 
+@pytest.mark.parametrize("section", ["", "text_config", "vision_config"])
+def test_more_settings_than_any_model_has_are_refused(section):
+    """Transformers takes quadratic time for them."""
+
+    def config(count):
+        settings = {f"k{i}": i for i in range(count)}
+        return {section: settings} if section else settings
+
+    check_config(config(2000), FEW, "x")
+    refuses(config(2001), "the number of settings.* is 2,001, more than the 2,000 of any model")
+
+
+def test_a_quantization_may_name_every_linear():
+    check_config({"quantization_config": {f"layers.{i}.x": {} for i in range(50_000)}}, FEW, "x")
+
+
 def test_sections_may_be_nested_as_deep_as_a_parser_goes():
     config: dict = {"num_hidden_layers": HUGE}
     for _ in range(5000):
