@@ -20,6 +20,7 @@ from .tensorfile import TensorSpec
 
 MOST_LAYERS = 2_000  # the deepest model that we know has 126; a layer takes 0.1 to 0.2 MB and 1 ms
 MOST_SETTINGS = 2_000  # of a section; transformers takes quadratic time, 12 s for 100,000
+MOST_SPECIAL = 10_000  # tokens; quadratic too, 8 s for 40,000. Gemma 3 adds 6,242 of all kinds
 MOST_TOKENS = 1 << 20  # ids of a tokenizer; the largest vocabulary that we know has 262,144
 _LAYERS = re.compile(r"(?!max_)(.*_)?(layers?|blocks?|depths?|stages?)")
 """Counts of layers, and lists of their numbers: `num_hidden_layers`, `depth`, `n_layer`, ..."""
@@ -33,6 +34,8 @@ _SHARES = re.compile(r"(.*_)?(partial_rotary_factor|rotary_pct|rotary_percent)")
 """Shares of a head's width, that rotary tables multiply it by."""
 _TOKENS = re.compile(r"(.*_)?(extra_ids|offset|madeup_words)")
 """How many tokens a class of transformers makes up itself."""
+_SPECIAL = re.compile(r"(extra|additional)_special_tokens")
+"""Tokens of which transformers looks each up among all others."""
 
 
 def check_config(config: Mapping[str, Any], tensors: Sequence[TensorSpec], label: str) -> None:
@@ -77,20 +80,29 @@ def check_tokenizer(directory: Path) -> None:
         MalformedFile: They are no regular file.
         UnreadableFile: The system cannot read them.
     """
-    path = directory / "tokenizer_config.json"
-    try:
-        settings = json.loads(read_linked(path, MAX_JSON))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return  # transformers says what it makes of that
-    if type(settings) is not dict:
-        return
-    for name, key, value in _settings(settings, ""):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = directory / name
+        try:
+            settings = json.loads(read_linked(path, MAX_JSON))
+        except (FileNotFoundError, ValueError, RecursionError):
+            continue  # transformers says what it makes of that
+        if type(settings) is dict:
+            _check_tokenizer(settings, str(path))
+
+
+def _check_tokenizer(settings: Mapping[str, Any], label: str) -> None:
+    what = f"{label}: the number of settings"
+    _check(what, len(settings), MOST_SETTINGS, "of any model that we know")
+    for path, key, value in _settings(settings, ""):
         if _TOKENS.fullmatch(key):
-            _check(f"{path}: {name}", _number(value), MOST_TOKENS, "words of any vocabulary")
+            _check(f"{label}: {path}", _number(value), MOST_TOKENS, "words of any vocabulary")
+        if _SPECIAL.fullmatch(key) and type(value) is list:
+            what = f"{label}: the length of {path}"
+            _check(what, len(value), MOST_SPECIAL, "special tokens of any model that we know")
     added = settings.get("added_tokens_decoder")
     for number in added if type(added) is dict else ():
         if number.isdigit():
-            what = f"{path}: a number in added_tokens_decoder"
+            what = f"{label}: a number in added_tokens_decoder"
             _check(what, int(number[:20]), MOST_TOKENS, "words of any vocabulary")
 
 

@@ -254,6 +254,25 @@ def test_a_tokenizer_that_would_make_up_tokens_without_end_is_refused(model_dir,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["extra_special_tokens", "additional_special_tokens"])
+def test_more_special_tokens_than_any_model_has_are_refused(model_dir, name, key):
+    """Transformers takes quadratic time for them."""
+    tokens = [f"<{i}>" for i in range(10_001)]
+    (model_dir / name).write_text(json.dumps({key: tokens[1:]}))
+    check_tokenizer(model_dir)
+    (model_dir / name).write_text(json.dumps({key: tokens}))
+    with pytest.raises(AssemblyError, match=rf"{name}: the length of {key} is 10,001, more than"):
+        check_tokenizer(model_dir)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_more_settings_of_a_tokenizer_than_any_has_are_refused(model_dir, name):
+    (model_dir / name).write_text(json.dumps({f"k{i}_token": "x" for i in range(2001)}))
+    with pytest.raises(AssemblyError, match=rf"{name}: the number of settings is 2,001, more than"):
+        check_tokenizer(model_dir)
+
+
 def test_what_tokenizers_really_say_is_let_through(model_dir):
     tokenizer_with(model_dir, model_max_length=int(1e30), extra_ids=100,
                    added_tokens_decoder={"262143": {"content": "x"}, "x": {}})  # fmt: skip

@@ -305,7 +305,8 @@ def test_links_that_lead_nowhere_and_directories_are_no_reason_to_refuse(model_d
 @pytest.mark.parametrize(
     ("name", "mib"),
     [("config.json", 16), ("tokenizer.json", 64), ("x.JSON", 64), ("chat_template.jinja", 64),
-     ("vocab.txt", 256), ("tokenizer.model", 256), ("qwen.tiktoken", 256), ("additional_chat_templates/x.jinja", 64)],
+     ("vocab.txt", 256), ("tokenizer.model", 256), ("qwen.tiktoken", 256),
+     ("additional_chat_templates/x.jinja", 64)],
 )  # fmt: skip
 def test_settings_and_vocabularies_of_a_size_that_no_model_has_are_refused(model_dir, name, mib):
     path = model_dir / name
