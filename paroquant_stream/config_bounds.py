@@ -22,15 +22,17 @@ MOST_LAYERS = 2_000  # the deepest model that we know has 126; a layer takes 0.1
 MOST_SETTINGS = 2_000  # of a section; transformers takes quadratic time, 12 s for 100,000
 MOST_SPECIAL = 10_000  # tokens; quadratic too, 8 s for 40,000. Gemma 3 adds 6,242 of all kinds
 MOST_TOKENS = 1 << 20  # ids of a tokenizer; the largest vocabulary that we know has 262,144
-_LAYERS = re.compile(r"(?!max_)(.*_)?(layers?|blocks?|depths?|stages?)")
+_LAYERS = re.compile(r"(?!max_|.*topk)(.*_)?(layers?|blocks?|depths?|stages?)")
 """Counts of layers, and lists of their numbers: `num_hidden_layers`, `depth`, `n_layer`, ..."""
 _PER_STAGE = re.compile(r"(.*_)?(depths|blocks|stages)")
 """Lists of counts, of which the sum counts."""
 _PER_LAYER = re.compile(r".*(layer|block|pattern).*")
 """Lists, or words, with something for each layer: `layer_types`, `hybrid_override_pattern`."""
-_WIDTHS = re.compile(r"(.*_)?(head_dim|hidden_size|embed_dim|rotary_dim|rope_dim|experts|labels)")
+_WIDTHS = re.compile(
+    r"(.*_)?(head_dim|hidden_size|d_model|n_embd|embed_dim|rotary_dim|rope_dim|experts?|labels)"
+)
 """Loops, and tables that are computed at once, as wide as some dimension of some tensor."""
-_SHARES = re.compile(r"(.*_)?(partial_rotary_factor|rotary_pct|rotary_percent)")
+_SHARES = re.compile(r"(.*_)?(partial_rotary_factors?|rotary_pct|rotary_percent)")
 """Shares of a head's width, that rotary tables multiply it by."""
 _TOKENS = re.compile(r"(.*_)?(extra_ids|offset|madeup_words)")
 """How many tokens a class of transformers makes up itself."""
@@ -53,7 +55,7 @@ def check_config(config: Mapping[str, Any], tensors: Sequence[TensorSpec], label
     why = f"as the {len(tensors):,} stored tensors allow"
     if layers < len(tensors):
         why = "layers of any model that we know"
-    widest = max((max(t.shape, default=0) for t in tensors if t.nbytes), default=0)
+    widest = max((max(t.shape) for t in tensors if t.shape and 0 not in t.shape), default=0)
     for path, section in _sections(config):
         what = f"{label}: the number of settings{path}"
         _check(what, len(section), MOST_SETTINGS, "of any model that we know")
@@ -63,9 +65,9 @@ def check_config(config: Mapping[str, Any], tensors: Sequence[TensorSpec], label
         if _PER_LAYER.fullmatch(key) and isinstance(value, (list, str)):
             _check(f"{label}: the length of {path}", len(value), max(layers, 64), why)
         if _WIDTHS.fullmatch(key):
-            _check(f"{label}: {path}", _number(value), widest, "as any stored tensor is wide")
+            _check(f"{label}: {path}", _largest(key, value), widest, "as any stored tensor is wide")
         if _SHARES.fullmatch(key):
-            _check(f"{label}: {path}", _number(value), 1, "the whole of it")
+            _check(f"{label}: {path}", _largest(key, value), 1, "the whole of it")
 
 
 def check_tokenizer(directory: Path) -> None:

@@ -194,12 +194,14 @@ def hub_blob(path: Path) -> Path | None:
 
 
 def _blobs_beside(directory: Path) -> Path | None:
-    """The blobs of the repository whose snapshot a real directory is or lies in."""
+    """The blobs of the repository whose snapshot a real directory is or lies in.
+
+    It is compared with real paths only, so blobs that are a link themselves are equal to none.
+    """
     for place in (directory, *directory.parents):
         repository = place.parent.parent
         if place.parent.name == "snapshots" and repository.name.startswith("models--"):
-            blobs = repository / "blobs"
-            return blobs if Path(os.path.realpath(blobs)) == blobs else None
+            return repository / "blobs"
     return None
 
 

@@ -80,11 +80,12 @@ def test_a_list_with_something_for_each_layer_is_no_longer_than_the_layers(key):
 @pytest.mark.parametrize(
     "key",
     ["head_dim", "global_head_dim", "qk_rope_head_dim", "linear_key_head_dim", "rotary_dim",
-     "hidden_size", "num_experts", "n_routed_experts", "num_local_experts", "num_labels"],
+     "hidden_size", "num_experts", "n_routed_experts", "num_local_experts", "num_labels", "n_embd"],
 )  # fmt: skip
 def test_a_width_is_at_most_the_widest_dimension_of_a_tensor(key):
     check_config({key: 100}, FEW, "x")
     refuses({"text_config": {key: 101}}, f"text_config.{key} is 101, more than the 100 as any")
+    refuses({key: [1, 101]}, f"{key} is 101, more than the 100 as any")
 
 
 def test_a_tensor_without_bytes_is_not_wide():
@@ -101,6 +102,7 @@ def test_a_rotation_of_more_than_the_whole_head_is_refused():
 @pytest.mark.parametrize(
     "config",
     [{"max_position_embeddings": 10**9}, {"max_window_layers": 70}, {"num_experts_per_tok": 200},
+     {"index_topk_blocks": 2048},
      {"image_token_id": 10**6}, {"num_hidden_layers": None}, {"vision_feature_layer": -2},
      {"num_experts": True}, {"rope_theta": 1e9}, {"layer_types": None}, {"id2label": {}},
      {"no_split_modules": "x" * 1000}, {"sliding_window": 10**6}],
