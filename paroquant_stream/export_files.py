@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from .descriptor import closing, file_status
 from .digest import CHUNK, read_chunks
 from .errors import CheckpointError, MalformedFile
-from .inside import MAX_JSON, MAX_TEXT, check_size, open_inside
+from .inside import MAX_JSON, MAX_TEXT, TEMPLATES, check_size, open_inside
 from .newfile import NewFile
 from .strictjson import strict_json
 
@@ -34,6 +35,8 @@ OTHER = (
 """Copied as they are: the vocabularies of transformers' tokenizers, and under which terms."""
 CODE_KEYS = ("auto_map", "custom_pipelines", "model_file")
 """Settings that name Python files: of transformers' classes and pipelines, and mlx-lm's model."""
+_TEMPLATE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\.jinja")
+_MOST_TEMPLATES = 100
 _DIGITS = 40  # of an integer: transformers writes 10**30 as the length of a model without a limit
 _DEEPEST = 100  # levels of JSON, of which a tokenizer has ten; Python's own limit is near 1,000
 
@@ -45,19 +48,20 @@ def files_to_export(directory: Path) -> list[str]:
         directory: The model directory.
 
     Returns:
-        The names of the known files that are there.
+        The names of the known files that are there, and of templates in their directory.
 
     Raises:
-        CheckpointError: One of them lies outside of the model, or is larger than any model's.
+        CheckpointError: One of them lies outside of the model, or is larger than any model's, or
+            there are more templates than any model has.
         MalformedFile: One of them is a pipe, socket or device.
     """
     names = [
         name
-        for name in sorted((*JSON, *OTHER))
+        for name in (*sorted((*JSON, *OTHER)), *_templates(directory))
         if os.path.exists(directory / name) and not os.path.isdir(directory / name)
     ]
     for name in names:
-        with closing(_open(directory / name)):
+        with closing(_open(directory, name)):
             pass
     return names
 
@@ -79,7 +83,8 @@ def export_files(directory: Path, names: Iterable[str], target: Path) -> None:
     """
     for name in names:
         path = directory / name
-        with closing(_open(path)) as fd:
+        with closing(_open(directory, name)) as fd:
+            (target / name).parent.mkdir(exist_ok=True)
             size = file_status(fd, str(path)).st_size
             chunks = read_chunks(fd, 0, size, str(path), memoryview(bytearray(CHUNK)))
             if name in JSON:
@@ -121,13 +126,28 @@ def write_file(path: Path, size: int, chunks: Iterable[memoryview]) -> None:
         file.discard()
 
 
-def _open(path: Path) -> int:
+def _templates(directory: Path) -> list[str]:
+    """The chat templates beside the default one, each by its path in the model."""
     try:
-        fd = open_inside(path)
+        found = sorted(filter(_TEMPLATE.fullmatch, os.listdir(directory / TEMPLATES)))
+    except OSError:  # there is no such directory
+        return []
+    if len(found) > _MOST_TEMPLATES:
+        raise CheckpointError(
+            f"{directory / TEMPLATES}: {len(found):,} templates, over the {_MOST_TEMPLATES} that "
+            "any model has; remove some"
+        )
+    return [f"{TEMPLATES}/{name}" for name in found]
+
+
+def _open(directory: Path, name: str) -> int:
+    path = directory / name
+    try:
+        fd = open_inside(path, None if path.parent == directory else directory)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
     try:
-        limit = MAX_JSON if path.name in JSON else MAX_TEXT
+        limit = MAX_JSON if name in JSON else MAX_TEXT
         check_size(path, file_status(fd, str(path)).st_size, limit)
     except BaseException:
         os.close(fd)

@@ -38,6 +38,40 @@ def test_every_known_name_is_taken_along_byte_for_byte(tmp_path, out):
     assert len(list(out.iterdir())) == len(JSON) + len(OTHER)
 
 
+def test_templates_in_their_directory_are_taken_along(model_dir, out):
+    templates = model_dir / "additional_chat_templates"
+    templates.mkdir()
+    for name in ("tool_use.jinja", "rag.jinja", "evil.py", "x.jinja.py", ".x.jinja", "a b.jinja"):
+        (templates / name).write_text(name)
+    assert export(model_dir, out)[-2:] == [
+        "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"
+    ]  # fmt: skip
+    written = {path.name: path.read_text() for path in (out / templates.name).iterdir()}
+    assert written == {"rag.jinja": "rag.jinja", "tool_use.jinja": "tool_use.jinja"}
+
+
+@pytest.mark.parametrize("link", ["directory", "file"])
+def test_templates_that_truly_lie_elsewhere_are_an_error(model_dir, tmp_path, link):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.jinja").write_text("of somebody")
+    templates = model_dir / "additional_chat_templates"
+    if link == "directory":
+        templates.symlink_to("../elsewhere")
+    else:
+        templates.mkdir()
+        (templates / "x.jinja").symlink_to(tmp_path / "elsewhere" / "x.jinja")
+    with pytest.raises(CheckpointError, match=r"x\.jinja: a link to .*, outside of the model"):
+        files_to_export(model_dir)
+
+
+def test_more_templates_than_any_model_has_are_refused(model_dir):
+    (model_dir / "additional_chat_templates").mkdir()
+    for number in range(101):
+        (model_dir / "additional_chat_templates" / f"t{number}.jinja").write_text("x")
+    with pytest.raises(CheckpointError, match="101 templates, over the 100 that any model has"):
+        files_to_export(model_dir)
+
+
 def test_no_known_name_is_one_of_code():
     plain = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".codes", ""}
     assert {Path(name).suffix for name in (*JSON, *OTHER)} == plain
