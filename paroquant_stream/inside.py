@@ -66,8 +66,8 @@ def open_inside(path: Path, directory: Path | None = None) -> int:
         directory: The model directory, by default the one that holds `path`.
 
     Returns:
-        A descriptor of the regular file, which truly lies in the model: looked at before it is
-        opened and again afterwards, for a link may be changed meanwhile.
+        A descriptor of the regular file, which truly lies in the model: what was opened is what
+        was looked at before, though a link may be changed meanwhile.
 
     Raises:
         CheckpointError: It lies elsewhere, or became another file meanwhile.
@@ -76,11 +76,11 @@ def open_inside(path: Path, directory: Path | None = None) -> int:
     """
     if directory is None and not os.path.islink(path):
         return open_regular(path, follow=False)
-    directory = path.parent if directory is None else directory
-    true_place(path, directory)
+    place = true_place(path, path.parent if directory is None else directory)
+    looked_at = os.lstat(place)
     fd = open_regular(path)
     try:
-        if not os.path.samestat(os.fstat(fd), os.lstat(true_place(path, directory))):
+        if not os.path.samestat(os.fstat(fd), looked_at):
             raise CheckpointError(f"{path}: became another file while it was opened; run again")
     except BaseException:
         os.close(fd)
@@ -143,7 +143,8 @@ def check_directory(directory: Path) -> None:
     """Look over a model directory before others open files in it: one stat for each name.
 
     They open what has the right name and read it whole: a pipe would hold them for ever, a file
-    of a terabyte take all memory. A link counts as what it leads to, or as absent.
+    of a terabyte take all memory. A link counts as what it leads to, or as absent. Shards are for
+    this package alone to open, which says what is wrong with one.
 
     Args:
         directory: The model directory.
@@ -158,7 +159,7 @@ def check_directory(directory: Path) -> None:
             status = entry.stat()
         except OSError:
             continue
-        if stat.S_ISDIR(status.st_mode):
+        if stat.S_ISDIR(status.st_mode) or entry.name.endswith(".safetensors"):
             continue
         if not stat.S_ISREG(status.st_mode):
             raise MalformedFile(

@@ -220,6 +220,20 @@ def test_a_link_that_is_changed_between_the_look_and_the_opening_is_an_error(
     refuses(model_dir / "link", "became another file")
 
 
+def test_a_file_that_is_removed_once_it_is_open_stays_readable(snapshot, monkeypatch):
+    """Another process drops shards that it has converted while this one still reads them."""
+    real_open = inside.open_regular
+
+    def removed(path, **options):
+        fd = real_open(path, **options)
+        hub_blob(path).unlink()
+        path.unlink()
+        return fd
+
+    monkeypatch.setattr(inside, "open_regular", removed)
+    assert content(snapshot / FIRST)
+
+
 def test_a_file_that_becomes_a_link_before_it_is_opened_is_not_followed(
     model_dir, secret, monkeypatch
 ):
@@ -292,6 +306,12 @@ def test_a_directory_with_anything_but_files_is_refused_by_name(model_dir, kind,
     with pytest.raises(MalformedFile, match=f"{name}: expected a regular file") as error:
         check_directory(model_dir)
     assert "\n" not in str(error.value)
+
+
+def test_what_only_this_package_opens_is_for_it_to_refuse(model_dir):
+    """`load` goes on without a `converted_mlx.safetensors` that is a pipe, and names a shard."""
+    os.mkfifo(model_dir / "converted_mlx.safetensors")
+    check_directory(model_dir)
 
 
 def test_links_that_lead_nowhere_and_directories_are_no_reason_to_refuse(model_dir):
