@@ -21,6 +21,7 @@ from .errors import (
     UnreadableFile,
 )
 from .in_place import shipped
+from .inside import check_directory
 from .manifest import EntryRecord, Manifest
 from .request import Needed, Parallel, Request, Split, make_request
 from .task import Dtype
@@ -158,9 +159,8 @@ _Loaded = tuple[Any, Any, bool]
 
 
 def _load(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
-    """The model from what is found first: an export, `mlx/`, the single file, the cache, a new
-    conversion.
-    """
+    """The model from the first of: an export, `mlx/`, the single file, the cache, a conversion."""
+    check_directory(request.directory)  # before hours of conversion
     with options.trace.span("import MLX"):
         from .exported import stored_in_export  # conversion may not need it
         from .model import assemble, assemble_stored

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .descriptor import closing, open_regular
+from .descriptor import closing
 from .digest_cache import Memo, hash_file
 from .errors import CheckpointError, MalformedFile
+from .inside import MAX_CONFIG, MAX_JSON, hub_blob, open_inside, read_inside
 from .strictjson import strict_json
 from .tensorfile import Header, TensorInfo, read_header
 
-__all__ = ["Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "Shard", "TensorInfo", "hub_blob", "open_checkpoint"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 EXPORTED = "paroquant_stream"
 """The key of config.json by which a directory that `export` wrote is known."""
-MAX_JSON = 64 << 20  # bytes of an index or config; 1,000,000 tensors take 100 MB and are refused
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
 """What an index may name: nothing that leads out of the directory."""
 
@@ -41,16 +41,11 @@ class Shard:
     def open(self) -> int:
         """A descriptor of the shard's bytes.
 
-        A symlink is followed only inside the model directory or to a blob of the Hub's cache.
-        Raises CheckpointError when the file is absent or the link leads elsewhere.
+        A symlink is followed only inside the model directory or to a blob of its own repository in
+        the Hub's cache. Raises CheckpointError when the file is absent or the link leads elsewhere.
         """
-        if os.path.islink(self.path) and not (hub_blob(self.path) or _stays_inside(self.path)):
-            raise CheckpointError(
-                f"{self.path}: a link to {os.readlink(self.path)}, outside of the model directory "
-                "and of a Hub cache; copy the file there or link the whole directory"
-            )
         try:
-            return open_regular(self.path)
+            return open_inside(self.path)
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: the shard is absent; download it again") from None
         except OSError as error:
@@ -94,21 +89,6 @@ class Shard:
         """
         blob = hub_blob(self.path)
         return blob.name if blob and re.fullmatch("[0-9a-f]{64}", blob.name) else None
-
-
-def hub_blob(path: Path) -> Path | None:
-    """The blob that `path` links to in a Hub cache (`models--*/blobs/<etag>`), else None."""
-    try:
-        target = path.parent / os.readlink(path)
-    except OSError:  # no link, or no such file
-        return None
-    blobs = Path(os.path.normpath(target.parent))
-    inside = blobs.name == "blobs" and blobs.parent.name.startswith("models--")
-    return blobs / target.name if inside else None
-
-
-def _stays_inside(path: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent))
 
 
 @dataclass(frozen=True)
@@ -174,7 +154,7 @@ def shard_names(directory: Path) -> list[str]:
 
     Raises CheckpointError or MalformedFile when it cannot be read.
     """
-    index_text = _read_text(directory / INDEX_NAME)
+    index_text = _read_text(directory / INDEX_NAME, MAX_JSON)
     if index_text is None:
         return [SINGLE_NAME]
     return sorted(set(_parse_index(index_text, directory / INDEX_NAME).values()))
@@ -215,24 +195,17 @@ def _digest(config_text: bytes, index_text: bytes | None) -> str:
 def _read_texts(directory: Path) -> tuple[bytes, bytes | None]:
     if not os.path.isdir(directory):
         raise CheckpointError(f"{directory}: no such model directory")
-    config_text = _read_text(directory / "config.json")
+    config_text = _read_text(directory / "config.json", MAX_CONFIG)
     if config_text is None:
         raise CheckpointError(f"{directory}: config.json is absent; is this a model directory?")
-    return config_text, _read_text(directory / INDEX_NAME)
+    return config_text, _read_text(directory / INDEX_NAME, MAX_JSON)
 
 
-def _read_text(path: Path) -> bytes | None:
+def _read_text(path: Path, limit: int) -> bytes | None:
     try:
-        fd = open_regular(path)
+        return read_inside(path, limit)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
-        text = file.read(MAX_JSON + 1)
-    if len(text) > MAX_JSON:
-        raise CheckpointError(f"{path}: over {MAX_JSON >> 20} MiB, which no model needs")
-    return text
 
 
 def _parse_object(text: bytes, path: Path) -> dict[str, Any]:

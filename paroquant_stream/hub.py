@@ -12,10 +12,12 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from .errors import CheckpointError, ParoquantStreamError
+from .hub_watch import Watch, together
+from .inside import size_limit
 from .tensorfile import Header, parse_header
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,6 @@ logger = logging.getLogger(__name__)
 PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 """What a model needs beside its shards: no code (`*.py`) and no pickles (`*.bin`) are fetched."""
 _FIRST_BYTES = 1 << 18  # of a shard, by range; a header of 1,500 tensors fits
-_TOGETHER = 8  # small requests at once
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class HubModel:
         Raises CheckpointError naming all of them when one cannot be had, MalformedFile when one is
         not valid.
         """
-        from concurrent.futures import ThreadPoolExecutor
-
+        calls = [
+            (f"{self.name}: header of {shard}", partial(self._header, shard)) for shard in shards
+        ]
         try:
-            with ThreadPoolExecutor(_TOGETHER) as pool:
-                return dict(zip(shards, pool.map(self._header, shards), strict=True))
+            return dict(zip(shards, together(calls), strict=True))
         except ParoquantStreamError:
             raise
         except Exception as error:  # the Hub's client raises a dozen unrelated kinds
@@ -55,9 +56,9 @@ class HubModel:
 
     def fetch(self, shard: str, tick: Callable[[int], None]) -> None:
         """Downloads a shard into the Hub's cache. Raises CheckpointError."""
-        _download(self.name, shard, self.commit, tick)
+        together([_download(self.name, shard, self.commit, tick)])
 
-    def _header(self, shard: str) -> Header:
+    def _header(self, shard: str, _watch: Watch) -> Header:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.name, shard, revision=self.commit)
@@ -91,7 +92,7 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
             f"{model}: neither a model directory nor a repository id like owner/name"
         )
     try:
-        directory = Path(_download(name, "config.json", revision)).parent
+        directory = Path(together([_download(name, "config.json", revision)])[0]).parent
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor is there a directory of this name") from error
     remote = HubModel(name, directory.name)
@@ -100,55 +101,42 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
 
 
 def _fetch_small(remote: HubModel) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     from huggingface_hub import HfApi
 
+    def ask(_watch: Watch) -> list[str]:
+        info = HfApi().model_info(remote.name, revision=remote.commit)
+        return [file.rfilename for file in info.siblings or []]
+
     try:
-        files = HfApi().model_info(remote.name, revision=remote.commit).siblings or []
+        (names,) = together([(f"{remote.name}: its list of files", ask)])
+    except ParoquantStreamError:  # a Hub that is there and gives next to nothing
+        raise
     except Exception as error:  # no network, a token that expired: as above, a dozen kinds
         logger.info("%s: going on with the Hub's cache: %s", remote.name, _one_line(error))
         return
-    names = [file.rfilename for file in files]
     small = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in PATTERNS)]
-    with ThreadPoolExecutor(_TOGETHER) as pool:
-        list(pool.map(lambda name: _download(remote.name, name, remote.commit), small))
+    together([_download(remote.name, name, remote.commit) for name in small])
 
 
 def _download(
     name: str, file: str, revision: str | None, tick: Callable[[int], None] = lambda _: None
-) -> str:
-    """The path of a file in the Hub's cache, downloaded if it is not there."""
-    from huggingface_hub import hf_hub_download  # 0.3 s, for models from the Hub alone
+) -> tuple[str, Callable[[Watch], str]]:
+    """A call for `together`: the path of a file in the Hub's cache, downloaded if it is absent."""
 
-    class Bar(_Bar):
-        def update(self, n: float | None = 1) -> None:
-            tick(int(n or 0))
+    def call(watch: Watch) -> str:
+        from huggingface_hub import hf_hub_download  # 0.3 s, for models from the Hub alone
 
-    try:
-        return str(hf_hub_download(name, file, revision=revision, tqdm_class=Bar))
-    except ParoquantStreamError:  # from tick
-        raise
-    except Exception as error:  # the Hub's client raises a dozen unrelated kinds
-        raise CheckpointError(
-            f"{name}: {file} cannot be had from the Hub: {_one_line(error)}"
-        ) from error
+        bar = watch.bar(tick, size_limit(file))
+        try:
+            return str(hf_hub_download(name, file, revision=revision, tqdm_class=bar))
+        except ParoquantStreamError:  # from the bar
+            raise
+        except Exception as error:  # the Hub's client raises a dozen unrelated kinds
+            raise CheckpointError(
+                f"{name}: {file} cannot be had from the Hub: {_one_line(error)}"
+            ) from error
 
-
-class _Bar:
-    """What the Hub's client takes for a progress bar; it shows nothing."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __getattr__(self, _name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+    return f"{name}: {file} cannot be had from the Hub", call
 
 
 def _first_bytes(url: str, count: int) -> tuple[bytes, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import standalone
-from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, Shard, read_config
-from .descriptor import closing, file_status, pread_exactly
+from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
 from .errors import CheckpointError, EntryDamaged
+from .export_files import as_json, export_files, files_to_export, without_code, write_file
 from .exported import FORMAT
 from .in_place import converted
+from .inside import check_directory
 from .manifest import Manifest
 from .model import assemble
 from .newdirectory import new_directory
@@ -35,11 +35,6 @@ from .weights import reading
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""
 SHARD_SIZE = 5_000_000_000
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "generation_config.json", "chat_template.json",
-)  # fmt: skip
-_TOKENIZER_SUFFIXES = (".txt", ".jinja", ".model", ".tiktoken")
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
@@ -89,6 +84,8 @@ def export_model(
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
     if EXPORTED in read_config(request.directory):
         raise CheckpointError(f"{request.directory}: is an export already; export its original")
+    check_directory(request.directory)
+    files_to_export(request.directory)  # as above
 
     def attempt() -> Export:
         try:
@@ -115,24 +112,24 @@ def _write_directory(
     model, _, _ = assemble(request.directory, manifest, store, lazy=True, force_text=True)
     config = read_config(request.directory)
     text_only = any(config.get(key) for key in ("vision_config", "audio_config"))
+    config = without_code(config, str(request.directory / "config.json"))
     config = _exported_config(config, manifest, model, self_contained)
     tensors = dict(tree_flatten(model.parameters()))
     del model  # the only references to an array are those in `tensors`
     specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
     total = sum(spec.nbytes for spec in specs)
     with new_directory(target, total) as directory:
+        export_files(request.directory, files_to_export(request.directory), directory)
         shards = _cut(specs, shard_size)
         with reading(manifest.entries, store):
             for name, held in shards.items():
                 _write_shard(directory / name, held, tensors)
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_file(directory / INDEX_NAME, _json(index))
-        for name in _tokenizer_files(request.directory):
-            _write_file(directory / name, _read(request.directory, name))
+        _write_bytes(directory / INDEX_NAME, as_json(index))
         if self_contained:
-            _write_file(directory / MODEL_FILE, Path(standalone.__file__).read_bytes())
-        _write_file(directory / "config.json", _json(config))
+            _write_bytes(directory / MODEL_FILE, Path(standalone.__file__).read_bytes())
+        _write_bytes(directory / "config.json", as_json(config))
     return Export(target, len(shards), total, text_only)
 
 
@@ -147,7 +144,7 @@ def _exported_config(
     The model type stays as it was, even one that mlx-lm does not know: the tokenizer's class may
     hang on it.
     """
-    left_out = ("_name_or_path", "auto_map", "model_file", "vision_config", "audio_config")
+    left_out = ("_name_or_path", "vision_config", "audio_config")
     config = {key: value for key, value in original.items() if key not in left_out}
     if type(config.get("text_config")) is dict:
         text = config["text_config"]
@@ -188,6 +185,10 @@ def _cut(specs: list[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]
     return {f"model-{i:05}-of-{count:05}.safetensors": held for i, held in enumerate(shards, 1)}
 
 
+def _write_bytes(path: Path, data: bytes) -> None:
+    write_file(path, len(data), [memoryview(data)])
+
+
 def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.array]) -> None:
     """Writes one file, taking each tensor out of `tensors`."""
     header, infos = lay_out(specs)
@@ -206,33 +207,3 @@ def _write_tensor(writer: TensorWriter, info: TensorInfo, array: mx.array) -> No
     view = memoryview(words).cast("B")
     for start in range(0, len(view), _CHUNK):
         writer.write(info, view[start : start + _CHUNK])
-
-
-def _tokenizer_files(directory: Path) -> list[str]:
-    """The files of the tokenizer, the generation settings and the licence; none is code."""
-    return sorted(
-        name
-        for name in os.listdir(directory)
-        if (
-            name in _TOKENIZER
-            or name.endswith(_TOKENIZER_SUFFIXES)
-            or name.split(".")[0] == "LICENSE"
-        )
-        and os.path.isfile(directory / name)
-    )
-
-
-def _read(directory: Path, name: str) -> bytes:
-    """A small file; like a shard it may be no link that leads elsewhere, for exports are shared."""
-    path = directory / name
-    with closing(Shard(name, path).open()) as fd:
-        return pread_exactly(fd, 0, file_status(fd, str(path)).st_size, str(path))
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with new_file_at(path, len(data)) as file:
-        file.write(memoryview(data))

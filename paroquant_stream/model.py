@@ -81,7 +81,7 @@ def assemble_stored(
     without a tensor, and every shape that does not fit; NoSuchPart.
     """
     tensors, config = stored.tensors, read_config(directory)
-    part = part_of(split, directory, [t.name for t in tensors], force_text)
+    part = part_of(split, directory, tensors, force_text)
     is_vlm = part.is_vlm
     if stored.model_names and config.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so a text model", directory)
@@ -136,7 +136,7 @@ def check_assembly(directory: Path, plan: Plan) -> None:
         MissingExtra: mlx-lm or mlx-vlm is not installed.
     """
     specs = [output for task in plan.tasks for output in task.outputs]
-    part = part_of(WHOLE, directory, [spec.name for spec in specs], force_text=False)
+    part = part_of(WHOLE, directory, specs, force_text=False)
     model = build(load_config(directory), part.is_vlm)
     weights = named_for(model, placeholders(s for s in specs if part.has(s.name)), part.is_vlm)
     bits, group_size = plan.quantization.bits, plan.quantization.group_size

@@ -14,7 +14,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .errors import AssemblyError, MissingExtra, NoSuchPart
+from .config_bounds import check_tokenizer
+from .errors import AssemblyError, CheckpointError, MissingExtra, NoSuchPart
+from .inside import check_directory
 from .model_kind import TEXT_TYPES
 
 logger = logging.getLogger(__name__)
@@ -23,8 +25,20 @@ _PARTS = ["text", "vision", "perceiver", "projector", "audio"]
 
 
 def load_config(directory: Path) -> dict[str, Any]:
-    """config.json as mlx-lm reads it, with the end-of-text tokens of generation_config.json."""
-    config: dict[str, Any] = _mlx_lm().load_config(directory)
+    """config.json as mlx-lm reads it, with the end-of-text tokens of generation_config.json.
+
+    Raises CheckpointError when one of them is not what mlx-lm expects, and what `check_directory`
+    raises.
+    """
+    check_directory(directory)
+    utils = _mlx_lm()
+    try:
+        config: dict[str, Any] = utils.load_config(directory)
+    except Exception as error:  # of any kind: they are another library's ideas of a JSON file
+        raise CheckpointError(
+            f"{directory}: mlx-lm cannot read config.json or generation_config.json: "
+            f"{_one_line(error)}"
+        ) from error
     config["model_type"] = TEXT_TYPES.get(config.get("model_type", ""), config.get("model_type"))
     return config
 
@@ -32,25 +46,24 @@ def load_config(directory: Path) -> dict[str, Any]:
 def build(config: dict[str, Any], is_vlm: bool) -> nn.Module:
     """The model of a config, at its lazy random start.
 
-    Raises AssemblyError for a model type that the library does not know, MissingExtra when the
-    library is not installed.
+    Raises AssemblyError for a model type that the library does not know and for a config that its
+    class cannot use, MissingExtra when the library is not installed. What the config's numbers may
+    be is for `check_config` to say before.
     """
+    utils = _mlx_vlm() if is_vlm else _mlx_lm()
     try:
         if not is_vlm:
-            model_class, arguments = _mlx_lm()._get_classes(config)
+            model_class, arguments = utils._get_classes(config)
             return cast(nn.Module, model_class(arguments.from_dict(config)))
-        utils = _mlx_vlm()
         module, _ = utils.get_model_and_args(config=config)
         arguments = utils.update_module_configs(
             module.ModelConfig.from_dict(config), module, config, _PARTS
         )
         return cast(nn.Module, module.Model(arguments))
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-    ) as error:  # a key missing in the config is any of these
-        raise AssemblyError(f"model_type {config.get('model_type')!r}: {error}") from error
+    except Exception as error:  # a missing key, a zero, a number beyond MLX's: each of another kind
+        raise AssemblyError(
+            f"model_type {config.get('model_type')!r}: {type(error).__name__}: {_one_line(error)}"
+        ) from error
 
 
 def has_class(config: dict[str, Any], is_vlm: bool) -> bool:
@@ -107,8 +120,23 @@ def load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> 
     """The tokenizer of a text model, or the processor of a vision model.
 
     A vision model without processor files gets its tokenizer. No code of the model is ever run, and
-    transformers is told so, else it would ask the user.
+    transformers is told so, else it would ask the user. Raises CheckpointError when they cannot be
+    had, and what `check_directory` and `check_tokenizer` raise.
     """
+    check_directory(directory)
+    check_tokenizer(directory)
+    try:
+        return _load_tokenizer(directory, config, is_vlm)
+    except MissingExtra:
+        raise
+    except Exception as error:  # as transformers has them, of two dozen kinds
+        raise CheckpointError(
+            f"{directory}: transformers cannot load the tokenizer: {type(error).__name__}: "
+            f"{_one_line(error)}"
+        ) from error
+
+
+def _load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> Any:
     end = config.get("eos_token_id")
     if not is_vlm:
         extra = {"trust_remote_code": False}
@@ -126,6 +154,11 @@ def load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> 
     if not hasattr(tokenizer, "stopping_criteria"):
         tokenizer.stopping_criteria = utils.StoppingCriteria(end, tokenizer)
     return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 500 else f"{text[:497]}..."
 
 
 def _mlx_lm() -> Any:

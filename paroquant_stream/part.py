@@ -8,7 +8,7 @@ rank of mlx-lm's pipelines embeds the tokens, for their shape, and computes the 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .checkpoint import read_config
+from .config_bounds import check_config
 from .errors import AssemblyError, NoSuchPart
 from .manifest import EntryRecord, Manifest
 from .model_class import build, keep_pipeline_layers, load_config
 from .model_kind import TOWER_PREFIXES, is_vision_model
 from .request import Split
 from .sharding import Take, shard
+from .tensorfile import TensorSpec
 from .weights import entries_with
 
 _LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")
@@ -48,13 +50,15 @@ class Part:
         return self.has(name) and (self.layers is None or number is None or number in self.layers)
 
 
-def part_of(split: Split, directory: Path, names: Collection[str], force_text: bool) -> Part:
-    """The part of a model with these stored names.
+def part_of(split: Split, directory: Path, tensors: Sequence[TensorSpec], force_text: bool) -> Part:
+    """The part of a model with these stored tensors.
 
     Raises NoSuchPart for layers that it has not, for a class that offers no pipeline, and for more
-    ranks than layers.
+    ranks than layers; AssemblyError for a config with larger numbers than the tensors allow.
     """
-    is_vlm = is_vision_model(read_config(directory), names, force_text)
+    config, names = read_config(directory), [tensor.name for tensor in tensors]
+    check_config(config, tensors, str(directory / "config.json"))  # no class is built before
+    is_vlm = is_vision_model(config, names, force_text)
     layers = split.layers
     if split.by_layers and split.group is not None:  # unevaluated, a model costs little
         layers = keep_pipeline_layers(build(load_config(directory), is_vlm), split.group)
@@ -72,8 +76,8 @@ def needed_entries(
     split: Split, directory: Path, manifest: Manifest, force_text: bool
 ) -> Collection[EntryRecord]:
     """The entries from which a part is read; raises what `part_of` raises."""
-    names = [tensor.name for record in manifest.entries for tensor in record.tensors]
-    return entries_with(manifest, part_of(split, directory, names, force_text).reads)
+    tensors = [tensor for record in manifest.entries for tensor in record.tensors]
+    return entries_with(manifest, part_of(split, directory, tensors, force_text).reads)
 
 
 def check_placed(part: Part, weights: dict[str, mx.array], unread: dict[str, mx.array]) -> None:

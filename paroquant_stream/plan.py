@@ -7,7 +7,9 @@ converted.
 
 from __future__ import annotations
 
+import bisect
 import gc
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from .tensorfile import Header, TensorSpec
 
 _IO_LAYERS = ("embed_tokens", "lm_head")  # stored quantized, whatever `tie_word_embeddings` says
 _SHARED_LEAVES = ("theta", "pairs", "channel_scales")
+_SHOWN = 50  # defects that a message lists
+_NAMED = 10  # experts of one stack among them
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def _make_plan(
 
 
 def _error(issues: list[str]) -> PlanError:
-    shown = issues[:50] + ([f"... and {len(issues) - 50} more"] if len(issues) > 50 else [])
+    shown = issues[:_SHOWN]
+    shown += [f"... and {len(issues) - _SHOWN} more"] if len(issues) > _SHOWN else []
     return PlanError(
         f"{len(issues)} defects in the checkpoint, nothing was converted:\n  " + "\n  ".join(shown)
     )
@@ -210,12 +215,7 @@ def _runs(
     name: str, members: dict[int, Operation], count: int, issues: list[str]
 ) -> Iterator[Operation]:
     """One operation for each run of consecutive experts that a shard holds of a stacked tensor."""
-    layer, _, leaf = name.partition(".switch_mlp.")
-    for expert in sorted(set(range(count)) - members.keys()):
-        near = members[min(members, key=lambda known: abs(known - expert))].slices[0][0]
-        issues.append(
-            f"{layer}: expert {expert} has no {leaf}; its nearest neighbour lies in {near.shard}"
-        )
+    issues += _missing(name, members, count)
     shapes = {operation.outputs[0].shape for operation in members.values()}
     if len(shapes) > 1 or max(members) >= count:
         issues.append(
@@ -229,6 +229,24 @@ def _runs(
             run = []
         run.append(expert)
     yield _stack(name, run, members, count)
+
+
+def _missing(name: str, members: dict[int, Operation], count: int) -> Iterator[str]:
+    """The experts that are in no shard: the first ones, and how many more.
+
+    `count` and the largest number are somebody's word for it: no loop goes over them.
+    """
+    layer, _, leaf = name.partition(".switch_mlp.")
+    known = sorted(members)
+    absent = (expert for expert in range(count) if expert not in members)
+    for expert in itertools.islice(absent, _NAMED):
+        after = bisect.bisect(known, expert)
+        near = min(known[max(after - 1, 0) : after + 1], key=lambda number: abs(number - expert))
+        shard = _shard(members[near])
+        yield f"{layer}: expert {expert} has no {leaf}; its nearest neighbour lies in {shard}"
+    more = count - bisect.bisect_left(known, count) - _NAMED
+    if more > 0:
+        yield f"{layer}: {more:,} more of its {count:,} experts have no {leaf}"
 
 
 def _shard(operation: Operation) -> str:

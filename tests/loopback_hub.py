@@ -16,11 +16,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 Fault = Callable[[str, str], str | None]
-"""`(method, what)` -> None, or `cut` (half of the bytes), `refuse` (no answer), `401`, `corrupt`.
+"""`(method, what)` -> None, or `cut` (half of the bytes), `refuse` (no answer), `401`, `corrupt`,
+`trickle` (a byte at a time), `trickle head` (even the answer's head), `wait` (for an hour).
 
-`what` is a file's name, or `api`; a range request of a header is not asked about.
+`what` is a file's name, or `api`; of a range request of a header, `header of` its name.
 """
-CHUNK = 1 << 14
 
 
 class LoopbackHub:
@@ -35,6 +35,9 @@ class LoopbackHub:
         """Method, what and range of every request, in order."""
         self.fault: Fault = lambda method, what: None
         self.sent = 0
+        self.pause = 0.05
+        """Seconds between two bytes of a trickle."""
+        self.closing = threading.Event()
 
         class Handler(_Handler):
             hub = self
@@ -59,6 +62,7 @@ class LoopbackHub:
         self.close()
 
     def close(self) -> None:
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -122,11 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
         what = "api" if api else "/".join(parts[4:])
         branches = hub.repos.get(f"{owner}/{name}")
         hub.log.append((method, what, range_))
-        fault = None if _is_head(range_) else hub.fault(method, what)
+        fault = hub.fault(method, f"header of {what}" if _is_head(range_) else what)
         if fault == "refuse":
             return self.hang_up()
         if fault == "401":
             return self.send(method, 401, {}, b"")
+        if fault == "wait":
+            return self.send(method, 429, {"Retry-After": "3600"}, b"")
+        if fault == "trickle head":
+            return self.trickle(b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 5000)
         if branches is None:
             return self.send(method, 404, {"X-Error-Code": "RepoNotFound"}, b"")
         commit = branches.get(revision, revision)
@@ -137,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = {"id": f"{owner}/{name}", "sha": commit}
             body["siblings"] = [{"rfilename": file} for file in files]
             return self.send(method, 200, {"Content-Type": "application/json"},
-                             json.dumps(body).encode())  # fmt: skip
+                             json.dumps(body).encode(), fault)  # fmt: skip
         if what not in files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
             return self.send(method, 404, headers, b"")
@@ -150,18 +158,20 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Linked-Etag": f'"{sha256}"',
                 "X-Linked-Size": str(len(data)),
             }, b"")  # fmt: skip
-        return self.send_file(method, what, data, range_, hashlib.sha1(data).hexdigest(), commit)
+        etag = hashlib.sha1(data).hexdigest()
+        return self.send_file(method, what, data, range_, etag, commit, fault)
 
     def send_file(
-        self, method: str, what: str, data: bytes, range_: str | None, etag: str, commit: str | None
-    ) -> None:
+        self, method: str, what: str, data: bytes, range_: str | None, etag: str,
+        commit: str | None, fault: str | None = None,
+    ) -> None:  # fmt: skip
         hub = self.hub
         headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if commit:
             headers["X-Repo-Commit"] = commit
         else:
             hub.log.append((method, what, range_))
-        fault = None if _is_head(range_) or commit else hub.fault(method, what)
+            fault = hub.fault(method, f"header of {what}" if _is_head(range_) else what)
         if fault == "refuse":
             return self.hang_up()
         status, body = 200, data
@@ -172,21 +182,32 @@ class _Handler(BaseHTTPRequestHandler):
             stop = min(int(last) + 1 if last else len(data), len(data))
             status, body = 206, body[int(first) : stop]
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(data)}"
-        return self.send(method, status, headers, body, cut=fault == "cut")
+        return self.send(method, status, headers, body, fault)
 
     def send(
-        self, method: str, status: int, headers: Mapping[str, str], body: bytes, cut: bool = False
-    ) -> None:
+        self, method: str, status: int, headers: Mapping[str, str], body: bytes,
+        fault: str | None = None,
+    ) -> None:  # fmt: skip
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if method == "GET":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
+        if method == "GET" and fault == "trickle":
+            self.trickle(body)
+        elif method == "GET":
+            self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
             self.hub.sent += len(body)
-        if cut:
+        if fault == "cut":
             self.hang_up()
+
+    def trickle(self, data: bytes) -> None:
+        for byte in data:
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            if self.hub.closing.wait(self.hub.pause):
+                break
+        self.hang_up()
 
     def hang_up(self) -> None:
         self.wfile.flush()

@@ -179,7 +179,8 @@ def test_the_config_digest_covers_config_and_index(model_dir):
     assert len({first, second, config_digest(model_dir)}) == 3
 
 
-def test_an_oversized_index_is_refused(model_dir, monkeypatch):
-    monkeypatch.setattr("paroquant_stream.checkpoint.MAX_JSON", 100)
-    with pytest.raises(CheckpointError, match="which no model needs"):
+@pytest.mark.parametrize(("name", "bound"), [(INDEX, "MAX_JSON"), ("config.json", "MAX_CONFIG")])
+def test_an_oversized_index_or_config_is_refused(model_dir, monkeypatch, name, bound):
+    monkeypatch.setattr(f"paroquant_stream.checkpoint.{bound}", 100)
+    with pytest.raises(CheckpointError, match=f"{name}: .*, which no model needs"):
         open_checkpoint(model_dir)

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as second_opinion
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api import make_request
 from paroquant_stream.convert import main
 from paroquant_stream.descriptor import open_regular
-from paroquant_stream.errors import EntryDamaged, MalformedFile
+from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
 from paroquant_stream.manifest import EntryRecord, Manifest
+from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.single_write import export_single_file
 from paroquant_stream.store import Store
 from paroquant_stream.tensorfile import TensorSpec, read_header
 from paroquant_stream.weights import read_weights
@@ -314,3 +317,69 @@ def test_a_directory_of_any_name_works_and_prints_no_control_characters(
     err = capsysbinary.readouterr().err
     assert b"\x1b" not in err
     assert time.monotonic() - started < 1
+
+
+OPENED_BY_NAME = [
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "additional_chat_templates/x.jinja", "notes",
+]  # fmt: skip
+"""What mlx-lm, mlx-vlm and transformers open in a model directory, and a name that nobody opens."""
+
+
+def loadable(form: str, directory: Path, tmp_path: Path):
+    """A model directory in one of its forms, as `load` takes it, and where its files lie."""
+    if form == "export":
+        export_model(directory, tmp_path / "out")
+        return tmp_path / "out"
+    if form == "single file":
+        export_single_file(make_request(directory))
+        for shard in directory.glob("model-*.safetensors"):
+            shard.unlink()
+    return directory
+
+
+@pytest.mark.parametrize("name", OPENED_BY_NAME)
+@pytest.mark.parametrize("form", ["directory", "export", "single file"])
+@pytest.mark.parametrize("force_text", [False, True])
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_any_file_does_not_hold_a_load(tmp_path, form, name, force_text):
+    directory = loadable(form, write_checkpoint(tmp_path / "m", cut=cut_evenly(2)), tmp_path)
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file, found a pipe"):
+        load(directory, force_text=force_text, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()  # told before any work
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_config_or_index_does_not_hold_a_conversion(tmp_path, name):
+    directory = write_checkpoint(tmp_path / "m", cut=cut_evenly(2))
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file"):
+        convert_checkpoint(directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+@pytest.mark.timeout(20)
+def test_a_pipe_in_a_snapshot_of_the_hubs_cache_does_not_hold_a_load(hub, tmp_path, name):
+    hub.push("owner/name", write_checkpoint(tmp_path / "m", cut=cut_evenly(2)))
+    directory = make_request("owner/name").directory
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file, found a pipe"):
+        load("owner/name")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json"])
+@pytest.mark.parametrize("form", ["directory", "export", "single file"])
+def test_a_sparse_giant_is_refused_before_anybody_reads_it(tmp_path, form, name):
+    directory = loadable(form, write_checkpoint(tmp_path / "m", cut=cut_evenly(2)), tmp_path)
+    with (directory / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=f"{name}: 1,099,511,627,776 bytes, over "):
+        load(directory)

@@ -14,7 +14,12 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from paroquant_stream import convert_checkpoint, load, mlx_directory, standalone
-from paroquant_stream.errors import CheckpointError, ParoquantStreamError, StoreError
+from paroquant_stream.errors import (
+    CheckpointError,
+    MalformedFile,
+    ParoquantStreamError,
+    StoreError,
+)
 from paroquant_stream.mlx_directory import MODEL_FILE, export_model
 from paroquant_stream.store import cache_store
 from tests.builders import CONFIG, llama_tensors, write_checkpoint
@@ -29,7 +34,8 @@ def names(directory) -> set[str]:
 
 
 def test_holds_the_files_of_an_mlx_model_and_no_code(model_dir, tmp_path):
-    for name in ("modeling_x.py", "pytorch_model.bin", "x.pkl", "README.md", "trainer_state.json"):
+    for name in ("modeling_x.py", "pytorch_model.bin", "x.pkl", "README.md", "trainer_state.json",
+                 "LICENSE.py", "LICENSE.so", "notes.txt", "x.jinja", "x.model"):  # fmt: skip
         (model_dir / name).write_text("not for MLX")
     for name in ("merges.txt", "chat_template.jinja", "tokenizer.model", "LICENSE"):
         (model_dir / name).write_text(name)
@@ -126,12 +132,42 @@ def test_a_conversion_beside_the_model_is_used(model_dir, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_tokenizer_that_links_out_of_the_model_is_refused(model_dir, tmp_path):
+def test_a_file_that_leads_out_of_the_model_is_refused_before_anything_is_converted(
+    model_dir, tmp_path
+):
     (tmp_path / "secret").write_text("of somebody")
-    (model_dir / "notes.txt").symlink_to(tmp_path / "secret")
+    (model_dir / "merges.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="outside of the model directory"):
-        export_model(model_dir, tmp_path / "out")
-    assert names(tmp_path) & {"out"} == set()
+        export_model(model_dir, tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert names(tmp_path) & {"out", "cache"} == set()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "notes"])
+def test_a_pipe_is_refused_before_anything_is_converted(model_dir, tmp_path, name):
+    (model_dir / name).unlink(missing_ok=True)
+    os.mkfifo(model_dir / name)
+    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file"):
+        export_model(model_dir, tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert names(tmp_path) & {"out", "cache"} == set()
+
+
+def test_no_key_by_which_code_is_found_is_in_any_file(tmp_path):
+    """With --trust-remote-code transformers runs what `auto_map` names, which is not ours."""
+    code = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "custom_pipelines": {"x": {}}}
+    config = {**CONFIG, **code, "rope_parameters": {"rope_type": "default", **code}}
+    model = write_checkpoint(tmp_path / "model", config=config)
+    for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+        path = model / name
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**found, **code, "deep": [{**code, "kept": 1}]}))
+    export_model(model, tmp_path / "out", self_contained=True)
+    written = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.json")}
+    assert len(written) >= 5
+    for text in written.values():
+        assert "auto_map" not in text
+        assert "custom_pipelines" not in text
+    assert [name for name, text in written.items() if "model_file" in text] == ["config.json"]
+    assert '"kept": 1' in written["generation_config.json"]
 
 
 def test_an_entry_that_vanished_is_an_error_and_leaves_nothing(model_dir, tmp_path, monkeypatch):

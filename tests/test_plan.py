@@ -194,6 +194,44 @@ def test_a_missing_last_expert_is_noticed_by_the_config():
         plan_of(tensors, experts=4)
 
 
+def seconds_of_refusal(tensors, experts, words) -> float:
+    started = time.perf_counter()
+    with pytest.raises(PlanError, match=words):
+        plan_of(tensors, experts=experts)
+    return time.perf_counter() - started
+
+
+def test_a_number_of_experts_that_nobody_has_costs_no_more_than_a_small_one():
+    """It is a number of the config: 200,000 experts took 16 s, and 10,000,000 no end."""
+    small = min(seconds_of_refusal(moe_tensors(), 100, "expert 4 has no") for _ in range(3))
+    words = r"1,999,999,999,986 more of its 2,000,000,000,000 experts have no"
+    assert min(seconds_of_refusal(moe_tensors(), 2 * 10**12, words) for _ in range(3)) < 5 * small
+
+
+def test_a_stack_with_every_other_expert_is_refused_in_linear_time():
+    """The nearest neighbour of each that is missing was looked for among all."""
+
+    def refusal(count: int) -> float:
+        one = moe_tensors(experts=1)
+        tensors = {
+            name.replace(".experts.0.", f".experts.{2 * i}."): array
+            for i in range(count)
+            for name, array in one.items()
+        }
+        return seconds_of_refusal(tensors, None, "expert 1 has no gate_proj")
+
+    assert min(refusal(4000) for _ in range(2)) < 10 * min(refusal(1000) for _ in range(2))
+
+
+@pytest.mark.parametrize(("absent", "near"), [((3,), 2), ((2, 3), 4), ((3, 4, 5), 2), ((0, 3), 2)])
+def test_the_shard_of_the_nearest_neighbour_is_named(absent, near):
+    gone = tuple(f".experts.{expert}.up_proj." for expert in absent)
+    tensors = {n: a for n, a in moe_tensors(experts=7).items() if not any(g in n for g in gone)}
+    homes = {name: "near" if f".experts.{near}." in name else "far" for name in tensors}
+    with pytest.raises(PlanError, match=r"expert 3 has no up_proj\.weight; .* lies in near"):
+        plan_of(tensors, lambda _: homes)
+
+
 def test_a_missing_shared_rotation_is_an_error():
     tensors = moe_tensors()
     del tensors["model.layers.0.mlp.experts.down_weight_pairs"]

@@ -1,0 +1,58 @@
+"""JSON that only one parser can read as it is: the rest is refused, in time that grows like it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from paroquant_stream.errors import MalformedFile
+from paroquant_stream.strictjson import strict_json
+
+
+def keys(count: int, last: str) -> bytes:
+    """An object of `count` keys, the last one named `last`."""
+    return ("{" + "".join(f'"k{i}":0,' for i in range(count - 1)) + f'"{last}":1}}').encode()
+
+
+def seconds(text: bytes, words: str | None = None) -> float:
+    """The shortest of three parses; `words` of the refusal, if there has to be one."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        if words:
+            with pytest.raises(MalformedFile, match=words):
+                strict_json(text, "x")
+        else:
+            strict_json(text, "x")
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def test_a_key_that_stands_twice_is_found_in_the_time_that_the_object_takes():
+    """Counting each key among all took 71 s for 80,000 keys."""
+    whole = seconds(keys(20_000, "other"))
+    assert seconds(keys(20_000, "k19998"), "'k19998' stands twice") < 5 * whole + 0.01
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 400 + ".0", "NaN", "-Infinity"])
+def test_a_number_that_is_not_finite_is_refused(number):
+    with pytest.raises(MalformedFile, match=r"no finite number|no JSON number"):
+        strict_json(f'{{"a": [{number}]}}'.encode(), "x")
+
+
+def test_finite_numbers_stay_what_they_are():
+    text = b"[1.5, -0.0, 1e-999, 1.7976931348623157e308, 3]"
+    assert strict_json(text, "x") == [1.5, -0.0, 0.0, 1.7976931348623157e308, 3]
+
+
+def test_a_long_number_takes_no_longer_than_its_digits():
+    short, long = (seconds(f"[1.{'1' * count}]".encode()) for count in (100_000, 1_000_000))
+    assert long < 40 * short + 0.02
+
+
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbf{}", b"{} {}", b'{"a": 1, "a": 1}', b"1" * 21,
+                                  b"[" * 100_000, b"\xff", b""])  # fmt: skip
+def test_what_parsers_disagree_on_is_refused(text):
+    with pytest.raises(MalformedFile, match="x: not valid JSON"):
+        strict_json(text, "x")
