@@ -386,6 +386,18 @@ def differs(model: Model, right: Parameters) -> str:
     return f"{len(wrong)} of {len(right)} parameters are WRONG, {min(wrong)}" if wrong else ""
 
 
+def assert_loads(model: Model, right: Parameters) -> None:
+    """A load gives these parameters, bit for bit."""
+    why = differs(model, right)
+    assert not why, why
+
+
+def assert_completes(model: Model, right: Parameters) -> None:
+    """One more run of the drop completes the model."""
+    why = completes(model, right).why
+    assert not why, why
+
+
 def one_line(ended: Ended) -> str:
     """The exit code and the error message, on a line."""
     lines = [line.strip() for line in ended.err.splitlines()]
