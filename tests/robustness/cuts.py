@@ -6,6 +6,7 @@ the shard of the scales. A cut decides which shards need which.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -135,3 +136,16 @@ def write_tiny(directory: Path, cut: Cut | None = CUTS["by size"], **config: obj
     seed = config.pop("seed", 0)
     assert isinstance(seed, int)
     return write_checkpoint(directory, llama_tensors(seed), cut, {**CONFIG, **config})
+
+
+def as_snapshot(place: Path, source: Path) -> Path:
+    """A model as the Hub's client lays it out: a snapshot of links to blobs named by SHA-256."""
+    repository = place / "models--owner--name"
+    snapshot, blobs = repository / "snapshots" / ("c" * 40), repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in source.iterdir():
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot

@@ -314,7 +314,9 @@ class Model:
 
     def watched(self, **fault: Any) -> Fault:
         """A fault among the calls on this model's files."""
-        return {"under": [self.directory, self.root], **fault}
+        in_a_hub = self.directory.parent.name == "snapshots"
+        beside = [self.directory.parent.parent / "blobs"] if in_a_hub else []
+        return {"under": [self.directory, self.root, *beside], **fault}
 
 
 def parameters(ended: Ended) -> Parameters | None:

@@ -1,5 +1,6 @@
 """`load` as a command: `python -m tests.robustness.loading MODEL [--cache-dir DIR]` prints JSON,
-parameter name -> [dtype, shape, SHA-256 of its bytes].
+parameter name -> [dtype, shape, SHA-256 of its bytes]. With `--save FILE` the parameters are also
+saved there, under the model's own names.
 
 Exit code 1 and one message for an error that is raised on purpose; a traceback for any other.
 """
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="source")
     parser.add_argument("--force-text", action="store_true")
     parser.add_argument("--verify", default="header")
+    parser.add_argument("--save")
     arguments = parser.parse_args()
     from paroquant_stream import load
     from paroquant_stream.errors import ParoquantStreamError
@@ -39,8 +41,11 @@ def main() -> int:
     except ParoquantStreamError as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    arrays = tree_flatten(model.parameters())
+    if arguments.save:
+        mx.save_safetensors(arguments.save, dict(arrays))
     found = {}
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in arrays:
         data = bytes(memoryview(array.reshape(-1).view(mx.uint8)))
         found[name] = [str(array.dtype), list(array.shape), hashlib.sha256(data).hexdigest()]
     print(json.dumps(found))

@@ -45,7 +45,8 @@ FAULTS: dict[str, Fault] = {
 }
 STOPS = {"kill": {-9}, "tear": {-9}, "SIGINT": {0, 130}, "SIGTERM": {0, 143}}
 """Exit codes that a run may have after the fault; 0 and 1 for all others."""
-PLACES = ("cache", "in place")
+PLACES = ("cache", "in place", "a snapshot")
+"""Where the conversion goes; `a snapshot` is of the Hub's cache, and goes to a cache, too."""
 STARTS = ("cold", "converted")
 Prepare = Callable[[Path], Path]
 
@@ -69,8 +70,11 @@ class Setting:
 
     def model(self, place: Path) -> Model:
         """The model of this setting in a new directory."""
-        cache = place / "cache" if self.place == "cache" else None
-        return Model(cuts.write(place / "model", self.name), cache, self.jobs)
+        directory = cuts.write(place / "model", self.name)
+        if self.place == "a snapshot":
+            directory = cuts.as_snapshot(place, directory)
+        cache = None if self.place == "in place" else place / "cache"
+        return Model(directory, cache, self.jobs)
 
 
 @dataclass

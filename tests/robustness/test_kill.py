@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.robustness import cuts, faults, tracer
 from tests.robustness.cuts import write_tiny
 from tests.robustness.harness import Model, completes, scratch, undisturbed
-from tests.robustness.sweep import FAULTS, STARTS, Setting, every, reasons, sweep, table
+from tests.robustness.sweep import FAULTS, PLACES, STARTS, Setting, every, reasons, sweep, table
 
 HOW = settings(
     deadline=None,
@@ -51,7 +51,7 @@ def test_stopped_otherwise_the_next_run_completes(fault):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("place", ["cache", "in place"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", list(cuts.CUTS))
 def test_killed_at_every_call_the_next_run_completes(name, place, start, capsys):
     setting = Setting(name, place=place, start=start, calls=faults.CALLS)

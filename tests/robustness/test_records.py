@@ -1,5 +1,5 @@
-"""What is kept of a dropped model beside its entries: any one file of it may be lost or damaged, the
-directory may move, its old path may get another model; the weights are found all the same.
+"""What is kept of a dropped model beside its entries: any one file of it may be lost or damaged,
+the model may move, its old path may get another one; the weights are found all the same.
 """
 
 from __future__ import annotations

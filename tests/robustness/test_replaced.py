@@ -228,24 +228,11 @@ def test_a_shard_overwritten_with_its_time_restored_is_not_removed_unconverted(p
     stays_or_loads(model, shard, changed)
 
 
-def hub_snapshot(place: Path, source: Path) -> tuple[Path, Path]:
-    """A model as the Hub's client lays it out: a snapshot of links to blobs named by SHA-256."""
-    repository = place / "models--owner--name"
-    snapshot, blobs = repository / "snapshots" / ("c" * 40), repository / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for path in source.iterdir():
-        blob = blobs / sha256(path)
-        shutil.copy(path, blob)
-        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
-    return snapshot, blobs
-
-
 def test_a_blob_whose_name_is_not_its_hash_is_not_removed_unread(place):
     """A file that was damaged, or edited, after the Hub's client had named it."""
     plain = Model(write_tiny(place / "plain"), place / "cache")
     assert plain.convert().code == 0
-    snapshot, _ = hub_snapshot(place, plain.directory)
+    snapshot = cuts.as_snapshot(place, plain.directory)
     model = Model(snapshot, place / "cache")
     shard = snapshot / model.sources[1]
     flip(Path(os.path.realpath(shard)), 1)
