@@ -4,7 +4,6 @@ deleted.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -80,9 +79,9 @@ def commands_of_a_day(model: Model) -> list[str]:
 
 
 @KEPT
-@pytest.mark.parametrize("at", [0.001, 0.7, pytest.param(0.0, marks=pytest.mark.long),
-                                pytest.param(0.3, marks=pytest.mark.long),
-                                pytest.param(1.0, marks=pytest.mark.long)])  # fmt: skip
+@pytest.mark.parametrize(
+    "at", [0.7, *(pytest.param(at, marks=pytest.mark.long) for at in (0, 0.001, 0.3, 1))]
+)
 def test_a_flipped_bit_in_the_only_copy_is_told_kept_and_repaired_by_the_shard(place, at):
     it = dropped(place)
     entry = it.model.entries[1]
@@ -143,6 +142,7 @@ def test_a_damaged_copy_of_a_tree_beside_the_model_is_kept(place):
     assert_loads(it.model, it.right)
 
 
+@pytest.mark.long
 def test_an_entry_of_a_dropped_model_that_is_cut_short_is_told_and_repaired(place):
     it = dropped(place)
     entry = it.model.entries[0]
@@ -166,7 +166,6 @@ def test_only_the_shard_of_the_damage_has_to_be_put_back(place):
     assert_completes(it.model, it.right)
 
 
-@functools.cache
 def bad_reads(in_place: bool, stride: int) -> tuple[int, list[str]]:
     """How many loads had one bad read of the cache, and what it did."""
     wrong, fired, at = [], 0, 1
@@ -190,29 +189,17 @@ def bad_reads(in_place: bool, stride: int) -> tuple[int, list[str]]:
             at += stride
 
 
-STRIDES = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
-
-
 @pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
-@STRIDES
-def test_one_bad_read_while_a_dropped_model_is_loaded_loses_nothing(in_place, stride):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_one_bad_read_while_a_dropped_model_is_loaded_loses_nothing_and_it_loads(in_place, stride):
+    """What was read wrong is read again before it counts as damaged."""
     fired, wrong = bad_reads(in_place, stride)
     assert fired >= 4
-    lost = [problem for problem in wrong if "refused" not in problem]
-    assert not lost, f"{len(lost)} of {fired}:\n" + "\n".join(lost)
-
-
-@pytest.mark.new("what was read wrong is read again before it counts as damaged")
-@pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
-@STRIDES
-def test_one_bad_read_of_the_cache_is_read_again_and_the_load_is_right(in_place, stride):
-    fired, wrong = bad_reads(in_place, stride)
-    refused = [problem for problem in wrong if "refused" in problem]
-    assert not refused, f"{len(refused)} of {fired}:\n" + "\n".join(refused)
+    assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize("clock", [60, pytest.param(0, marks=pytest.mark.long)])
-@pytest.mark.parametrize("stride", [19, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_inside_a_drop_loses_nothing(stride, clock):
     """Of a shard or of an entry that is read back: one more run completes the model. With the clock
     ahead, files count as left alone, and what was read once is remembered.
@@ -231,7 +218,7 @@ def test_one_bad_read_inside_a_drop_loses_nothing(stride, clock):
             if not (verdict := completes(model, right)):
                 wrong.append(f"{what}: ({ended.code}) {verdict.why}")
         at += stride
-    assert fired >= 5
+    assert fired >= 4
     assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong)
 
 

@@ -30,22 +30,22 @@ def assert_completed(tallies, least: int) -> None:
     assert not bad, f"\n{table(tallies)}\n{reasons(bad)}"
 
 
-@pytest.mark.parametrize("place", ["cache", "in place"])
-@pytest.mark.parametrize("name", ["a cycle", "by type, scales first"])
+@pytest.mark.parametrize(
+    ("name", "place"), [("a cycle", "cache"), ("by type, scales first", "in place")]
+)
 def test_killed_at_a_change_of_the_disk_the_next_run_completes(name, place):
-    first = 12 if place == "cache" else 13
     setting = Setting(name, place=place, start="converted")
-    assert_completed([sweep(setting, every(6, first))], 5)
+    assert_completed([sweep(setting, every(7, first=16))], 5)
 
 
 def test_killed_while_several_workers_convert_the_next_run_completes():
-    assert_completed([sweep(Setting("a ring", jobs=3), every(14, 40))], 4)
+    assert_completed([sweep(Setting("a ring", jobs=3), every(20, first=40))], 3)
 
 
-@pytest.mark.parametrize("fault", ["tear", "SIGINT", "SIGTERM", "ENOSPC", "ENOSPC from then on"])
+@pytest.mark.parametrize("fault", ["tear", "SIGTERM", "ENOSPC from then on"])
 def test_stopped_otherwise_the_next_run_completes(fault):
-    stride = 4 if fault == "tear" else 20
-    assert_completed([sweep(Setting("a chain", fault=fault), every(stride, 6))], 2)
+    first, stride = (4, 3) if fault == "tear" else (36, 30)
+    assert_completed([sweep(Setting("a chain", fault=fault), every(stride, first))], 2)
 
 
 @pytest.mark.long
@@ -129,8 +129,8 @@ CASES = {
 }
 
 
-@settings(HOW, max_examples=4, phases=[Phase.generate])
-@given(**CASES, fractions=st.lists(st.floats(0.5, 0.99), min_size=3, max_size=3))
+@settings(HOW, max_examples=3, phases=[Phase.generate])
+@given(**CASES, fractions=st.lists(st.floats(0.5, 0.99), min_size=2, max_size=2))
 def test_any_cut_is_completed_after_a_kill(homes, jobs, in_place, fractions):
     assert generated(homes, jobs, in_place, fractions) == []
 
@@ -173,8 +173,8 @@ def traced(name: str, calls, shards: bool = False, error: str = "") -> tuple[int
 
 @pytest.mark.usefixtures("strace")
 def test_killed_inside_a_removal_the_next_run_completes():
-    fired, wrong = traced("a cycle", ["unlink", "rename"], shards=True)
-    assert fired >= 3
+    fired, wrong = traced("a cycle", ["unlink"], shards=True)
+    assert fired >= 1
     assert not wrong, "\n".join(wrong)
 
 
@@ -201,6 +201,7 @@ def test_a_system_call_that_fails_once_is_told_and_the_next_run_completes(call, 
     assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("strace")
 def test_the_hooks_see_every_change_that_strace_sees(place):
     """That a kill at every call of `os` is a kill at every change of a name."""
@@ -208,7 +209,7 @@ def test_the_hooks_see_every_change_that_strace_sees(place):
     log = place / "log"
     assert model.drop(model.watched(do="log", log=log)).code == 0
     seen = [line.split("\t")[1] for line in log.read_text().splitlines()]
-    for call, names in (("rename", {"rename", "replace"}), ("unlink", {"unlink", "remove"})):
+    for call, names in {"rename": {"rename", "replace"}, "unlink": {"unlink", "remove"}}.items():
         traced = Setting("a chain").model(place / call)
         tracer.points(traced, place / f"{call} log", call)
         made = sum(

@@ -73,6 +73,7 @@ def test_a_link_spelled_like_one_of_the_hub_does_not_lead_to_another_models_shar
     assert_untouched(model, right, others)
 
 
+@pytest.mark.long
 def test_nor_where_the_repository_is_the_link(place, others):
     blobs = others.parent / "blobs"
     others.rename(blobs)
@@ -111,12 +112,14 @@ def test_a_blob_that_is_itself_a_link_to_anothers_file_does_not_remove_that(plac
     assert_untouched(model, right, others)
 
 
+@pytest.mark.long
 def test_a_link_to_a_link_that_leads_out_does_not_remove_anothers_file(place, others):
     model, right = linked(place, others, lambda name: f"real/{name}")
     (model.directory / "real").symlink_to(others)
     assert_untouched(model, right, others)
 
 
+@pytest.mark.long
 def test_a_directory_that_is_a_link_is_the_directory_itself(place, others):
     """Whoever names a link to a model directory means that model."""
     right = undisturbed(Model(others, None))
@@ -127,6 +130,7 @@ def test_a_directory_that_is_a_link_is_the_directory_itself(place, others):
     assert_loads(model, right)
 
 
+@pytest.mark.long
 def test_a_hard_link_of_a_shard_elsewhere_keeps_its_bytes(place, others):
     right = undisturbed(Model(others, None))
     shutil.copytree(others, place / "kept", copy_function=os.link)
@@ -298,7 +302,9 @@ def test_a_link_in_the_tree_leads_nowhere(place, link, command):
 
 
 @pytest.mark.parametrize("clock", [60, pytest.param(0, marks=pytest.mark.long)])
-@pytest.mark.parametrize("dropped", [False, True], ids=["with shards", "dropped"])
+@pytest.mark.parametrize(
+    "dropped", [True, pytest.param(False, marks=pytest.mark.long)], ids=["dropped", "with shards"]
+)
 @pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
 def test_a_load_of_a_tree_beside_the_model_writes_nothing_into_the_model(
     place, dropped, damaged, clock
@@ -323,6 +329,7 @@ def test_a_load_of_a_tree_beside_the_model_writes_nothing_into_the_model(
         assert_loads(model, right)
 
 
+@pytest.mark.long
 def test_a_tree_that_cannot_be_written_is_loaded(place):
     """As from a read-only disk: directories without a write bit, for whom that counts."""
     model = Model(write_tiny(place / "model", CUT), None)
@@ -333,6 +340,7 @@ def test_a_tree_that_cannot_be_written_is_loaded(place):
     assert_loads(model, right)
 
 
+@pytest.mark.long
 def test_a_drop_through_such_a_tree_completes_when_the_links_are_gone(place):
     model = tree(place)
     right = undisturbed(model)

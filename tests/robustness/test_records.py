@@ -102,8 +102,9 @@ HARMS = {
 IN_PLACE = pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
 
 
-@IN_PLACE
-@pytest.mark.parametrize("harm", ["a byte in its middle", "all of it"])
+@pytest.mark.parametrize(
+    ("harm", "in_place"), [("a byte in its middle", False), ("all of it", True)]
+)
 def test_one_record_of_each_kind_may_be_lost(harm, in_place):
     count, wrong = harmed(harm, in_place, all_of_a_kind=False)
     assert count >= 2
@@ -146,7 +147,13 @@ def copied(model: Model, to: Path) -> Model:
     return replace(model, directory=to)
 
 
-@pytest.mark.parametrize("move", [Model.moved, copied], ids=["renamed", "copied"])
+@pytest.mark.parametrize(
+    "move",
+    [
+        pytest.param(Model.moved, id="renamed"),
+        pytest.param(copied, id="copied", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "in place"])
 def test_a_dropped_model_is_found_after_its_directory_moved(place, cached, move):
     model, right = dropped(place, cache="cache" if cached else None)
@@ -156,6 +163,7 @@ def test_a_dropped_model_is_found_after_its_directory_moved(place, cached, move)
     assert_loads(model, right)
 
 
+@pytest.mark.long
 def test_a_dropped_model_is_found_through_a_link_to_its_directory(place):
     model, right = dropped(place)
     (place / "link").symlink_to(model.directory)
@@ -171,8 +179,9 @@ def test_a_prune_after_the_move_deletes_nothing_that_is_needed(place):
     assert_loads(model, right)
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["same config", "other config"])
-@pytest.mark.parametrize("drop", [True, False], ids=["dropped too", "converted"])
+@pytest.mark.parametrize(
+    ("same", "drop"), [(True, True), (False, False)], ids=["same config, dropped", "other config"]
+)
 def test_its_path_may_get_another_model(place, same, drop):
     model, right = dropped(place)
     first = model.moved(place / "first")
@@ -200,7 +209,13 @@ def test_its_shards_may_be_replaced_by_those_of_another_model(place):
     assert_loads(model, second)
 
 
-@pytest.mark.parametrize("move", [Model.moved, copied], ids=["renamed", "copied"])
+@pytest.mark.parametrize(
+    "move",
+    [
+        pytest.param(Model.moved, id="renamed"),
+        pytest.param(copied, id="copied", marks=pytest.mark.long),
+    ],
+)
 def test_two_fine_tunes_of_one_config_load_their_own_weights_after_both_moved(place, move):
     one, first = dropped(place, "one", seed=0)
     two, second = dropped(place, "two", seed=1)
@@ -223,6 +238,7 @@ def test_two_fine_tunes_that_change_places_load_their_own_weights(place):
     assert_loads(two, second)
 
 
+@pytest.mark.long
 def test_a_moved_model_never_loads_the_weights_that_another_has_under_its_config(place):
     """Where it cannot be told whose weights they are, a message; never those of the other."""
     one, first = dropped(place, "one", seed=0)
@@ -234,6 +250,7 @@ def test_a_moved_model_never_loads_the_weights_that_another_has_under_its_config
     assert found in (None, first)
 
 
+@pytest.mark.long
 def test_the_cache_may_move_too(place):
     model, right = dropped(place)
     (place / "cache").rename(place / "cache moved")
@@ -249,6 +266,7 @@ def test_a_removal_of_one_model_leaves_what_another_shares_with_it(place):
     assert_loads(two, right)
 
 
+@pytest.mark.long
 def test_a_removal_of_a_moved_model_does_what_was_asked_and_no_more(place):
     one, _ = dropped(place, "one", seed=0)
     two, second = dropped(place, "two", seed=1)

@@ -22,7 +22,6 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 """
 NEW = pytest.mark.new("a drop looks whether the model could be loaded, before it removes anything")
-PLACES = pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
 
 
 def model_of(directory, place, in_place=False, **options) -> Model:
@@ -45,8 +44,9 @@ def assert_refused(model: Model, *words: str) -> None:
 
 
 @NEW
-@PLACES
-@pytest.mark.parametrize("converted", [False, True], ids=["cold", "converted"])
+@pytest.mark.parametrize(
+    ("in_place", "converted"), [(False, False), (True, True)], ids=["cold", "in place, converted"]
+)
 def test_a_model_type_without_a_class_keeps_its_shards(place, in_place, converted):
     model = model_of(write_tiny(place / "model", model_type="nosuch"), place, in_place)
     if converted:
@@ -99,8 +99,9 @@ def test_without_mlx_lm_a_drop_says_how_to_install_it_and_keeps_the_shards(place
     assert process(CONVERT, *model.arguments(), PYTHONPATH=path).code == 0  # which needs no class
 
 
-@PLACES
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize(
+    ("in_place", "jobs"), [(False, 1), (True, 3)], ids=["cache", "in place, 3 jobs"]
+)
 def test_a_value_out_of_range_in_the_last_shard_keeps_all_shards(place, in_place, jobs):
     tensors = llama_tensors()
     tensors["model.norm.weight"] = np.full(64, 1e6, np.float32)  # float16 ends at 65504

@@ -150,7 +150,7 @@ def outcomes(cut: str, text: str, numbers: Sequence[int]) -> str:
 def test_a_shard_that_was_replaced_before_its_removal_stays(text):
     calls = calls_of_a_drop("between linears", 1)
     stop = beyond(calls, text)
-    numbers = sorted({*range(calls.first, stop, 12), *range(stop - 4, stop)})
+    numbers = sorted({*range(calls.first, stop, 30), *range(stop - 3, stop)})
     assert not (wrong := outcomes("between linears", text, numbers)), wrong
 
 
@@ -173,7 +173,7 @@ def test_a_shard_that_was_replaced_at_any_call_stays(text, cut):
 
 def test_another_models_directory_under_the_path_keeps_its_shards(place):
     calls, lost = calls_of_a_drop("between linears", 1), []
-    for at in range(calls.gone - 7, calls.gone + 1):
+    for at in range(calls.gone - 3, calls.gone + 1):
         run = place / str(at)
         model = Model(write_tiny(run / "model", cuts.CUTS["between linears"]), run / "cache")
         other = write_tiny(run / "other", cuts.CUTS["between linears"], seed=1)
@@ -184,7 +184,7 @@ def test_another_models_directory_under_the_path_keeps_its_shards(place):
         there = [sha256(path) for path in sorted(model.directory.glob("*.safetensors"))]
         if there != digests:
             lost.append(at)
-    assert not lost, f"at {len(lost)} of 8 calls"
+    assert not lost, f"at {len(lost)} of 4 calls"
 
 
 def test_a_store_through_mmap_that_no_stat_shows_is_seen_before_the_removal(place):
@@ -216,6 +216,7 @@ def stays_or_loads(model: Model, shard: Path, digest: str) -> None:
     assert loads_right(model, right), "the shard is gone, and its weights are not what loads"
 
 
+@pytest.mark.long
 def test_a_shard_overwritten_with_its_time_restored_is_not_removed_unconverted(place):
     model = Model(write_tiny(place / "model"), place / "cache")
     assert model.convert(fault={"clock": 60}).code == 0

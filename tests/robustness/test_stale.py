@@ -55,7 +55,9 @@ def updated(place) -> tuple[Model, Parameters, Path]:
     return model, undisturbed(model), old
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
+@pytest.mark.parametrize(
+    "in_place", [False, pytest.param(True, marks=pytest.mark.long)], ids=["cache", "in place"]
+)
 @pytest.mark.parametrize("write", [ours, of_pull_request_50])
 def test_an_old_single_file_does_not_win_after_a_drop(place, updated, write, in_place):
     model, right, old = updated
@@ -84,6 +86,7 @@ def test_an_old_single_file_that_comes_after_the_drop_and_tells_its_age_does_not
     assert found in (None, right), "the old file's weights were loaded"
 
 
+@pytest.mark.long
 def test_a_single_file_of_the_same_shards_serves_after_a_drop(place, updated):
     model, right, _ = updated
     done = in_zygote(EXPORT, model.directory, model.directory, "--single-file",
