@@ -12,8 +12,9 @@
     jitter    short waits at every call, by a seed
     turns     waits now and then until another run has made some calls, which its own log tells
 
-Each reaction appends a line to the file `fired`. Python's own file objects call no function of
-`os` when they write: what they do is seen by `tracer` alone.
+`python -m tests.robustness.faults JSON MODULE ARGV` is `python -m MODULE ARGV` with that fault, in
+a process of its own. Each reaction appends a line to the file `fired`. Python's own file objects
+call no function of `os` when they write: what they do is seen by `tracer` alone.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import errno
 import fcntl
 import importlib.abc
 import io
+import json
 import os
 import random
 import re
+import runpy
 import signal
 import sys
 import threading
@@ -381,3 +384,10 @@ class _Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, *_: Any) -> None:
         if name.partition(".")[0] in self._names:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+if __name__ == "__main__":
+    _, what, module, *rest = sys.argv
+    sys.argv = [module, *rest]
+    install(json.loads(what))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

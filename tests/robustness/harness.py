@@ -226,6 +226,16 @@ def process(module: str, *argv: object, under: Sequence[str] = (), **variables: 
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+def faulty(module: str, *argv: object, fault: Fault, **variables: str) -> Ended:
+    """`python -m module argv` as a process of its own that suffers the fault."""
+    with tempfile.TemporaryDirectory(prefix="fired-") as place:
+        path = Path(place, "fired")
+        what = json.dumps({"fired": str(path), **fault}, default=os.fspath)
+        ended = process("tests.robustness.faults", what, module, *argv, **variables)
+        fired = path.read_text().splitlines() if path.exists() else []
+        return replace(ended, fired=tuple(fired))
+
+
 def in_zygote(module: str, *argv: object, fault: Fault | None = None) -> Ended:
     """`python -m module argv`, at once."""
     return zygote().start(module, *argv, fault=fault).wait()

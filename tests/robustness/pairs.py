@@ -71,6 +71,11 @@ def _elsewhere(model: Model) -> Model:
     return replace(model, cache=model.directory.parent / "other cache")
 
 
+def _by_another_path(model: Model) -> Model:
+    """Where a test has mounted the model's directory a second time: no link tells that."""
+    return replace(_elsewhere(model), directory=model.directory.parent / "same")
+
+
 COMMANDS = {
     command.name: command
     for command in (
@@ -80,6 +85,7 @@ COMMANDS = {
         Command("drop in place", _drop, lambda m: replace(m, cache=None), True, True),
         Command("drop in place in float16", _drop,
                 lambda m: replace(m, cache=None, options=HALF), True, True),
+        Command("drop through another path", _drop, _by_another_path, True, True),
         Command("convert", lambda m, f: m.start(fault=f), converts=True),
         Command("convert into another cache", lambda m, f: m.start(fault=f), _elsewhere, False,
                 True),
@@ -89,7 +95,7 @@ COMMANDS = {
         Command("prune --max-size 1B", _cache("prune", "--max-size", "1B", clock=7200)),
     )
 }  # fmt: skip
-PAIRS = [("drop", other) for other in COMMANDS]
+PAIRS = [("drop", other) for other in COMMANDS if other != "drop through another path"]
 PAIRS += [("drop in place", "drop in place"), ("drop in place", "drop in place in float16")]
 PAIRS += [("drop in place", "convert"), ("drop in place", "load")]
 KNOWN: dict[tuple[str, tuple[str, ...]], Parameters] = {}

@@ -34,6 +34,17 @@ from tests.robustness.harness import (
     undisturbed,
 )
 
+KILL_WORKERS = """
+import signal
+for name in os.listdir("/proc"):
+    if name.isdigit():
+        try:
+            state = open("/proc/" + name + "/stat").read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(state[1]) == os.getpid():
+            os.kill(int(name), signal.SIGKILL)
+"""
 FAULTS: dict[str, Fault] = {
     "kill": {"do": "kill"},
     "tear": {"do": "tear", "calls": ["write", "pwrite"]},
@@ -42,6 +53,7 @@ FAULTS: dict[str, Fault] = {
     "ENOSPC": {"do": "fail", "errno": "ENOSPC"},
     "ENOSPC from then on": {"do": "fail", "errno": "ENOSPC", "forever": True},
     "EIO": {"do": "fail", "errno": "EIO"},
+    "workers killed": {"do": "run", "script": KILL_WORKERS},
 }
 STOPS = {"kill": {-9}, "tear": {-9}, "SIGINT": {0, 130}, "SIGTERM": {0, 143}}
 """Exit codes that a run may have after the fault; 0 and 1 for all others."""
@@ -67,6 +79,7 @@ class Setting:
     that is killed too.
     """
     calls: tuple[str, ...] = faults.CHANGES
+    options: tuple[str, ...] = ()
 
     def model(self, place: Path) -> Model:
         """The model of this setting in a new directory."""
@@ -74,7 +87,7 @@ class Setting:
         if self.place == "a snapshot":
             directory = cuts.as_snapshot(place, directory)
         cache = None if self.place == "in place" else place / "cache"
-        return Model(directory, cache, self.jobs)
+        return Model(directory, cache, self.jobs, self.options)
 
 
 @dataclass

@@ -85,6 +85,15 @@ def test_whatever_stops_it_at_every_call_the_next_run_completes(name, jobs, faul
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", ["kill", "SIGTERM", "workers killed"])
+def test_with_workers_in_other_processes_the_next_run_completes(fault, capsys):
+    setting = Setting("a chain", 2, fault=fault, options=("--executor", "process"))
+    show([tally := sweep(setting, every(3))], capsys)
+    assert_completed([tally], 10)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("between", ["load", "convert", "prune", "kill"])
 @pytest.mark.parametrize("name", ["a cycle", "a chain", "by size", "at random"])
 def test_whatever_comes_between_the_next_run_completes(name, between, capsys):

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.robustness.cuts import CUTS, write_tiny
 from tests.robustness.harness import (
     Model,
     Parameters,
+    assert_completes,
     assert_loads,
     completes,
     flip,
@@ -350,3 +352,14 @@ def test_a_drop_through_such_a_tree_completes_when_the_links_are_gone(place):
         (model.root / "v1").unlink()
     if len(model.sources) == 3:
         assert completes(model, right)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("inside", ["cache", "mlx", "mlx/deeper", "."])
+def test_a_cache_inside_of_the_model_directory_is_not_removed_with_it(place, inside):
+    directory = write_tiny(place / "model", CUT)
+    model = Model(directory, directory / inside)
+    right = undisturbed(replace(model, cache=place / "other"))
+    ended = model.drop()
+    assert ended.code in (0, 1), one_line(ended)
+    assert_completes(model, right)

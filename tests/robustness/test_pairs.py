@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
+from tests.robustness.conftest import LINUX_ROOT
+from tests.robustness.disk import mounted
 from tests.robustness.harness import holds, scratch, sha256, snapshot
 from tests.robustness.pairs import COMMANDS, PAIRS, Round, first_removal
 
@@ -76,6 +79,22 @@ def test_a_removal_stopped_at_any_call_takes_nothing_that_a_drop_needs(second):
 def test_in_two_hundred_rounds_two_commands_leave_a_model_that_is_completed(first, second):
     wrong = rounds(first, second, range(200))
     assert not wrong, f"{len(wrong)} of 200 rounds:\n" + "\n".join(wrong[:20])
+
+
+@pytest.mark.long
+@LINUX_ROOT
+@pytest.mark.timeout(3600)
+def test_two_drops_by_two_paths_that_no_link_tells_apart_leave_a_model_that_is_completed():
+    """A directory that is mounted twice is one directory, whatever its paths are."""
+    wrong = []
+    for seed in range(60):
+        with scratch() as place, ExitStack() as stack:
+            round_ = a_round(place, "drop", "drop through another path", CUTS[seed % 5], jobs=3)
+            stack.enter_context(mounted(place / "same", "--bind", place / "model"))
+            round_.in_turns(seed)
+            if why := round_.problem():
+                wrong.append(f"round {seed}: {why}".replace(str(place), ""))
+    assert not wrong, f"{len(wrong)} of 60 rounds:\n" + "\n".join(wrong[:20])
 
 
 def rounds(first: str, second: str, seeds) -> list[str]:
