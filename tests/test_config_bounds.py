@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from paroquant_stream import load, model, part
-from paroquant_stream.api import cache_store
 from paroquant_stream.checkpoint import open_checkpoint
 from paroquant_stream.config_bounds import MOST_LAYERS, MOST_TOKENS, check_config, check_tokenizer
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.request import Split
+from paroquant_stream.store import cache_store
 from paroquant_stream.tensorfile import TensorSpec
 from tests.builders import CONFIG, write_checkpoint
 from tests.conftest import FIXTURES
@@ -196,7 +196,7 @@ def test_an_export_that_was_changed_is_refused_before_any_class_is_built(
 
 
 def test_a_pipelines_split_is_refused_before_any_class_is_built(model_dir, monkeypatch):
-    from paroquant_stream.api import make_request
+    from paroquant_stream.request import make_request
 
     manifest = convert(make_request(model_dir)).manifest
     config = {**CONFIG, "num_hidden_layers": HUGE}

@@ -159,10 +159,11 @@ def test_no_sweep_of_another_thread_can_see_a_temp_that_is_not_known_as_open(tmp
     new(tmp_path, 10).discard()
     assert known == [True]
 
-    def fail(*_, **__):
+    def fail(_folder, name, *_, **__):
+        known.append(name)
         raise OSError(errno.EIO, "bad")
 
     monkeypatch.setattr(newfile, "_create", fail)
     with pytest.raises(StoreError):
         new(tmp_path, 10)
-    assert not temp_files._open
+    assert not temp_files.is_open(known[-1])
