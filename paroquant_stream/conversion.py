@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import StoreError
+from .folder import Folder
 from .lock import directory_lock
 from .manifest import Manifest
 from .report import Conversion, report_reused
@@ -47,23 +49,28 @@ def convert(
     current = _current(request, needed)
     if current is None:
         drop = request.drop_source
-        with directory_lock(request.directory, exclusive=drop or request.in_place, required=drop):
-            return _convert_alone(request, progress, trace, needed, started)
+        opened = partial(Folder.open, request.directory)
+        with directory_lock(opened, exclusive=drop, required=drop) as home:
+            return _convert_alone(request, home, progress, trace, needed, started)
     request.store.sweep()
     return _unchanged(request, current, started)
 
 
 def _convert_alone(
     request: Request,
+    home: Folder | None,
     progress: Progress | None,
     trace: Trace,
     needed: Needed | None,
     started: float,
 ) -> Conversion:
     """Converts while no other run removes sources of this model."""
+    from .proof import put_all_back
     from .shards import convert_shards  # half of the start of a run without work
     from .survey import plan_model
 
+    with suppress(StoreError) if not request.drop_source else nullcontext():
+        put_all_back(request.directory)
     with trace.span("plan"):
         model = plan_model(request)
     if request.drop_source:
@@ -83,7 +90,7 @@ def _convert_alone(
             )
         current = _current(request, needed)  # another process may have just done it
         if current is None:
-            return convert_shards(request, model, progress, trace, started)
+            return convert_shards(request, model, home, progress, trace, started)
     return _unchanged(request, current, started)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import MalformedFile, UnreadableFile
@@ -41,6 +41,10 @@ class FileStamp:
     def in_whole_seconds(self) -> bool:
         """Whether the ctime is no finer: a coarse clock's, an image's, or 0."""
         return self.ctime_ns % 1_000_000_000 == 0
+
+    def has_content_of(self, other: FileStamp) -> bool:
+        """Whether both are of one file with the same content, whatever its name was changed to."""
+        return replace(self, ctime_ns=0) == replace(other, ctime_ns=0)
 
     def is_settled(self, now_ns: int, same_clock: bool) -> bool:
         """Whether a change after `now_ns` must show in the stamp.

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -31,9 +32,10 @@ from types import TracebackType
 from .damage import confirmed_defect
 from .dropped import DropRecord, is_stored, new_id, read_note, write_note, write_record
 from .errors import EntryDamaged, SourceChanged, StoreError
+from .folder import Folder
 from .manifest import EntryRecord, Manifest
 from .proof import SourceFile, remove_dangling_link
-from .request import Request
+from .request import IN_PLACE, Request
 from .survey import ModelPlan
 from .task import Task
 from .trace import SILENCE, Trace
@@ -48,6 +50,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self,
         request: Request,
         model: ModelPlan,
+        home: Folder | None,
         manifest_of: Callable[[Sequence[EntryRecord]], Manifest],
         trace: Trace = SILENCE,
     ) -> None:
@@ -56,10 +59,13 @@ class Dropper(AbstractContextManager["Dropper"]):
         Args:
             request: The run.
             model: The plan of the whole model, and what earlier runs removed of it.
+            home: The model directory that this run has locked, open; another one may get its path
+                meanwhile. None where nothing is to be removed.
             manifest_of: Gives a manifest of some records.
             trace: Where the stages are timed.
         """
         self._request, self._manifest_of, self._trace = request, manifest_of, trace
+        self._home = home
         self._tasks = {task.shard: task for task in model.plan.tasks}
         self._neighbours = _neighbours(model.plan.tasks)
         self._before = model.drop
@@ -70,7 +76,8 @@ class Dropper(AbstractContextManager["Dropper"]):
         self.dropped = dict(model.dropped)
         self._finished = dict(self.dropped)
         for shard in self.dropped:
-            remove_dangling_link(request.directory, shard)
+            if home is not None:
+                remove_dangling_link(home, shard)
 
     def __exit__(
         self,
@@ -91,12 +98,12 @@ class Dropper(AbstractContextManager["Dropper"]):
             StoreError: Something cannot be written, read or removed.
         """
         self._finished[record.shard] = record
-        if not self._request.drop_source:
+        if not self._request.drop_source or self._home is None:
             return
         for shard in (record.shard, *sorted(self._near(record.shard))):
             if shard not in self.dropped and self._is_free(shard):
                 with self._trace.span("drop", shard):
-                    self._drop(shard)
+                    self._drop(shard, self._home)
 
     def keep(self, manifest: Manifest) -> None:
         """Bring the record up to date with a published manifest, once anything was removed.
@@ -130,26 +137,29 @@ class Dropper(AbstractContextManager["Dropper"]):
         needed = {shard} | self._near(shard)
         return needed <= self._finished.keys()
 
-    def _drop(self, shard: str) -> None:
+    def _drop(self, shard: str, home: Folder) -> None:
         lenders = self._tasks[shard].borrowed.keys()
         borrowers = [n for n in self._neighbours[shard] if shard in self._tasks[n].borrowed]
         for name in (shard, *borrowers):
             self._read_back(name)
         for lender in lenders:
-            self._check_lent(lender, shard)
+            self._check_lent(home, lender, shard)
         for borrower in borrowers:
-            self._check_lent(shard, borrower)
-        source = self._source(shard)
+            self._check_lent(home, shard, borrower)
+        source = self._source(home, shard)
         self._write_record(shard, source.header())
+        if not self._noted and self._needs_note():
+            write_note(home, self._record.id)
+        self._noted = True
         source.remove()
         self.dropped[shard] = replace(self._finished[shard], dropped=True)
         self._proved.pop(shard).close()
 
-    def _source(self, shard: str) -> SourceFile:
+    def _source(self, home: Folder, shard: str) -> SourceFile:
         """A source that was read through, once, and is the one that was converted."""
         if shard not in self._proved:
             record, path = self._finished[shard], self._request.directory / shard
-            source = SourceFile(self._request.directory, shard)
+            source = SourceFile(home, shard)
             with contextlib.ExitStack() as stack:
                 stack.callback(source.close)
                 if source.sha256() != record.source_sha256:
@@ -158,13 +168,13 @@ class Dropper(AbstractContextManager["Dropper"]):
             self._proved[shard] = source
         return self._proved[shard]
 
-    def _check_lent(self, lender: str, borrower: str) -> None:
+    def _check_lent(self, home: Folder, lender: str, borrower: str) -> None:
         """Raises SourceChanged unless a lender holds what the borrower's entry was made from."""
         if lender in self.dropped:  # checked when it went
             return
         parts = self._tasks[borrower].borrowed
         before = dict(zip(parts, self._finished[borrower].borrowed_sha256, strict=True))[lender]
-        source = self._source(lender)
+        source = self._source(home, lender)
         if source.lent_sha256(parts[lender]) != before:
             raise SourceChanged(
                 f"{source.path}: what {borrower} borrowed from it changed since that was "
@@ -189,24 +199,23 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._sound.add(shard)
 
     def _write_record(self, shard: str, header: bytes) -> None:
-        """Make durable that a shard may go: in the store, then in the model directory's note."""
+        """Make durable, twice, that a shard may go."""
         gone = {*self.dropped, shard}
         entries = [replace(r, dropped=r.shard in gone) for r in self._finished.values()]
         headers = {**self._record.headers, shard: header}
         manifest = self._manifest_of(entries)
         self._record = replace(self._record, manifest=manifest, headers=headers)
         write_record(self._request.store, self._record)
-        if not self._noted and self._needs_note():
-            write_note(self._request.directory, self._record.id)
-        self._noted = True
 
     def _needs_note(self) -> bool:
-        """Whether the path alone may lead to another model's record one day: not beside a model,
-        and not at a commit of the Hub; but an older note would lead to an older record.
+        """Whether the path alone may lead to another record one day: not beside a model, and not
+        at a commit of the Hub; but an older note, or an older conversion beside it, would.
         """
-        directory = self._request.directory
-        own = self._request.in_place or self._request.remote is not None
-        return not own or read_note(directory) is not None
+        directory, request = self._request.directory, self._request
+        if request.in_place or request.remote is not None:
+            older = not request.in_place and os.path.lexists(directory / IN_PLACE)
+            return older or read_note(directory) is not None
+        return True
 
 
 def _neighbours(tasks: Sequence[Task]) -> dict[str, set[str]]:

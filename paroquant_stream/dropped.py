@@ -29,7 +29,7 @@ from typing import Any
 from .errors import ManifestError, NewerManifest, ParoquantStreamError, StoreError
 from .folder import Folder
 from .manifest import MAX_BYTES, Manifest, pack, seal, unpack, unseal
-from .newfile import new_file_at
+from .newfile import new_file_in
 from .store import Store
 from .strictjson import strict_json
 from .task import DTYPES, Dtype
@@ -197,14 +197,14 @@ def read_note(directory: Path) -> str | None:
     return None
 
 
-def write_note(directory: Path, drop_id: str) -> None:
+def write_note(home: Folder, drop_id: str) -> None:
     """Leave in a model directory which record it needs, durable.
 
     A note that cannot be written is only logged, for the path finds the record as well.
     """
     text = json.dumps({"id": drop_id, "text": _NOTE_TEXT}, indent=2) + "\n"
     try:
-        with new_file_at(directory / NOTE, len(text)) as file:
+        with new_file_in(home, NOTE, len(text)) as file:
             file.write(memoryview(text.encode()))
     except (OSError, StoreError) as error:
-        logger.warning("%s: not written: %s", directory / NOTE, error)
+        logger.warning("%s: not written: %s", home.path / NOTE, error)

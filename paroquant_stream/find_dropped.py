@@ -72,6 +72,24 @@ def find_manifest(request: Request) -> Manifest | None:
     return complete[0] if len(sources) == 1 else None
 
 
+def is_superseded(request: Request, beside: Request, manifest: Manifest) -> bool:
+    """Whether a conversion inside the model directory is of other shards than those that a later
+    drop removed, which the note in the directory tells.
+
+    Args:
+        request: A request for the model in the cache.
+        beside: A request for the conversion inside its directory.
+        manifest: The manifest of that one.
+    """
+    absent = {e.shard: e.source_sha256 for e in manifest.entries if not _is_there(request, e.shard)}
+    noted = read_note(request.directory) if absent else None
+    if noted is None:
+        return False
+    record = read_record(beside.store, noted) or read_record(request.store, noted)
+    known = {e.shard: e.source_sha256 for e in record.manifest.entries} if record else {}
+    return any(known.get(shard) != sha256 for shard, sha256 in absent.items())
+
+
 def agrees(request: Request, manifest: Manifest) -> bool:
     """Whether a manifest that was found by its path is of the model that lies there: a directory
     without shards may have been moved there since, and has a note then.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from .conversion import convert
 from .errors import NewerManifest, StoreError
-from .find_dropped import find_manifest
+from .find_dropped import find_manifest, is_superseded
 from .manifest import Manifest
 from .request import IN_PLACE, Needed, Request, make_request, staleness
 from .store import Store
@@ -38,7 +38,6 @@ def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, S
     """
     if not os.path.lexists(request.directory / IN_PLACE):
         return None
-
     beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
     store = replace(beside.store, read_only=True)
     beside = replace(beside, store=store)
@@ -48,6 +47,8 @@ def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, S
         if manifest is None:
             return None
         reason = staleness(beside, manifest, read_unknown=True, needed=needed)
+        if reason is None and is_superseded(request, beside, manifest):
+            reason = "made from other shards than those that --drop-source removed later"
     except (StoreError, NewerManifest) as error:
         reason = str(error)
     if reason or manifest is None:

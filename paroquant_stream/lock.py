@@ -17,7 +17,8 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,13 @@ _POLL = 0.1  # s; a thread that sleeps in flock could not be interrupted
 
 
 @contextlib.contextmanager
-def directory_lock(path: Path, *, exclusive: bool, required: bool) -> Iterator[None]:
-    """Hold the lock of a directory during the body.
+def directory_lock(
+    opened: Callable[[], AbstractContextManager[Folder]], *, exclusive: bool, required: bool
+) -> Iterator[Folder | None]:
+    """Hold the lock of a directory during the body, which gets it open.
 
     Args:
-        path: The directory.
+        opened: Opens the directory.
         exclusive: Keep every other holder out, not only exclusive ones.
         required: Fail where there is no lock to be had; else the body then runs without it.
 
@@ -47,14 +50,15 @@ def directory_lock(path: Path, *, exclusive: bool, required: bool) -> Iterator[N
         StoreError: `required`, and locks do nothing on this file system, or another run held it
             for `PATIENCE` seconds.
     """
-    try:
-        folder = Folder.open(path)
-    except OSError as error:
-        if required:
-            raise StoreError(f"{path}: cannot be locked: {error.strerror}") from error
-        yield  # what is wrong with the directory is found by whoever reads it
-        return
-    with folder:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(opened())
+        except OSError as error:
+            if required:
+                raise StoreError(f"cannot be locked: {error}") from error
+            yield None  # what is wrong with the directory is found by whoever reads it
+            return
+        path = folder.path
         problem = _acquire(folder, exclusive)
         if not problem and required and not excludes(folder):
             problem = "locks do nothing on this file system"
@@ -66,7 +70,7 @@ def directory_lock(path: Path, *, exclusive: bool, required: bool) -> Iterator[N
         if problem:
             logger.warning("going on without the lock of %s: %s", path, problem)
         try:
-            yield
+            yield folder
         finally:
             with contextlib.suppress(OSError):  # a child forked meanwhile has it open, too
                 fcntl.flock(folder.fd, fcntl.LOCK_UN)

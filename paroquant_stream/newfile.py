@@ -189,13 +189,19 @@ def new_file_at(path: Path, size: int) -> Iterator[NewFile]:
         folder = Folder.open(path.parent)
     except OSError as error:
         raise _write_error(path, size, error) from error
-    with folder:
-        file = NewFile(folder, f"{path.name}.part", size, 0o666)
-        try:
-            yield file
-            file.publish(folder, path.name)
-        finally:
-            file.discard()
+    with folder, new_file_in(folder, path.name, size) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def new_file_in(folder: Folder, name: str, size: int) -> Iterator[NewFile]:
+    """As `new_file_at`, in an open directory."""
+    file = NewFile(folder, f"{name}.part", size, 0o666)
+    try:
+        yield file
+        file.publish(folder, name)
+    finally:
+        file.discard()
 
 
 def reserve(fd: int, size: int) -> None:

@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,9 @@ from .hashing import SourceHasher, read_into, sha256_of
 from .task import Part
 
 logger = logging.getLogger(__name__)
+_ASIDE = ".removing"
+_ASIDE_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.removing")
+"""A file on its way out; the name that it had stands between the first dot and the last two."""
 _Name = tuple[Folder, str, os.stat_result]
 """A name in a directory, and what `lstat` said of it."""
 _HOPS = 8  # links on the way to a file; a loop has more
@@ -32,17 +37,21 @@ _HOPS = 8  # links on the way to a file; a loop has more
 class SourceFile:
     """A shard's file, open, with every name that leads to it."""
 
-    def __init__(self, directory: Path, shard: str) -> None:
-        """Open the shard of a model directory.
+    def __init__(self, home: Folder, shard: str) -> None:
+        """Open a shard.
+
+        Args:
+            home: The model directory.
+            shard: The name of the shard.
 
         Raises:
             StoreError: It is absent, or leads out of the directory and of its Hub cache.
             MalformedFile: It is no regular file.
         """
-        self.path, self._hub = directory / shard, _Hub.of(directory)
+        self.path, self._hub = home.path / shard, _Hub.of(home.path)
         self._stack = contextlib.ExitStack()
         try:
-            self._names = self._locate(directory, shard)
+            self._names = self._locate(home, shard)
             folder, name, _ = self._names[-1]
             self.fd = self._stack.enter_context(closing(folder.open_file(name)))
             self.stamp = FileStamp.of_fd(self.fd, str(self.path))
@@ -57,9 +66,9 @@ class SourceFile:
         """Close the file and the directories that lead to it."""
         self._stack.close()
 
-    def _locate(self, directory: Path, shard: str) -> list[_Name]:
+    def _locate(self, home: Folder, shard: str) -> list[_Name]:
         """Each name on the way to the file, its own first, the file's last, with its `lstat`."""
-        folder, name = self._stack.enter_context(Folder.open(directory)), shard
+        folder, name = home, shard
         own, names = _identity(folder.status()), list[_Name]()
         for _ in range(_HOPS):
             status = folder.stat(name)
@@ -122,6 +131,9 @@ class SourceFile:
         """Remove the file, and then the names that lead to it, if they lead to the file that was
         read; a blob of the Hub's cache that another revision uses stays.
 
+        The file is renamed first, looked at again, and put back if it is another one, for between
+        a look and an unlink somebody could replace it.
+
         Raises:
             SourceChanged: It was replaced or changed.
             StoreError: The system does not remove it.
@@ -130,25 +142,76 @@ class SourceFile:
         own, *others = self._names
         try:
             if others and self._hub and self._hub.is_blob(others[0][0]):
-                self._hub.remove_blob(others[0][0], others[0][1], own)
+                if self._hub.is_used(others[0][1], own):
+                    logger.warning("%s stays: another revision of the Hub uses it", others[0][1])
+                else:
+                    self._remove_file(others[0])
+                    if len(others) > 1:  # a blob that leads to a file of several repositories
+                        self._hub.sweep_shared(others[1])
             else:
-                for folder, name, _ in reversed(others):  # the file first: its links then dangle
+                self._remove_file(self._names[-1])
+                for folder, name, _ in reversed(others[:-1]):
                     folder.unlink(name)
-            own[0].unlink(own[1])
+            if others:
+                own[0].unlink(own[1])
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be removed: {error.strerror}") from error
 
+    def _remove_file(self, found: _Name) -> None:
+        folder, name, status = found
+        aside = f".{name}.{secrets.token_hex(8)}{_ASIDE}"
+        os.rename(name, aside, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+        same = FileStamp.of_fd(self.fd, str(self.path)).has_content_of(self.stamp)
+        if not same or _identity(folder.stat(aside)) != _identity(status):
+            put_back(folder, aside)
+            raise SourceChanged(f"{self.path}: changed since it was converted; run again")
+        folder.unlink(aside)
 
-def remove_dangling_link(directory: Path, shard: str) -> None:
+
+def put_back(folder: Folder, aside: str) -> None:
+    """Give a file that was renamed to be removed its name again, unless another has it."""
+    name = aside[1 : -len(_ASIDE) - 17]
+    where = {"src_dir_fd": folder.fd, "dst_dir_fd": folder.fd}
+    try:
+        os.link(aside, name, **where, follow_symlinks=False)
+        folder.unlink(aside)
+    except FileExistsError:
+        logger.warning("%s: stays, as there is another %s now", folder.path / aside, name)
+    except OSError:  # a file system without hard links
+        if name in folder.names():
+            raise
+        os.rename(aside, name, **where)
+
+
+def put_all_back(directory: Path) -> None:
+    """Give the files that killed runs had renamed to be removed their names again.
+
+    Raises:
+        StoreError: The system does not rename them.
+    """
+    hub = _Hub.of(directory)
+    for path in (directory, *([hub.blobs] if hub else [])):
+        try:
+            with Folder.open(path) as folder:
+                for name in folder.names():
+                    if _ASIDE_NAME.fullmatch(name):
+                        put_back(folder, name)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be put in order: {error.strerror}") from error
+
+
+def remove_dangling_link(home: Folder, shard: str) -> None:
     """Remove the link that a killed run left to a file that it had removed. Raises StoreError."""
     try:
-        with Folder.open(directory) as folder:
-            if stat.S_ISLNK(folder.stat(shard).st_mode) and not os.path.exists(directory / shard):
-                folder.unlink(shard)
+        if stat.S_ISLNK(home.stat(shard).st_mode):
+            try:
+                os.stat(shard, dir_fd=home.fd)
+            except FileNotFoundError:
+                home.unlink(shard)
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise StoreError(f"{directory / shard}: cannot be removed: {error.strerror}") from error
+        raise StoreError(f"{home.path / shard}: cannot be removed: {error.strerror}") from error
 
 
 class _Hub:
@@ -184,18 +247,21 @@ class _Hub:
         above = _identity(os.stat("..", dir_fd=folder.fd))
         return self._shared is not None and above == self._shared
 
-    def remove_blob(self, blobs: Folder, name: str, link: _Name) -> None:
-        """Remove a blob, unless a link other than `link` leads to it. Raises OSError."""
-        if self._is_used(name, link):
-            logger.warning("%s stays: another revision of the Hub's cache uses it", name)
-            return
-        shared = None
-        if stat.S_ISLNK(blobs.stat(name).st_mode):
-            shared = Path(os.path.realpath(self._repository / "blobs" / name))
-        blobs.unlink(name)
-        _sweep_shared(shared, self._repository.parent)
+    @property
+    def blobs(self) -> Path:
+        """The directory of the blobs."""
+        return self._repository / "blobs"
 
-    def _is_used(self, blob: str, link: _Name) -> bool:
+    def sweep_shared(self, shared: _Name) -> None:
+        """Remove a file that the Hub's client shares between repositories, if no other uses it."""
+        with contextlib.suppress(ImportError):  # from release 2 on, see pull request 4498 there
+            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
+
+            path = Path(os.path.realpath(shared[0].path / shared[1]))
+            sweep_shared_blob(path, cache_dir=self._repository.parent)
+
+    def is_used(self, blob: str, link: _Name) -> bool:
+        """Whether a link other than `link` leads to a blob. Raises OSError."""
         own = _identity(link[0].status()), link[1]
         for directory, _, names in os.walk(self._repository / "snapshots"):
             here = _identity(os.stat(directory))
@@ -206,15 +272,6 @@ class _Hub:
                     if target == blob and there == self._blobs and (here, name) != own:
                         return True
         return False
-
-
-def _sweep_shared(shared: Path | None, cache: Path) -> None:
-    """Remove a file that the Hub's client shares between repositories, if no other uses it."""
-    if shared:
-        with contextlib.suppress(ImportError):  # from release 2 on, see pull request 4498 there
-            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
-
-            sweep_shared_blob(shared, cache_dir=cache)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from .drop import Dropper
 from .elsewhere import runner
 from .errors import StoreError
 from .executor import run_all
+from .folder import Folder
 from .manifest import EntryRecord, Manifest
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
@@ -27,6 +28,7 @@ from .worker import Places, Worker
 def convert_shards(
     request: Request,
     model: ModelPlan,
+    home: Folder | None,
     progress: Progress | None,
     trace: Trace,
     started: float,
@@ -44,7 +46,8 @@ def convert_shards(
     ahead = max(2, request.jobs) if request.drop_source else None
     given = model.checkpoint.given
     arrivals = Arrivals(request.remote, request.directory, work.absent, given, tally.add, ahead)
-    with Dropper(request, model, partial(_manifest, request, model), trace) as dropper, arrivals:
+    manifest_of = partial(_manifest, request, model)
+    with Dropper(request, model, home, manifest_of, trace) as dropper, arrivals:
         for record in work.settled.values():
             dropper.finish_task(record)
         for outcome in _run(request, work.tasks, known, arrivals, tally, trace):
@@ -57,7 +60,7 @@ def convert_shards(
                 progress(record.shard, record.source_size, record.source_size)
         kept |= dropper.dropped
     names = [task.shard for task in model.plan.tasks]
-    manifest = _manifest(request, model, [kept[name] for name in names])
+    manifest = manifest_of([kept[name] for name in names])
     if manifest != before:  # equal, and a cache that cannot be written still serves
         request.store.write_manifest(request.manifest_name, manifest)
     dropper.keep(manifest)

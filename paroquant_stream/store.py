@@ -33,7 +33,7 @@ from .digest_cache import Memo
 from .errors import MalformedFile, ManifestError, StoreError
 from .folder import Folder
 from .location import check_owner, free_bytes, mark_as_cache, step_into, user_cache_root
-from .lock import conversion_lock, excludes, removal_lock
+from .lock import conversion_lock, directory_lock, excludes, removal_lock
 from .manifest import MAX_BYTES, Manifest
 from .newfile import NewFile, sync_directory
 from .trace import SILENCE, Trace
@@ -271,10 +271,10 @@ class Store:
             return excludes(folder)
         return False
 
-    def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold the lock of a model's conversions; of a tree beside a model its directory's lock,
-        which `convert` holds, is enough.
-        """
+    def lock(self, name: str) -> AbstractContextManager[object]:
+        """Hold the lock of a model's conversions; a tree beside a model has one for all of them."""
+        if not self.private:
+            return directory_lock(partial(self.opened, "manifests"), exclusive=True, required=False)
         locks = self._locks()
         return conversion_lock(locks, name, self._modes[1]) if locks else nullcontext()
 

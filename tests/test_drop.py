@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from paroquant_stream.errors import (
     SourceDropped,
     StoreError,
 )
+from paroquant_stream.folder import Folder
 from paroquant_stream.lock import directory_lock
 from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.survey import plan_model, survey
@@ -224,15 +226,11 @@ def test_a_shard_that_came_back_with_other_content_is_not_completed_by_the_dropp
 def test_a_directory_that_cannot_be_written_is_told_and_nothing_is_lost(
     model_dir, whole, monkeypatch
 ):
-    real = os.unlink
-
-    def refuse(name, **where):
-        if str(name).startswith("model-"):
-            raise PermissionError(13, "Permission denied")
-        real(name, **where)
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", refuse)
+        patch.setattr(os, "rename", refuse)
         with pytest.raises(StoreError, match=f"{FIRST}: cannot be removed: Permission denied"):
             run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
@@ -425,12 +423,12 @@ def test_where_locks_do_nothing_a_drop_is_refused(model_dir, monkeypatch, where)
 
 def test_a_drop_waits_for_every_other_run_of_the_model(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 0.2)
-    with directory_lock(model_dir, exclusive=False, required=False):
+    with directory_lock(partial(Folder.open, model_dir), exclusive=False, required=False):
         run(model_dir, cache_dir=tmp_path / "other")  # a conversion that removes nothing does not
         with pytest.raises(StoreError, match="another conversion of this model held its lock"):
             run(model_dir, drop_source=True)
     (tmp_path / "link").symlink_to(model_dir)
-    with directory_lock(tmp_path / "link", exclusive=True, required=True):
+    with directory_lock(partial(Folder.open, tmp_path / "link"), exclusive=True, required=True):
         with pytest.raises(StoreError, match="another conversion"):
             run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]

@@ -33,6 +33,7 @@ from paroquant_stream.errors import (
     NewerManifest,
     SourceDropped,
 )
+from paroquant_stream.folder import Folder
 from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.store import cache_store
 from tests.builders import CONFIG, cut_evenly, llama_tensors, write_checkpoint
@@ -69,6 +70,11 @@ def dropped(model_dir):
     right = weights(model_dir, cache_dir=model_dir.parent / "right")
     run(model_dir, drop_source=True)
     return model_dir, right
+
+
+def note(directory, drop_id: str) -> None:
+    with Folder.open(directory) as home:
+        write_note(home, drop_id)
 
 
 def damage(path, position: int = -1) -> None:
@@ -203,7 +209,7 @@ def test_another_dtype_after_a_drop_says_what_there_is(dropped):
 
 
 def test_a_damaged_note_is_none_and_a_link_is_not_followed(tmp_path):
-    write_note(tmp_path, "a" * 64)
+    note(tmp_path, "a" * 64)
     assert read_note(tmp_path) == "a" * 64
     for text in ("", "[]", '{"id": 5}', '{"id": "../x"}', "{" * 10):
         (tmp_path / NOTE).write_text(text)
@@ -212,7 +218,7 @@ def test_a_damaged_note_is_none_and_a_link_is_not_followed(tmp_path):
     (tmp_path / "other").write_text(json.dumps({"id": "a" * 64}))
     (tmp_path / NOTE).symlink_to("other")
     assert read_note(tmp_path) is None
-    write_note(tmp_path, "b" * 64)
+    note(tmp_path, "b" * 64)
     assert "a" * 64 in (tmp_path / "other").read_text()
     assert read_note(tmp_path) == "b" * 64
 
@@ -223,7 +229,7 @@ def test_a_note_that_cannot_be_written_is_only_logged(model_dir, monkeypatch, ca
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "new_file_at", full)
+    monkeypatch.setattr(module, "new_file_in", full)
     run(model_dir, drop_source=True)
     assert "No space left" in caplog.text
     load(model_dir)

@@ -9,17 +9,25 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.errors import MalformedFile, SourceChanged, StoreError
-from paroquant_stream.proof import SourceFile, remove_dangling_link
+from paroquant_stream.folder import Folder
+from paroquant_stream.proof import SourceFile, put_all_back, remove_dangling_link
 
 NAME = "model.safetensors"
 
 
 def remove(path: Path) -> None:
-    source = SourceFile(path.parent, path.name)
-    try:
-        source.remove()
-    finally:
-        source.close()
+    with Folder.open(path.parent) as home:
+        source = SourceFile(home, path.name)
+        try:
+            source.remove()
+        finally:
+            source.close()
+
+
+@pytest.fixture
+def home(tmp_path):
+    with Folder.open(tmp_path) as home:
+        yield home
 
 
 def snapshot(hub: Path, repository: str, data: bytes, commit: str = "c" * 40) -> Path:
@@ -170,13 +178,13 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_file_that_changed_since_it_was_read_stays(tmp_path, change, linked):
+def test_a_file_that_changed_since_it_was_read_stays(home, tmp_path, change, linked):
     path = tmp_path / NAME
     file = tmp_path / "real.bin" if linked else path
     file.write_bytes(b"x")
     if linked:
         path.symlink_to("real.bin")
-    source = SourceFile(tmp_path, NAME)
+    source = SourceFile(home, NAME)
     assert source.sha256() == hashlib.sha256(b"x").hexdigest()
     CHANGES[change](file)
     before = sorted(tmp_path.iterdir())
@@ -186,9 +194,9 @@ def test_a_file_that_changed_since_it_was_read_stays(tmp_path, change, linked):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_file_that_changes_while_it_is_hashed_has_no_hash(tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_hashed_has_no_hash(home, tmp_path, monkeypatch):
     (tmp_path / NAME).write_bytes(b"x")
-    source, real, done = SourceFile(tmp_path, NAME), os.preadv, []
+    source, real, done = SourceFile(home, NAME), os.preadv, []
 
     def change(*arguments):
         if not done:
@@ -202,10 +210,75 @@ def test_a_file_that_changes_while_it_is_hashed_has_no_hash(tmp_path, monkeypatc
     assert done
 
 
-def test_a_link_that_a_killed_run_left_goes_and_no_other(tmp_path):
+def test_a_link_that_a_killed_run_left_goes_and_no_other(home, tmp_path):
     (tmp_path / NAME).symlink_to("gone")
     (tmp_path / "kept").symlink_to("real")
     (tmp_path / "real").write_bytes(b"x")
     for name in (NAME, "kept", "real", "absent"):
-        remove_dangling_link(tmp_path, name)
+        remove_dangling_link(home, name)
     assert {path.name for path in tmp_path.iterdir()} == {"kept", "real"}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_that_is_replaced_in_the_very_moment_of_its_removal_stays(
+    home, tmp_path, monkeypatch, linked
+):
+    path = tmp_path / NAME
+    file = tmp_path / "real.bin" if linked else path
+    file.write_bytes(b"x")
+    if linked:
+        path.symlink_to("real.bin")
+    source, real, done = SourceFile(home, NAME), os.rename, []
+
+    def replace_first(*names, **where):
+        if not done:
+            done.append(replaced(file))
+        real(*names, **where)
+
+    monkeypatch.setattr(os, "rename", replace_first)
+    with pytest.raises(SourceChanged):
+        source.remove()
+    source.close()
+    assert done
+    assert path.read_bytes() == b"y"
+    assert len(list(tmp_path.iterdir())) == 1 + linked
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_on_its_way_out_gets_its_name_back_from_the_next_run(
+    home, tmp_path, monkeypatch, links
+):
+    (tmp_path / NAME).write_bytes(b"x")
+    source = SourceFile(home, NAME)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            source.remove()
+    source.close()
+    assert not (tmp_path / NAME).exists()
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: os.stat(tmp_path / "absent"))
+    put_all_back(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert (tmp_path / NAME).read_bytes() == b"x"
+
+
+def test_a_blob_on_its_way_out_gets_its_name_back(tmp_path):
+    shard = snapshot(tmp_path, "one", b"x")
+    blob = shard.resolve()
+    blob.rename(blob.with_name(f".{blob.name}.0123456789abcdef.removing"))
+    put_all_back(shard.parent)
+    assert shard.read_bytes() == b"x"
+
+
+def test_a_file_on_its_way_out_takes_no_name_that_another_has_now(tmp_path):
+    aside = tmp_path / f".{NAME}.0123456789abcdef.removing"
+    aside.write_bytes(b"x")
+    (tmp_path / NAME).write_bytes(b"y")
+    put_all_back(tmp_path)
+    assert (tmp_path / NAME).read_bytes() == b"y"
+    assert aside.read_bytes() == b"x"

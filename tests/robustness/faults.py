@@ -34,7 +34,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 NAMES = ("replace", "rename", "link", "symlink", "unlink", "remove", "rmdir", "mkdir", "truncate")
@@ -338,6 +338,9 @@ class _Reader:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._file)
 
     def read(self, *arguments: Any) -> bytes:
         data: bytes = self._file.read(*arguments)

@@ -130,7 +130,7 @@ def test_what_a_live_run_writes_survives_every_sweep_from(place, neighbour, drop
 def test_a_live_run_in_a_tree_beside_the_model_keeps_its_temps(place):
     model = Model(write_tiny(place / "model", CUT), None)
     right = undisturbed(model)
-    with stopped(model, True, 2, r"fsync .*/tmp/") as (running, temps):
+    with stopped(model, False, 2, r"fsync .*/tmp/") as (running, temps):
         age(temps)
         loaded = model.load()
         assert "Traceback" not in loaded.err

@@ -47,7 +47,7 @@ class Point:
     """One system call of a thread."""
 
     call: str
-    """A key of CALLS."""
+    """Its own name."""
     number: int
     """Among all of that name in its thread."""
     line: str
@@ -56,7 +56,7 @@ class Point:
 
 def drop_traced(model: Model, log: Path, call: str, rule: str = "") -> Ended:
     """A drop under strace, with the rule for this call; `log` is a prefix of files."""
-    names = f"/^({CALLS[call]})$"
+    names = f"/^({CALLS.get(call, call)})$"
     under = ["strace", "-ff", "-y", "-qq", "-o", str(log), "-e", f"trace={names}"]
     if rule:
         under += ["-e", f"inject={names}:{rule}"]
@@ -67,16 +67,18 @@ def points(model: Model, log: Path, call: str) -> list[Point]:
     """The calls on the model's files in an undisturbed drop, by number; the model is gone then."""
     done = drop_traced(model, log, call)
     assert done.code == 0, done.err
-    found: dict[int, Point] = {}
+    found: dict[tuple[str, int], Point] = {}
     for file in logs(log):
-        lines = [
-            line for line in file.read_text(errors="replace").splitlines()
-            if re.match(rf"({CALLS[call]})\(", line)
-        ]  # fmt: skip
-        for number, line in enumerate(lines, 1):
-            if f"{model.directory}" in line or f"{model.root}" in line:
-                found.setdefault(number, Point(call, number, line))
-    return [found[number] for number in sorted(found)]
+        counts: dict[str, int] = {}
+        for line in file.read_text(errors="replace").splitlines():
+            if not (match := re.match(rf"({CALLS[call]})\(", line)):
+                continue
+            name = match[1]  # `unlink` and `unlinkat` are counted apart
+            counts[name] = counts.get(name, 0) + 1
+            shown = re.sub(r'<([^>"]*)>, "([^/"]+)"', r'<\1>, "\1/\2"', line)
+            if f"{model.directory}" in shown or f"{model.root}" in shown:
+                found.setdefault((name, counts[name]), Point(name, counts[name], shown))
+    return [found[key] for key in sorted(found)]
 
 
 def killed(model: Model, log: Path, point: Point) -> bool:
