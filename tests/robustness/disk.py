@@ -26,7 +26,7 @@ cut = {cuts!r} + "/%d" % event.number
 os.mkdir(cut)
 shutil.copyfile({image!r}, cut + "/image")
 if {outside!r}:
-    shutil.copytree({outside!r}, cut + "/model", copy_function=os.link)
+    shutil.copytree({outside!r}, cut + "/model")
 with open(cut + "/call", "w") as file:
     file.write(event.name + " " + " ".join(event.paths))
 """
