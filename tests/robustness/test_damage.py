@@ -196,7 +196,7 @@ def test_one_bad_read_while_a_dropped_model_is_loaded_loses_nothing_and_it_loads
     """What was read wrong is read again before it counts as damaged."""
     fired, wrong = bad_reads(in_place, stride)
     assert fired >= 3
-    assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong)
+    assert not wrong, f"{fired} bad reads:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize("clock", [60, pytest.param(0, marks=pytest.mark.long)])
