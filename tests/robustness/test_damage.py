@@ -190,6 +190,7 @@ def bad_reads(in_place: bool, stride: int) -> tuple[int, list[str]]:
             at += stride
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_while_a_dropped_model_is_loaded_loses_nothing_and_it_loads(in_place, stride):
@@ -199,6 +200,7 @@ def test_one_bad_read_while_a_dropped_model_is_loaded_loses_nothing_and_it_loads
     assert not wrong, f"{fired} bad reads:\n" + "\n".join(wrong)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("clock", [60, pytest.param(0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_inside_a_drop_loses_nothing(stride, clock):
