@@ -7,8 +7,13 @@
     cuts      checkpoints cut into shards in every way that matters
     tracer    the same faults by strace, below Python
     disk      small file systems: full, or copied while they are in use
-    sweep     a fault at every call in turn, and its table: `python -m tests.robustness.sweep`
+    pairs     two commands at once on one model, and what may be left then
+    sweep     a fault at every call in turn, and its table
 
-Nothing here names a module, class or function of the package beside `load`; of the files, only what
-the README draws.
+Nothing here names a module, class or function of the package beside `load`, `convert_checkpoint`
+and the base of their errors; of the files, only what the README draws.
+
+    pytest tests/robustness -n 2                   some points of everything
+    pytest tests/robustness -n 2 -m long           all of them: hours
+    python -m tests.robustness.sweep --help        a table of models lost and completed
 """

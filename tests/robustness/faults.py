@@ -9,7 +9,6 @@
     fail      the call raises an OSError, once or from then on
     pause     waits until a file is there, then the call
     run       Python source, before or after the call, once or at every call
-    jitter    short waits at every call, by a seed
     turns     waits now and then until another run has made some calls, which its own log tells
 
 `python -m tests.robustness.faults JSON MODULE ARGV` is `python -m MODULE ARGV` with that fault, in
@@ -229,11 +228,6 @@ class Watch:
             event.afterwards = act
         else:
             act()
-
-    def _jitter(self, _event: _Event) -> None:
-        with self._lock:
-            wait = self._random.random() ** 3 * self._fault.get("most", 0.01)
-        time.sleep(wait)
 
     def _turns(self, _event: _Event) -> None:
         with self._lock:

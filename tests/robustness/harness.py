@@ -66,10 +66,9 @@ class Ended:
 class Running:
     """A run that was begun."""
 
-    def __init__(self, zygote: Zygote, number: int, fault: Fault | None) -> None:
+    def __init__(self, zygote: Zygote, number: int) -> None:
         self._zygote, self._number = zygote, number
         self.place = zygote.place / str(number)
-        self.fault = fault
         self._begun, self._ended = threading.Event(), threading.Event()
         self._pid, self._code = 0, 0
 
@@ -153,7 +152,7 @@ class Zygote:
         """Begins `python -m module argv`."""
         with self._lock:
             number = next(self._numbers)
-            running = self._running[number] = Running(self, number, fault)
+            running = self._running[number] = Running(self, number)
             if fault is not None:
                 fault = {"fired": f"{running.place}.fired", **fault}
             request = {

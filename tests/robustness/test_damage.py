@@ -101,6 +101,7 @@ def test_a_flipped_bit_in_the_only_copy_is_told_kept_and_repaired_by_the_shard(p
 
 
 @KEPT
+@pytest.mark.long
 def test_a_damaged_copy_is_kept_by_each_command_alone(place):
     """That no single one of them deletes it, whichever comes first."""
     it, gone = dropped(place), []
@@ -190,17 +191,19 @@ def bad_reads(in_place: bool, stride: int) -> tuple[int, list[str]]:
             at += stride
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_while_a_dropped_model_is_loaded_loses_nothing_and_it_loads(in_place, stride):
     """What was read wrong is read again before it counts as damaged."""
     fired, wrong = bad_reads(in_place, stride)
-    assert fired >= 4
-    assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong)
+    assert fired >= 3
+    assert not wrong, f"{fired} bad reads:\n" + "\n".join(wrong)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("clock", [60, pytest.param(0, marks=pytest.mark.long)])
-@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_inside_a_drop_loses_nothing(stride, clock):
     """Of a shard or of an entry that is read back: one more run completes the model. With the clock
     ahead, files count as left alone, and what was read once is remembered.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.robustness.cuts import CUTS, write_tiny
 from tests.robustness.harness import (
     HUNG,
@@ -61,6 +63,7 @@ def child_of_a_thread(model: Model, what: str) -> tuple[int, str]:
     return int(done.stdout), done.stderr
 
 
+@pytest.mark.long
 def test_a_child_forked_while_a_thread_converts_does_not_hang(place):
     model = Model(write_tiny(place / "model", CUTS["between linears"]), place / "cache")
     code, err = child_of_a_thread(model, "convert")

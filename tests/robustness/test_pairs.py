@@ -17,8 +17,11 @@ from tests.robustness.pairs import COMMANDS, PAIRS, Round, first_removal
 REMOVALS = ("rm", "prune --orphans", "prune --max-size 1B")
 CUTS = ["a chain", "a cycle", "by size", "by size into 7", "between linears"]
 ENTRY = r"(unlink|remove|rename|replace) .*/entries/"
-FEW = [("drop", "drop into another cache"), ("drop", "prune --max-size 1B"), ("drop", "load"),
-       ("drop in place", "convert")]  # fmt: skip
+FEW = [
+    ("drop", "drop into another cache"),
+    ("drop", "prune --max-size 1B"),
+    ("drop", "load"),
+]
 
 
 @functools.cache

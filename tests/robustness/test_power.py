@@ -74,7 +74,7 @@ def _removes(cut: Cut) -> bool:
 
 @pytest.mark.parametrize(
     ("where", "options"),
-    [("one disk", EXT4[0]), ("the model on another disk", EXT4[1]), ("in place", EXT4[1])],
+    [("the model on another disk", EXT4[1]), ("in place", EXT4[0])],
 )
 def test_after_a_power_cut_at_a_removal_the_next_run_completes(place, where, options):
     count, wrong = cut_off(place, "a cycle", where, options, around_removals)
@@ -106,9 +106,8 @@ def test_without_fsync_a_power_cut_loses_the_model(place):
     assert wrong
 
 
-@pytest.mark.parametrize("where", ["cache", "in place"])
-def test_on_a_full_disk_a_drop_ends_with_a_message_and_goes_on_with_room(where):
-    ended, wrong = full_disks("a chain", where, (60, 100, 130, 160, 200))
+def test_on_a_full_disk_a_drop_ends_with_a_message_and_goes_on_with_room():
+    ended, wrong = full_disks("a chain", "cache", (100, 160))
     assert 1 in ended
     assert not wrong, "\n".join(wrong)
 

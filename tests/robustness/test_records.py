@@ -128,7 +128,8 @@ def test_after_one_record_was_lost_a_prune_deletes_nothing_that_is_needed(place,
     model, right = dropped(place)
     saved, wrong = Saved(model, place), []
     for path in records(model, all_of_a_kind=False):
-        HARMS[harm](path)
+        if path.stat().st_size or harm == "all of it":
+            HARMS[harm](path)
         prune_by_every_rule(model)
         if why := differs(model, right):
             wrong.append(f"{path.relative_to(place)}: {why}")

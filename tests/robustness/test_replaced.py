@@ -153,7 +153,7 @@ def outcomes(cut: str, text: str, numbers: Sequence[int]) -> str:
 def test_a_shard_that_was_replaced_before_its_removal_stays(text):
     calls = calls_of_a_drop("between linears", 1)
     stop = beyond(calls, text)
-    numbers = sorted({*range(calls.first, stop, 30), *range(stop - 3, stop)})
+    numbers = sorted({*range(calls.first, stop, 60), *range(stop - 2, stop)})
     assert not (wrong := outcomes("between linears", text, numbers)), wrong
 
 
