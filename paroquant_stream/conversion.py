@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import StoreError
-from .folder import Folder
+from .files.folder import Folder
 from .lock import directory_lock
 from .manifest import Manifest
 from .report import Conversion, report_reused

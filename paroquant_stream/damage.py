@@ -12,13 +12,13 @@ import logging
 import os
 from pathlib import Path
 
-from .descriptor import closing
 from .dropped import read_record, record_ids
 from .errors import EntryDamaged, ManifestError, StoreError
-from .hashing import hash_entry
+from .files.descriptor import closing
+from .files.hashing import hash_entry
+from .files.tensor_header import layout_defect
 from .manifest import EntryRecord
 from .store import Store
-from .tensorfile import layout_defect
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from types import TracebackType
 from .damage import confirmed_defect
 from .dropped import DropRecord, is_stored, new_id, read_note, write_note, write_record
 from .errors import EntryDamaged, SourceChanged, StoreError
-from .folder import Folder
+from .files.folder import Folder
 from .manifest import EntryRecord, Manifest
 from .proof import SourceFile, remove_dangling_link
 from .request import IN_PLACE, Request

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ManifestError, NewerManifest, ParoquantStreamError, StoreError
-from .folder import Folder
+from .files.atomic_file import new_file_in
+from .files.folder import Folder
+from .files.strict_json import strict_json
+from .files.tensor_header import MAX_HEADER, Header, parse_header
 from .manifest import MAX_BYTES, Manifest, pack, seal, unpack, unseal
-from .newfile import new_file_in
 from .store import Store
-from .strictjson import strict_json
 from .task import DTYPES, Dtype
-from .tensorfile import MAX_HEADER, Header, parse_header
 
 logger = logging.getLogger(__name__)
 

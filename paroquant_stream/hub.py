@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from .errors import CheckpointError, ParoquantStreamError
+from .files.tensor_header import Header, parse_header
 from .hub_watch import Watch, together
 from .inside import size_limit
-from .tensorfile import Header, parse_header
 
 logger = logging.getLogger(__name__)
 

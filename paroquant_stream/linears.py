@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from .files.tensor_header import TensorSpec
 from .layout import Layout, Quantization
 from .task import Operation, Part
-from .tensorfile import TensorSpec
 
 _FLOATS = ("F16", "BF16", "F32")
 _ROTATION = ("theta", "pairs", "channel_scales")

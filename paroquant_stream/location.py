@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from .errors import StoreError
-from .folder import Folder
+from .files.folder import Folder
 
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import StoreError
-from .folder import Folder
+from .files.folder import Folder
 
 if TYPE_CHECKING:
     from filelock import UnixFileLock

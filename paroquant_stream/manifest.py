@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from .errors import ManifestError, NewerManifest
-from .tensorfile import DTYPE_BYTES, TensorSpec, check_name
+from .files.tensor_header import DTYPE_BYTES, TensorSpec, check_name
 
 MAGIC = b"PAROSTRM"
 MAJOR, MINOR = 1, 1  # 1.1: directory

@@ -18,18 +18,18 @@ from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
 from .errors import CheckpointError, EntryDamaged
 from .export_files import as_json, export_files, files_to_export, without_code, write_file
 from .exported import FORMAT
+from .files.atomic_directory import new_directory
+from .files.atomic_file import new_file_at
+from .files.tensor_header import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
 from .in_place import converted
 from .inside import check_directory
 from .manifest import Manifest
 from .model import assemble
-from .newdirectory import new_directory
-from .newfile import new_file_at
 from .request import Request, make_request
 from .rotation import RotateQuantizedLinear, RotateSwitchGLU
 from .slices import MLX_DTYPES
 from .store import Store
 from .tally import Progress
-from .tensorfile import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
 from .weights import reading
 
 MODEL_FILE = "paroquant_model.py"

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .errors import PlanError
+from .files.tensor_header import Header, TensorSpec
 from .layout import EXPERT, Layout, Quantization, shared_rotation
 from .linears import Linear
 from .task import Operation, Part, Task
-from .tensorfile import Header, TensorSpec
 
 _IO_LAYERS = ("embed_tokens", "lm_head")  # stored quantized, whatever `tie_word_embeddings` says
 _SHARED_LEAVES = ("theta", "pairs", "channel_scales")

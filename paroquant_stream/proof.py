@@ -19,10 +19,10 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from .descriptor import FileStamp, closing, pread_exactly
 from .errors import SourceChanged, StoreError
-from .folder import Folder
-from .hashing import SourceHasher, read_into, sha256_of
+from .files.descriptor import FileStamp, closing, pread_exactly
+from .files.folder import Folder
+from .files.hashing import SourceHasher, read_into, sha256_of
 from .task import Part
 
 logger = logging.getLogger(__name__)

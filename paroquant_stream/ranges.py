@@ -10,11 +10,11 @@ import mlx.core as mx
 
 from .damage import take_out
 from .errors import MalformedFile
+from .files.tensor_header import TensorInfo, lay_out
 from .manifest import EntryRecord
 from .slices import Slice, read_slice
 from .stacks import stacks_in_pieces
 from .store import Store
-from .tensorfile import TensorInfo, lay_out
 
 
 class EntrySlices:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .checkpoint import Shard, config_digest
-from .descriptor import closing
-from .digest_cache import Memo
 from .errors import ParoquantStreamError
+from .files.descriptor import closing
+from .files.digest_cache import Memo
 from .hub import locate
 from .manifest import EntryRecord, Manifest
 from .store import Store, cache_store

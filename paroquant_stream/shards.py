@@ -12,14 +12,14 @@ from .drop import Dropper
 from .elsewhere import runner
 from .errors import StoreError
 from .executor import run_all
-from .folder import Folder
+from .files.folder import Folder
+from .files.tensor_header import file_size
 from .manifest import EntryRecord, Manifest
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
 from .survey import ModelPlan, work_of
 from .tally import Progress, Tally
 from .task import TRANSFORM, Task
-from .tensorfile import file_size
 from .trace import Trace
 from .transform import Job, Outcome
 from .worker import Places, Worker

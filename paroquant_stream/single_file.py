@@ -27,13 +27,13 @@ from pathlib import Path
 from paroquant_stream import __version__
 
 from .checkpoint import SHARD_NAME, Shard, shard_names
-from .descriptor import closing, pread_exactly
 from .errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
-from .hashing import hash_parts
+from .files.descriptor import closing, pread_exactly
+from .files.hashing import hash_parts
+from .files.strict_json import strict_json
+from .files.tensor_header import Header, read_header
 from .request import Request, source_staleness
-from .strictjson import strict_json
 from .task import TRANSFORM
-from .tensorfile import Header, read_header
 
 NAME = "converted_mlx.safetensors"
 MAX_SHARDS = 10_000  # each costs a look at the disk; the largest models have some 200

@@ -17,22 +17,22 @@ from pathlib import Path
 
 import xxhash
 
-from . import temp_files
 from .damage import forget_pages, take_out
-from .descriptor import closing
 from .errors import EntryDamaged, UnwritableFile
-from .folder import Folder
-from .hashing import CHUNK, read_chunks
+from .files import temp_files
+from .files.atomic_file import reserve, write_problem
+from .files.descriptor import closing
+from .files.folder import Folder
+from .files.hashing import CHUNK, read_chunks
+from .files.tensor_header import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
 from .in_place import converted
 from .lock import excludes
 from .manifest import EntryRecord, Manifest
-from .newfile import reserve, write_problem
 from .request import Request
 from .single_file import NAME, hash_single, metadata_of, with_digest
 from .stacks import stacks_in_pieces
 from .store import Store
 from .tally import Progress
-from .tensorfile import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
 
 logger = logging.getLogger(__name__)
 

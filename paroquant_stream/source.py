@@ -19,12 +19,12 @@ from typing import Any
 import xxhash
 
 from .checkpoint import Shard
-from .descriptor import FileStamp
-from .digest_cache import Memo
 from .errors import Cancelled, SourceChanged, SourceDamaged
-from .hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
+from .files.descriptor import FileStamp
+from .files.digest_cache import Memo
+from .files.hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
+from .files.tensor_header import read_header
 from .task import Part, Task
-from .tensorfile import read_header
 from .worker import Worker
 
 Tick = Callable[[int], None]

@@ -27,15 +27,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import temp_files
-from .descriptor import FileStamp
-from .digest_cache import Memo
 from .errors import MalformedFile, ManifestError, StoreError
-from .folder import Folder
+from .files import temp_files
+from .files.atomic_file import NewFile, sync_directory
+from .files.descriptor import FileStamp
+from .files.digest_cache import Memo
+from .files.folder import Folder
 from .location import check_owner, free_bytes, mark_as_cache, step_into, user_cache_root
 from .lock import conversion_lock, directory_lock, excludes, removal_lock
 from .manifest import MAX_BYTES, Manifest
-from .newfile import NewFile, sync_directory
 from .trace import SILENCE, Trace
 
 _KINDS = ("entries", "manifests", "dropped", "memo", "tmp", "locks")

@@ -11,18 +11,18 @@ from dataclasses import dataclass, field, replace
 
 from .checkpoint import Checkpoint, Shard, open_checkpoint
 from .damage import damaged_path
-from .descriptor import closing
 from .dropped import DropRecord
 from .errors import MalformedFile, SourceDropped
+from .files.descriptor import closing
+from .files.hashing import read_into, sha256_of
+from .files.tensor_header import Header, file_size
 from .find_dropped import find_dropped
-from .hashing import read_into, sha256_of
 from .layout import detect, read_quantization
 from .manifest import EntryRecord
 from .plan import Plan, make_plan
 from .report import ShardReport, report_reused, why_converted
 from .request import Request, read_manifest, source_staleness
 from .task import DTYPES, Part, Task
-from .tensorfile import Header, file_size
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .damage import confirmed_defect
-from .descriptor import FileStamp, closing
 from .errors import StoreError
+from .files.atomic_file import NewFile
+from .files.descriptor import FileStamp, closing
+from .files.tensor_header import TensorInfo, TensorWriter, end_of, file_size, lay_out
 from .manifest import EntryRecord
-from .newfile import NewFile
 from .operations import run_operation
 from .source import Source, Tick
 from .store import Store
 from .task import Operation, Task
-from .tensorfile import TensorInfo, TensorWriter, end_of, file_size, lay_out
 from .worker import Worker
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from paroquant_stream.descriptor import FileStamp
-from paroquant_stream.digest_cache import SAMPLE_SIZE, SAMPLES, Memo
+from paroquant_stream.files.descriptor import FileStamp
+from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES, Memo
 
 SETTLED = """
-from paroquant_stream import descriptor, digest_cache, filesystems
+from paroquant_stream.files import descriptor, digest_cache, filesystems
 descriptor.RACY_SECONDS = -1
 digest_cache.ctime_kind = lambda *_: filesystems.Ctime.LOCAL
 """
@@ -226,7 +226,7 @@ def settle(directory: Path, seconds: float = 10) -> None:
 
 def temp_of(pid: int, **others: str | int) -> str:
     """The name of a temp of process `pid` of this system; `others`: fields that say otherwise."""
-    from paroquant_stream import temp_files
+    from paroquant_stream.files import temp_files
 
     fields = {**vars(temp_files._here()), "pid": pid, **others}
     return "{machine}-{boot}-{space}-{pid}-{random}".format(random="0" * 32, **fields)

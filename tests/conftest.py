@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import descriptor, digest_cache, newfile
-from paroquant_stream.filesystems import Ctime
+from paroquant_stream.files import atomic_file as newfile
+from paroquant_stream.files import descriptor, digest_cache
+from paroquant_stream.files.filesystems import Ctime
 from tests.builders import cut_apart, cut_evenly, write_checkpoint
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -14,10 +14,10 @@ from paroquant_stream.checkpoint import open_checkpoint
 from paroquant_stream.config_bounds import MOST_LAYERS, MOST_TOKENS, check_config, check_tokenizer
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError
+from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.request import Split
 from paroquant_stream.store import cache_store
-from paroquant_stream.tensorfile import TensorSpec
 from tests.builders import CONFIG, write_checkpoint
 from tests.conftest import FIXTURES
 

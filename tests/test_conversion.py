@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import descriptor, request, shards
+from paroquant_stream import request, shards
 from paroquant_stream.conversion import convert
-from paroquant_stream.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.errors import CheckpointError, PlanError
+from paroquant_stream.files import descriptor
+from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.manifest import Manifest
 from paroquant_stream.request import make_request, read_manifest, staleness
 from paroquant_stream.survey import survey

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from paroquant_stream import descriptor, digest_cache
-from paroquant_stream.descriptor import FileStamp
-from paroquant_stream.digest_cache import Memo, hash_file
-from paroquant_stream.filesystems import Ctime
-from paroquant_stream.hashing import SourceHasher
+from paroquant_stream.files import descriptor, digest_cache
+from paroquant_stream.files.descriptor import FileStamp
+from paroquant_stream.files.digest_cache import Memo, hash_file
+from paroquant_stream.files.filesystems import Ctime
+from paroquant_stream.files.hashing import SourceHasher
 from tests.builders import flip, uncovered
 
 DATA = bytes(range(256)) * 1000

@@ -29,7 +29,7 @@ from paroquant_stream.errors import (
     SourceDropped,
     StoreError,
 )
-from paroquant_stream.folder import Folder
+from paroquant_stream.files.folder import Folder
 from paroquant_stream.lock import directory_lock
 from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.survey import plan_model, survey

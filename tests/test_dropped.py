@@ -33,7 +33,7 @@ from paroquant_stream.errors import (
     NewerManifest,
     SourceDropped,
 )
-from paroquant_stream.folder import Folder
+from paroquant_stream.files.folder import Folder
 from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.store import cache_store
 from tests.builders import CONFIG, cut_evenly, llama_tensors, write_checkpoint

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from paroquant_stream import filesystems
-from paroquant_stream.descriptor import FileStamp
-from paroquant_stream.filesystems import Ctime, ctime_kind, shows_changes
+from paroquant_stream.files import filesystems
+from paroquant_stream.files.descriptor import FileStamp
+from paroquant_stream.files.filesystems import Ctime, ctime_kind, shows_changes
 from tests.images import LINUX_ROOT, mounted, squashed
 
 LATE, EARLY, WHOLE = 1_700_000_000_123_456_789, 1_600_000_000_123_456_789, 1_700_000_000_000_000_000

@@ -9,8 +9,8 @@ import pytest
 import xxhash
 
 from paroquant_stream.errors import SourceChanged
-from paroquant_stream.hashing import SourceHasher, hash_entry, read_chunks
-from paroquant_stream.tensorfile import TensorInfo
+from paroquant_stream.files.hashing import SourceHasher, hash_entry, read_chunks
+from paroquant_stream.files.tensor_header import TensorInfo
 
 DATA = bytes(range(256)) * 50_000  # 12.8 MB, over three chunks
 

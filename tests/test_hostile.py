@@ -18,13 +18,13 @@ from safetensors.numpy import load as second_opinion
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.api import make_request
 from paroquant_stream.convert import main
-from paroquant_stream.descriptor import open_regular
 from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
+from paroquant_stream.files.descriptor import open_regular
+from paroquant_stream.files.tensor_header import TensorSpec, read_header
 from paroquant_stream.manifest import EntryRecord, Manifest
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.single_write import export_single_file
 from paroquant_stream.store import Store
-from paroquant_stream.tensorfile import TensorSpec, read_header
 from paroquant_stream.weights import read_weights
 from tests.builders import cut_evenly, write_checkpoint
 from tests.test_tensorfile import REFUSED, file_of, tensor
@@ -172,8 +172,8 @@ def test_entries_under_each_others_names_are_made_again(tmp_path):
 BOMBS = """
 import os, resource, sys, time
 from paroquant_stream.errors import MalformedFile
-from paroquant_stream.descriptor import open_regular
-from paroquant_stream.tensorfile import read_header
+from paroquant_stream.files.descriptor import open_regular
+from paroquant_stream.files.tensor_header import read_header
 from paroquant_stream.convert import peak_rss_bytes
 before, started = peak_rss_bytes(), time.monotonic()
 try:

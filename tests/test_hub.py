@@ -284,7 +284,7 @@ def test_damaged_bytes_under_the_right_etag_are_told_and_not_stored(hub, right, 
 
 
 def digests_in(cache: Path) -> set[str]:
-    from paroquant_stream.hashing import hash_entry
+    from paroquant_stream.files.hashing import hash_entry
 
     found = set()
     for path in cache.rglob("entries/*/*.safetensors"):

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from paroquant_stream.conversion import convert
-from paroquant_stream.hashing import hash_entry
+from paroquant_stream.files.hashing import hash_entry
 from paroquant_stream.request import make_request
 from paroquant_stream.store import Store
 from tests.builders import SETTLED
@@ -24,7 +24,8 @@ KILL = (
     SETTLED
     + """
 import os, signal, sys
-from paroquant_stream import convert, newfile
+from paroquant_stream import convert
+from paroquant_stream.files import atomic_file as newfile
 newfile._BLOCK = 4096
 step, calls = int(sys.argv[1]), 0
 def deadly(real):

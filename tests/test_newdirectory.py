@@ -7,7 +7,7 @@ import os
 import pytest
 
 from paroquant_stream.errors import UnwritableFile
-from paroquant_stream.newdirectory import new_directory
+from paroquant_stream.files.atomic_directory import new_directory
 
 
 def test_appears_under_its_name_when_it_is_filled(tmp_path):
@@ -59,7 +59,7 @@ def test_a_name_that_was_not_made_durable_is_taken_back(tmp_path, monkeypatch):
     def refused(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("paroquant_stream.newdirectory.sync_directory", refused)
+    monkeypatch.setattr("paroquant_stream.files.atomic_directory.sync_directory", refused)
     with (
         pytest.raises(UnwritableFile, match="Input/output error"),
         new_directory(tmp_path / "out", 10),

@@ -10,10 +10,11 @@ import random
 import pytest
 import xxhash
 
-from paroquant_stream import newfile, temp_files
 from paroquant_stream.errors import StoreError
-from paroquant_stream.folder import Folder
-from paroquant_stream.newfile import NewFile
+from paroquant_stream.files import atomic_file as newfile
+from paroquant_stream.files import temp_files
+from paroquant_stream.files.atomic_file import NewFile
+from paroquant_stream.files.folder import Folder
 from paroquant_stream.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("small_blocks")

@@ -18,11 +18,11 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from paroquant_stream import load, sharding
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import ShardingError, UnreadableFile
+from paroquant_stream.files.tensor_header import lay_out
 from paroquant_stream.request import make_request
 from paroquant_stream.rotation import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from paroquant_stream.sharding import shard
 from paroquant_stream.slices import read_slice
-from paroquant_stream.tensorfile import lay_out
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.builders import CONFIG, awq_linear, llama_tensors, write_checkpoint
 from tests.conftest import FIXTURES

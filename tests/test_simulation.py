@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from paroquant_stream.tensorfile import file_size
+from paroquant_stream.files.tensor_header import file_size
 from tests.benchmarks.checkpoint import tensors
 from tests.benchmarks.flow import STAGES, Host, Rates, convert
 from tests.benchmarks.fluid import Gate, Shared, Simulation

@@ -16,11 +16,11 @@ from paroquant.inference.backends.mlx.load import load as public_load
 from paroquant_stream import api, load, single_file
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
+from paroquant_stream.files.tensor_header import read_header
 from paroquant_stream.request import make_request
 from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
 from paroquant_stream.single_write import export_single_file, write_single_file
 from paroquant_stream.store import cache_store
-from paroquant_stream.tensorfile import read_header
 from tests.builders import cut_evenly, flip, llama_tensors, remember, uncovered, write_checkpoint
 from tests.conftest import FIXTURES
 from tests.test_parity import assert_same, parameters
@@ -176,7 +176,7 @@ def test_a_cache_that_cannot_be_made_costs_only_the_hashing(exported, tmp_path):
 
 def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
     """Its stat may not show the next write: git's racy rule."""
-    monkeypatch.setattr("paroquant_stream.descriptor.RACY_SECONDS", 3600)
+    monkeypatch.setattr("paroquant_stream.files.descriptor.RACY_SECONDS", 3600)
     real, hashed = single_file.hash_parts, []
     monkeypatch.setattr(single_file, "hash_parts", lambda *a: hashed.append(a) or real(*a))
     load(exported)

@@ -12,8 +12,8 @@ from mlx.nn.layers import distributed
 
 from paroquant_stream import slices
 from paroquant_stream.errors import MalformedFile, UnreadableFile
+from paroquant_stream.files.tensor_header import DTYPE_BYTES, TensorInfo
 from paroquant_stream.slices import Slice, rank_slice, read_slice
-from paroquant_stream.tensorfile import DTYPE_BYTES, TensorInfo
 
 START = 100
 """Where the tensor begins in the file; nothing has to be aligned."""

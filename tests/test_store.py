@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from paroquant_stream import temp_files
 from paroquant_stream.damage import damaged_path, keep_damaged
 from paroquant_stream.errors import StoreError
-from paroquant_stream.folder import Folder
+from paroquant_stream.files import temp_files
+from paroquant_stream.files.folder import Folder
 from paroquant_stream.store import Store, user_cache_root
 from tests.builders import temp_of
 

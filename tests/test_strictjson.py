@@ -7,7 +7,7 @@ import time
 import pytest
 
 from paroquant_stream.errors import MalformedFile
-from paroquant_stream.strictjson import strict_json
+from paroquant_stream.files.strict_json import strict_json
 
 
 def keys(count: int, last: str) -> bytes:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.task import OPERATION_VERSIONS, Operation, Part, Task
-from paroquant_stream.tensorfile import TensorSpec
 
 SHA, OTHER = "1" * 64, "2" * 64
 ZEROS = Part("x.qzeros", "I32", (2, 4), "a.safetensors", 100, 132)

@@ -11,9 +11,9 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from paroquant_stream.descriptor import open_regular, pread_exactly
 from paroquant_stream.errors import MalformedFile
-from paroquant_stream.tensorfile import (
+from paroquant_stream.files.descriptor import open_regular, pread_exactly
+from paroquant_stream.files.tensor_header import (
     PAGE,
     TensorSpec,
     TensorWriter,

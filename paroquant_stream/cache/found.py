@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..descriptor import FileStamp
+from ..files.descriptor import FileStamp
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import temp_files
-from ..descriptor import FileStamp
+from ..files import temp_files
+from ..files.descriptor import FileStamp
 from ..lock import excludes
 from ..store import Store
 from .foreign import Foreign, foreign_directories

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from ..errors import StoreError
-from ..newfile import sync_directory
+from ..files.atomic_file import sync_directory
 from .foreign import remove_foreign
 from .found import Found
 from .inventory import claimed_keys

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import temp_files
 from ..errors import StoreError
+from ..files import temp_files
 from ..lock import excludes
 from ..store import Store
 

@@ -12,12 +12,12 @@ import safetensors
 
 from ..checkpoint import Shard
 from ..damage import confirmed_defect, take_out
-from ..descriptor import closing
-from ..digest_cache import Memo
 from ..dropped import heal_records, read_records
 from ..errors import ParoquantStreamError, StoreError
+from ..files.descriptor import closing
+from ..files.digest_cache import Memo
+from ..files.hashing import hash_entry
 from ..find_dropped import find_manifest
-from ..hashing import hash_entry
 from ..manifest import EntryRecord, Manifest
 from ..request import Request
 from ..store import Store

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
 
+from paroquant_stream.files.tensor_header import file_size
 from paroquant_stream.manifest import EntryRecord, Manifest
 from paroquant_stream.task import Task
-from paroquant_stream.tensorfile import file_size
 from tests.benchmarks.calibrate import calibrate
 from tests.benchmarks.flow import Host, Rates, Reading, convert, load, slices
 from tests.benchmarks.fluid import Shared, Simulation

@@ -17,7 +17,7 @@ from paroquant_stream.cache.freshness import BROKEN, FRESH, STALE, UNKNOWN, Fres
 from paroquant_stream.checkpoint import Shard
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError
-from paroquant_stream.hashing import SourceHasher
+from paroquant_stream.files.hashing import SourceHasher
 from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.task import OPERATION_VERSIONS
 from tests.builders import as_hub_snapshot, cut_evenly, flip, llama_tensors, write_checkpoint

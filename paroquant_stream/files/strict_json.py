@@ -7,7 +7,7 @@ import math
 from functools import partial
 from typing import Any
 
-from .errors import MalformedFile
+from ..errors import MalformedFile
 
 
 def strict_json(text: bytes, label: str, digits: int = 20) -> Any:

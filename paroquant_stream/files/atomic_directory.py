@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import UnwritableFile
-from .newfile import sync_directory
+from ..errors import UnwritableFile
+from .atomic_file import sync_directory
 
 
 @contextlib.contextmanager

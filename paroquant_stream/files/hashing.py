@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import xxhash
 
+from ..errors import SourceChanged
 from .descriptor import file_status, unreadable
-from .errors import SourceChanged
-from .tensorfile import TensorInfo
+from .tensor_header import TensorInfo
 
 CHUNK = 4 << 20  # bytes a read; larger ones leave the L2 cache before they are hashed
 

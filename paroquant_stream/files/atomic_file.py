@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from ..errors import StoreError
+from ..trace import SILENCE, Trace
 from . import temp_files
 from .descriptor import FileStamp
-from .errors import StoreError
 from .folder import Folder
-from .trace import SILENCE, Trace
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

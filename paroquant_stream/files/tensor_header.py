@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import MalformedFile
 from .descriptor import file_status, pread_exactly
-from .errors import MalformedFile
-from .strictjson import strict_json
+from .strict_json import strict_json
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,

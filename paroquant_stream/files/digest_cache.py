@@ -26,8 +26,8 @@ from pathlib import Path
 
 import xxhash
 
+from ..errors import ParoquantStreamError
 from .descriptor import FileStamp, file_status
-from .errors import ParoquantStreamError
 from .filesystems import Ctime, ctime_kind, shows_changes
 from .folder import Folder
 from .hashing import SourceHasher, read_into

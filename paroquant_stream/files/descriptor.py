@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import MalformedFile, UnreadableFile
+from ..errors import MalformedFile, UnreadableFile
 
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
 WIDE_SECONDS = 86_400.0  # what the clocks of two machines may differ by, a wrong time zone included

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..errors import MalformedFile
 from .descriptor import closing
-from .errors import MalformedFile
 from .folder import Folder
 
 LEASE = 24 * 3600.0  # s without renewal after which a temp of another machine counts as dead
