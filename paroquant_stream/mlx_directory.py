@@ -26,7 +26,7 @@ from .inside import check_directory
 from .manifest import Manifest
 from .model import assemble
 from .request import Request, make_request
-from .rotation import RotateQuantizedLinear, RotateSwitchGLU
+from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from .slices import MLX_DTYPES
 from .store import Store
 from .tally import Progress

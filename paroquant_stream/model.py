@@ -23,7 +23,7 @@ from .part import Part, check_placed, cut, meet, part_of
 from .plan import Plan
 from .ranges import entry_slices
 from .request import WHOLE, Split
-from .rotation import RotateQuantizedLinear, RotateSwitchGLU
+from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from .sharding import read_by_layer
 from .store import Store
 from .trace import SILENCE, Trace

@@ -19,7 +19,7 @@ from mlx.nn.layers import distributed
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from .errors import ParoquantStreamError, ShardingError
-from .rotation import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
+from .rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from .slices import Slice, rank_slice
 
 Take = Callable[[str, mx.array, Slice], mx.array]

@@ -20,7 +20,7 @@ from paroquant.inference.base import GenerationParams
 import paroquant_stream
 from paroquant_stream import dropin
 from paroquant_stream.errors import LoaderMoved, MissingExtra
-from paroquant_stream.rotation import RotateQuantizedLinear
+from paroquant_stream.rotation.layers import RotateQuantizedLinear
 from tests.conftest import FIXTURES
 
 MODEL = FIXTURES / "llama-awq-adversarial"

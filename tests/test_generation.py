@@ -18,8 +18,9 @@ from mlx_lm import generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from paroquant_stream import kernels, load
-from paroquant_stream.rotation import RotateQuantizedLinear, RotateSwitchGLU
+from paroquant_stream import load
+from paroquant_stream.rotation import kernels
+from paroquant_stream.rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from tests.conftest import FIXTURES
 
 DENSE, MOE = FIXTURES / "llama-awq-adversarial", FIXTURES / "qwen3_moe-awq-adversarial"
@@ -151,7 +152,8 @@ mx.set_default_device(mx.cpu)
 import mlx_lm.server
 from mlx_lm.utils import load_config
 from pathlib import Path
-from paroquant_stream import kernels, load
+from paroquant_stream.rotation import kernels
+from paroquant_stream import load
 def load_model(path, **_):
     model, tokenizer, _ = load(path)
     return model, tokenizer, load_config(Path(path))

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream import kernels
-from paroquant_stream.kernels import RotationTables, cuda, metal, reference
+from paroquant_stream.rotation import cuda, kernels, metal, reference
+from paroquant_stream.rotation.kernels import RotationTables
 
 BOUNDS = {mx.float16: 1e-3, mx.bfloat16: 8e-3, mx.float32: 1e-6}
 

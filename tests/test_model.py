@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.errors import AssemblyError
-from paroquant_stream.rotation import RotateQuantizedLinear
+from paroquant_stream.rotation.layers import RotateQuantizedLinear
 from tests.builders import CONFIG, HIDDEN, VOCAB, cut_apart, llama_tensors, write_checkpoint
 
 

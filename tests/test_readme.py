@@ -54,7 +54,7 @@ def test_a_model_is_loaded(tmp_path):
 def test_a_program_that_loads_by_paroquant_has_our_loader(tmp_path):
     (command,) = lines(blocks("console")[0])
     (tmp_path / "program.py").write_text(PROGRAM)
-    assert run(command, tmp_path) == "paroquant_stream.rotation\n"
+    assert run(command, tmp_path) == "paroquant_stream.rotation.layers\n"
 
 
 @pytest.mark.timeout(120)

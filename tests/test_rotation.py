@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from paroquant_stream import rotation
-from paroquant_stream.rotation import RotateQuantizedLinear, RotateSwitchGLU, Rotation
+from paroquant_stream.rotation import layers as rotation
+from paroquant_stream.rotation.layers import RotateQuantizedLinear, RotateSwitchGLU, Rotation
 from tests.test_kernels import error, make_rotation, make_x, rotate_float64, to_float64
 
 GROUP, KROT = 64, 4
@@ -365,7 +365,7 @@ def test_experts_do_not_offer_their_parts_to_code_that_would_skip_the_rotation(s
 def test_importing_the_layers_imports_no_model_library():
     """A dense text model must not pay for mlx-vlm, nor a run without models for mlx-lm."""
     code = (
-        "import sys, paroquant_stream.rotation;"
+        "import sys, paroquant_stream.rotation.layers;"
         "sys.exit(bool({'mlx_lm', 'mlx_vlm', 'paroquant'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -20,7 +20,7 @@ from paroquant_stream.conversion import convert
 from paroquant_stream.errors import ShardingError, UnreadableFile
 from paroquant_stream.files.tensor_header import lay_out
 from paroquant_stream.request import make_request
-from paroquant_stream.rotation import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
+from paroquant_stream.rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from paroquant_stream.sharding import shard
 from paroquant_stream.slices import read_slice
 from tests.benchmarks.checkpoint import make_checkpoint

@@ -21,14 +21,14 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from paroquant_stream import load
-from paroquant_stream.kernels import reference
-from paroquant_stream.rotation import build_tables, table_bytes
+from paroquant_stream.rotation import reference
+from paroquant_stream.rotation.layers import build_tables, table_bytes
 
 
 @contextmanager
 def the_reference() -> Iterator[None]:
     """Layers rotate by the reference, whatever the device."""
-    with mock.patch("paroquant_stream.kernels._kernel_for", return_value=reference):
+    with mock.patch("paroquant_stream.rotation.kernels._kernel_for", return_value=reference):
         yield
 
 

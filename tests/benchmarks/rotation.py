@@ -24,9 +24,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from paroquant_stream import kernels
-from paroquant_stream.kernels import RotationTables, reference
-from paroquant_stream.kernels.tables import Rounds
+from paroquant_stream.rotation import kernels, reference
+from paroquant_stream.rotation.kernels import RotationTables
+from paroquant_stream.rotation.tables import Rounds
 from tests.test_kernels import make_rotation
 
 GROUP, KROT = 128, 8

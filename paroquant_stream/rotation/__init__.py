@@ -1,0 +1,4 @@
+"""The rotated layers of a ParoQuant model, and the kernels that rotate.
+
+Imports nothing else of this package.
+"""
