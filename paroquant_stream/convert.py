@@ -74,11 +74,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
     """Where shards are converted; None for threads of this process."""
     if arguments.executor == "process":
-        from .processes import processes  # here, as the other two need none of it
+        from .execution.processes import processes  # here, as the other two need none of it
 
         return processes(arguments.jobs or default_jobs())
     if arguments.executor == "dask":
-        from .executor import cluster
+        from .execution.executors import cluster
 
         return cluster(arguments.scheduler)
     return nullcontext()

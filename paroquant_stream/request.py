@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from .arrival import Remote
-    from .worker import Places
+    from .execution.slots import Places
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def make_request(
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     directory, remote = locate(model_path, revision)
     if jobs is None and executor:
-        from .executor import width  # here, because a run without work needs none of it
+        from .execution.executors import width  # here, because a run without work needs none of it
 
         jobs = width(executor)
     jobs = jobs or default_jobs()

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from .conversion import convert
 from .errors import ParoquantStreamError, SomeFailed
-from .executor import run_all
+from .execution.executors import run_all
+from .execution.slots import Places, Worker
 from .manifest import Manifest
 from .report import Conversion
 from .request import Request, make_request
 from .tally import Progress
 from .task import Dtype
 from .trace import SILENCE, Trace, written_to
-from .worker import Places, Worker
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

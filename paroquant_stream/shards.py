@@ -11,7 +11,8 @@ from .arrival import Arrivals
 from .drop import Dropper
 from .elsewhere import runner
 from .errors import StoreError
-from .executor import run_all
+from .execution.executors import run_all
+from .execution.slots import Places, Worker
 from .files.folder import Folder
 from .files.tensor_header import file_size
 from .manifest import EntryRecord, Manifest
@@ -22,7 +23,6 @@ from .tally import Progress, Tally
 from .task import TRANSFORM, Task
 from .trace import Trace
 from .transform import Job, Outcome
-from .worker import Places, Worker
 
 
 def convert_shards(

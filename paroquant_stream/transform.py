@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .damage import confirmed_defect
 from .errors import StoreError
+from .execution.slots import Worker
 from .files.atomic_file import NewFile
 from .files.descriptor import FileStamp, closing
 from .files.tensor_header import TensorInfo, TensorWriter, end_of, file_size, lay_out
@@ -18,7 +19,6 @@ from .operations import run_operation
 from .source import Source, Tick
 from .store import Store
 from .task import Operation, Task
-from .worker import Worker
 
 
 @dataclass(frozen=True)

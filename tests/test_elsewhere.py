@@ -18,14 +18,15 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import convert_checkpoint, elsewhere, executor
+from paroquant_stream import convert_checkpoint, elsewhere
 from paroquant_stream.convert import main
 from paroquant_stream.elsewhere import run_elsewhere
 from paroquant_stream.errors import Cancelled, CheckpointError, WorkersLost, WorkersUnfit
+from paroquant_stream.execution import executors as executor
+from paroquant_stream.execution.slots import Worker
 from paroquant_stream.request import make_request
 from paroquant_stream.survey import plan_model
 from paroquant_stream.transform import Job
-from paroquant_stream.worker import Worker
 from tests.builders import cut_apart, write_checkpoint
 from tests.loopback_cluster import LoopbackCluster
 
@@ -213,7 +214,8 @@ def test_a_client_that_was_closed_is_an_error_of_ours(cluster, model, tmp_path):
 
 HURRY = """
 import sys
-from paroquant_stream import convert, executor, exits
+from paroquant_stream import convert, exits
+from paroquant_stream.execution import executors as executor
 executor.CONNECT = 0.2
 exits.end_with(convert.main)
 """

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from paroquant_stream.errors import Cancelled
-from paroquant_stream.worker import Buffers, Places, Worker
+from paroquant_stream.execution.slots import Buffers, Places, Worker
 
 
 def helped(worker: Worker) -> bool:

@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
-from .executor import PATIENCE
+from .executors import PATIENCE
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from .errors import Cancelled
-from .trace import SILENCE, Trace
+from ..errors import Cancelled
+from ..trace import SILENCE, Trace
 
 _LOOK = 0.2  # s between looks at whether to stop, while waiting for a place
 

@@ -27,9 +27,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import MissingExtra, WorkersLost, WorkersUnfit
-from .trace import SILENCE, Trace
-from .worker import Places, Worker
+from ..errors import MissingExtra, WorkersLost, WorkersUnfit
+from ..trace import SILENCE, Trace
+from .slots import Places, Worker
 
 PATIENCE = 1.0
 """Seconds an interrupted run waits for its workers; an fsync of gigabytes cannot be cut short."""
