@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from .api import convert_checkpoint, load
     from .dropin import install, uninstall
     from .errors import ParoquantStreamError
-    from .manifest import Manifest
     from .mlx_directory import export_model
     from .several import convert_checkpoints
+    from .store.manifest import Manifest
 
 __version__ = "0.1.0"
 __all__ = [

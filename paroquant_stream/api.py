@@ -22,8 +22,8 @@ from .errors import (
 )
 from .in_place import shipped
 from .inside import check_directory
-from .manifest import EntryRecord, Manifest
 from .request import Needed, Parallel, Request, Split, make_request
+from .store.manifest import EntryRecord, Manifest
 from .task import Dtype
 from .trace import Trace, written_to
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from .errors import StoreError
 from .files.folder import Folder
-from .lock import directory_lock
-from .manifest import Manifest
 from .report import Conversion, report_reused
 from .request import Needed, Request, read_manifest, staleness
+from .store.lock import directory_lock
+from .store.manifest import Manifest
 from .trace import SILENCE, Trace
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def _current(request: Request, needed: Needed | None) -> Manifest | None:
     if manifest is None or staleness(request, manifest, read_unknown, needed) is not None:
         return None
     if any(record.dropped for record in manifest.entries):
-        from .dropped import heal_records  # most models keep their sources
         from .find_dropped import agrees
+        from .store.drop_record import heal_records  # most models keep their sources
 
         if not agrees(request, manifest):
             return None

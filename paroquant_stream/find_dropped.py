@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .checkpoint import Shard, config_digest, shard_names
-from .dropped import NOTE, DropRecord, new_id, read_note, read_record, read_records
 from .errors import CheckpointError, SourceDropped
-from .manifest import Manifest
 from .request import Request, read_manifest, source_staleness
+from .store.drop_record import NOTE, DropRecord, new_id, read_note, read_record, read_records
+from .store.manifest import Manifest
 
 
 def find_dropped(request: Request) -> DropRecord | None:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from .conversion import convert
 from .errors import NewerManifest, StoreError
 from .find_dropped import find_manifest, is_superseded
-from .manifest import Manifest
 from .request import IN_PLACE, Needed, Request, make_request, staleness
-from .store import Store
+from .store.manifest import Manifest
+from .store.store import Store
 from .tally import Progress
 from .trace import SILENCE, Trace
 

@@ -23,12 +23,12 @@ from .files.atomic_file import new_file_at
 from .files.tensor_header import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
 from .in_place import converted
 from .inside import check_directory
-from .manifest import Manifest
 from .model import assemble
 from .request import Request, make_request
 from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from .slices import MLX_DTYPES
-from .store import Store
+from .store.manifest import Manifest
+from .store.store import Store
 from .tally import Progress
 from .weights import reading
 

@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .checkpoint import read_config
 from .errors import AssemblyError
-from .manifest import Manifest
 from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for
 from .part import Part, check_placed, cut, meet, part_of
@@ -25,7 +24,8 @@ from .ranges import entry_slices
 from .request import WHOLE, Split
 from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from .sharding import read_by_layer
-from .store import Store
+from .store.manifest import Manifest
+from .store.store import Store
 from .trace import SILENCE, Trace
 from .weights import Stored, check_sizes, entries_with, placeholders, read_weights, reading
 

@@ -20,11 +20,11 @@ from .checkpoint import read_config
 from .config_bounds import check_config
 from .errors import AssemblyError, NoSuchPart
 from .files.tensor_header import TensorSpec
-from .manifest import EntryRecord, Manifest
 from .model_class import build, keep_pipeline_layers, load_config
 from .model_kind import TOWER_PREFIXES, is_vision_model
 from .request import Split
 from .sharding import Take, shard
+from .store.manifest import EntryRecord, Manifest
 from .weights import entries_with
 
 _LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")

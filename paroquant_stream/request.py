@@ -17,8 +17,8 @@ from .errors import ParoquantStreamError
 from .files.descriptor import closing
 from .files.digest_cache import Memo
 from .hub import locate
-from .manifest import EntryRecord, Manifest
-from .store import Store, cache_store
+from .store.manifest import EntryRecord, Manifest
+from .store.store import Store, cache_store
 from .task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
 
 if TYPE_CHECKING:

@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .checkpoint import Checkpoint, Shard, open_checkpoint
-from .damage import damaged_path
-from .dropped import DropRecord
 from .errors import MalformedFile, SourceDropped
 from .files.descriptor import closing
 from .files.hashing import read_into, sha256_of
 from .files.tensor_header import Header, file_size
 from .find_dropped import find_dropped
 from .layout import detect, read_quantization
-from .manifest import EntryRecord
 from .plan import Plan, make_plan
 from .report import ShardReport, report_reused, why_converted
 from .request import Request, read_manifest, source_staleness
+from .store.damage import damaged_path
+from .store.drop_record import DropRecord
+from .store.manifest import EntryRecord
 from .task import DTYPES, Part, Task
 
 

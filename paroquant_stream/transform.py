@@ -8,16 +8,16 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .damage import confirmed_defect
 from .errors import StoreError
 from .execution.slots import Worker
 from .files.atomic_file import NewFile
 from .files.descriptor import FileStamp, closing
 from .files.tensor_header import TensorInfo, TensorWriter, end_of, file_size, lay_out
-from .manifest import EntryRecord
 from .operations import run_operation
 from .source import Source, Tick
-from .store import Store
+from .store.damage import confirmed_defect
+from .store.manifest import EntryRecord
+from .store.store import Store
 from .task import Operation, Task
 
 

@@ -18,7 +18,7 @@ from paroquant_stream.cast import cast
 from paroquant_stream.convert import main
 from paroquant_stream.errors import OutOfRange
 from paroquant_stream.request import Request
-from paroquant_stream.store import Store
+from paroquant_stream.store.store import Store
 from tests.builders import llama_tensors, write_checkpoint
 from tests.conftest import FIXTURES
 

@@ -17,7 +17,7 @@ from paroquant_stream.errors import AssemblyError
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.request import Split
-from paroquant_stream.store import cache_store
+from paroquant_stream.store.store import cache_store
 from tests.builders import CONFIG, write_checkpoint
 from tests.conftest import FIXTURES
 

@@ -13,8 +13,8 @@ from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, PlanError
 from paroquant_stream.files import descriptor
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
-from paroquant_stream.manifest import Manifest
 from paroquant_stream.request import make_request, read_manifest, staleness
+from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.survey import survey
 from paroquant_stream.task import OPERATION_VERSIONS
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
@@ -295,7 +295,7 @@ def test_a_disk_without_room_is_told_before_any_work_and_goes_on_once_there_is(
     model_dir, monkeypatch
 ):
     from paroquant_stream.errors import StoreError
-    from paroquant_stream.store import Store
+    from paroquant_stream.store.store import Store
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "free_bytes", lambda _: 1000)

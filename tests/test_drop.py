@@ -15,10 +15,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from paroquant_stream import drop, lock
+from paroquant_stream import drop
 from paroquant_stream.api import load
 from paroquant_stream.conversion import convert
-from paroquant_stream.dropped import read_records, write_record
 from paroquant_stream.errors import (
     AssemblyError,
     EntryDamaged,
@@ -30,8 +29,10 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.lock import directory_lock
 from paroquant_stream.request import make_request, read_manifest
+from paroquant_stream.store import lock
+from paroquant_stream.store.drop_record import read_records, write_record
+from paroquant_stream.store.lock import directory_lock
 from paroquant_stream.survey import plan_model, survey
 from tests.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
@@ -239,7 +240,7 @@ def test_a_directory_that_cannot_be_written_is_told_and_nothing_is_lost(
 
 def test_less_free_space_than_the_whole_conversion_is_enough(model_dir, monkeypatch):
     needed = sum(r.size for r in run(model_dir, cache_dir=model_dir / "x").manifest.entries)
-    monkeypatch.setattr("paroquant_stream.store.Store.free_bytes", lambda _: needed // 2)
+    monkeypatch.setattr("paroquant_stream.store.store.Store.free_bytes", lambda _: needed // 2)
     with pytest.raises(StoreError, match="bytes needed"):
         run(model_dir)
     run(model_dir, drop_source=True)
@@ -414,7 +415,7 @@ def test_where_locks_do_nothing_a_drop_is_refused(model_dir, monkeypatch, where)
     if where == "model":
         monkeypatch.setattr("fcntl.flock", lambda *_: None)
     else:
-        monkeypatch.setattr("paroquant_stream.store.Store.locks_work", lambda _: False)
+        monkeypatch.setattr("paroquant_stream.store.store.Store.locks_work", lambda _: False)
     with pytest.raises(StoreError, match="locks do nothing on this file system"):
         run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]

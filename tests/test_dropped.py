@@ -16,16 +16,6 @@ from paroquant_stream.cache.listing import make_row
 from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.cache.removal import execute
 from paroquant_stream.conversion import convert
-from paroquant_stream.damage import damaged_path
-from paroquant_stream.dropped import (
-    NOTE,
-    DropRecord,
-    heal_records,
-    read_note,
-    read_records,
-    record_ids,
-    write_note,
-)
 from paroquant_stream.errors import (
     CheckpointError,
     EntryDamaged,
@@ -35,7 +25,17 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.files.folder import Folder
 from paroquant_stream.request import make_request, read_manifest
-from paroquant_stream.store import cache_store
+from paroquant_stream.store.damage import damaged_path
+from paroquant_stream.store.drop_record import (
+    NOTE,
+    DropRecord,
+    heal_records,
+    read_note,
+    read_records,
+    record_ids,
+    write_note,
+)
+from paroquant_stream.store.store import cache_store
 from tests.builders import CONFIG, cut_evenly, llama_tensors, write_checkpoint
 
 
@@ -224,7 +224,7 @@ def test_a_damaged_note_is_none_and_a_link_is_not_followed(tmp_path):
 
 
 def test_a_note_that_cannot_be_written_is_only_logged(model_dir, monkeypatch, caplog):
-    from paroquant_stream import dropped as module
+    from paroquant_stream.store import drop_record as module
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -364,7 +364,9 @@ def test_a_worker_needs_no_lock(model, tmp_path, monkeypatch):
 
     with sent(model, tmp_path / "cache") as (job, sign):
         monkeypatch.setattr(fcntl, "flock", unsupported)
-        monkeypatch.setattr("paroquant_stream.store.Store.lock", lambda *_: pytest.fail("asked"))
+        monkeypatch.setattr(
+            "paroquant_stream.store.store.Store.lock", lambda *_: pytest.fail("asked")
+        )
         run_elsewhere(job, sign, os.uname().nodename)
     assert len(entries(tmp_path / "cache")) == 1
 

@@ -152,7 +152,9 @@ def test_ctrl_c_during_the_conversion_sweeps_its_temps(model_dir, tmp_path, monk
 
     swept = []
     monkeypatch.setattr(mlx_directory, "converted", interrupted)
-    monkeypatch.setattr("paroquant_stream.store.Store.sweep", lambda _, own: swept.append(own))
+    monkeypatch.setattr(
+        "paroquant_stream.store.store.Store.sweep", lambda _, own: swept.append(own)
+    )
     assert export.main([str(model_dir), str(tmp_path / "out")]) == 130
     assert swept == [True]
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ from paroquant_stream.api import load
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import ParoquantStreamError, StoreError
 from paroquant_stream.request import make_request
-from paroquant_stream.store import Store
+from paroquant_stream.store.store import Store
 from tests.builders import SETTLED, cut_evenly, write_checkpoint
 
 ERRNOS = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE", "EINTR", "ESTALE")

@@ -17,7 +17,7 @@ import pytest
 from paroquant_stream.conversion import convert
 from paroquant_stream.files.hashing import hash_entry
 from paroquant_stream.request import make_request
-from paroquant_stream.store import Store
+from paroquant_stream.store.store import Store
 from tests.builders import SETTLED
 
 KILL = (
@@ -117,7 +117,7 @@ def test_killed_again_while_it_resumes_it_still_comes_out_right(scattered_dir, t
 HOLD = """
 import sys, time
 from pathlib import Path
-from paroquant_stream.store import Store
+from paroquant_stream.store.store import Store
 with Store(Path(sys.argv[1])).lock("m"):
     print("held", flush=True)
     time.sleep(60)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paroquant_stream.errors import ManifestError, NewerManifest
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.manifest import EntryRecord, Manifest
+from paroquant_stream.store.manifest import EntryRecord, Manifest
 
 RECORD = EntryRecord(
     shard="model-00001-of-00002.safetensors",

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from paroquant_stream import convert_checkpoint, load, mlx_directory, standalone
 from paroquant_stream.errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
 from paroquant_stream.mlx_directory import MODEL_FILE, export_model
-from paroquant_stream.store import cache_store
+from paroquant_stream.store.store import cache_store
 from tests.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.conftest import FIXTURES
 

@@ -20,7 +20,7 @@ from paroquant_stream.files.tensor_header import read_header
 from paroquant_stream.request import make_request
 from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
 from paroquant_stream.single_write import export_single_file, write_single_file
-from paroquant_stream.store import cache_store
+from paroquant_stream.store.store import cache_store
 from tests.builders import cut_evenly, flip, llama_tensors, remember, uncovered, write_checkpoint
 from tests.conftest import FIXTURES
 from tests.test_parity import assert_same, parameters

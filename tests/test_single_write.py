@@ -19,7 +19,7 @@ from paroquant_stream.errors import EntryDamaged, ParoquantStreamError, StoreErr
 from paroquant_stream.request import make_request
 from paroquant_stream.single_file import NAME
 from paroquant_stream.single_write import export_single_file, write_single_file
-from paroquant_stream.stacks import stacks_in_pieces
+from paroquant_stream.store.format import stacks_in_pieces
 from tests.conftest import FIXTURES
 
 MOE = FIXTURES / "qwen3_moe-awq-adversarial"
@@ -228,7 +228,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from paroquant_stream import convert_checkpoint
-from paroquant_stream.store import cache_store
+from paroquant_stream.store.store import cache_store
 from paroquant_stream.single_write import write_single_file
 model, cache, target = sys.argv[1:]
 manifest = convert_checkpoint(model, cache_dir=cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from paroquant_stream.errors import AssemblyError
-from paroquant_stream.stacks import stacks_in_pieces
+from paroquant_stream.store.format import stacks_in_pieces
 
 
 def test_pieces_stand_in_the_order_of_the_experts_not_of_their_names():

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from paroquant_stream.damage import damaged_path, keep_damaged
 from paroquant_stream.errors import StoreError
 from paroquant_stream.files import temp_files
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.store import Store, user_cache_root
+from paroquant_stream.store.damage import damaged_path, keep_damaged
+from paroquant_stream.store.store import Store, user_cache_root
 from tests.builders import temp_of
 
 KEY = "ab" * 32

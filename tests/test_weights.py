@@ -9,13 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream import damage, model
+from paroquant_stream import model
 from paroquant_stream.api import convert_checkpoint, load
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.request import make_request
 from paroquant_stream.single_write import export_single_file
+from paroquant_stream.store import damage
 from paroquant_stream.weights import _join_pieces, _stack_experts, read_weights
 from tests.builders import flip, remember
 
@@ -70,7 +71,9 @@ def test_a_truncated_or_absent_entry_is_noticed(converted):
 
 def test_an_entry_as_its_writer_left_it_is_not_hashed_again(converted, monkeypatch):
     manifest, store = converted
-    monkeypatch.setattr("paroquant_stream.damage.hash_entry", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr(
+        "paroquant_stream.store.damage.hash_entry", lambda *_: pytest.fail("hashed")
+    )
     assert read_weights(manifest, store, everything)
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from ..checkpoint import Shard
 from ..errors import ParoquantStreamError
-from ..manifest import EntryRecord, Manifest
 from ..report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
 from ..request import Request, staleness
-from ..store import Store
+from ..store.manifest import EntryRecord, Manifest
+from ..store.store import Store
 from ..survey import plan_model
 from ..task import Task
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..files import temp_files
 from ..files.descriptor import FileStamp
-from ..lock import excludes
-from ..store import Store
+from ..store.lock import excludes
+from ..store.store import Store
 from .foreign import Foreign, foreign_directories
 from .found import Found, regular_files
 from .models import Model, read_models

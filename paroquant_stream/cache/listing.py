@@ -9,7 +9,7 @@ from typing import Any
 
 from ..report import bytes_text, shown
 from ..request import Request
-from ..store import Store
+from ..store.store import Store
 from ..units import age_text
 from .foreign import Foreign
 from .freshness import STALE, UNKNOWN, Freshness, entries_alone, examine

@@ -15,12 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
-from ..dropped import MAX_RECORD, DropRecord
 from ..errors import ManifestError, NewerManifest
-from ..manifest import MAX_BYTES, EntryRecord, Manifest
 from ..report import shown
 from ..request import model_id
-from ..store import Store
+from ..store.drop_record import MAX_RECORD, DropRecord
+from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
+from ..store.store import Store
 from ..task import DTYPES, Dtype
 from .found import Found, regular_files
 

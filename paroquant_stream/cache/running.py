@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..errors import StoreError
 from ..files import temp_files
-from ..lock import excludes
-from ..store import Store
+from ..store.lock import excludes
+from ..store.store import Store
 
 QUIET = 3600.0  # s without a change after which a live process's temp is no work: a writer's grows
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -11,16 +11,16 @@ from pathlib import Path
 import safetensors
 
 from ..checkpoint import Shard
-from ..damage import confirmed_defect, take_out
-from ..dropped import heal_records, read_records
 from ..errors import ParoquantStreamError, StoreError
 from ..files.descriptor import closing
 from ..files.digest_cache import Memo
 from ..files.hashing import hash_entry
 from ..find_dropped import find_manifest
-from ..manifest import EntryRecord, Manifest
 from ..request import Request
-from ..store import Store
+from ..store.damage import confirmed_defect, take_out
+from ..store.drop_record import heal_records, read_records
+from ..store.manifest import EntryRecord, Manifest
+from ..store.store import Store
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import manifest as manifest_module
 from paroquant_stream.api import convert_checkpoint
 from paroquant_stream.cache.inventory import claimed_keys, take_inventory
-from paroquant_stream.manifest import Manifest
 from paroquant_stream.request import model_id
-from paroquant_stream.store import Store, cache_store
+from paroquant_stream.store import manifest as manifest_module
+from paroquant_stream.store.manifest import Manifest
+from paroquant_stream.store.store import Store, cache_store
 from tests.builders import cut_evenly, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

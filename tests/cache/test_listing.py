@@ -22,8 +22,8 @@ from paroquant_stream.cache.listing import (
     table,
 )
 from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
-from paroquant_stream.manifest import Manifest
-from paroquant_stream.store import cache_store
+from paroquant_stream.store.manifest import Manifest
+from paroquant_stream.store.store import cache_store
 from tests.builders import cut_evenly, temp_of, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

@@ -22,7 +22,7 @@ from paroquant_stream.cache.removal import execute
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import StoreError
 from paroquant_stream.request import make_request
-from paroquant_stream.store import Store, cache_store
+from paroquant_stream.store.store import Store, cache_store
 from tests.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

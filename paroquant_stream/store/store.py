@@ -27,16 +27,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .errors import MalformedFile, ManifestError, StoreError
-from .files import temp_files
-from .files.atomic_file import NewFile, sync_directory
-from .files.descriptor import FileStamp
-from .files.digest_cache import Memo
-from .files.folder import Folder
+from ..errors import MalformedFile, ManifestError, StoreError
+from ..files import temp_files
+from ..files.atomic_file import NewFile, sync_directory
+from ..files.descriptor import FileStamp
+from ..files.digest_cache import Memo
+from ..files.folder import Folder
+from ..trace import SILENCE, Trace
 from .location import check_owner, free_bytes, mark_as_cache, step_into, user_cache_root
 from .lock import conversion_lock, directory_lock, excludes, removal_lock
 from .manifest import MAX_BYTES, Manifest
-from .trace import SILENCE, Trace
 
 _KINDS = ("entries", "manifests", "dropped", "memo", "tmp", "locks")
 _DIGEST = re.compile(rb"xxh3-128 ([0-9a-f]{32}) (\d{1,19})\n")

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .errors import AssemblyError
+from ..errors import AssemblyError
 
 _PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
 

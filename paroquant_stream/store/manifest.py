@@ -17,8 +17,8 @@ from typing import Any
 
 import msgpack
 
-from .errors import ManifestError, NewerManifest
-from .files.tensor_header import DTYPE_BYTES, TensorSpec, check_name
+from ..errors import ManifestError, NewerManifest
+from ..files.tensor_header import DTYPE_BYTES, TensorSpec, check_name
 
 MAGIC = b"PAROSTRM"
 MAJOR, MINOR = 1, 1  # 1.1: directory

@@ -22,8 +22,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import StoreError
-from .files.folder import Folder
+from ..errors import StoreError
+from ..files.folder import Folder
 
 if TYPE_CHECKING:
     from filelock import UnixFileLock

@@ -12,11 +12,11 @@ import logging
 import os
 from pathlib import Path
 
-from .dropped import read_record, record_ids
-from .errors import EntryDamaged, ManifestError, StoreError
-from .files.descriptor import closing
-from .files.hashing import hash_entry
-from .files.tensor_header import layout_defect
+from ..errors import EntryDamaged, ManifestError, StoreError
+from ..files.descriptor import closing
+from ..files.hashing import hash_entry
+from ..files.tensor_header import layout_defect
+from .drop_record import read_record, record_ids
 from .manifest import EntryRecord
 from .store import Store
 

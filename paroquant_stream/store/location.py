@@ -6,8 +6,8 @@ import errno
 import os
 from pathlib import Path
 
-from .errors import StoreError
-from .files.folder import Folder
+from ..errors import StoreError
+from ..files.folder import Folder
 
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
 

@@ -9,7 +9,7 @@
         headers    shard -> the bytes of its header, of those so marked
 
 A record is durable before the first file that it replaces is removed, and only `cache rm` removes
-it. Its id is random, and stands in a note in the model directory, `paroquant_stream.dropped.json`;
+it. Its id is random, and stands in a note in the model directory, `paroquant_stream.store.drop_record.json`;
 so a model is found wherever its directory goes, also beside another one of equal config and index.
 """
 
@@ -26,20 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ManifestError, NewerManifest, ParoquantStreamError, StoreError
-from .files.atomic_file import new_file_in
-from .files.folder import Folder
-from .files.strict_json import strict_json
-from .files.tensor_header import MAX_HEADER, Header, parse_header
+from ..errors import ManifestError, NewerManifest, ParoquantStreamError, StoreError
+from ..files.atomic_file import new_file_in
+from ..files.folder import Folder
+from ..files.strict_json import strict_json
+from ..files.tensor_header import MAX_HEADER, Header, parse_header
+from ..task import DTYPES, Dtype
 from .manifest import MAX_BYTES, Manifest, pack, seal, unpack, unseal
 from .store import Store
-from .task import DTYPES, Dtype
 
 logger = logging.getLogger(__name__)
 
 MAGIC = b"PARODROP"
 MAX_RECORD = 2 * MAX_BYTES
-NOTE = "paroquant_stream.dropped.json"
+NOTE = "paroquant_stream.store.drop_record.json"
 _COPIES = ("first", "second")
 _FILE = re.compile(r"(?P<id>[0-9a-f]{64})\.(?P<copy>first|second)\.msgpack")
 _MAX_NOTE = 64 << 10  # bytes; it has 500

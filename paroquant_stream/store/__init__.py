@@ -1,0 +1,4 @@
+"""The cache on disk: entries, manifests, records of removed sources, locks.
+
+Imports files.
+"""
