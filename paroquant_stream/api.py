@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .checkpoint import EXPORTED, read_config
+from .checkpoint.checkpoint import EXPORTED, read_config
+from .checkpoint.model_files import check_directory
 from .conversion import convert
 from .errors import (
     AssemblyError,
@@ -21,7 +22,6 @@ from .errors import (
     UnreadableFile,
 )
 from .in_place import shipped
-from .inside import check_directory
 from .request import Needed, Parallel, Request, Split, make_request
 from .store.manifest import EntryRecord, Manifest
 from .task import Dtype
@@ -213,7 +213,9 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     """
     if request.dtype != "source":
         return None, None
-    from .layout import read_quantization  # here, because a conversion without work needs none
+    from .checkpoint.layout import (
+        read_quantization,  # here, because a conversion without work needs none
+    )
     from .model import assemble_stored
     from .single_file import check_usable, opened
     from .weights import stored_in_file

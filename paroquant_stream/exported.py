@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .checkpoint import EXPORTED, Shard, open_checkpoint
+from .checkpoint.checkpoint import EXPORTED, Shard, open_checkpoint
+from .checkpoint.layout import read_quantization
 from .errors import AssemblyError, CheckpointError, ParoquantStreamError
 from .files.descriptor import closing
 from .files.tensor_header import read_header
-from .layout import read_quantization
 from .weights import Stored
 
 FORMAT = 1

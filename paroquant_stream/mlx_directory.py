@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import standalone
-from .checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
+from .checkpoint.checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
+from .checkpoint.model_files import check_directory
 from .errors import CheckpointError, EntryDamaged
 from .export_files import as_json, export_files, files_to_export, without_code, write_file
 from .exported import FORMAT
@@ -22,7 +23,6 @@ from .files.atomic_directory import new_directory
 from .files.atomic_file import new_file_at
 from .files.tensor_header import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
 from .in_place import converted
-from .inside import check_directory
 from .model import assemble
 from .request import Request, make_request
 from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .checkpoint import read_config
+from .checkpoint.checkpoint import read_config
 from .errors import AssemblyError
 from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for

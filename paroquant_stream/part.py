@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint import read_config
-from .config_bounds import check_config
+from .checkpoint.checkpoint import read_config
+from .checkpoint.config_bounds import check_config
 from .errors import AssemblyError, NoSuchPart
 from .files.tensor_header import TensorSpec
 from .model_class import build, keep_pipeline_layers, load_config

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from .checkpoint.layout import EXPERT, Layout, Quantization, shared_rotation
 from .errors import PlanError
 from .files.tensor_header import Header, TensorSpec
-from .layout import EXPERT, Layout, Quantization, shared_rotation
 from .linears import Linear
 from .task import Operation, Part, Task
 

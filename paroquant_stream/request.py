@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .checkpoint import Shard, config_digest
+from .checkpoint.checkpoint import Shard, config_digest
+from .checkpoint.hub import locate
 from .errors import ParoquantStreamError
 from .files.descriptor import closing
 from .files.digest_cache import Memo
-from .hub import locate
 from .store.manifest import EntryRecord, Manifest
 from .store.store import Store, cache_store
 from .task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
@@ -24,7 +24,7 @@ from .task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from .arrival import Remote
+    from .checkpoint.prefetch import Remote
     from .execution.slots import Places
 
 

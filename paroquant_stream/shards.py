@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from .arrival import Arrivals
+from .checkpoint.prefetch import Arrivals
 from .drop import Dropper
 from .elsewhere import runner
 from .errors import StoreError

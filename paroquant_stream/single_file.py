@@ -26,7 +26,7 @@ from pathlib import Path
 
 from paroquant_stream import __version__
 
-from .checkpoint import SHARD_NAME, Shard, shard_names
+from .checkpoint.checkpoint import SHARD_NAME, Shard, shard_names
 from .errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
 from .files.descriptor import closing, pread_exactly
 from .files.hashing import hash_parts

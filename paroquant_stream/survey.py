@@ -9,13 +9,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .checkpoint import Checkpoint, Shard, open_checkpoint
+from .checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint
+from .checkpoint.layout import detect, read_quantization
 from .errors import MalformedFile, SourceDropped
 from .files.descriptor import closing
 from .files.hashing import read_into, sha256_of
 from .files.tensor_header import Header, file_size
 from .find_dropped import find_dropped
-from .layout import detect, read_quantization
 from .plan import Plan, make_plan
 from .report import ShardReport, report_reused, why_converted
 from .request import Request, read_manifest, source_staleness

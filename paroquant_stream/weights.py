@@ -13,10 +13,10 @@ from typing import cast
 
 import mlx.core as mx
 
+from .checkpoint.layout import Quantization
 from .errors import AssemblyError, ParoquantStreamError
 from .files.descriptor import closing, file_status
 from .files.tensor_header import TensorSpec, layout_defect
-from .layout import Quantization
 from .sharding import Take
 from .single_file import SingleFile
 from .slices import MLX_DTYPES

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from paroquant_stream.checkpoint import config_digest, hub_blob, open_checkpoint
+from paroquant_stream.checkpoint.checkpoint import config_digest, hub_blob, open_checkpoint
 from paroquant_stream.errors import CheckpointError, MalformedFile
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint
 
@@ -181,6 +181,6 @@ def test_the_config_digest_covers_config_and_index(model_dir):
 
 @pytest.mark.parametrize(("name", "bound"), [(INDEX, "MAX_JSON"), ("config.json", "MAX_CONFIG")])
 def test_an_oversized_index_or_config_is_refused(model_dir, monkeypatch, name, bound):
-    monkeypatch.setattr(f"paroquant_stream.checkpoint.{bound}", 100)
+    monkeypatch.setattr(f"paroquant_stream.checkpoint.checkpoint.{bound}", 100)
     with pytest.raises(CheckpointError, match=f"{name}: .*, which no model needs"):
         open_checkpoint(model_dir)

@@ -10,8 +10,13 @@ import sys
 import pytest
 
 from paroquant_stream import load, model, part
-from paroquant_stream.checkpoint import open_checkpoint
-from paroquant_stream.config_bounds import MOST_LAYERS, MOST_TOKENS, check_config, check_tokenizer
+from paroquant_stream.checkpoint.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.config_bounds import (
+    MOST_LAYERS,
+    MOST_TOKENS,
+    check_config,
+    check_tokenizer,
+)
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError
 from paroquant_stream.files.tensor_header import TensorSpec

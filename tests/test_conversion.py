@@ -36,7 +36,7 @@ def run(directory, **options):
 
 def flip_byte(directory, shard: int, tensor: str) -> None:
     """Changes one byte of one tensor."""
-    from paroquant_stream.checkpoint import Shard
+    from paroquant_stream.checkpoint.checkpoint import Shard
 
     name = sorted(p.name for p in directory.glob("model-*.safetensors"))[shard - 1]
     found = {t.name: t for t in Shard(name, directory / name).header().tensors}[tensor]

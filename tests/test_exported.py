@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import load
-from paroquant_stream.checkpoint import Checkpoint
+from paroquant_stream.checkpoint.checkpoint import Checkpoint
 from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFile
 from paroquant_stream.mlx_directory import MODEL_FILE, export_model
 from tests.conftest import FIXTURES

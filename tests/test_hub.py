@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.checkpoint import hub_blob
+from paroquant_stream.checkpoint.checkpoint import hub_blob
+from paroquant_stream.checkpoint.hub import PATTERNS, HubModel, locate
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError, MalformedFile, PlanError, SourceDamaged
-from paroquant_stream.hub import PATTERNS, HubModel, locate
 from paroquant_stream.request import make_request
 from paroquant_stream.survey import survey
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
@@ -168,7 +168,7 @@ def test_a_single_file_without_an_index_works(hub, tmp_path):
 @pytest.mark.usefixtures("commit")
 def test_a_dry_run_reads_headers_alone(hub, monkeypatch):
     monkeypatch.setattr(
-        "paroquant_stream.hub._FIRST_BYTES", 64
+        "paroquant_stream.checkpoint.hub._FIRST_BYTES", 64
     )  # so that a second request is needed
     reports = survey(make_request(REPO))
     assert {report.why for report in reports} == {"not downloaded yet"}

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 
-from paroquant_stream import convert_checkpoint, hub_watch
-from paroquant_stream import hub as room
+from paroquant_stream import convert_checkpoint
+from paroquant_stream.checkpoint import hub as room
+from paroquant_stream.checkpoint import hub_watch
+from paroquant_stream.checkpoint.hub import locate
+from paroquant_stream.checkpoint.hub_watch import Watch, together
 from paroquant_stream.errors import CheckpointError
-from paroquant_stream.hub import locate
-from paroquant_stream.hub_watch import Watch, together
 from tests.builders import cut_evenly, write_checkpoint
 
 REPO = "owner/name"
@@ -130,7 +131,7 @@ def test_what_has_arrived_is_kept_and_the_next_run_goes_on(hub, tmp_path, ends_s
 
 COMMAND = """
 import sys
-from paroquant_stream import hub_watch
+from paroquant_stream.checkpoint import hub_watch
 hub_watch.WINDOW = 1.0
 from paroquant_stream.convert import main
 sys.exit(main(["owner/name"]))

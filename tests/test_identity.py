@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.api import load
-from paroquant_stream.checkpoint import Shard
+from paroquant_stream.checkpoint.checkpoint import Shard
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import SourceChanged, SourceDamaged
 from paroquant_stream.files import descriptor, digest_cache

@@ -8,10 +8,15 @@ import sys
 
 import pytest
 
-from paroquant_stream import inside
-from paroquant_stream.checkpoint import config_digest, open_checkpoint
+from paroquant_stream.checkpoint import model_files as inside
+from paroquant_stream.checkpoint.checkpoint import config_digest, open_checkpoint
+from paroquant_stream.checkpoint.model_files import (
+    check_directory,
+    hub_blob,
+    open_inside,
+    read_inside,
+)
 from paroquant_stream.errors import CheckpointError, MalformedFile
-from paroquant_stream.inside import check_directory, hub_blob, open_inside, read_inside
 from tests.builders import cut_evenly, write_checkpoint
 
 FIRST = "model-00001-of-00003.safetensors"

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from paroquant_stream.checkpoint.layout import (
+    Layout,
+    Quantization,
+    detect,
+    read_quantization,
+    shared_rotation,
+)
 from paroquant_stream.errors import LayoutError
-from paroquant_stream.layout import Layout, Quantization, detect, read_quantization, shared_rotation
 from tests.builders import CONFIG
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.layout import Layout, Quantization
+from paroquant_stream.checkpoint.layout import Layout, Quantization
 from paroquant_stream.linears import Linear
 from paroquant_stream.task import Part
 

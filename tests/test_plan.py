@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from paroquant_stream.checkpoint.layout import Layout, Quantization
 from paroquant_stream.errors import PlanError
 from paroquant_stream.files.tensor_header import Header, TensorInfo
-from paroquant_stream.layout import Layout, Quantization
 from paroquant_stream.plan import make_plan
 from tests.builders import awq_linear, cut_apart, cut_evenly, llama_tensors, rotation
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoint import Shard
+from ..checkpoint.checkpoint import Shard
 from ..errors import ParoquantStreamError
 from ..report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
 from ..request import Request, staleness

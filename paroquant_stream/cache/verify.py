@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors
 
-from ..checkpoint import Shard
+from ..checkpoint.checkpoint import Shard
 from ..errors import ParoquantStreamError, StoreError
 from ..files.descriptor import closing
 from ..files.digest_cache import Memo

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from paroquant_stream.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.task import Task
 from tests.benchmarks.checkpoint import Spec, as_saved, tensors, write_checkpoint
 from tests.benchmarks.flow import Host, convert, load

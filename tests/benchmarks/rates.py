@@ -17,10 +17,10 @@ from statistics import median
 import numpy as np
 import xxhash
 
-from paroquant_stream.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.layout import Layout, Quantization
 from paroquant_stream.files.atomic_file import NewFile
 from paroquant_stream.files.digest_cache import Memo
-from paroquant_stream.layout import Layout, Quantization
 from paroquant_stream.operations import _quantize_rows
 from paroquant_stream.plan import Plan, make_plan
 from paroquant_stream.repack import awq_biases, awq_stripes, group_scales

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from paroquant_stream.checkpoint.layout import Layout, Quantization
 from paroquant_stream.files.tensor_header import Header, TensorInfo, file_size
-from paroquant_stream.layout import Layout, Quantization
 from paroquant_stream.plan import Plan, make_plan
 from paroquant_stream.task import Task
 from tests.benchmarks.checkpoint import (

@@ -14,7 +14,7 @@ import pytest
 from paroquant_stream import conversion, request, task
 from paroquant_stream import convert as command
 from paroquant_stream.cache.freshness import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
-from paroquant_stream.checkpoint import Shard
+from paroquant_stream.checkpoint.checkpoint import Shard
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import CheckpointError
 from paroquant_stream.files.hashing import SourceHasher

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import AssemblyError
-from .files.tensor_header import TensorSpec
-from .inside import MAX_JSON, read_linked
+from ..errors import AssemblyError
+from ..files.tensor_header import TensorSpec
+from .model_files import MAX_JSON, read_linked
 
 MOST_LAYERS = 2_000  # the deepest model that we know has 126; a layer takes 0.1 to 0.2 MB and 1 ms
 MOST_SETTINGS = 2_000  # of a section; transformers takes quadratic time, 12 s for 100,000

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import LayoutError
+from ..errors import LayoutError
 
 _ROTATION = ("theta", "pairs", "channel_scales")
 EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .errors import CheckpointError, ParoquantStreamError
-from .files.tensor_header import Header, parse_header
+from ..errors import CheckpointError, ParoquantStreamError
+from ..files.tensor_header import Header, parse_header
 from .hub_watch import Watch, together
-from .inside import size_limit
+from .model_files import size_limit
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import CheckpointError, MalformedFile
-from .files.descriptor import file_status, open_regular, unreadable
+from ..errors import CheckpointError, MalformedFile
+from ..files.descriptor import file_status, open_regular, unreadable
 
 MAX_JSON = 64 << 20  # bytes; the largest tokenizer.json that we know, of Gemma 3n, has 33 MB
 MAX_CONFIG = 16 << 20  # bytes; transformers takes 20 s and 0.7 GB for that much of its labels

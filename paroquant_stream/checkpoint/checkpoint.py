@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, MalformedFile
-from .files.descriptor import closing
-from .files.digest_cache import Memo, hash_file
-from .files.strict_json import strict_json
-from .files.tensor_header import Header, TensorInfo, read_header
-from .inside import MAX_CONFIG, MAX_JSON, hub_blob, open_inside, read_inside
+from ..errors import CheckpointError, MalformedFile
+from ..files.descriptor import closing
+from ..files.digest_cache import Memo, hash_file
+from ..files.strict_json import strict_json
+from ..files.tensor_header import Header, TensorInfo, read_header
+from .model_files import MAX_CONFIG, MAX_JSON, hub_blob, open_inside, read_inside
 
 __all__ = ["Checkpoint", "Shard", "TensorInfo", "hub_blob", "open_checkpoint"]
 

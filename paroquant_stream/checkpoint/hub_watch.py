@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from .errors import Cancelled, CheckpointError
+from ..errors import Cancelled, CheckpointError
 
 T = TypeVar("T")
 
