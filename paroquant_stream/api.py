@@ -22,9 +22,9 @@ from .errors import (
     UnreadableFile,
 )
 from .in_place import shipped
+from .plan.task import Dtype
 from .request import Needed, Parallel, Request, Split, make_request
 from .store.manifest import EntryRecord, Manifest
-from .task import Dtype
 from .trace import Trace, written_to
 
 if TYPE_CHECKING:
@@ -213,9 +213,7 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     """
     if request.dtype != "source":
         return None, None
-    from .checkpoint.layout import (
-        read_quantization,  # here, because a conversion without work needs none
-    )
+    from .checkpoint.layout import read_quantization
     from .model import assemble_stored
     from .single_file import check_usable, opened
     from .weights import stored_in_file

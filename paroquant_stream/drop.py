@@ -31,13 +31,13 @@ from types import TracebackType
 
 from .errors import EntryDamaged, SourceChanged, StoreError
 from .files.folder import Folder
+from .plan.task import Task
 from .proof import SourceFile, remove_dangling_link
 from .request import IN_PLACE, Request
 from .store.damage import confirmed_defect
 from .store.drop_record import DropRecord, is_stored, new_id, read_note, write_note, write_record
 from .store.manifest import EntryRecord, Manifest
 from .survey import ModelPlan
-from .task import Task
 from .trace import SILENCE, Trace
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from .errors import AssemblyError
 from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for
 from .part import Part, check_placed, cut, meet, part_of
-from .plan import Plan
+from .plan.planner import Plan
 from .ranges import entry_slices
 from .request import WHOLE, Split
 from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU

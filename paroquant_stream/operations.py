@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .cast import LARGEST, cast
 from .errors import OutOfRange
+from .plan.task import Operation, Part
 from .repack import (
     awq_biases,
     awq_stripes,
@@ -23,7 +24,6 @@ from .repack import (
     native_biases,
 )
 from .source import Source
-from .task import Operation, Part
 
 Chunks = Iterator[tuple[int, memoryview]]
 _DTYPES = {

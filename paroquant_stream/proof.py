@@ -23,7 +23,7 @@ from .errors import SourceChanged, StoreError
 from .files.descriptor import FileStamp, closing, pread_exactly
 from .files.folder import Folder
 from .files.hashing import SourceHasher, read_into, sha256_of
-from .task import Part
+from .plan.task import Part
 
 logger = logging.getLogger(__name__)
 _ASIDE = ".removing"

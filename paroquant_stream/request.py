@@ -17,9 +17,9 @@ from .checkpoint.hub import locate
 from .errors import ParoquantStreamError
 from .files.descriptor import closing
 from .files.digest_cache import Memo
+from .plan.task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
 from .store.manifest import EntryRecord, Manifest
 from .store.store import Store, cache_store
-from .task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

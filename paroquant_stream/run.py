@@ -11,8 +11,8 @@ from typing import Any
 
 from .dropin import install, uninstall
 from .errors import MissingExtra, ParoquantStreamError, ProgramNotFound
+from .plan.task import DTYPES
 from .report import shown
-from .task import DTYPES
 
 USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
 DESCRIPTION = """\

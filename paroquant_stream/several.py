@@ -12,11 +12,11 @@ from .conversion import convert
 from .errors import ParoquantStreamError, SomeFailed
 from .execution.executors import run_all
 from .execution.slots import Places, Worker
+from .plan.task import Dtype
 from .report import Conversion
 from .request import Request, make_request
 from .store.manifest import Manifest
 from .tally import Progress
-from .task import Dtype
 from .trace import SILENCE, Trace, written_to
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from .execution.executors import run_all
 from .execution.slots import Places, Worker
 from .files.folder import Folder
 from .files.tensor_header import file_size
+from .plan.task import TRANSFORM, Task
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
 from .store.manifest import EntryRecord, Manifest
 from .survey import ModelPlan, work_of
 from .tally import Progress, Tally
-from .task import TRANSFORM, Task
 from .trace import Trace
 from .transform import Job, Outcome
 

@@ -32,8 +32,8 @@ from .files.descriptor import closing, pread_exactly
 from .files.hashing import hash_parts
 from .files.strict_json import strict_json
 from .files.tensor_header import Header, read_header
+from .plan.task import TRANSFORM
 from .request import Request, source_staleness
-from .task import TRANSFORM
 
 NAME = "converted_mlx.safetensors"
 MAX_SHARDS = 10_000  # each costs a look at the disk; the largest models have some 200

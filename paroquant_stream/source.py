@@ -25,7 +25,7 @@ from .files.descriptor import FileStamp
 from .files.digest_cache import Memo
 from .files.hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
 from .files.tensor_header import read_header
-from .task import Part, Task
+from .plan.task import Part, Task
 
 Tick = Callable[[int], None]
 """Called with a number of source bytes just done; raises to stop the work."""

@@ -16,13 +16,13 @@ from .files.descriptor import closing
 from .files.hashing import read_into, sha256_of
 from .files.tensor_header import Header, file_size
 from .find_dropped import find_dropped
-from .plan import Plan, make_plan
+from .plan.planner import Plan, make_plan
+from .plan.task import DTYPES, Part, Task
 from .report import ShardReport, report_reused, why_converted
 from .request import Request, read_manifest, source_staleness
 from .store.damage import damaged_path
 from .store.drop_record import DropRecord
 from .store.manifest import EntryRecord
-from .task import DTYPES, Part, Task
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from .files.atomic_file import NewFile
 from .files.descriptor import FileStamp, closing
 from .files.tensor_header import TensorInfo, TensorWriter, end_of, file_size, lay_out
 from .operations import run_operation
+from .plan.task import Operation, Task
 from .source import Source, Tick
 from .store.damage import confirmed_defect
 from .store.manifest import EntryRecord
 from .store.store import Store
-from .task import Operation, Task
 
 
 @dataclass(frozen=True)

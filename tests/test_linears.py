@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from paroquant_stream.checkpoint.layout import Layout, Quantization
-from paroquant_stream.linears import Linear
-from paroquant_stream.task import Part
+from paroquant_stream.plan.linear import Linear
+from paroquant_stream.plan.task import Part
 
 K, N, G = 256, 64, 64
 GROUPS, PADDED = K // G, 16

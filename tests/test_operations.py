@@ -9,7 +9,7 @@ import pytest
 from paroquant_stream import operations
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.operations import run_operation
-from paroquant_stream.task import OPERATION_VERSIONS, Operation, Part
+from paroquant_stream.plan.task import OPERATION_VERSIONS, Operation, Part
 
 
 class Bytes:

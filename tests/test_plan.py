@@ -10,7 +10,7 @@ import pytest
 from paroquant_stream.checkpoint.layout import Layout, Quantization
 from paroquant_stream.errors import PlanError
 from paroquant_stream.files.tensor_header import Header, TensorInfo
-from paroquant_stream.plan import make_plan
+from paroquant_stream.plan.planner import make_plan
 from tests.builders import awq_linear, cut_apart, cut_evenly, llama_tensors, rotation
 
 QUANTIZATION = Quantization(4, 32)

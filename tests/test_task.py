@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.task import OPERATION_VERSIONS, Operation, Part, Task
+from paroquant_stream.plan.task import OPERATION_VERSIONS, Operation, Part, Task
 
 SHA, OTHER = "1" * 64, "2" * 64
 ZEROS = Part("x.qzeros", "I32", (2, 4), "a.safetensors", 100, 132)
@@ -54,7 +54,7 @@ SAME = {
 def test_a_fix_to_the_cast_rebuilds_what_was_cast_and_nothing_else(monkeypatch):
     cast = Task("a.safetensors", 1000, (BIASES.cast_to("BF16"),))
     before = [TASK.sha256, cast.sha256]
-    monkeypatch.setattr("paroquant_stream.task.CAST_VERSION", 2)
+    monkeypatch.setattr("paroquant_stream.plan.task.CAST_VERSION", 2)
     after = [replace(task).sha256 for task in (TASK, cast)]
     assert after[0] == before[0]
     assert after[1] != before[1]

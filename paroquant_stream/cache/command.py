@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..conversion import convert
 from ..errors import ParoquantStreamError, StoreError
+from ..plan.task import DTYPES
 from ..report import bytes_text, shown
 from ..request import Request, default_jobs, make_request, model_id
 from ..store.store import cache_store
-from ..task import DTYPES
 from .inventory import Inventory, take_inventory
 from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
 from .models import Model

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Shard
 from ..errors import ParoquantStreamError
+from ..plan.task import Task
 from ..report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
 from ..request import Request, staleness
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 from ..survey import plan_model
-from ..task import Task
 
 FRESH, STALE, UNKNOWN, BROKEN = "fresh", "stale", "unknown", "broken"
 

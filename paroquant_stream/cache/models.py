@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ManifestError, NewerManifest
+from ..plan.task import DTYPES, Dtype
 from ..report import shown
 from ..request import model_id
 from ..store.drop_record import MAX_RECORD, DropRecord
 from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
 from ..store.store import Store
-from ..task import DTYPES, Dtype
 from .found import Found, regular_files
 
 SOURCE: Dtype = "source"

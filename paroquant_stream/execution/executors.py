@@ -35,7 +35,7 @@ PATIENCE = 1.0
 """Seconds an interrupted run waits for its workers; an fsync of gigabytes cannot be cut short."""
 LOOK = 0.2  # s between looks at whether to stop, while a job runs elsewhere
 CONNECT = 10.0  # s for a scheduler to answer, and for the first of its workers to come
-_PACKAGE = ("paroquant_stream:__version__", "paroquant_stream.task:TRANSFORM")
+_PACKAGE = ("paroquant_stream:__version__", "paroquant_stream.plan.task:TRANSFORM")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
-from paroquant_stream.task import Task
+from paroquant_stream.plan.task import Task
 from tests.benchmarks.checkpoint import Spec, as_saved, tensors, write_checkpoint
 from tests.benchmarks.flow import Host, convert, load
 from tests.benchmarks.fluid import Shared, Simulation

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 
 from paroquant_stream.files.tensor_header import file_size, lay_out
-from paroquant_stream.task import Part, Task
+from paroquant_stream.plan.task import Part, Task
 from tests.benchmarks.fluid import Flow, Gate, Shared, Simulation
 
 BLOCK, BLOCKS = 4 << 20, 3

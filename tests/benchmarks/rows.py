@@ -207,7 +207,7 @@ def plan_row(layers: int = 44) -> Row:
     """The plan of a mixture of 256 experts a layer, cut across 30 shards."""
     from paroquant_stream.checkpoint.layout import Layout, Quantization
     from paroquant_stream.files.tensor_header import Header, TensorInfo
-    from paroquant_stream.plan import make_plan
+    from paroquant_stream.plan.planner import make_plan
 
     parts = {"qweight": ("I32", (128, 16)), "qzeros": ("I32", (1, 16)), "scales": ("F16", (1, 128))}
     shared = {"theta": ("F16", (8, 64)), "pairs": ("I16", (8, 128)),

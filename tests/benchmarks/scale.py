@@ -19,8 +19,8 @@ from math import ceil, inf
 from pathlib import Path
 
 from paroquant_stream.files.tensor_header import file_size
+from paroquant_stream.plan.task import Task
 from paroquant_stream.store.manifest import EntryRecord, Manifest
-from paroquant_stream.task import Task
 from tests.benchmarks.calibrate import calibrate
 from tests.benchmarks.flow import Host, Rates, Reading, convert, load, slices
 from tests.benchmarks.fluid import Shared, Simulation

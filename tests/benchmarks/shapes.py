@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from paroquant_stream.checkpoint.layout import Layout, Quantization
 from paroquant_stream.files.tensor_header import Header, TensorInfo, file_size
-from paroquant_stream.plan import Plan, make_plan
-from paroquant_stream.task import Task
+from paroquant_stream.plan.planner import Plan, make_plan
+from paroquant_stream.plan.task import Task
 from tests.benchmarks.checkpoint import (
     GROUP,
     KROT,

@@ -14,10 +14,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from .checkpoint.layout import EXPERT, Layout, Quantization, shared_rotation
-from .errors import PlanError
-from .files.tensor_header import Header, TensorSpec
-from .linears import Linear
+from ..checkpoint.layout import EXPERT, Layout, Quantization, shared_rotation
+from ..errors import PlanError
+from ..files.tensor_header import Header, TensorSpec
+from .linear import Linear
 from .task import Operation, Part, Task
 
 _IO_LAYERS = ("embed_tokens", "lm_head")  # stored quantized, whatever `tie_word_embeddings` says

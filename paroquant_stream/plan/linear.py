@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .checkpoint.layout import Layout, Quantization
-from .files.tensor_header import TensorSpec
+from ..checkpoint.layout import Layout, Quantization
+from ..files.tensor_header import TensorSpec
 from .task import Operation, Part
 
 _FLOATS = ("F16", "BF16", "F32")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from .files.tensor_header import TensorSpec
+from ..files.tensor_header import TensorSpec
 
 ENTRY_FORMAT = 1
 OPERATION_VERSIONS = {

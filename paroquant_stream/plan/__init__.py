@@ -1,0 +1,4 @@
+"""What each shard gives: tasks made of operations, from headers and config alone.
+
+Imports checkpoint, store and files.
+"""
