@@ -95,8 +95,8 @@ def _convert_alone(
 
 
 def _why_not_loadable(model: ModelPlan) -> str | None:
-    from .known_class import why_unknown
-    from .model_kind import is_vision_model
+    from .backends.known_class import why_unknown
+    from .backends.model_kind import is_vision_model
 
     config = model.checkpoint.config
     names = [tensor.name for task in model.plan.tasks for tensor in task.outputs]

@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .backends.backend import build, load_config, load_tokenizer
 from .checkpoint.checkpoint import read_config
 from .errors import AssemblyError
-from .model_class import build, load_config, load_tokenizer
 from .naming import listed, named_for
 from .part import Part, check_placed, cut, meet, part_of
 from .plan.planner import Plan

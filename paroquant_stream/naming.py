@@ -8,8 +8,8 @@ import re
 import mlx.core as mx
 import mlx.nn as nn
 
+from .backends.backend import sanitize
 from .errors import AssemblyError
-from .model_class import sanitize
 from .weights import IO_WEIGHTS
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .backends.backend import build, keep_pipeline_layers, load_config
+from .backends.model_kind import TOWER_PREFIXES, is_vision_model
 from .checkpoint.checkpoint import read_config
 from .checkpoint.config_bounds import check_config
 from .errors import AssemblyError, NoSuchPart
 from .files.tensor_header import TensorSpec
-from .model_class import build, keep_pipeline_layers, load_config
-from .model_kind import TOWER_PREFIXES, is_vision_model
 from .request import Split
 from .sharding import Take, shard
 from .store.manifest import EntryRecord, Manifest

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from paroquant_stream import known_class
+from paroquant_stream.backends import known_class
+from paroquant_stream.backends.known_class import why_unknown
 from paroquant_stream.conversion import convert
-from paroquant_stream.known_class import why_unknown
 from paroquant_stream.request import make_request
 from tests.builders import CONFIG
 
@@ -19,7 +19,7 @@ from tests.builders import CONFIG
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5_text", "qwen3_5_moe_text", "gemma4"])
 def test_a_type_whose_class_is_there_is_known_without_importing_the_library(kind):
     script = (
-        f"import sys\nfrom paroquant_stream.known_class import why_unknown\n"
+        f"import sys\nfrom paroquant_stream.backends.known_class import why_unknown\n"
         f"assert why_unknown({{'model_type': {kind!r}}}, False) is None\n"
         "assert not {'mlx', 'mlx_lm', 'numpy'} & sys.modules.keys()"
     )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from paroquant_stream import model_class
+from paroquant_stream.backends import backend as model_class
 from paroquant_stream.errors import AssemblyError, CheckpointError, MalformedFile, MissingExtra
 from tests.builders import CONFIG
 

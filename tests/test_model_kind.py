@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.model_kind import is_vision_model
+from paroquant_stream.backends.model_kind import is_vision_model
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 from paroquant.inference.backends.mlx.load import load as public_load
 
 from paroquant_stream import load
+from paroquant_stream.backends.model_kind import TOWER_PREFIXES
 from paroquant_stream.errors import AssemblyError
-from paroquant_stream.model_kind import TOWER_PREFIXES
 from tests.conftest import FIXTURES
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

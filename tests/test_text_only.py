@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from paroquant_stream import convert_checkpoint, load, weights
-from paroquant_stream.model_kind import TOWER_PREFIXES
+from paroquant_stream.backends.model_kind import TOWER_PREFIXES
 from tests.conftest import FIXTURES
 
 VISION = ["qwen3_5-awq-adversarial", "gemma4_e2b-awq-adversarial"]

@@ -32,7 +32,7 @@ def why_unknown(config: Mapping[str, Any], is_vlm: bool) -> str | None:
         with suppress(OSError):
             if (models / f"{name}.py").is_file() or (models / name / "__init__.py").is_file():
                 return None
-    from .model_class import has_class  # brings the library
+    from .backend import has_class  # brings the library
 
     if has_class({**config, "model_type": name}, is_vlm):
         return None

@@ -14,9 +14,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .checkpoint.config_bounds import check_tokenizer
-from .checkpoint.model_files import check_directory
-from .errors import AssemblyError, CheckpointError, MissingExtra, NoSuchPart
+from ..checkpoint.config_bounds import check_tokenizer
+from ..checkpoint.model_files import check_directory
+from ..errors import AssemblyError, CheckpointError, MissingExtra, NoSuchPart
 from .model_kind import TEXT_TYPES
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,4 @@
+"""All that touches mlx-lm and mlx-vlm.
+
+Imports checkpoint and files.
+"""
