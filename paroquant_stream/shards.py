@@ -9,7 +9,6 @@ from functools import partial
 
 from .checkpoint.prefetch import Arrivals
 from .drop import Dropper
-from .elsewhere import runner
 from .errors import StoreError
 from .execution.executors import run_all
 from .execution.slots import Places, Worker
@@ -22,7 +21,8 @@ from .store.manifest import EntryRecord, Manifest
 from .survey import ModelPlan, work_of
 from .tally import Progress, Tally
 from .trace import Trace
-from .transform import Job, Outcome
+from .transform.remote_runner import runner
+from .transform.task_runner import Job, Outcome
 
 
 def convert_shards(

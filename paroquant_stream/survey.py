@@ -232,7 +232,7 @@ def survey(request: Request) -> tuple[ShardReport, ...]:
 
 def _survey(request: Request, task: Task, old: EntryRecord | None) -> ShardReport:
     from .execution.slots import Worker
-    from .transform import Job, find_entry, open_source
+    from .transform.task_runner import Job, find_entry, open_source
 
     store = replace(request.store, read_only=True)
     job = Job(task, request.directory, store, request.force, known=old)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FAULT = """
 import os
-from paroquant_stream import source
+from paroquant_stream.transform import source
 real = source.Source._count
 def count(self, size):
     real(self, size)

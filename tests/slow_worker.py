@@ -8,8 +8,9 @@ import os
 import time
 from pathlib import Path
 
-from paroquant_stream import elsewhere, source
-from paroquant_stream.transform import Job, Outcome
+from paroquant_stream.transform import remote_runner as elsewhere
+from paroquant_stream.transform import source
+from paroquant_stream.transform.task_runner import Job, Outcome
 
 _real = source.Source._count
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("settled")
 
 def no_conversion(monkeypatch):
     monkeypatch.setattr(
-        "paroquant_stream.transform._convert", lambda *_: pytest.fail("converted again")
+        "paroquant_stream.transform.task_runner._convert", lambda *_: pytest.fail("converted again")
     )
 
 
@@ -94,7 +94,7 @@ def test_the_public_names_are_there_and_no_other():
 def test_two_threads_that_load_one_cold_model_convert_it_once(model_dir, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    from paroquant_stream import transform
+    from paroquant_stream.transform import task_runner as transform
 
     real, converted = transform._convert, []
 

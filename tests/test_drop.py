@@ -63,7 +63,9 @@ def test_every_source_goes_and_the_model_still_loads(model_dir, whole, in_place,
     assert shards(model_dir) == []
     assert digests(result) == whole
     assert all(record.dropped for record in result.manifest.entries)
-    monkeypatch.setattr("paroquant_stream.transform.run_task", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr(
+        "paroquant_stream.transform.task_runner.run_task", lambda *_: pytest.fail("converted")
+    )
     load(model_dir)
     assert {r.action for r in run(model_dir, in_place=in_place).shards} == {"reused"}
 

@@ -39,7 +39,8 @@ START = (
     + """
 import fcntl, os, resource, sys
 import concurrent.futures.thread, filelock  # what a run imports when it finds work
-from paroquant_stream import convert, shards, source, transform
+from paroquant_stream import convert, shards
+from paroquant_stream.transform import source, task_runner as transform
 from paroquant_stream.execution import executors as executor
 """
 )

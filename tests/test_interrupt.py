@@ -44,7 +44,8 @@ sys.exit(convert.main(sys.argv[2:]))
 
 SLOW = """
 import sys, time
-from paroquant_stream import convert, source
+from paroquant_stream import convert
+from paroquant_stream.transform import source
 real = source.Source._count
 def slow(self, size):
     print("ticking", file=sys.stderr, flush=True)

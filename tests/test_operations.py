@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream import operations
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.operations import run_operation
 from paroquant_stream.plan.task import OPERATION_VERSIONS, Operation, Part
+from paroquant_stream.transform import operations
+from paroquant_stream.transform.operations import run_operation
 
 
 class Bytes:

@@ -10,19 +10,20 @@ import time
 
 import pytest
 
-from paroquant_stream import elsewhere
 from paroquant_stream.api import convert_checkpoint
 from paroquant_stream.convert import main
 from paroquant_stream.errors import OutOfRange, WorkersLost
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
 from paroquant_stream.request import make_request
+from paroquant_stream.transform import remote_runner as elsewhere
 from tests import slow_worker
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint
 
 SLOW = """
 import sys
-from paroquant_stream import convert, elsewhere, exits
+from paroquant_stream import convert, exits
+from paroquant_stream.transform import remote_runner as elsewhere
 from tests import slow_worker
 elsewhere.run_elsewhere = slow_worker.slow
 exits.end_with(lambda: convert.main(sys.argv[1:]))

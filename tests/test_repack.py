@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paroquant_stream import repack
+from paroquant_stream.transform import repack
 
 public = pytest.importorskip(
     "paroquant.inference.backends.mlx.load", reason="the public loader comes with the test extra"

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import convert_checkpoints, transform
+from paroquant_stream import convert_checkpoints
 from paroquant_stream.api import convert_checkpoint
 from paroquant_stream.convert import main
 from paroquant_stream.errors import Cancelled, SomeFailed
 from paroquant_stream.report import Conversion
 from paroquant_stream.request import make_request
 from paroquant_stream.several import convert_all
+from paroquant_stream.transform import task_runner as transform
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

@@ -62,7 +62,7 @@ def alone(exported) -> Path:
 @pytest.fixture
 def no_conversion(monkeypatch):
     monkeypatch.setattr(
-        "paroquant_stream.transform._convert", lambda *_: pytest.fail("converted again")
+        "paroquant_stream.transform.task_runner._convert", lambda *_: pytest.fail("converted again")
     )
 
 

@@ -47,7 +47,9 @@ def test_no_tensor_of_a_tower_is_read(name, monkeypatch):
 
 def test_text_and_vision_load_from_the_same_entries(monkeypatch):
     before = convert_checkpoint(FIXTURES / VISION[0])
-    monkeypatch.setattr("paroquant_stream.transform._convert", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr(
+        "paroquant_stream.transform.task_runner._convert", lambda *_: pytest.fail("converted")
+    )
     load(FIXTURES / VISION[0], force_text=True)
     load(FIXTURES / VISION[0])
     assert convert_checkpoint(FIXTURES / VISION[0]) == before

@@ -14,7 +14,7 @@ from paroquant_stream.files.tensor_header import PAGE, lay_out
 from paroquant_stream.request import make_request
 from paroquant_stream.store.store import Store
 from paroquant_stream.survey import plan_model
-from paroquant_stream.transform import Job, Outcome, run_task
+from paroquant_stream.transform.task_runner import Job, Outcome, run_task
 from tests.builders import llama_tensors
 
 

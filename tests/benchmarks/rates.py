@@ -21,11 +21,11 @@ from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.layout import Layout, Quantization
 from paroquant_stream.files.atomic_file import NewFile
 from paroquant_stream.files.digest_cache import Memo
-from paroquant_stream.operations import _quantize_rows
 from paroquant_stream.plan.planner import Plan, make_plan
 from paroquant_stream.plan.task import Operation
-from paroquant_stream.repack import awq_biases, awq_stripes, group_scales
-from paroquant_stream.source import Source
+from paroquant_stream.transform.operations import _quantize_rows
+from paroquant_stream.transform.repack import awq_biases, awq_stripes, group_scales
+from paroquant_stream.transform.source import Source
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.benchmarks.flow import BLOCK, Rates
 from tests.benchmarks.measure import LOAD, Bench, process, python, timed

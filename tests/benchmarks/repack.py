@@ -21,7 +21,7 @@ from statistics import median
 import numpy as np
 from paroquant.inference.backends.mlx import load as public
 
-from paroquant_stream import repack
+from paroquant_stream.transform import repack
 
 SHAPES = ((8192, 28_672), (28_672, 8192))  # inputs and outputs of a 70B's gate_proj and down_proj
 GROUP = 128

@@ -15,8 +15,8 @@ from statistics import median
 
 import numpy as np
 
-from paroquant_stream.operations import _quantize_rows
-from paroquant_stream.repack import awq_stripes
+from paroquant_stream.transform.operations import _quantize_rows
+from paroquant_stream.transform.repack import awq_stripes
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.benchmarks.measure import (
     IMPORTS,

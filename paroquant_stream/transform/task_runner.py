@@ -8,17 +8,17 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import StoreError
-from .execution.slots import Worker
-from .files.atomic_file import NewFile
-from .files.descriptor import FileStamp, closing
-from .files.tensor_header import TensorInfo, TensorWriter, end_of, file_size, lay_out
+from ..errors import StoreError
+from ..execution.slots import Worker
+from ..files.atomic_file import NewFile
+from ..files.descriptor import FileStamp, closing
+from ..files.tensor_header import TensorInfo, TensorWriter, end_of, file_size, lay_out
+from ..plan.task import Operation, Task
+from ..store.damage import confirmed_defect
+from ..store.manifest import EntryRecord
+from ..store.store import Store
 from .operations import run_operation
-from .plan.task import Operation, Task
 from .source import Source, Tick
-from .store.damage import confirmed_defect
-from .store.manifest import EntryRecord
-from .store.store import Store
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import Cancelled, ParoquantStreamError, WorkersUnfit
-from .execution.executors import call_elsewhere, check_workers
-from .execution.slots import Places, Worker
-from .request import Request
+from ..errors import Cancelled, ParoquantStreamError, WorkersUnfit
+from ..execution.executors import call_elsewhere, check_workers
+from ..execution.slots import Places, Worker
+from ..request import Request
 from .source import Tick
-from .transform import Job, Outcome, run_task
+from .task_runner import Job, Outcome, run_task
 
 LOOK = 0.2  # s between two looks at the sign; a network file system answers most from its cache
 _thread = threading.local()

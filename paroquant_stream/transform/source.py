@@ -18,14 +18,14 @@ from typing import Any
 
 import xxhash
 
-from .checkpoint.checkpoint import Shard
-from .errors import Cancelled, SourceChanged, SourceDamaged
-from .execution.slots import Worker
-from .files.descriptor import FileStamp
-from .files.digest_cache import Memo
-from .files.hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
-from .files.tensor_header import read_header
-from .plan.task import Part, Task
+from ..checkpoint.checkpoint import Shard
+from ..errors import Cancelled, SourceChanged, SourceDamaged
+from ..execution.slots import Worker
+from ..files.descriptor import FileStamp
+from ..files.digest_cache import Memo
+from ..files.hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
+from ..files.tensor_header import read_header
+from ..plan.task import Part, Task
 
 Tick = Callable[[int], None]
 """Called with a number of source bytes just done; raises to stop the work."""

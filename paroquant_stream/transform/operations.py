@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import OutOfRange
+from ..plan.task import Operation, Part
 from .cast import LARGEST, cast
-from .errors import OutOfRange
-from .plan.task import Operation, Part
 from .repack import (
     awq_biases,
     awq_stripes,
