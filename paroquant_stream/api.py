@@ -162,9 +162,9 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     """The model from the first of: an export, `mlx/`, the single file, the cache, a conversion."""
     check_directory(request.directory)  # before hours of conversion
     with options.trace.span("import MLX"):
+        from .distributed.partition import needed_entries
         from .exported import stored_in_export  # conversion may not need it
         from .model import assemble, assemble_stored
-        from .part import needed_entries
     if EXPORTED in read_config(request.directory):
         stored = stored_in_export(request.directory)
         return assemble_stored(request.directory, stored, **options.of_stored(force_text=True))

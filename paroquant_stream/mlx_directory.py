@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from . import standalone
 from .checkpoint.checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
 from .checkpoint.model_files import check_directory
+from .distributed.slices import MLX_DTYPES
 from .errors import CheckpointError, EntryDamaged
 from .export_files import as_json, export_files, files_to_export, without_code, write_file
 from .exported import FORMAT
@@ -26,7 +27,6 @@ from .in_place import converted
 from .model import assemble
 from .request import Request, make_request
 from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
-from .slices import MLX_DTYPES
 from .store.manifest import Manifest
 from .store.store import Store
 from .tally import Progress

@@ -16,14 +16,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .backends.backend import build, load_config, load_tokenizer
 from .checkpoint.checkpoint import read_config
+from .distributed.byte_ranges import entry_slices
+from .distributed.partition import Part, check_placed, cut, meet, part_of
+from .distributed.tensor_parallel import read_by_layer
 from .errors import AssemblyError
 from .naming import listed, named_for
-from .part import Part, check_placed, cut, meet, part_of
 from .plan.planner import Plan
-from .ranges import entry_slices
 from .request import WHOLE, Split
 from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
-from .sharding import read_by_layer
 from .store.manifest import Manifest
 from .store.store import Store
 from .trace import SILENCE, Trace

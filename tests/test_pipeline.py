@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.part import needed_entries
+from paroquant_stream.distributed.partition import needed_entries
 from paroquant_stream.request import Split, make_request
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.conftest import FIXTURES

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from mlx.nn.layers import distributed
 
-from paroquant_stream import slices
+from paroquant_stream.distributed import slices
+from paroquant_stream.distributed.slices import Slice, rank_slice, read_slice
 from paroquant_stream.errors import MalformedFile, UnreadableFile
 from paroquant_stream.files.tensor_header import DTYPE_BYTES, TensorInfo
-from paroquant_stream.slices import Slice, rank_slice, read_slice
 
 START = 100
 """Where the tensor begins in the file; nothing has to be aligned."""

@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MalformedFile
-from .files.descriptor import unreadable
-from .files.tensor_header import DTYPE_BYTES, TensorInfo
+from ..errors import MalformedFile
+from ..files.descriptor import unreadable
+from ..files.tensor_header import DTYPE_BYTES, TensorInfo
 
 MLX_DTYPES = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,

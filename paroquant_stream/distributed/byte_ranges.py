@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from .errors import MalformedFile
-from .files.tensor_header import TensorInfo, lay_out
+from ..errors import MalformedFile
+from ..files.tensor_header import TensorInfo, lay_out
+from ..store.damage import take_out
+from ..store.format import stacks_in_pieces
+from ..store.manifest import EntryRecord
+from ..store.store import Store
 from .slices import Slice, read_slice
-from .store.damage import take_out
-from .store.format import stacks_in_pieces
-from .store.manifest import EntryRecord
-from .store.store import Store
 
 
 class EntrySlices:

@@ -18,8 +18,8 @@ import mlx.nn as nn
 from mlx.nn.layers import distributed
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from .errors import ParoquantStreamError, ShardingError
-from .rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
+from ..errors import ParoquantStreamError, ShardingError
+from ..rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from .slices import Slice, rank_slice
 
 Take = Callable[[str, mx.array, Slice], mx.array]

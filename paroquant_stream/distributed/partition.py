@@ -16,16 +16,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backends.backend import build, keep_pipeline_layers, load_config
-from .backends.model_kind import TOWER_PREFIXES, is_vision_model
-from .checkpoint.checkpoint import read_config
-from .checkpoint.config_bounds import check_config
-from .errors import AssemblyError, NoSuchPart
-from .files.tensor_header import TensorSpec
-from .request import Split
-from .sharding import Take, shard
-from .store.manifest import EntryRecord, Manifest
-from .weights import entries_with
+from ..backends.backend import build, keep_pipeline_layers, load_config
+from ..backends.model_kind import TOWER_PREFIXES, is_vision_model
+from ..checkpoint.checkpoint import read_config
+from ..checkpoint.config_bounds import check_config
+from ..errors import AssemblyError, NoSuchPart
+from ..files.tensor_header import TensorSpec
+from ..request import Split
+from ..store.manifest import EntryRecord, Manifest
+from ..weights import entries_with
+from .tensor_parallel import Take, shard
 
 _LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")
 """In checkpoints, mlx-lm and mlx-vlm; layers of towers and of token prediction are called
