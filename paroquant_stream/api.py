@@ -164,7 +164,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     with options.trace.span("import MLX"):
         from .distributed.partition import needed_entries
         from .exported import stored_in_export  # conversion may not need it
-        from .model import assemble, assemble_stored
+        from .model.assemble import assemble, assemble_stored
     if EXPORTED in read_config(request.directory):
         stored = stored_in_export(request.directory)
         return assemble_stored(request.directory, stored, **options.of_stored(force_text=True))
@@ -197,7 +197,7 @@ def _load_shipped(
         found = shipped(request, needed)
     if found is None:
         return None, None
-    from .model import assemble
+    from .model.assemble import assemble
 
     manifest, store = found
     try:
@@ -214,9 +214,9 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     if request.dtype != "source":
         return None, None
     from .checkpoint.layout import read_quantization
-    from .model import assemble_stored
+    from .model.assemble import assemble_stored
+    from .model.entries import stored_in_file
     from .single_file import check_usable, opened
-    from .weights import stored_in_file
 
     try:
         with opened(request.directory) as file:

@@ -74,7 +74,7 @@ def _convert_alone(
     with trace.span("plan"):
         model = plan_model(request)
     if request.drop_source:
-        from .model import check_assembly  # brings mlx-lm, for runs that remove sources
+        from .model.assemble import check_assembly  # brings mlx-lm, for runs that remove sources
 
         with trace.span("check that it can be loaded"):
             check_assembly(request.directory, model.plan)

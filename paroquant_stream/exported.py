@@ -15,7 +15,7 @@ from .checkpoint.layout import read_quantization
 from .errors import AssemblyError, CheckpointError, ParoquantStreamError
 from .files.descriptor import closing
 from .files.tensor_header import read_header
-from .weights import Stored
+from .model.entries import Stored
 
 FORMAT = 1
 """The number of the directory's form; another one is for another version of this package."""

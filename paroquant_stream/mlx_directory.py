@@ -24,13 +24,13 @@ from .files.atomic_directory import new_directory
 from .files.atomic_file import new_file_at
 from .files.tensor_header import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
 from .in_place import converted
-from .model import assemble
+from .model.assemble import assemble
+from .model.entries import reading
 from .request import Request, make_request
 from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from .store.manifest import Manifest
 from .store.store import Store
 from .tally import Progress
-from .weights import reading
 
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""

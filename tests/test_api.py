@@ -126,7 +126,7 @@ def test_an_entry_cut_short_while_it_is_loaded_is_converted_again(model_dir, mon
     """MLX reads lazily: the second eval of an array whose first failed would give zeros."""
     import os
 
-    from paroquant_stream import model
+    from paroquant_stream.model import assemble as model
 
     manifest = convert_checkpoint(model_dir)
     path = make_request(model_dir).store.entry_path(manifest.entries[0].key)
@@ -151,7 +151,7 @@ def test_an_entry_cut_short_while_stacks_are_joined_is_converted_again(tmp_path,
     """Pieces of experts are evaluated before the rest: the same guard must hold there."""
     import os
 
-    from paroquant_stream import weights
+    from paroquant_stream.model import entries as weights
     from tests.conftest import FIXTURES
 
     directory, cache = FIXTURES / "qwen3_moe-awq-adversarial", tmp_path / "cache"

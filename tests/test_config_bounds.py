@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from paroquant_stream import load, model
+from paroquant_stream import load
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config_bounds import (
     MOST_LAYERS,
@@ -22,6 +22,7 @@ from paroquant_stream.distributed import partition as part
 from paroquant_stream.errors import AssemblyError
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.model import assemble as model
 from paroquant_stream.request import Split
 from paroquant_stream.store.store import cache_store
 from tests.builders import CONFIG, write_checkpoint

@@ -22,10 +22,10 @@ from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
 from paroquant_stream.files.descriptor import open_regular
 from paroquant_stream.files.tensor_header import TensorSpec, read_header
 from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.model.entries import read_weights
 from paroquant_stream.single_write import export_single_file
 from paroquant_stream.store.manifest import EntryRecord, Manifest
 from paroquant_stream.store.store import Store
-from paroquant_stream.weights import read_weights
 from tests.builders import cut_evenly, write_checkpoint
 from tests.test_tensorfile import REFUSED, file_of, tensor
 

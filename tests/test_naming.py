@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from paroquant_stream import naming
 from paroquant_stream.errors import AssemblyError
+from paroquant_stream.model import names as naming
 
 
 def test_what_sanitize_drops_without_a_known_reason_is_an_error():

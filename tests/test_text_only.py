@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from paroquant_stream import convert_checkpoint, load, weights
+from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.backends.model_kind import TOWER_PREFIXES
+from paroquant_stream.model import entries as weights
 from tests.conftest import FIXTURES
 
 VISION = ["qwen3_5-awq-adversarial", "gemma4_e2b-awq-adversarial"]
@@ -39,7 +40,7 @@ def test_no_tensor_of_a_tower_is_read(name, monkeypatch):
         read.extend(found)
         return found
 
-    monkeypatch.setattr("paroquant_stream.model.read_weights", recorded)
+    monkeypatch.setattr("paroquant_stream.model.assemble.read_weights", recorded)
     load(FIXTURES / name, force_text=True)
     assert read
     assert not [tensor for tensor in read if tensor.startswith(TOWER_PREFIXES)]

@@ -9,15 +9,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream import model
 from paroquant_stream.api import convert_checkpoint, load
 from paroquant_stream.conversion import convert
 from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
 from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.model import assemble as model
+from paroquant_stream.model.entries import _join_pieces, _stack_experts, read_weights
 from paroquant_stream.request import make_request
 from paroquant_stream.single_write import export_single_file
 from paroquant_stream.store import damage
-from paroquant_stream.weights import _join_pieces, _stack_experts, read_weights
 from tests.builders import flip, remember
 
 
@@ -158,7 +158,7 @@ def test_an_entry_that_changed_meanwhile_is_hashed_again(converted, monkeypatch)
 
 def defect(record, store, full: bool) -> str | None:
     """What is found wrong with the entry as it lies there now."""
-    from paroquant_stream.weights import _defect
+    from paroquant_stream.model.entries import _defect
 
     fd = os.open(store.entry_path(record.key), os.O_RDONLY)
     try:

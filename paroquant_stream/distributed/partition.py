@@ -22,9 +22,9 @@ from ..checkpoint.checkpoint import read_config
 from ..checkpoint.config_bounds import check_config
 from ..errors import AssemblyError, NoSuchPart
 from ..files.tensor_header import TensorSpec
+from ..model.entries import entries_with
 from ..request import Split
 from ..store.manifest import EntryRecord, Manifest
-from ..weights import entries_with
 from .tensor_parallel import Take, shard
 
 _LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")

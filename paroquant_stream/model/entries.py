@@ -13,17 +13,17 @@ from typing import cast
 
 import mlx.core as mx
 
-from .checkpoint.layout import Quantization
-from .distributed.slices import MLX_DTYPES
-from .distributed.tensor_parallel import Take
-from .errors import AssemblyError, ParoquantStreamError
-from .files.descriptor import closing, file_status
-from .files.tensor_header import TensorSpec, layout_defect
-from .single_file import SingleFile
-from .store.damage import confirmed_defect, defect_of, take_out
-from .store.format import stacks_in_pieces
-from .store.manifest import EntryRecord, Manifest
-from .store.store import Store
+from ..checkpoint.layout import Quantization
+from ..distributed.slices import MLX_DTYPES
+from ..distributed.tensor_parallel import Take
+from ..errors import AssemblyError, ParoquantStreamError
+from ..files.descriptor import closing, file_status
+from ..files.tensor_header import TensorSpec, layout_defect
+from ..single_file import SingleFile
+from ..store.damage import confirmed_defect, defect_of, take_out
+from ..store.format import stacks_in_pieces
+from ..store.manifest import EntryRecord, Manifest
+from ..store.store import Store
 
 logger = logging.getLogger(__name__)
 IO_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")

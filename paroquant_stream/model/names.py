@@ -8,9 +8,9 @@ import re
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backends.backend import sanitize
-from .errors import AssemblyError
-from .weights import IO_WEIGHTS
+from ..backends.backend import sanitize
+from ..errors import AssemblyError
+from .entries import IO_WEIGHTS
 
 logger = logging.getLogger(__name__)
 

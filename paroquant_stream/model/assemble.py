@@ -14,20 +14,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .backends.backend import build, load_config, load_tokenizer
-from .checkpoint.checkpoint import read_config
-from .distributed.byte_ranges import entry_slices
-from .distributed.partition import Part, check_placed, cut, meet, part_of
-from .distributed.tensor_parallel import read_by_layer
-from .errors import AssemblyError
-from .naming import listed, named_for
-from .plan.planner import Plan
-from .request import WHOLE, Split
-from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
-from .store.manifest import Manifest
-from .store.store import Store
-from .trace import SILENCE, Trace
-from .weights import Stored, check_sizes, entries_with, placeholders, read_weights, reading
+from ..backends.backend import build, load_config, load_tokenizer
+from ..checkpoint.checkpoint import read_config
+from ..distributed.byte_ranges import entry_slices
+from ..distributed.partition import Part, check_placed, cut, meet, part_of
+from ..distributed.tensor_parallel import read_by_layer
+from ..errors import AssemblyError
+from ..plan.planner import Plan
+from ..request import WHOLE, Split
+from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
+from ..store.manifest import Manifest
+from ..store.store import Store
+from ..trace import SILENCE, Trace
+from .entries import Stored, check_sizes, entries_with, placeholders, read_weights, reading
+from .names import listed, named_for
 
 logger = logging.getLogger(__name__)
 
