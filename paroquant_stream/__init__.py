@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import convert_checkpoint, load
+    from .conversion.batch import convert_checkpoints
     from .dropin import install, uninstall
     from .errors import ParoquantStreamError
     from .mlx_directory import export_model
-    from .several import convert_checkpoints
     from .store.manifest import Manifest
 
 __version__ = "0.1.0"

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .checkpoint.checkpoint import EXPORTED, read_config
 from .checkpoint.model_files import check_directory
-from .conversion import convert
+from .conversion.converter import convert
+from .conversion.in_place import shipped
+from .conversion.request import Needed, Parallel, Request, Split, make_request
 from .errors import (
     AssemblyError,
     CheckpointError,
@@ -21,16 +23,14 @@ from .errors import (
     SourceDropped,
     UnreadableFile,
 )
-from .in_place import shipped
 from .plan.task import Dtype
-from .request import Needed, Parallel, Request, Split, make_request
 from .store.manifest import EntryRecord, Manifest
 from .trace import Trace, written_to
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from .tally import Progress
+    from .conversion.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .conversion import convert
+from .conversion.converter import convert
+from .conversion.report import Conversion, ShardReport, bytes_text, shown
+from .conversion.request import Request, default_jobs, make_request
 from .convert_options import parse
 from .errors import CheckpointError, ParoquantStreamError
 from .exits import end_with
 from .progress import Progress
-from .report import Conversion, ShardReport, bytes_text, shown
-from .request import Request, default_jobs, make_request
 from .trace import Trace, written_to
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.dry_run:
             failed |= _convert(requests, arguments)
     if failed and len(arguments.models) > 1:
-        from .several import some_failed
+        from .conversion.batch import some_failed
 
         raise some_failed(failed, len(arguments.models))
     for reason in failed.values():
@@ -129,7 +129,9 @@ def _results(
     requests: Sequence[Request], progress: Progress, trace: Trace
 ) -> Iterator[tuple[Request, Conversion | ParoquantStreamError]]:
     if len(requests) > 1:
-        from .several import convert_all  # here, because a run without work needs none of it
+        from .conversion.batch import (
+            convert_all,  # here, because a run without work needs none of it
+        )
 
         yield from convert_all(requests, progress, trace)
     for request in requests[: len(requests) == 1]:
@@ -183,7 +185,7 @@ def _summary(conversion: Conversion) -> str:
 
 
 def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
-    from .survey import survey  # here, because a run without work needs none of it
+    from .conversion.planning import survey  # here, because a run without work needs none of it
 
     reports = survey(replace(request, force=arguments.force))
     work = [report for report in reports if report.action == "converted"]

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from .conversion.report import bytes_text, shown
+from .conversion.request import make_request
 from .convert import Terminated
 from .errors import ParoquantStreamError
 from .exits import end_with
 from .progress import Progress
-from .report import bytes_text, shown
-from .request import make_request
 from .single_file import NAME
 from .units import parse_size
 

@@ -9,10 +9,10 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+from .conversion.report import shown
 from .dropin import install, uninstall
 from .errors import MissingExtra, ParoquantStreamError, ProgramNotFound
 from .plan.task import DTYPES
-from .report import shown
 
 USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
 DESCRIPTION = """\

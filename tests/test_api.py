@@ -9,8 +9,8 @@ import pytest
 
 import paroquant_stream
 from paroquant_stream import Manifest, convert_checkpoint, load
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import AssemblyError, CheckpointError
-from paroquant_stream.request import make_request
 from tests.builders import remember
 
 pytestmark = pytest.mark.usefixtures("settled")

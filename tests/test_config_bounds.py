@@ -17,13 +17,13 @@ from paroquant_stream.checkpoint.config_bounds import (
     check_config,
     check_tokenizer,
 )
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import Split
 from paroquant_stream.distributed import partition as part
 from paroquant_stream.errors import AssemblyError
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.model import assemble as model
-from paroquant_stream.request import Split
 from paroquant_stream.store.store import cache_store
 from tests.builders import CONFIG, write_checkpoint
 from tests.conftest import FIXTURES
@@ -203,7 +203,7 @@ def test_an_export_that_was_changed_is_refused_before_any_class_is_built(
 
 
 def test_a_pipelines_split_is_refused_before_any_class_is_built(model_dir, monkeypatch):
-    from paroquant_stream.request import make_request
+    from paroquant_stream.conversion.request import make_request
 
     manifest = convert(make_request(model_dir)).manifest
     config = {**CONFIG, "num_hidden_layers": HUGE}

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import request, shards
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion import pipeline as shards
+from paroquant_stream.conversion import request
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.planning import survey
+from paroquant_stream.conversion.request import make_request, read_manifest, staleness
 from paroquant_stream.errors import CheckpointError, PlanError
 from paroquant_stream.files import descriptor
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.plan.task import OPERATION_VERSIONS
-from paroquant_stream.request import make_request, read_manifest, staleness
 from paroquant_stream.store.manifest import Manifest
-from paroquant_stream.survey import survey
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("settled")

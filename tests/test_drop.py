@@ -15,9 +15,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from paroquant_stream import drop
 from paroquant_stream.api import load
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion import drop_source as drop
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.planning import plan_model, survey
+from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
     AssemblyError,
     EntryDamaged,
@@ -29,11 +31,9 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.store import lock
 from paroquant_stream.store.drop_record import read_records, write_record
 from paroquant_stream.store.lock import directory_lock
-from paroquant_stream.survey import plan_model, survey
 from tests.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
 FIRST, SECOND, THIRD = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
@@ -197,7 +197,7 @@ def test_a_changed_config_says_that_the_source_is_gone_and_what_to_do(model_dir)
 
 def test_another_version_of_an_operation_says_that_the_source_is_gone(model_dir, monkeypatch):
     run(model_dir, drop_source=True)
-    monkeypatch.setattr("paroquant_stream.request.TRANSFORM", "newer")
+    monkeypatch.setattr("paroquant_stream.conversion.request.TRANSFORM", "newer")
     assert {r.action for r in run(model_dir).shards} == {"reused"}
     monkeypatch.setitem(drop.Task.sha256.func.__globals__["OPERATION_VERSIONS"], "awq_weight", 99)
     with pytest.raises(SourceDropped, match="transform version changed"):

@@ -15,7 +15,8 @@ from paroquant_stream.cache.inventory import take_inventory
 from paroquant_stream.cache.listing import make_row
 from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.cache.removal import execute
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
     CheckpointError,
     EntryDamaged,
@@ -24,7 +25,6 @@ from paroquant_stream.errors import (
     SourceDropped,
 )
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.request import make_request, read_manifest
 from paroquant_stream.store.damage import damaged_path
 from paroquant_stream.store.drop_record import (
     NOTE,
@@ -281,7 +281,7 @@ def test_the_listing_says_where_a_dropped_model_is_gone(twins, tmp_path):
 
 
 def test_a_conversion_that_was_cut_off_is_listed_as_such(model_dir, monkeypatch):
-    from paroquant_stream import drop
+    from paroquant_stream.conversion import drop_source as drop
 
     def stop(self):
         raise KeyboardInterrupt

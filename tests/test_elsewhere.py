@@ -19,12 +19,12 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream import convert_checkpoint
+from paroquant_stream.conversion.planning import plan_model
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.convert import main
 from paroquant_stream.errors import Cancelled, CheckpointError, WorkersLost, WorkersUnfit
 from paroquant_stream.execution import executors as executor
 from paroquant_stream.execution.slots import Worker
-from paroquant_stream.request import make_request
-from paroquant_stream.survey import plan_model
 from paroquant_stream.transform import remote_runner as elsewhere
 from paroquant_stream.transform.remote_runner import run_elsewhere
 from paroquant_stream.transform.task_runner import Job

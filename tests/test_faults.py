@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 
 from paroquant_stream.api import load
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import ParoquantStreamError, StoreError
-from paroquant_stream.request import make_request
 from paroquant_stream.store.store import Store
 from tests.builders import SETTLED, cut_evenly, write_checkpoint
 
@@ -39,7 +39,8 @@ START = (
     + """
 import fcntl, os, resource, sys
 import concurrent.futures.thread, filelock  # what a run imports when it finds work
-from paroquant_stream import convert, shards
+from paroquant_stream import convert
+from paroquant_stream.conversion import pipeline as shards
 from paroquant_stream.transform import source, task_runner as transform
 from paroquant_stream.execution import executors as executor
 """

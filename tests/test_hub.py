@@ -20,10 +20,10 @@ import pytest
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.checkpoint.checkpoint import hub_blob
 from paroquant_stream.checkpoint.hub import PATTERNS, HubModel, locate
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.planning import survey
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import CheckpointError, MalformedFile, PlanError, SourceDamaged
-from paroquant_stream.request import make_request
-from paroquant_stream.survey import survey
 from tests.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
 REPO = "owner/name"

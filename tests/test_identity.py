@@ -13,14 +13,14 @@ import pytest
 
 from paroquant_stream.api import load
 from paroquant_stream.checkpoint.checkpoint import Shard
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import SourceChanged, SourceDamaged
 from paroquant_stream.files import descriptor, digest_cache
 from paroquant_stream.files.descriptor import FileStamp
 from paroquant_stream.files.digest_cache import _observe
 from paroquant_stream.files.filesystems import Ctime
 from paroquant_stream.files.hashing import SourceHasher
-from paroquant_stream.request import make_request
 from tests.builders import as_hub_snapshot, flip, uncovered, write_checkpoint
 from tests.images import LINUX_ROOT, eroded, extended, in_loop, squashed, without_ctime
 

@@ -9,9 +9,9 @@ import shutil
 import pytest
 
 from paroquant_stream.api import convert_checkpoint, load
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import StoreError
-from paroquant_stream.request import make_request
 from tests.builders import cut_evenly, temp_of, write_checkpoint
 
 PLACES = ["mlx", "mlx/v1", "mlx/v1/tmp", "mlx/v1/entries", "mlx/v1/manifests", "mlx/v1/memo"]

@@ -14,9 +14,9 @@ import time
 
 import pytest
 
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.files.hashing import hash_entry
-from paroquant_stream.request import make_request
 from paroquant_stream.store.store import Store
 from tests.builders import SETTLED
 

@@ -11,8 +11,8 @@ import pytest
 
 from paroquant_stream.backends import known_class
 from paroquant_stream.backends.known_class import why_unknown
-from paroquant_stream.conversion import convert
-from paroquant_stream.request import make_request
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from tests.builders import CONFIG
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.conversion.request import WHOLE, Split, make_request, staleness
 from paroquant_stream.distributed import partition as part
 from paroquant_stream.distributed.partition import AbsentLayer, Part, _layer_of, needed_entries
 from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamaged, NoSuchPart
@@ -21,7 +22,6 @@ from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model import entries as weights
-from paroquant_stream.request import WHOLE, Split, make_request, staleness
 from paroquant_stream.store import damage
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.conftest import FIXTURES

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.conversion.request import Split, make_request
 from paroquant_stream.distributed.partition import needed_entries
-from paroquant_stream.request import Split, make_request
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.conftest import FIXTURES
 from tests.pipeline_rank import logits

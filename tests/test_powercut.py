@@ -14,9 +14,9 @@ import sys
 
 import pytest
 
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.files import atomic_file as newfile
-from paroquant_stream.request import make_request
 from tests.builders import cut_evenly, write_checkpoint
 
 pytestmark = [

@@ -11,11 +11,11 @@ import time
 import pytest
 
 from paroquant_stream.api import convert_checkpoint
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.convert import main
 from paroquant_stream.errors import OutOfRange, WorkersLost
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
-from paroquant_stream.request import make_request
 from paroquant_stream.transform import remote_runner as elsewhere
 from tests import slow_worker
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from paroquant_stream.conversion.source_file import SourceFile, put_all_back, remove_dangling_link
 from paroquant_stream.errors import MalformedFile, SourceChanged, StoreError
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.proof import SourceFile, put_all_back, remove_dangling_link
 
 NAME = "model.safetensors"
 

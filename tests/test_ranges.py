@@ -10,13 +10,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.distributed import byte_ranges as ranges
 from paroquant_stream.distributed.slices import Slice, read_slice
 from paroquant_stream.distributed.tensor_parallel import shard
 from paroquant_stream.errors import ShardingError
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.model import assemble as model
-from paroquant_stream.request import make_request
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.builders import cut_apart, write_checkpoint
 from tests.conftest import FIXTURES

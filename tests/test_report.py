@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream.report import report_converted, report_reused, why_converted
+from paroquant_stream.conversion.report import report_converted, report_reused, why_converted
 from paroquant_stream.store.manifest import EntryRecord
 
 OLD = EntryRecord("a", "1" * 64, 10, ("2" * 64,), "3" * 64, "4" * 64, "5" * 32, 20, ())

@@ -16,13 +16,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from paroquant_stream import load
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.distributed import tensor_parallel as sharding
 from paroquant_stream.distributed.slices import read_slice
 from paroquant_stream.distributed.tensor_parallel import shard
 from paroquant_stream.errors import ShardingError, UnreadableFile
 from paroquant_stream.files.tensor_header import lay_out
-from paroquant_stream.request import make_request
 from paroquant_stream.rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.builders import CONFIG, awq_linear, llama_tensors, write_checkpoint

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from paroquant_stream import api, export, single_write
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import EntryDamaged, ParoquantStreamError, StoreError, UnwritableFile
-from paroquant_stream.request import make_request
 from paroquant_stream.single_file import NAME
 from paroquant_stream.single_write import export_single_file, write_single_file
 from paroquant_stream.store.format import stacks_in_pieces

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import MalformedFile, SourceChanged
 from paroquant_stream.files import hashing
-from paroquant_stream.request import make_request
 from paroquant_stream.transform.source import Source
 from tests.benchmarks.checkpoint import as_saved, make_checkpoint
 from tests.builders import write_checkpoint

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from paroquant_stream.conversion.progress import Tally
 from paroquant_stream.plan.task import Task
-from paroquant_stream.tally import Tally
 
 
 def test_a_byte_counts_when_it_is_hashed_and_converted_and_downloaded_if_it_has_to_be():

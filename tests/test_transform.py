@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from paroquant_stream.conversion.planning import plan_model
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import Cancelled, StoreError
 from paroquant_stream.execution.slots import Places, Worker
 from paroquant_stream.files.tensor_header import PAGE, lay_out
-from paroquant_stream.request import make_request
 from paroquant_stream.store.store import Store
-from paroquant_stream.survey import plan_model
 from paroquant_stream.transform.task_runner import Job, Outcome, run_task
 from tests.builders import llama_tensors
 

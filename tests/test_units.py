@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.report import bytes_text
+from paroquant_stream.conversion.report import bytes_text
 from paroquant_stream.units import age_text, parse_age, parse_size
 
 

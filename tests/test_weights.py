@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from paroquant_stream.api import convert_checkpoint, load
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
 from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model.entries import _join_pieces, _stack_experts, read_weights
-from paroquant_stream.request import make_request
 from paroquant_stream.single_write import export_single_file
 from paroquant_stream.store import damage
 from tests.builders import flip, remember

@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..conversion import convert
+from ..conversion.converter import convert
+from ..conversion.report import bytes_text, shown
+from ..conversion.request import Request, default_jobs, make_request, model_id
 from ..errors import ParoquantStreamError, StoreError
 from ..plan.task import DTYPES
-from ..report import bytes_text, shown
-from ..request import Request, default_jobs, make_request, model_id
 from ..store.store import cache_store
 from .inventory import Inventory, take_inventory
 from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Shard
+from ..conversion.planning import plan_model
+from ..conversion.report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
+from ..conversion.request import Request, staleness
 from ..errors import ParoquantStreamError
 from ..plan.task import Task
-from ..report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
-from ..request import Request, staleness
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
-from ..survey import plan_model
 
 FRESH, STALE, UNKNOWN, BROKEN = "fresh", "stale", "unknown", "broken"
 

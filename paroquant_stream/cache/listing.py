@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..report import bytes_text, shown
-from ..request import Request
+from ..conversion.report import bytes_text, shown
+from ..conversion.request import Request
 from ..store.store import Store
 from ..units import age_text
 from .foreign import Foreign

@@ -15,10 +15,10 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
+from ..conversion.report import shown
+from ..conversion.request import model_id
 from ..errors import ManifestError, NewerManifest
 from ..plan.task import DTYPES, Dtype
-from ..report import shown
-from ..request import model_id
 from ..store.drop_record import MAX_RECORD, DropRecord
 from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
 from ..store.store import Store

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from ..conversion.report import bytes_text
 from ..errors import StoreError
-from ..report import bytes_text
 from .foreign import Foreign
 from .found import Found, regular_files
 from .inventory import Inventory

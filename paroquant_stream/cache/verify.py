@@ -11,12 +11,12 @@ from pathlib import Path
 import safetensors
 
 from ..checkpoint.checkpoint import Shard
+from ..conversion.find_dropped import find_manifest
+from ..conversion.request import Request
 from ..errors import ParoquantStreamError, StoreError
 from ..files.descriptor import closing
 from ..files.digest_cache import Memo
 from ..files.hashing import hash_entry
-from ..find_dropped import find_manifest
-from ..request import Request
 from ..store.damage import confirmed_defect, take_out
 from ..store.drop_record import heal_records, read_records
 from ..store.manifest import EntryRecord, Manifest

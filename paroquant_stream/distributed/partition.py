@@ -20,10 +20,10 @@ from ..backends.backend import build, keep_pipeline_layers, load_config
 from ..backends.model_kind import TOWER_PREFIXES, is_vision_model
 from ..checkpoint.checkpoint import read_config
 from ..checkpoint.config_bounds import check_config
+from ..conversion.request import Split
 from ..errors import AssemblyError, NoSuchPart
 from ..files.tensor_header import TensorSpec
 from ..model.entries import entries_with
-from ..request import Split
 from ..store.manifest import EntryRecord, Manifest
 from .tensor_parallel import Take, shard
 

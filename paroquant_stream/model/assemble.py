@@ -16,12 +16,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..backends.backend import build, load_config, load_tokenizer
 from ..checkpoint.checkpoint import read_config
+from ..conversion.request import WHOLE, Split
 from ..distributed.byte_ranges import entry_slices
 from ..distributed.partition import Part, check_placed, cut, meet, part_of
 from ..distributed.tensor_parallel import read_by_layer
 from ..errors import AssemblyError
 from ..plan.planner import Plan
-from ..request import WHOLE, Split
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from ..store.manifest import Manifest
 from ..store.store import Store

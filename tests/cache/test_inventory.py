@@ -11,7 +11,7 @@ import pytest
 
 from paroquant_stream.api import convert_checkpoint
 from paroquant_stream.cache.inventory import claimed_keys, take_inventory
-from paroquant_stream.request import model_id
+from paroquant_stream.conversion.request import model_id
 from paroquant_stream.store import manifest as manifest_module
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import Store, cache_store

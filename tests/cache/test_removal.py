@@ -19,9 +19,9 @@ from paroquant_stream.cache import removal, running
 from paroquant_stream.cache.inventory import take_inventory
 from paroquant_stream.cache.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.cache.removal import execute
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import StoreError
-from paroquant_stream.request import make_request
 from paroquant_stream.store.store import Store, cache_store
 from tests.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
 

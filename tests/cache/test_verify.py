@@ -6,9 +6,9 @@ import pytest
 
 from paroquant_stream.cache import verify as module
 from paroquant_stream.cache.verify import manifests_of, verify_model, verify_store
-from paroquant_stream.conversion import convert
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import StoreError
-from paroquant_stream.request import make_request
 
 
 @pytest.fixture

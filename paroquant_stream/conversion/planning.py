@@ -9,20 +9,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint
-from .checkpoint.layout import detect, read_quantization
-from .errors import MalformedFile, SourceDropped
-from .files.descriptor import closing
-from .files.hashing import read_into, sha256_of
-from .files.tensor_header import Header, file_size
+from ..checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint
+from ..checkpoint.layout import detect, read_quantization
+from ..errors import MalformedFile, SourceDropped
+from ..files.descriptor import closing
+from ..files.hashing import read_into, sha256_of
+from ..files.tensor_header import Header, file_size
+from ..plan.planner import Plan, make_plan
+from ..plan.task import DTYPES, Part, Task
+from ..store.damage import damaged_path
+from ..store.drop_record import DropRecord
+from ..store.manifest import EntryRecord
 from .find_dropped import find_dropped
-from .plan.planner import Plan, make_plan
-from .plan.task import DTYPES, Part, Task
 from .report import ShardReport, report_reused, why_converted
 from .request import Request, read_manifest, source_staleness
-from .store.damage import damaged_path
-from .store.drop_record import DropRecord
-from .store.manifest import EntryRecord
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ def survey(request: Request) -> tuple[ShardReport, ...]:
 
 
 def _survey(request: Request, task: Task, old: EntryRecord | None) -> ShardReport:
-    from .execution.slots import Worker
-    from .transform.task_runner import Job, find_entry, open_source
+    from ..execution.slots import Worker
+    from ..transform.task_runner import Job, find_entry, open_source
 
     store = replace(request.store, read_only=True)
     job = Job(task, request.directory, store, request.force, known=old)

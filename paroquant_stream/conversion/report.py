@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .store.manifest import EntryRecord, Manifest
+from ..store.manifest import EntryRecord, Manifest
 
 UNCHANGED, IN_CACHE = "unchanged", "its content is in the cache already"
 ENTRY_GONE = "its entry is absent or damaged"

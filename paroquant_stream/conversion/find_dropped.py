@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .checkpoint.checkpoint import Shard, config_digest, shard_names
-from .errors import CheckpointError, SourceDropped
+from ..checkpoint.checkpoint import Shard, config_digest, shard_names
+from ..errors import CheckpointError, SourceDropped
+from ..store.drop_record import NOTE, DropRecord, new_id, read_note, read_record, read_records
+from ..store.manifest import Manifest
 from .request import Request, read_manifest, source_staleness
-from .store.drop_record import NOTE, DropRecord, new_id, read_note, read_record, read_records
-from .store.manifest import Manifest
 
 
 def find_dropped(request: Request) -> DropRecord | None:

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .conversion import convert
-from .errors import ParoquantStreamError, SomeFailed
-from .execution.executors import run_all
-from .execution.slots import Places, Worker
-from .plan.task import Dtype
+from ..errors import ParoquantStreamError, SomeFailed
+from ..execution.executors import run_all
+from ..execution.slots import Places, Worker
+from ..plan.task import Dtype
+from ..store.manifest import Manifest
+from ..trace import SILENCE, Trace, written_to
+from .converter import convert
+from .progress import Progress
 from .report import Conversion
 from .request import Request, make_request
-from .store.manifest import Manifest
-from .tally import Progress
-from .trace import SILENCE, Trace, written_to
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -29,16 +29,16 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
 
-from .errors import EntryDamaged, SourceChanged, StoreError
-from .files.folder import Folder
-from .plan.task import Task
-from .proof import SourceFile, remove_dangling_link
+from ..errors import EntryDamaged, SourceChanged, StoreError
+from ..files.folder import Folder
+from ..plan.task import Task
+from ..store.damage import confirmed_defect
+from ..store.drop_record import DropRecord, is_stored, new_id, read_note, write_note, write_record
+from ..store.manifest import EntryRecord, Manifest
+from ..trace import SILENCE, Trace
+from .planning import ModelPlan
 from .request import IN_PLACE, Request
-from .store.damage import confirmed_defect
-from .store.drop_record import DropRecord, is_stored, new_id, read_note, write_note, write_record
-from .store.manifest import EntryRecord, Manifest
-from .survey import ModelPlan
-from .trace import SILENCE, Trace
+from .source_file import SourceFile, remove_dangling_link
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import SourceChanged, StoreError
-from .files.descriptor import FileStamp, closing, pread_exactly
-from .files.folder import Folder
-from .files.hashing import SourceHasher, read_into, sha256_of
-from .plan.task import Part
+from ..errors import SourceChanged, StoreError
+from ..files.descriptor import FileStamp, closing, pread_exactly
+from ..files.folder import Folder
+from ..files.hashing import SourceHasher, read_into, sha256_of
+from ..plan.task import Part
 
 logger = logging.getLogger(__name__)
 _ASIDE = ".removing"

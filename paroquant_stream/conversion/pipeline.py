@@ -7,22 +7,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from .checkpoint.prefetch import Arrivals
-from .drop import Dropper
-from .errors import StoreError
-from .execution.executors import run_all
-from .execution.slots import Places, Worker
-from .files.folder import Folder
-from .files.tensor_header import file_size
-from .plan.task import TRANSFORM, Task
+from ..checkpoint.prefetch import Arrivals
+from ..errors import StoreError
+from ..execution.executors import run_all
+from ..execution.slots import Places, Worker
+from ..files.folder import Folder
+from ..files.tensor_header import file_size
+from ..plan.task import TRANSFORM, Task
+from ..store.manifest import EntryRecord, Manifest
+from ..trace import Trace
+from ..transform.remote_runner import runner
+from ..transform.task_runner import Job, Outcome
+from .drop_source import Dropper
+from .planning import ModelPlan, work_of
+from .progress import Progress, Tally
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
-from .store.manifest import EntryRecord, Manifest
-from .survey import ModelPlan, work_of
-from .tally import Progress, Tally
-from .trace import Trace
-from .transform.remote_runner import runner
-from .transform.task_runner import Job, Outcome
 
 
 def convert_shards(

@@ -16,17 +16,17 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .errors import StoreError
-from .files.folder import Folder
+from ..errors import StoreError
+from ..files.folder import Folder
+from ..store.lock import directory_lock
+from ..store.manifest import Manifest
+from ..trace import SILENCE, Trace
 from .report import Conversion, report_reused
 from .request import Needed, Request, read_manifest, staleness
-from .store.lock import directory_lock
-from .store.manifest import Manifest
-from .trace import SILENCE, Trace
 
 if TYPE_CHECKING:
-    from .survey import ModelPlan
-    from .tally import Progress
+    from .planning import ModelPlan
+    from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +65,16 @@ def _convert_alone(
     started: float,
 ) -> Conversion:
     """Converts while no other run removes sources of this model."""
-    from .proof import put_all_back
-    from .shards import convert_shards  # half of the start of a run without work
-    from .survey import plan_model
+    from .pipeline import convert_shards  # half of the start of a run without work
+    from .planning import plan_model
+    from .source_file import put_all_back
 
     with suppress(StoreError) if not request.drop_source else nullcontext():
         put_all_back(request.directory)
     with trace.span("plan"):
         model = plan_model(request)
     if request.drop_source:
-        from .model.assemble import check_assembly  # brings mlx-lm, for runs that remove sources
+        from ..model.assemble import check_assembly  # brings mlx-lm, for runs that remove sources
 
         with trace.span("check that it can be loaded"):
             check_assembly(request.directory, model.plan)
@@ -95,8 +95,8 @@ def _convert_alone(
 
 
 def _why_not_loadable(model: ModelPlan) -> str | None:
-    from .backends.known_class import why_unknown
-    from .backends.model_kind import is_vision_model
+    from ..backends.known_class import why_unknown
+    from ..backends.model_kind import is_vision_model
 
     config = model.checkpoint.config
     names = [tensor.name for task in model.plan.tasks for tensor in task.outputs]
@@ -118,8 +118,8 @@ def _current(request: Request, needed: Needed | None) -> Manifest | None:
     if manifest is None or staleness(request, manifest, read_unknown, needed) is not None:
         return None
     if any(record.dropped for record in manifest.entries):
+        from ..store.drop_record import heal_records  # most models keep their sources
         from .find_dropped import agrees
-        from .store.drop_record import heal_records  # most models keep their sources
 
         if not agrees(request, manifest):
             return None

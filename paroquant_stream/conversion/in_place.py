@@ -6,14 +6,14 @@ import logging
 import os
 from dataclasses import replace
 
-from .conversion import convert
-from .errors import NewerManifest, StoreError
+from ..errors import NewerManifest, StoreError
+from ..store.manifest import Manifest
+from ..store.store import Store
+from ..trace import SILENCE, Trace
+from .converter import convert
 from .find_dropped import find_manifest, is_superseded
+from .progress import Progress
 from .request import IN_PLACE, Needed, Request, make_request, staleness
-from .store.manifest import Manifest
-from .store.store import Store
-from .tally import Progress
-from .trace import SILENCE, Trace
 
 logger = logging.getLogger(__name__)
 

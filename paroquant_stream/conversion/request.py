@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .checkpoint.checkpoint import Shard, config_digest
-from .checkpoint.hub import locate
-from .errors import ParoquantStreamError
-from .files.descriptor import closing
-from .files.digest_cache import Memo
-from .plan.task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
-from .store.manifest import EntryRecord, Manifest
-from .store.store import Store, cache_store
+from ..checkpoint.checkpoint import Shard, config_digest
+from ..checkpoint.hub import locate
+from ..errors import ParoquantStreamError
+from ..files.descriptor import closing
+from ..files.digest_cache import Memo
+from ..plan.task import CAST_VERSION, DTYPES, TRANSFORM, Dtype
+from ..store.manifest import EntryRecord, Manifest
+from ..store.store import Store, cache_store
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from .checkpoint.prefetch import Remote
-    from .execution.slots import Places
+    from ..checkpoint.prefetch import Remote
+    from ..execution.slots import Places
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def make_request(
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     directory, remote = locate(model_path, revision)
     if jobs is None and executor:
-        from .execution.executors import width  # here, because a run without work needs none of it
+        from ..execution.executors import width  # here, because a run without work needs none of it
 
         jobs = width(executor)
     jobs = jobs or default_jobs()
