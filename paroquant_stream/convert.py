@@ -129,9 +129,7 @@ def _results(
     requests: Sequence[Request], progress: Progress, trace: Trace
 ) -> Iterator[tuple[Request, Conversion | ParoquantStreamError]]:
     if len(requests) > 1:
-        from .conversion.batch import (
-            convert_all,  # here, because a run without work needs none of it
-        )
+        from .conversion.batch import convert_all
 
         yield from convert_all(requests, progress, trace)
     for request in requests[: len(requests) == 1]:

@@ -11,10 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream.api import load
-from paroquant_stream.cache.inventory import take_inventory
 from paroquant_stream.cache.listing import make_row
-from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
-from paroquant_stream.cache.removal import execute
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
@@ -25,6 +22,9 @@ from paroquant_stream.errors import (
     SourceDropped,
 )
 from paroquant_stream.files.folder import Folder
+from paroquant_stream.maintenance.inventory import take_inventory
+from paroquant_stream.maintenance.prune import Rules, plan_prune, plan_removal
+from paroquant_stream.maintenance.removal import execute
 from paroquant_stream.store.damage import damaged_path
 from paroquant_stream.store.drop_record import (
     NOTE,

@@ -15,15 +15,15 @@ from ..conversion.converter import convert
 from ..conversion.report import bytes_text, shown
 from ..conversion.request import Request, default_jobs, make_request, model_id
 from ..errors import ParoquantStreamError, StoreError
+from ..maintenance.inventory import Inventory, take_inventory
+from ..maintenance.models import Model
+from ..maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
+from ..maintenance.removal import execute
+from ..maintenance.verify import verify_model, verify_store
 from ..plan.task import DTYPES
 from ..store.store import cache_store
-from .inventory import Inventory, take_inventory
 from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
-from .models import Model
 from .options import configure_parser
-from .prune import PrunePlan, Rules, plan_prune, plan_removal
-from .removal import execute
-from .verify import verify_model, verify_store
 
 DESCRIPTION = "See what is converted, read it through, and remove it."
 

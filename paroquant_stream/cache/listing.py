@@ -9,13 +9,13 @@ from typing import Any
 
 from ..conversion.report import bytes_text, shown
 from ..conversion.request import Request
+from ..maintenance.inventory import Inventory
+from ..maintenance.models import Model
+from ..maintenance.paroquant_cache import Foreign
+from ..maintenance.prune import PrunePlan
+from ..maintenance.status import STALE, UNKNOWN, Freshness, entries_alone, examine
 from ..store.store import Store
 from ..units import age_text
-from .foreign import Foreign
-from .freshness import STALE, UNKNOWN, Freshness, entries_alone, examine
-from .inventory import Inventory
-from .models import Model
-from .prune import PrunePlan
 
 _HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", "STATE")
 _RIGHT = {"SHARDS", "SIZE"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.cache.foreign import foreign_directories, remove_foreign
+from paroquant_stream.maintenance.paroquant_cache import foreign_directories, remove_foreign
 
 NAME = "0123456789abcdef"
 

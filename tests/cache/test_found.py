@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from paroquant_stream.cache.found import regular_files
+from paroquant_stream.maintenance.scan import regular_files
 
 
 def test_only_regular_files_are_found_and_by_name(tmp_path):

@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream import convert as command
-from paroquant_stream.cache.freshness import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
 from paroquant_stream.checkpoint.checkpoint import Shard
 from paroquant_stream.conversion import converter as conversion
 from paroquant_stream.conversion import request
@@ -20,6 +19,7 @@ from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import CheckpointError
 from paroquant_stream.files.hashing import SourceHasher
+from paroquant_stream.maintenance.status import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
 from paroquant_stream.plan import task
 from paroquant_stream.plan.task import OPERATION_VERSIONS
 from tests.builders import as_hub_snapshot, cut_evenly, flip, llama_tensors, write_checkpoint

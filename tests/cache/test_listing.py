@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.api import convert_checkpoint
-from paroquant_stream.cache.inventory import Inventory, take_inventory
 from paroquant_stream.cache.listing import (
     as_json,
     footer,
@@ -21,7 +20,8 @@ from paroquant_stream.cache.listing import (
     plan_lines,
     table,
 )
-from paroquant_stream.cache.prune import Rules, plan_prune, plan_removal
+from paroquant_stream.maintenance.inventory import Inventory, take_inventory
+from paroquant_stream.maintenance.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import cache_store
 from tests.builders import cut_evenly, temp_of, write_checkpoint

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.api import convert_checkpoint
-from paroquant_stream.cache.inventory import Inventory, take_inventory
-from paroquant_stream.cache.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.conversion.request import model_id
 from paroquant_stream.errors import StoreError
+from paroquant_stream.maintenance.inventory import Inventory, take_inventory
+from paroquant_stream.maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import Store, cache_store
 from tests.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint

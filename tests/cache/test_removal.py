@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.api import convert_checkpoint
-from paroquant_stream.cache import removal, running
-from paroquant_stream.cache.inventory import take_inventory
-from paroquant_stream.cache.prune import PrunePlan, Rules, plan_prune, plan_removal
-from paroquant_stream.cache.removal import execute
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import StoreError
+from paroquant_stream.maintenance import activity as running
+from paroquant_stream.maintenance import removal
+from paroquant_stream.maintenance.inventory import take_inventory
+from paroquant_stream.maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
+from paroquant_stream.maintenance.removal import execute
 from paroquant_stream.store.store import Store, cache_store
 from tests.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
 

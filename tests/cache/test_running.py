@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from paroquant_stream.cache import running as room
-from paroquant_stream.cache.running import demand_quiet, running
 from paroquant_stream.errors import StoreError
+from paroquant_stream.maintenance import activity as room
+from paroquant_stream.maintenance.activity import demand_quiet, running
 from paroquant_stream.store.store import Store
 from tests.builders import temp_of
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.cache import verify as module
-from paroquant_stream.cache.verify import manifests_of, verify_model, verify_store
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import StoreError
+from paroquant_stream.maintenance import verify as module
+from paroquant_stream.maintenance.verify import manifests_of, verify_model, verify_store
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .found import Found, regular_files
+from .scan import Found, regular_files
 
 FILE_NAME = "converted_mlx.safetensors"
 _NAME = re.compile("[0-9a-f]{16}")

@@ -17,11 +17,11 @@ from dataclasses import replace
 
 from ..errors import StoreError
 from ..files.atomic_file import sync_directory
-from .foreign import remove_foreign
-from .found import Found
+from .activity import demand_quiet
 from .inventory import claimed_keys
+from .paroquant_cache import remove_foreign
 from .prune import PrunePlan
-from .running import demand_quiet
+from .scan import Found
 
 
 def execute(plan: PrunePlan) -> int:

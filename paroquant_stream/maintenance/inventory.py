@@ -19,9 +19,9 @@ from ..files import temp_files
 from ..files.descriptor import FileStamp
 from ..store.lock import excludes
 from ..store.store import Store
-from .foreign import Foreign, foreign_directories
-from .found import Found, regular_files
 from .models import Model, read_models
+from .paroquant_cache import Foreign, foreign_directories
+from .scan import Found, regular_files
 
 _ENTRY = re.compile(r"(?P<key>[0-9a-f]{64})\.safetensors")
 _DIGEST = re.compile(r"(?P<key>[0-9a-f]{64})\.digest")

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from ..conversion.report import bytes_text
 from ..errors import StoreError
-from .foreign import Foreign
-from .found import Found, regular_files
+from .activity import QUIET, demand_quiet, running
 from .inventory import Inventory
 from .models import Model
-from .running import QUIET, demand_quiet, running
+from .paroquant_cache import Foreign
+from .scan import Found, regular_files
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..plan.task import DTYPES, Dtype
 from ..store.drop_record import MAX_RECORD, DropRecord
 from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
 from ..store.store import Store
-from .found import Found, regular_files
+from .scan import Found, regular_files
 
 SOURCE: Dtype = "source"
 _Decoded = TypeVar("_Decoded")
