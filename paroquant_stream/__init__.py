@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .conversion.batch import convert_checkpoints
     from .dropin import install, uninstall
     from .errors import ParoquantStreamError
-    from .mlx_directory import export_model
+    from .exports.mlx_directory_writer import export_model
     from .store.manifest import Manifest
 
 __version__ = "0.1.0"

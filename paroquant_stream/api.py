@@ -163,7 +163,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     check_directory(request.directory)  # before hours of conversion
     with options.trace.span("import MLX"):
         from .distributed.partition import needed_entries
-        from .exported import stored_in_export  # conversion may not need it
+        from .exports.mlx_directory_reader import stored_in_export  # conversion may not need it
         from .model.assemble import assemble, assemble_stored
     if EXPORTED in read_config(request.directory):
         stored = stored_in_export(request.directory)
@@ -214,9 +214,9 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     if request.dtype != "source":
         return None, None
     from .checkpoint.layout import read_quantization
+    from .exports.single_file import check_usable, opened
     from .model.assemble import assemble_stored
     from .model.entries import stored_in_file
-    from .single_file import check_usable, opened
 
     try:
         with opened(request.directory) as file:

@@ -14,8 +14,8 @@ from .conversion.request import make_request
 from .convert import Terminated
 from .errors import ParoquantStreamError
 from .exits import end_with
+from .exports.single_file import NAME
 from .progress import Progress
-from .single_file import NAME
 from .units import parse_size
 
 DESCRIPTION = """\
@@ -106,7 +106,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _write_single(arguments: argparse.Namespace) -> int:
-    from .single_write import export_single_file
+    from .exports.single_file_writer import export_single_file
 
     request = make_request(
         arguments.model,
@@ -123,7 +123,10 @@ def _write_single(arguments: argparse.Namespace) -> int:
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from .mlx_directory import MODEL_FILE, export_model  # with MLX, which --help does not need
+    from .exports.mlx_directory_writer import (  # with MLX, which --help does not need
+        MODEL_FILE,
+        export_model,
+    )
 
     with Progress(arguments.quiet) as progress:
         export = export_model(

@@ -21,8 +21,8 @@ from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import Split
 from paroquant_stream.distributed import partition as part
 from paroquant_stream.errors import AssemblyError
+from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.model import assemble as model
 from paroquant_stream.store.store import cache_store
 from tests.builders import CONFIG, write_checkpoint

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from paroquant_stream import convert, export, mlx_directory
+from paroquant_stream import convert, export
+from paroquant_stream.exports import mlx_directory_writer as mlx_directory
 from tests.conftest import FIXTURES
 
 

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import export_files as room
 from paroquant_stream.errors import CheckpointError, MalformedFile
-from paroquant_stream.export_files import JSON, OTHER, export_files, files_to_export, without_code
+from paroquant_stream.exports import copied_files as room
+from paroquant_stream.exports.copied_files import (
+    JSON,
+    OTHER,
+    export_files,
+    files_to_export,
+    without_code,
+)
 
 
 @pytest.fixture
@@ -153,7 +159,7 @@ STREAMED = """
 import sys
 from pathlib import Path
 from paroquant_stream.convert import peak_rss_bytes
-from paroquant_stream.export_files import export_files
+from paroquant_stream.exports.copied_files import export_files
 before = peak_rss_bytes()
 export_files(Path(sys.argv[1]), ["merges.txt"], Path(sys.argv[2]))
 print(peak_rss_bytes() - before < 60_000_000)

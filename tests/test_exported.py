@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from paroquant_stream import load
 from paroquant_stream.checkpoint.checkpoint import Checkpoint
 from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFile
-from paroquant_stream.mlx_directory import MODEL_FILE, export_model
+from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
 from tests.conftest import FIXTURES
 
 FAMILIES = ["llama-awq-adversarial", "qwen3_moe-awq-adversarial", "qwen3_5_text-awq-size"]

@@ -19,11 +19,11 @@ from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.api import make_request
 from paroquant_stream.convert import main
 from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
+from paroquant_stream.exports.mlx_directory_writer import export_model
+from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.files.descriptor import open_regular
 from paroquant_stream.files.tensor_header import TensorSpec, read_header
-from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.model.entries import read_weights
-from paroquant_stream.single_write import export_single_file
 from paroquant_stream.store.manifest import EntryRecord, Manifest
 from paroquant_stream.store.store import Store
 from tests.builders import cut_evenly, write_checkpoint

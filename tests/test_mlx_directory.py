@@ -13,9 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
-from paroquant_stream import convert_checkpoint, load, mlx_directory, standalone
+from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
-from paroquant_stream.mlx_directory import MODEL_FILE, export_model
+from paroquant_stream.exports import mlx_directory_writer as mlx_directory
+from paroquant_stream.exports import standalone
+from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
 from paroquant_stream.store.store import cache_store
 from tests.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.conftest import FIXTURES

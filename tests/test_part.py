@@ -17,9 +17,9 @@ from paroquant_stream.conversion.request import WHOLE, Split, make_request, stal
 from paroquant_stream.distributed import partition as part
 from paroquant_stream.distributed.partition import AbsentLayer, Part, _layer_of, needed_entries
 from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamaged, NoSuchPart
+from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.mlx_directory import export_model
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model import entries as weights
 from paroquant_stream.store import damage

@@ -15,7 +15,7 @@ from paroquant_stream.distributed import byte_ranges as ranges
 from paroquant_stream.distributed.slices import Slice, read_slice
 from paroquant_stream.distributed.tensor_parallel import shard
 from paroquant_stream.errors import ShardingError
-from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.model import assemble as model
 from tests.benchmarks.checkpoint import make_checkpoint
 from tests.builders import cut_apart, write_checkpoint

@@ -13,13 +13,14 @@ import pytest
 from mlx.utils import tree_flatten
 from paroquant.inference.backends.mlx.load import load as public_load
 
-from paroquant_stream import api, load, single_file
+from paroquant_stream import api, load
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
+from paroquant_stream.exports import single_file
+from paroquant_stream.exports.single_file import NAME, NO_DIGEST, hash_single, with_digest
+from paroquant_stream.exports.single_file_writer import export_single_file, write_single_file
 from paroquant_stream.files.tensor_header import read_header
-from paroquant_stream.single_file import NAME, NO_DIGEST, hash_single, with_digest
-from paroquant_stream.single_write import export_single_file, write_single_file
 from paroquant_stream.store.store import cache_store
 from tests.builders import cut_evenly, flip, llama_tensors, remember, uncovered, write_checkpoint
 from tests.conftest import FIXTURES

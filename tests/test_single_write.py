@@ -13,12 +13,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from paroquant_stream import api, export, single_write
+from paroquant_stream import api, export
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import EntryDamaged, ParoquantStreamError, StoreError, UnwritableFile
-from paroquant_stream.single_file import NAME
-from paroquant_stream.single_write import export_single_file, write_single_file
+from paroquant_stream.exports import single_file_writer as single_write
+from paroquant_stream.exports.single_file import NAME
+from paroquant_stream.exports.single_file_writer import export_single_file, write_single_file
 from paroquant_stream.store.format import stacks_in_pieces
 from tests.conftest import FIXTURES
 
@@ -229,7 +230,7 @@ import os, signal, sys
 from pathlib import Path
 from paroquant_stream import convert_checkpoint
 from paroquant_stream.store.store import cache_store
-from paroquant_stream.single_write import write_single_file
+from paroquant_stream.exports.single_file_writer import write_single_file
 model, cache, target = sys.argv[1:]
 manifest = convert_checkpoint(model, cache_dir=cache)
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)

@@ -13,10 +13,10 @@ from paroquant_stream.api import convert_checkpoint, load
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
-from paroquant_stream.mlx_directory import export_model
+from paroquant_stream.exports.mlx_directory_writer import export_model
+from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model.entries import _join_pieces, _stack_experts, read_weights
-from paroquant_stream.single_write import export_single_file
 from paroquant_stream.store import damage
 from tests.builders import flip, remember
 

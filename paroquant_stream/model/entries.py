@@ -17,9 +17,9 @@ from ..checkpoint.layout import Quantization
 from ..distributed.slices import MLX_DTYPES
 from ..distributed.tensor_parallel import Take
 from ..errors import AssemblyError, ParoquantStreamError
+from ..exports.single_file import SingleFile
 from ..files.descriptor import closing, file_status
 from ..files.tensor_header import TensorSpec, layout_defect
-from ..single_file import SingleFile
 from ..store.damage import confirmed_defect, defect_of, take_out
 from ..store.format import stacks_in_pieces
 from ..store.manifest import EntryRecord, Manifest

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .checkpoint.checkpoint import EXPORTED, Shard, open_checkpoint
-from .checkpoint.layout import read_quantization
-from .errors import AssemblyError, CheckpointError, ParoquantStreamError
-from .files.descriptor import closing
-from .files.tensor_header import read_header
-from .model.entries import Stored
+from ..checkpoint.checkpoint import EXPORTED, Shard, open_checkpoint
+from ..checkpoint.layout import read_quantization
+from ..errors import AssemblyError, CheckpointError, ParoquantStreamError
+from ..files.descriptor import closing
+from ..files.tensor_header import read_header
+from ..model.entries import Stored
 
 FORMAT = 1
 """The number of the directory's form; another one is for another version of this package."""

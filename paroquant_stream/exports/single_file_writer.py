@@ -17,22 +17,22 @@ from pathlib import Path
 
 import xxhash
 
-from .conversion.in_place import converted
-from .conversion.progress import Progress
-from .conversion.request import Request
-from .errors import EntryDamaged, UnwritableFile
-from .files import temp_files
-from .files.atomic_file import reserve, write_problem
-from .files.descriptor import closing
-from .files.folder import Folder
-from .files.hashing import CHUNK, read_chunks
-from .files.tensor_header import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
+from ..conversion.in_place import converted
+from ..conversion.progress import Progress
+from ..conversion.request import Request
+from ..errors import EntryDamaged, UnwritableFile
+from ..files import temp_files
+from ..files.atomic_file import reserve, write_problem
+from ..files.descriptor import closing
+from ..files.folder import Folder
+from ..files.hashing import CHUNK, read_chunks
+from ..files.tensor_header import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
+from ..store.damage import forget_pages, take_out
+from ..store.format import stacks_in_pieces
+from ..store.lock import excludes
+from ..store.manifest import EntryRecord, Manifest
+from ..store.store import Store
 from .single_file import NAME, hash_single, metadata_of, with_digest
-from .store.damage import forget_pages, take_out
-from .store.format import stacks_in_pieces
-from .store.lock import excludes
-from .store.manifest import EntryRecord, Manifest
-from .store.store import Store
 
 logger = logging.getLogger(__name__)
 

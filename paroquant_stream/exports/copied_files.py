@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.model_files import MAX_JSON, MAX_TEXT, TEMPLATES, check_size, open_inside
-from .errors import CheckpointError, MalformedFile
-from .files.atomic_file import new_file_at
-from .files.descriptor import closing, file_status
-from .files.hashing import CHUNK, read_chunks
-from .files.strict_json import strict_json
+from ..checkpoint.model_files import MAX_JSON, MAX_TEXT, TEMPLATES, check_size, open_inside
+from ..errors import CheckpointError, MalformedFile
+from ..files.atomic_file import new_file_at
+from ..files.descriptor import closing, file_status
+from ..files.hashing import CHUNK, read_chunks
+from ..files.strict_json import strict_json
 
 JSON = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

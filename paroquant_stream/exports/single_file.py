@@ -26,14 +26,14 @@ from pathlib import Path
 
 from paroquant_stream import __version__
 
-from .checkpoint.checkpoint import SHARD_NAME, Shard, shard_names
-from .conversion.request import Request, source_staleness
-from .errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
-from .files.descriptor import closing, pread_exactly
-from .files.hashing import hash_parts
-from .files.strict_json import strict_json
-from .files.tensor_header import Header, read_header
-from .plan.task import TRANSFORM
+from ..checkpoint.checkpoint import SHARD_NAME, Shard, shard_names
+from ..conversion.request import Request, source_staleness
+from ..errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
+from ..files.descriptor import closing, pread_exactly
+from ..files.hashing import hash_parts
+from ..files.strict_json import strict_json
+from ..files.tensor_header import Header, read_header
+from ..plan.task import TRANSFORM
 
 NAME = "converted_mlx.safetensors"
 MAX_SHARDS = 10_000  # each costs a look at the disk; the largest models have some 200
@@ -168,7 +168,7 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
 
 def _removed_sources(request: Request) -> dict[str, str]:
     """SHA-256 of shards that `--drop-source` removed, by name, as cache and `mlx/` know them."""
-    from .conversion.find_dropped import find_dropped
+    from ..conversion.find_dropped import find_dropped
 
     beside = replace(request.store, root=request.directory / "mlx", private=False, read_only=True)
     found: dict[str, str] = {}

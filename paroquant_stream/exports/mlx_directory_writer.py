@@ -13,24 +13,24 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checkpoint.checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
+from ..checkpoint.model_files import check_directory
+from ..conversion.in_place import converted
+from ..conversion.progress import Progress
+from ..conversion.request import Request, make_request
+from ..distributed.slices import MLX_DTYPES
+from ..errors import CheckpointError, EntryDamaged
+from ..files.atomic_directory import new_directory
+from ..files.atomic_file import new_file_at
+from ..files.tensor_header import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
+from ..model.assemble import assemble
+from ..model.entries import reading
+from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
+from ..store.manifest import Manifest
+from ..store.store import Store
 from . import standalone
-from .checkpoint.checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
-from .checkpoint.model_files import check_directory
-from .conversion.in_place import converted
-from .conversion.progress import Progress
-from .conversion.request import Request, make_request
-from .distributed.slices import MLX_DTYPES
-from .errors import CheckpointError, EntryDamaged
-from .export_files import as_json, export_files, files_to_export, without_code, write_file
-from .exported import FORMAT
-from .files.atomic_directory import new_directory
-from .files.atomic_file import new_file_at
-from .files.tensor_header import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
-from .model.assemble import assemble
-from .model.entries import reading
-from .rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
-from .store.manifest import Manifest
-from .store.store import Store
+from .copied_files import as_json, export_files, files_to_export, without_code, write_file
+from .mlx_directory_reader import FORMAT
 
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""

@@ -1,0 +1,4 @@
+"""Other forms of a converted model: an MLX directory, a single file.
+
+Imports conversion and model.
+"""
