@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import convert_checkpoint, load
+    from .api.load import convert_checkpoint, load
     from .conversion.batch import convert_checkpoints
-    from .dropin import install, uninstall
     from .errors import ParoquantStreamError
     from .exports.mlx_directory_writer import export_model
+    from .integrations.loader_patch import install, uninstall
     from .store.manifest import Manifest
 
 __version__ = "0.1.0"

@@ -123,10 +123,7 @@ def _write_single(arguments: argparse.Namespace) -> int:
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from .exports.mlx_directory_writer import (  # with MLX, which --help does not need
-        MODEL_FILE,
-        export_model,
-    )
+    from .exports.mlx_directory_writer import MODEL_FILE, export_model
 
     with Progress(arguments.quiet) as progress:
         export = export_model(

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from .conversion.report import shown
-from .dropin import install, uninstall
 from .errors import MissingExtra, ParoquantStreamError, ProgramNotFound
+from .integrations.loader_patch import install, uninstall
 from .plan.task import DTYPES
 
 USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"

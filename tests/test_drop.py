@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from paroquant_stream.api import load
+from paroquant_stream.api.load import load
 from paroquant_stream.conversion import drop_source as drop
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.planning import plan_model, survey

@@ -18,8 +18,8 @@ from paroquant.inference.backends.mlx import generator, modules
 from paroquant.inference.base import GenerationParams
 
 import paroquant_stream
-from paroquant_stream import dropin
 from paroquant_stream.errors import LoaderMoved, MissingExtra
+from paroquant_stream.integrations import loader_patch as dropin
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
 from tests.conftest import FIXTURES
 
@@ -214,7 +214,8 @@ def python(directory: Path, code: str) -> str:
 def test_a_loader_imported_later_is_ours_and_installing_imports_nothing(tmp_path):
     code = """
 import sys
-from paroquant_stream import dropin, install, uninstall
+from paroquant_stream.integrations import loader_patch as dropin
+from paroquant_stream import install, uninstall
 install()
 print(*({"paroquant", "mlx", "mlx_lm", "huggingface_hub", "numpy"} & set(sys.modules)))
 from paroquant.inference.backends.mlx import load as home

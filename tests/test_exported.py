@@ -47,7 +47,7 @@ def test_load_gives_every_parameter_bit_for_bit_and_converts_nothing(
 ):
     original, words, _ = load(FIXTURES / name)
     export_model(FIXTURES / name, tmp_path / "out", self_contained=self_contained)
-    monkeypatch.setattr("paroquant_stream.api.convert", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr("paroquant_stream.api.load.convert", lambda *_: pytest.fail("converted"))
     model, tokenizer, is_vlm = load(tmp_path / "out", lazy=lazy)
     assert parameters(model) == parameters(original)
     assert tokenizer.encode("w5 w9") == words.encode("w5 w9") != []

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paroquant_stream.api import load
+from paroquant_stream.api.load import load
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import ParoquantStreamError, StoreError

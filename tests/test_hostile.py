@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as second_opinion
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.api import make_request
+from paroquant_stream.api.load import make_request
 from paroquant_stream.convert import main
 from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
 from paroquant_stream.exports.mlx_directory_writer import export_model

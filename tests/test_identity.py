@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api import load
+from paroquant_stream.api.load import load
 from paroquant_stream.checkpoint.checkpoint import Shard
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request

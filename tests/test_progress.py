@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
-from paroquant_stream.api import convert_checkpoint
+from paroquant_stream.api.load import convert_checkpoint
 from paroquant_stream.progress import Progress
 
 
@@ -78,7 +78,7 @@ def test_every_shard_is_announced_before_the_first_is_begun(model_dir):
 
 
 def test_loading_prints_nothing_by_itself(model_dir, capfd):
-    from paroquant_stream.api import load
+    from paroquant_stream.api.load import load
 
     load(model_dir)
     assert capfd.readouterr() == ("", "")

@@ -63,7 +63,7 @@ def test_a_script_finds_its_arguments_its_path_and_our_loader(here):
     argv, path, name, is_main, file, loader = json.loads(done.stdout)
     assert argv == ["./script.py", "--help", "-m", "x", "--", "--jobs"]
     assert (path, name, is_main, file) == (str(here), "__main__", True, "./script.py")
-    assert loader == "paroquant_stream.dropin"
+    assert loader == "paroquant_stream.integrations.loader_patch"
     assert done.stderr == ""
 
 
@@ -81,7 +81,7 @@ def test_a_module_runs_as_python_m_runs_it(here, name):
     plain = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True)
     *wanted, loader = json.loads(plain.stdout)
     assert loader == "paroquant.inference.backends.mlx.load"
-    assert json.loads(ours) == [*wanted, "paroquant_stream.dropin"]
+    assert json.loads(ours) == [*wanted, "paroquant_stream.integrations.loader_patch"]
 
 
 def test_the_options_are_those_of_every_load(here):
@@ -93,7 +93,7 @@ def test_the_options_are_those_of_every_load(here):
 
 def test_a_directory_with_a_main_runs(here):
     argv, path, *_, loader = json.loads(run("package", cwd=here).stdout)
-    assert (argv, loader) == (["package"], "paroquant_stream.dropin")
+    assert (argv, loader) == (["package"], "paroquant_stream.integrations.loader_patch")
     assert os.path.basename(path) == "package"
 
 
@@ -176,7 +176,10 @@ def test_a_spawned_process_has_paroquants_loader_and_a_forked_one_ours(here):
         "            print(pool.apply(of_a_child))\n"
     )
     lines = run("children.py", cwd=here).stdout.splitlines()
-    assert lines[1:] == ["paroquant.inference.backends.mlx.load", "paroquant_stream.dropin"]
+    assert lines[1:] == [
+        "paroquant.inference.backends.mlx.load",
+        "paroquant_stream.integrations.loader_patch",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--jobs", "0", "x.py"], ["--unknown"], ["-m"]])

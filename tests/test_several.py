@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream import convert_checkpoints
-from paroquant_stream.api import convert_checkpoint
+from paroquant_stream.api.load import convert_checkpoint
 from paroquant_stream.conversion.batch import convert_all
 from paroquant_stream.conversion.report import Conversion
 from paroquant_stream.conversion.request import make_request

@@ -13,7 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 from paroquant.inference.backends.mlx.load import load as public_load
 
-from paroquant_stream import api, load
+from paroquant_stream import load
+from paroquant_stream.api import load as api
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from paroquant_stream.api import convert_checkpoint, load
+from paroquant_stream.api.load import convert_checkpoint, load
 from paroquant_stream.errors import UnwritableFile
 from paroquant_stream.trace import SILENCE, Trace, written_to
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api import convert_checkpoint
+from paroquant_stream.api.load import convert_checkpoint
 from paroquant_stream.cache.listing import (
     as_json,
     footer,

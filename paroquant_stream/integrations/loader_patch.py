@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from . import api
-from .errors import LoaderMoved, MissingExtra
+from ..api import load as api
+from ..errors import LoaderMoved, MissingExtra
 
 HOME = "paroquant.inference.backends.mlx.load"
 """The module with the loader, as of paroquant 0.1.16; oMLX and the package's own generator, chat

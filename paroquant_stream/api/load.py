@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .checkpoint.checkpoint import EXPORTED, read_config
-from .checkpoint.model_files import check_directory
-from .conversion.converter import convert
-from .conversion.in_place import shipped
-from .conversion.request import Needed, Parallel, Request, Split, make_request
-from .errors import (
+from ..checkpoint.checkpoint import EXPORTED, read_config
+from ..checkpoint.model_files import check_directory
+from ..conversion.converter import convert
+from ..conversion.in_place import shipped
+from ..conversion.request import Needed, Parallel, Request, Split, make_request
+from ..errors import (
     AssemblyError,
     CheckpointError,
     EntryDamaged,
@@ -23,14 +23,14 @@ from .errors import (
     SourceDropped,
     UnreadableFile,
 )
-from .plan.task import Dtype
-from .store.manifest import EntryRecord, Manifest
-from .trace import Trace, written_to
+from ..plan.task import Dtype
+from ..store.manifest import EntryRecord, Manifest
+from ..trace import Trace, written_to
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from .conversion.progress import Progress
+    from ..conversion.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     """The model from the first of: an export, `mlx/`, the single file, the cache, a conversion."""
     check_directory(request.directory)  # before hours of conversion
     with options.trace.span("import MLX"):
-        from .distributed.partition import needed_entries
-        from .exports.mlx_directory_reader import stored_in_export  # conversion may not need it
-        from .model.assemble import assemble, assemble_stored
+        from ..distributed.partition import needed_entries
+        from ..exports.mlx_directory_reader import stored_in_export  # conversion may not need it
+        from ..model.assemble import assemble, assemble_stored
     if EXPORTED in read_config(request.directory):
         stored = stored_in_export(request.directory)
         return assemble_stored(request.directory, stored, **options.of_stored(force_text=True))
@@ -197,7 +197,7 @@ def _load_shipped(
         found = shipped(request, needed)
     if found is None:
         return None, None
-    from .model.assemble import assemble
+    from ..model.assemble import assemble
 
     manifest, store = found
     try:
@@ -213,10 +213,10 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     """
     if request.dtype != "source":
         return None, None
-    from .checkpoint.layout import read_quantization
-    from .exports.single_file import check_usable, opened
-    from .model.assemble import assemble_stored
-    from .model.entries import stored_in_file
+    from ..checkpoint.layout import read_quantization
+    from ..exports.single_file import check_usable, opened
+    from ..model.assemble import assemble_stored
+    from ..model.entries import stored_in_file
 
     try:
         with opened(request.directory) as file:

@@ -1,0 +1,4 @@
+"""The public functions.
+
+Imports integrations, exports, maintenance, conversion and model.
+"""

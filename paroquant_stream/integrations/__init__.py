@@ -1,0 +1,1 @@
+"""The loader of this package in the place of other packages' loaders."""
