@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import Request
-from paroquant_stream.convert import main
 from paroquant_stream.errors import OutOfRange
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform.cast import cast

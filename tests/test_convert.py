@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from paroquant_stream.convert import main
+from paroquant_stream.cli.convert import main
 from tests.builders import SETTLED, cut_evenly, llama_tensors, write_checkpoint
 
 
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_made_is_one_message(model_dir, tmp_path, capsys)
 
 
 def test_a_bar_by_bytes_is_shown_on_a_terminal_only(arguments):
-    command = [sys.executable, "-m", "paroquant_stream.convert", *arguments]
+    command = [sys.executable, "-m", "paroquant_stream.cli.convert", *arguments]
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 80))
     with subprocess.Popen(command, stderr=follower, stdout=subprocess.PIPE) as process:
@@ -140,7 +140,7 @@ LIGHT = (
     SETTLED
     + """
 import sys
-from paroquant_stream.convert import main
+from paroquant_stream.cli.convert import main
 code = main(sys.argv[1:])
 heavy = {"numpy", "mlx", "transformers", "huggingface_hub", "tqdm", "safetensors", "mlx_lm"}
 heavy |= {"distributed", "dask", "multiprocessing", "concurrent"}

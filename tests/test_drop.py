@@ -309,7 +309,7 @@ def test_cut_off_at_any_change_of_the_disk_the_next_run_completes(
 
 KILL = """
 import os, signal, sys
-from paroquant_stream import convert
+from paroquant_stream.cli import convert
 step, calls = int(sys.argv[1]), 0
 def deadly(real):
     def call(*arguments, **options):

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream.api.load import load
-from paroquant_stream.cache.listing import make_row
+from paroquant_stream.cli.cache_listing import make_row
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (

@@ -19,9 +19,9 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream import convert_checkpoint
+from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.planning import plan_model
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.convert import main
 from paroquant_stream.errors import Cancelled, CheckpointError, WorkersLost, WorkersUnfit
 from paroquant_stream.execution import executors as executor
 from paroquant_stream.execution.slots import Worker
@@ -77,7 +77,7 @@ def arguments(cluster, model, cache, *more: str) -> list[str]:
 
 def run(*given: str, **options) -> tuple[int, str]:
     """Exit code and stderr of the command in a process of its own."""
-    command = [sys.executable, "-m", "paroquant_stream.convert", *given]
+    command = [sys.executable, "-m", "paroquant_stream.cli.convert", *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
     return done.returncode, done.stderr
 
@@ -148,7 +148,7 @@ def test_a_worker_that_is_killed_in_a_shard_has_it_done_by_another(cluster, mode
 ARMED = """
 import os, sys
 from pathlib import Path
-from paroquant_stream import convert, exits
+from paroquant_stream.cli import convert, common as exits
 Path(sys.argv.pop(1)).write_text(f"{os.getpid()} {sys.argv.pop(1)}")
 exits.end_with(convert.main)
 """
@@ -215,7 +215,7 @@ def test_a_client_that_was_closed_is_an_error_of_ours(cluster, model, tmp_path):
 
 HURRY = """
 import sys
-from paroquant_stream import convert, exits
+from paroquant_stream.cli import convert, common as exits
 from paroquant_stream.execution import executors as executor
 executor.CONNECT = 0.2
 exits.end_with(convert.main)

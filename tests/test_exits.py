@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from paroquant_stream.exits import NO_READER
+from paroquant_stream.cli.common import NO_READER
 
 
 def run_without_reader(*arguments: str, streams: tuple[str, ...] = ("stdout",)) -> tuple[int, str]:
@@ -35,12 +35,12 @@ def test_a_reader_that_went_away_ends_a_command_quietly(arguments):
 
 
 def test_the_help_of_a_command_is_as_quiet_without_a_reader():
-    assert run_without_reader("-m", "paroquant_stream.convert", "--help")[1] == ""
+    assert run_without_reader("-m", "paroquant_stream.cli.convert", "--help")[1] == ""
 
 
 def test_a_conversion_without_a_reader_is_whole_and_quiet(model_dir, tmp_path):
     where = ["--cache-dir", str(tmp_path / "c")]
-    command = ["-m", "paroquant_stream.convert", str(model_dir), *where]
+    command = ["-m", "paroquant_stream.cli.convert", str(model_dir), *where]
     code, err = run_without_reader(*command)
     assert code == NO_READER
     assert "Traceback" not in err
@@ -49,9 +49,7 @@ def test_a_conversion_without_a_reader_is_whole_and_quiet(model_dir, tmp_path):
 
 
 def test_more_than_a_pipe_holds_ends_as_quietly(tmp_path):
-    code = (
-        "from paroquant_stream.exits import end_with\nend_with(lambda: print('x' * 1000000) or 0)"
-    )
+    code = "from paroquant_stream.cli.common import end_with\nend_with(lambda: print('x' * 1000000) or 0)"
     assert run_without_reader("-c", code) == (NO_READER, "")
 
 
@@ -64,5 +62,7 @@ def test_a_message_without_a_reader_ends_quietly_too():
     ("give", "code"), [("0", 0), ("1", 1), ("sys.exit(2)", 2), ("sys.exit()", 0)]
 )
 def test_the_code_of_the_command_is_that_of_the_process(give, code):
-    program = f"import sys\nfrom paroquant_stream.exits import end_with\nend_with(lambda: {give})"
+    program = (
+        f"import sys\nfrom paroquant_stream.cli.common import end_with\nend_with(lambda: {give})"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == code

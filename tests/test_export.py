@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from paroquant_stream import convert, export
+from paroquant_stream.cli import convert, export
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
 from tests.conftest import FIXTURES
 
@@ -162,7 +162,7 @@ def test_ctrl_c_during_the_conversion_sweeps_its_temps(model_dir, tmp_path, monk
 
 
 def test_the_module_form_does_not_warn(command):
-    program = [sys.executable, "-W", "error", "-m", "paroquant_stream.export", "--help"]
+    program = [sys.executable, "-W", "error", "-m", "paroquant_stream.cli.export", "--help"]
     done = subprocess.run(program, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--trust-remote-code" in done.stdout

@@ -158,7 +158,7 @@ def test_a_giant_that_grew_later_is_refused_before_it_is_read(model_dir, out):
 STREAMED = """
 import sys
 from pathlib import Path
-from paroquant_stream.convert import peak_rss_bytes
+from paroquant_stream.cli.convert import peak_rss_bytes
 from paroquant_stream.exports.copied_files import export_files
 before = peak_rss_bytes()
 export_files(Path(sys.argv[1]), ["merges.txt"], Path(sys.argv[2]))

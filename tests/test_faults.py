@@ -39,7 +39,7 @@ START = (
     + """
 import fcntl, os, resource, sys
 import concurrent.futures.thread, filelock  # what a run imports when it finds work
-from paroquant_stream import convert
+from paroquant_stream.cli import convert
 from paroquant_stream.conversion import pipeline as shards
 from paroquant_stream.transform import source, task_runner as transform
 from paroquant_stream.execution import executors as executor

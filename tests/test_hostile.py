@@ -17,7 +17,7 @@ from safetensors.numpy import load as second_opinion
 
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.api.load import make_request
-from paroquant_stream.convert import main
+from paroquant_stream.cli.convert import main
 from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
@@ -174,7 +174,7 @@ import os, resource, sys, time
 from paroquant_stream.errors import MalformedFile
 from paroquant_stream.files.descriptor import open_regular
 from paroquant_stream.files.tensor_header import read_header
-from paroquant_stream.convert import peak_rss_bytes
+from paroquant_stream.cli.convert import peak_rss_bytes
 before, started = peak_rss_bytes(), time.monotonic()
 try:
     read_header(open_regular(sys.argv[1]), "bomb")
@@ -265,7 +265,7 @@ def test_nothing_of_a_hostile_directory_is_executed_or_unpickled(tmp_path):
 
 OPENED = """
 import sys
-from paroquant_stream import convert
+from paroquant_stream.cli import convert
 opened = []
 sys.addaudithook(lambda event, a: opened.append(str(a[0])) if event == "open" else None)
 code = convert.main(sys.argv[2:])

@@ -62,7 +62,7 @@ def names(count: int = COUNT) -> list[str]:
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "paroquant_stream.convert", REPO, *arguments],
+        [sys.executable, "-m", "paroquant_stream.cli.convert", REPO, *arguments],
         env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -133,7 +133,7 @@ COMMAND = """
 import sys
 from paroquant_stream.checkpoint import hub_watch
 hub_watch.WINDOW = 1.0
-from paroquant_stream.convert import main
+from paroquant_stream.cli.convert import main
 sys.exit(main(["owner/name"]))
 """
 

@@ -24,7 +24,7 @@ KILL = (
     SETTLED
     + """
 import os, signal, sys
-from paroquant_stream import convert
+from paroquant_stream.cli import convert
 from paroquant_stream.files import atomic_file as newfile
 newfile._BLOCK = 4096
 step, calls = int(sys.argv[1]), 0
@@ -44,7 +44,7 @@ sys.exit(convert.main(sys.argv[2:]))
 
 SLOW = """
 import sys, time
-from paroquant_stream import convert
+from paroquant_stream.cli import convert
 from paroquant_stream.transform import source
 real = source.Source._count
 def slow(self, size):
@@ -175,7 +175,7 @@ def test_a_signal_ends_the_run_soon_and_cleanly(model_dir, tmp_path, number, cod
 
 STUCK = """
 import os, sys, time
-from paroquant_stream import convert, exits
+from paroquant_stream.cli import convert, common as exits
 real = os.fsync
 def slow(fd):
     print("stuck", file=sys.stderr, flush=True)
@@ -207,7 +207,7 @@ def test_a_signal_does_not_wait_for_a_disk_that_takes_its_time(model_dir, tmp_pa
 
 @pytest.mark.parametrize("_again", range(2))
 def test_eight_processes_on_one_model_convert_each_shard_once(model_dir, tmp_path, _again):
-    command = [sys.executable, "-m", "paroquant_stream.convert", str(model_dir), "--json"]
+    command = [sys.executable, "-m", "paroquant_stream.cli.convert", str(model_dir), "--json"]
     command += ["--cache-dir", str(tmp_path / "cache"), "--jobs", "2"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(8)]
     outputs = [json.loads(process.communicate(timeout=60)[0]) for process in running]

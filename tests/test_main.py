@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import paroquant_stream
-from paroquant_stream.__main__ import COMMANDS, console
+from paroquant_stream.cli.main import COMMANDS, console
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,12 +44,12 @@ def test_the_version_is_the_packages():
 
 def test_the_console_script_is_this_module():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"paroquant-stream": "paroquant_stream.__main__:console"}
+    assert scripts == {"paroquant-stream": "paroquant_stream.cli.main:console"}
     assert callable(console)
 
 
 def test_the_module_form_of_a_command_does_not_warn(model_dir, tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "paroquant_stream.convert", str(model_dir)]
+    command = [sys.executable, "-W", "error", "-m", "paroquant_stream.cli.convert", str(model_dir)]
     done = subprocess.run(
         [*command, "--quiet", "--cache-dir", str(tmp_path / "c")], capture_output=True, text=True
     )

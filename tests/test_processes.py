@@ -11,8 +11,8 @@ import time
 import pytest
 
 from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.convert import main
 from paroquant_stream.errors import OutOfRange, WorkersLost
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
@@ -22,7 +22,7 @@ from tests.builders import cut_evenly, llama_tensors, write_checkpoint
 
 SLOW = """
 import sys
-from paroquant_stream import convert, exits
+from paroquant_stream.cli import convert, common as exits
 from paroquant_stream.transform import remote_runner as elsewhere
 from tests import slow_worker
 elsewhere.run_elsewhere = slow_worker.slow

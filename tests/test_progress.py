@@ -6,7 +6,7 @@ import io
 import sys
 
 from paroquant_stream.api.load import convert_checkpoint
-from paroquant_stream.progress import Progress
+from paroquant_stream.cli.progress_bar import Progress
 
 
 class Terminal(io.StringIO):

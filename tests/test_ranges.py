@@ -130,7 +130,7 @@ def test_other_forms_of_a_model_are_cut_too(form, tmp_path, slices_read):
     if form == "export":
         export_model(directory, tmp_path / "out")
     else:
-        from paroquant_stream.export import main
+        from paroquant_stream.cli.export import main
 
         assert main([str(directory), "--single-file"]) == 0
     source = tmp_path / "out" if form == "export" else directory

@@ -1,4 +1,4 @@
-"""`python -m paroquant_stream.run`: a program with our loader, and otherwise as Python runs it."""
+"""`python -m paroquant_stream.cli.run`: a program with our loader, and otherwise as Python runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from mlx_lm import generate
 
 from paroquant_stream import load
-from paroquant_stream.run import main
+from paroquant_stream.cli.run import main
 from tests.conftest import FIXTURES
 from tests.test_dropin import stand_in
 from tests.test_generation import PROMPT, ask
@@ -41,7 +41,7 @@ def environment(*directories: Path) -> dict[str, str]:
 
 def run(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """The program run with ours, in a directory with a small package named paroquant."""
-    command = [sys.executable, "-W", "error", "-m", "paroquant_stream.run", *arguments]
+    command = [sys.executable, "-W", "error", "-m", "paroquant_stream.cli.run", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment(cwd), capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done
@@ -115,7 +115,7 @@ def test_an_interrupt_reaches_the_program(here):
         "import time\ntry:\n    print('up', flush=True)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n    raise\n"
     )
-    command = [sys.executable, "-m", "paroquant_stream.run", "waits.py"]
+    command = [sys.executable, "-m", "paroquant_stream.cli.run", "waits.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=here, env=environment(), **pipes) as program:
         assert program.stdout.readline() == "up\n"
@@ -161,7 +161,9 @@ def test_a_paroquant_without_that_loader_is_an_error_before_the_program_starts(h
 
 def test_a_program_without_paroquant_runs_with_a_note(tmp_path):
     (tmp_path / "script.py").write_text("print('ran')")
-    hide = "import sys; sys.modules['paroquant'] = None; from paroquant_stream.run import main; "
+    hide = (
+        "import sys; sys.modules['paroquant'] = None; from paroquant_stream.cli.run import main; "
+    )
     command = [sys.executable, "-c", f"{hide}sys.exit(main(['script.py']))"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ran\n")
@@ -187,7 +189,7 @@ def test_wrong_usage_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert "usage: python -m paroquant_stream.run" in capsys.readouterr().err
+    assert "usage: python -m paroquant_stream.cli.run" in capsys.readouterr().err
 
 
 def test_help_stands_alone(capsys):
@@ -227,7 +229,7 @@ def test_paroquants_serve_command_answers_from_our_cache(tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    ours = [sys.executable, "-m", "paroquant_stream.run", "--cache-dir", str(cache)]
+    ours = [sys.executable, "-m", "paroquant_stream.cli.run", "--cache-dir", str(cache)]
     serve = ["-m", "paroquant.cli.serve", "--model", str(MODEL), "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(

@@ -11,10 +11,10 @@ import pytest
 
 from paroquant_stream import convert_checkpoints
 from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.batch import convert_all
 from paroquant_stream.conversion.report import Conversion
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.convert import main
 from paroquant_stream.errors import Cancelled, SomeFailed
 from paroquant_stream.transform import task_runner as transform
 from tests.builders import cut_evenly, llama_tensors, write_checkpoint

@@ -13,8 +13,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from paroquant_stream import export
 from paroquant_stream.api import load as api
+from paroquant_stream.cli import export
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import EntryDamaged, ParoquantStreamError, StoreError, UnwritableFile

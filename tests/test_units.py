@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from paroquant_stream.conversion.report import bytes_text
-from paroquant_stream.units import age_text, parse_age, parse_size
+from paroquant_stream.text import age_text, parse_age, parse_size
 
 
 @pytest.mark.parametrize(

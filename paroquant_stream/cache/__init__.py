@@ -5,6 +5,6 @@
 Looking at a cache reads manifests and stats, never weights; only `verify` reads everything.
 """
 
-from .command import main
+from ..cli.cache import main
 
 __all__ = ["main"]

@@ -1,6 +1,6 @@
 """`python -m paroquant_stream.cache ...`, which is `paroquant-stream cache ...`."""
 
-from ..exits import end_with
-from .command import main
+from ..cli.cache import main
+from ..cli.common import end_with
 
 end_with(main)

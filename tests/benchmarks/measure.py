@@ -44,7 +44,7 @@ from paroquant.inference.backends.mlx.load import load
 load(sys.argv[1])
 """
 PEAK = """
-from paroquant_stream.convert import peak_rss_bytes
+from paroquant_stream.cli.convert import peak_rss_bytes
 print(peak_rss_bytes())
 """
 """Ends every script: its output is its peak memory in bytes."""
@@ -130,7 +130,7 @@ class Bench:
     def reconvert(self, model: Path, jobs: int) -> Run:
         """A conversion into the cache as it is, with its stages."""
         trace = self.work / "trace.json"
-        command = [sys.executable, "-m", "paroquant_stream.convert", model, "--json"]
+        command = [sys.executable, "-m", "paroquant_stream.cli.convert", model, "--json"]
         command += ["--jobs", str(jobs), "--cache-dir", self.cache, "--trace", trace]
         run = process(command)
         return Run(run.wall, run.user, run.system, run.output, stages(trace))

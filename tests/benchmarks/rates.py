@@ -226,7 +226,7 @@ def fresh_seconds(pause: float, size: int = 256 << 20) -> float:
 
 def start_seconds(bench: Bench, model: Path) -> tuple[float, float, float]:
     """Seconds to convert next to nothing, to find nothing to do, and to load next to nothing."""
-    command = [sys.executable, "-m", "paroquant_stream.convert", model, "--quiet"]
+    command = [sys.executable, "-m", "paroquant_stream.cli.convert", model, "--quiet"]
     command += ["--cache-dir", bench.cache]
     converts = []
     for _ in range(5):

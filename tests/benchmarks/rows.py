@@ -178,7 +178,7 @@ def one_shard_row(bench: Bench, model: Path) -> Row:
 
 def changed_rows(bench: Bench, model: Path, cold: Run) -> list[Row]:
     """Nothing changed, and one of 30 shards changed."""
-    command = [sys.executable, "-m", "paroquant_stream.convert", model, "--quiet"]
+    command = [sys.executable, "-m", "paroquant_stream.cli.convert", model, "--quiet"]
     command += ["--cache-dir", bench.cache]
     imports = [sys.executable, "-c", "import numpy, msgpack"]
     pairs = [

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream import cache, convert
+from paroquant_stream import cache
+from paroquant_stream.cli import convert
 from tests.builders import write_checkpoint
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream import convert as command
 from paroquant_stream.checkpoint.checkpoint import Shard
+from paroquant_stream.cli import convert as command
 from paroquant_stream.conversion import converter as conversion
 from paroquant_stream.conversion import request
 from paroquant_stream.conversion.converter import convert

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parent.parent.parent
 CONVERT, CACHE, LOAD = (
-    "paroquant_stream.convert",
+    "paroquant_stream.cli.convert",
     "paroquant_stream.cache",
     "tests.robustness.loading",
 )

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from .exits import end_with
+from .common import end_with
 
 COMMANDS = ("cache", "convert", "export", "run")
 

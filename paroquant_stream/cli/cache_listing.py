@@ -15,7 +15,7 @@ from ..maintenance.paroquant_cache import Foreign
 from ..maintenance.prune import PrunePlan
 from ..maintenance.status import STALE, UNKNOWN, Freshness, entries_alone, examine
 from ..store.store import Store
-from ..units import age_text
+from ..text import age_text
 
 _HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", "STATE")
 _RIGHT = {"SHARDS", "SIZE"}

@@ -14,14 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .conversion.converter import convert
-from .conversion.report import Conversion, ShardReport, bytes_text, shown
-from .conversion.request import Request, default_jobs, make_request
+from ..conversion.converter import convert
+from ..conversion.report import Conversion, ShardReport, bytes_text, shown
+from ..conversion.request import Request, default_jobs, make_request
+from ..errors import CheckpointError, ParoquantStreamError
+from ..trace import Trace, written_to
+from .common import end_with
 from .convert_options import parse
-from .errors import CheckpointError, ParoquantStreamError
-from .exits import end_with
-from .progress import Progress
-from .trace import Trace, written_to
+from .progress_bar import Progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.dry_run:
             failed |= _convert(requests, arguments)
     if failed and len(arguments.models) > 1:
-        from .conversion.batch import some_failed
+        from ..conversion.batch import some_failed
 
         raise some_failed(failed, len(arguments.models))
     for reason in failed.values():
@@ -74,11 +74,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
     """Where shards are converted; None for threads of this process."""
     if arguments.executor == "process":
-        from .execution.processes import processes  # here, as the other two need none of it
+        from ..execution.processes import processes  # here, as the other two need none of it
 
         return processes(arguments.jobs or default_jobs())
     if arguments.executor == "dask":
-        from .execution.executors import cluster
+        from ..execution.executors import cluster
 
         return cluster(arguments.scheduler)
     return nullcontext()
@@ -129,7 +129,7 @@ def _results(
     requests: Sequence[Request], progress: Progress, trace: Trace
 ) -> Iterator[tuple[Request, Conversion | ParoquantStreamError]]:
     if len(requests) > 1:
-        from .conversion.batch import convert_all
+        from ..conversion.batch import convert_all
 
         yield from convert_all(requests, progress, trace)
     for request in requests[: len(requests) == 1]:
@@ -183,7 +183,7 @@ def _summary(conversion: Conversion) -> str:
 
 
 def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
-    from .conversion.planning import survey  # here, because a run without work needs none of it
+    from ..conversion.planning import survey  # here, because a run without work needs none of it
 
     reports = survey(replace(request, force=arguments.force))
     work = [report for report in reports if report.action == "converted"]

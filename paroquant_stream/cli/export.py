@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from .conversion.report import bytes_text, shown
-from .conversion.request import make_request
+from ..conversion.report import bytes_text, shown
+from ..conversion.request import make_request
+from ..errors import ParoquantStreamError
+from ..exports.single_file import NAME
+from ..text import parse_size
+from .common import end_with
 from .convert import Terminated
-from .errors import ParoquantStreamError
-from .exits import end_with
-from .exports.single_file import NAME
-from .progress import Progress
-from .units import parse_size
+from .progress_bar import Progress
 
 DESCRIPTION = """\
 Write a ParoQuant model as an MLX model directory OUT: safetensors files, index, config, tokenizer.
@@ -83,7 +83,9 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser("python -m paroquant_stream.export", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        "python -m paroquant_stream.cli.export", description=DESCRIPTION
+    )
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     if arguments.out is None and not arguments.single_file:
@@ -106,7 +108,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _write_single(arguments: argparse.Namespace) -> int:
-    from .exports.single_file_writer import export_single_file
+    from ..exports.single_file_writer import export_single_file
 
     request = make_request(
         arguments.model,
@@ -123,7 +125,7 @@ def _write_single(arguments: argparse.Namespace) -> int:
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from .exports.mlx_directory_writer import MODEL_FILE, export_model
+    from ..exports.mlx_directory_writer import MODEL_FILE, export_model
 
     with Progress(arguments.quiet) as progress:
         export = export_model(

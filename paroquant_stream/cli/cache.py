@@ -22,8 +22,8 @@ from ..maintenance.removal import execute
 from ..maintenance.verify import verify_model, verify_store
 from ..plan.task import DTYPES
 from ..store.store import cache_store
-from .listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
-from .options import configure_parser
+from .cache_listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
+from .cache_options import configure_parser
 
 DESCRIPTION = "See what is converted, read it through, and remove it."
 

@@ -9,12 +9,14 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from .conversion.report import shown
-from .errors import MissingExtra, ParoquantStreamError, ProgramNotFound
-from .integrations.loader_patch import install, uninstall
-from .plan.task import DTYPES
+from ..conversion.report import shown
+from ..errors import MissingExtra, ParoquantStreamError, ProgramNotFound
+from ..integrations.loader_patch import install, uninstall
+from ..plan.task import DTYPES
 
-USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
+USAGE = (
+    "python -m paroquant_stream.cli.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
+)
 DESCRIPTION = """\
 Run a Python program in which paroquant's MLX loader is replaced by paroquant_stream's: its models
 come from the cache and are converted first if they must be. Works for all that call
@@ -23,9 +25,9 @@ The program has its own arguments, __main__, sys.path and exit code; processes t
 not changed."""
 EPILOG = """\
 examples:
-  python -m paroquant_stream.run -m paroquant.cli.serve --model MODEL --port 8000
-  python -m paroquant_stream.run --cache-dir /fast/cache script.py --an-option-of-the-script
-  python -m paroquant_stream.run "$(command -v omlx)" serve"""
+  python -m paroquant_stream.cli.run -m paroquant.cli.serve --model MODEL --port 8000
+  python -m paroquant_stream.cli.run --cache-dir /fast/cache script.py --an-option-of-the-script
+  python -m paroquant_stream.cli.run "$(command -v omlx)" serve"""
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..units import parse_age, parse_size
+from ..text import parse_age, parse_size
 
 MODEL = "a model directory (also one that is gone), a Hub id, or a name as `ls` shows it"
 LS = """\

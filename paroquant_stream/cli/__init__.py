@@ -1,0 +1,4 @@
+"""The commands; the only code that prints.
+
+Imports everything below.
+"""
