@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .api.load import convert_checkpoint, load
     from .conversion.batch import convert_checkpoints
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from .integrations.loader_patch import install, uninstall
     from .store.manifest import Manifest
 
-__version__ = "0.1.0"
 __all__ = [
     "Manifest",
     "ParoquantStreamError",
@@ -25,14 +26,14 @@ __all__ = [
     "uninstall",
 ]
 _HOMES = {
-    "convert_checkpoint": "api",
-    "convert_checkpoints": "several",
-    "export_model": "mlx_directory",
-    "load": "api",
-    "install": "dropin",
-    "uninstall": "dropin",
+    "convert_checkpoint": "api.load",
+    "convert_checkpoints": "conversion.batch",
+    "export_model": "exports.mlx_directory_writer",
+    "load": "api.load",
+    "install": "integrations.loader_patch",
+    "uninstall": "integrations.loader_patch",
     "ParoquantStreamError": "errors",
-    "Manifest": "manifest",
+    "Manifest": "store.manifest",
 }
 
 

@@ -9,9 +9,7 @@ import pytest
 from paroquant_stream.files import atomic_file as newfile
 from paroquant_stream.files import descriptor, digest_cache
 from paroquant_stream.files.filesystems import Ctime
-from tests.builders import cut_apart, cut_evenly, write_checkpoint
-
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+from tests.helpers.builders import cut_apart, cut_evenly, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +49,7 @@ def hub(tmp_path, monkeypatch):
     """A Hub on loopback and an empty Hub cache; no other Hub can be reached."""
     from huggingface_hub import constants
 
-    from tests.loopback_hub import LoopbackHub
+    from tests.helpers.loopback_hub import LoopbackHub
 
     with LoopbackHub() as hub:
         for name, value in hub.environment(tmp_path / "hf").items():

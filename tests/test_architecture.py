@@ -1,215 +1,187 @@
-"""The house: imports point down, one third-party package lives in one room, rooms stay small."""
+"""The architecture: packages import down only, one third-party package has one place, files are
+short.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "paroquant_stream"
-ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
+from tests.helpers.paths import ROOT
 
-LEVELS = [
-    {
-        "cast",
-        "errors",
-        "exits",
-        "kernels",
-        "model_kind",
-        "repack",
-        "rotation",
-        "standalone",
-        "units",
-    },
-    {
-        "__main__",
-        "cache.options",
-        "descriptor",
-        "hub_watch",
-        "layout",
-        "stacks",
-        "strictjson",
-        "trace",
-    },
-    {"cache.found", "filesystems", "folder", "inside", "tensorfile", "worker"},
-    {
-        "cache.foreign",
-        "config_bounds",
-        "executor",
-        "hashing",
-        "hub",
-        "location",
-        "lock",
-        "manifest",
-        "slices",
-        "task",
-        "temp_files",
-    },
-    {
-        "convert_options",
-        "digest_cache",
-        "linears",
-        "model_class",
-        "newfile",
-        "processes",
-        "proof",
-        "report",
-        "sharding",
-        "tally",
-    },
-    {"checkpoint", "export_files", "known_class", "newdirectory", "plan", "progress", "store"},
-    {"arrival", "cache.running", "dropped", "source"},
-    {"damage", "operations", "request"},
-    {"cache.models", "find_dropped", "ranges", "transform"},
-    {"cache.inventory", "cache.verify", "elsewhere", "single_file", "survey"},
-    {"cache.freshness", "cache.prune", "drop", "weights"},
-    {"cache.listing", "cache.removal", "exported", "naming", "part", "shards"},
-    {"model"},
-    {"conversion"},
-    {"cache.command", "in_place", "several"},
-    {"api", "cache", "cache.__main__", "convert", "mlx_directory", "single_write"},
-    {"dropin", "export"},
-    {"__init__", "run"},
-]
-"""Each room imports only from levels above it in this list."""
-HOMES = {
-    "msgpack": {"manifest"},
-    "filelock": {"lock"},
-    "xxhash": {"hashing", "digest_cache", "newfile", "single_write", "source"},
-    "huggingface_hub": {"hub", "hub_watch", "proof"},
-    "tqdm": {"progress"},
-    "distributed": {"executor"},
-    "dask": set(),
-    "mlx_lm": {"model_class"},
-    "mlx_vlm": {"model_class"},
-    "paroquant": {"kernels"},
-    "safetensors": {"cache.verify"},
-    "numpy": {"repack", "cast", "operations", "kernels", "slices"},
-    "mlx": {
-        *("operations", "weights", "model", "model_class", "naming", "part", "rotation", "kernels"),
-        *("standalone", "exported", "mlx_directory", "sharding", "slices", "ranges"),
-    },
+PACKAGE = ROOT / "paroquant_stream"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "__pycache__")
+
+TABLE = {
+    "version": "",
+    "text": "",
+    "errors": "",
+    "trace": "errors",
+    "rotation": "",
+    "backends": "errors",
+    "files": "errors trace",
+    "execution": "errors trace",
+    "store": "errors trace files",
+    "checkpoint": "errors files",
+    "plan": "errors checkpoint store files",
+    "distributed": "errors rotation backends store checkpoint files",
+    "transform": "errors plan checkpoint store execution files",
+    "model": "errors trace text distributed backends rotation plan store checkpoint files",
+    "conversion": "errors trace transform plan store checkpoint execution files model backends",
+    "maintenance": "errors text conversion plan checkpoint store files",
+    "exports": "errors trace text version conversion model distributed rotation"
+    " plan store checkpoint files",
+    "integrations": "errors",
+    "api": "errors trace integrations exports maintenance conversion model distributed plan store"
+    " checkpoint files execution",
+    "cli": "errors trace text version api integrations exports maintenance conversion plan store"
+    " checkpoint execution",
+    "convert": "cli",
+    "cache": "cli",
+    "export": "cli",
+    "run": "cli",
+    "__main__": "cli",
+    "__init__": "errors version api conversion store",
 }
-"""Third-party package -> the rooms that may import it."""
+"""Package or module -> what of ours it may import; everything stands below what it imports."""
+
+LATE = {("conversion", "model"), ("conversion", "backends")}
+"""Imported inside functions alone: most runs need no model class, and a run without work nothing
+of them."""
+
+HOMES = {
+    "msgpack": {"store/manifest.py"},
+    "filelock": {"store/lock.py"},
+    "xxhash": {
+        *("files/hashing.py", "files/digest_cache.py", "files/atomic_file.py"),
+        *("transform/source.py", "exports/single_file_writer.py"),
+    },
+    "huggingface_hub": {"checkpoint/hub.py", "checkpoint/hub_watch.py"},
+    "tqdm": {"cli/progress_bar.py"},
+    "distributed": {"execution/dask.py"},
+    "mlx_lm": {"backends/mlx_lm.py"},
+    "mlx_vlm": {"backends/mlx_vlm.py"},
+    "paroquant": {"rotation/metal.py"},
+    "safetensors": {"maintenance/verify.py"},
+    "numpy": {"rotation", "transform", "distributed/slices.py"},
+    "mlx": {"rotation", "backends", "model", "distributed", "exports", "transform/operations.py"},
+}
+"""Third-party package -> the only packages or files that import it."""
 
 
-def room_of(path: Path) -> str:
-    """`plan`, `cache.prune`; a kernel counts as `kernels`, whose rooms import each other freely."""
-    relative = path.relative_to(PACKAGE).with_suffix("")
-    if relative.parts[0] == "kernels":
-        return "kernels"
-    return ".".join(relative.parts).removesuffix(".__init__")
+def home(path: Path) -> str:
+    """The package that a module belongs to, or its own name at the top."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
 
 
-def imports(path: Path) -> set[tuple[str, bool]]:
-    """`(package or room, ours)` of everything that a file imports, anywhere in it."""
-    found = set()
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, *, late: bool = True) -> Iterator[tuple[str, bool]]:
+    """`(package, whether it is ours)` of what a module imports; `late`: inside functions too."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
-            found |= {(alias.name.split(".")[0], False) for alias in node.names}
+            yield from ((alias.name.split(".")[0], False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(((node.module or "").split(".")[0], False))
+            yield (node.module or "").split(".")[0], False
         elif isinstance(node, ast.ImportFrom):
-            inside = path.relative_to(PACKAGE).parts[0] if node.level < depth else ""
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            rooms = {inside} if inside == "kernels" else {f"{inside}.{n}".strip(".") for n in names}
-            found |= {(room, True) for room in rooms - {"kernels"}}
-    return found
+            parents = path.relative_to(PACKAGE).parts[:-1]
+            base = parents[: len(parents) - node.level + 1]
+            for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                yield ([*base, *name.split(".")])[0], True
 
 
-def level(room: str) -> int:
-    return next(index for index, rooms in enumerate(LEVELS) if room in rooms)
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+def test_the_table_names_every_package_and_has_no_cycle():
+    assert {home(path) for path in MODULES} == set(TABLE)
+    below: set[str] = set()
+    for package, allowed in TABLE.items():
+        assert set(allowed.split()) <= below, package
+        below.add(package)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_down(path):
-    room = room_of(path)
-    for name, ours in imports(path):
-        if ours:
-            assert level(name) < level(room), f"{room} imports {name}"
+    package = home(path)
+    found = {name for name, ours in imports(path) if ours} - {package}
+    assert found <= set(TABLE[package].split())
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room_of)
-def test_a_third_party_package_stays_in_its_room(path):
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_third_party_package_has_one_place(path):
     for name, ours in imports(path):
         if not ours and name in HOMES:
-            assert room_of(path) in HOMES[name], f"{room_of(path)} imports {name}"
+            assert {home(path), name_of(path)} & HOMES[name], name
 
 
-def test_no_room_imports_both_mlx_and_msgpack():
-    for path in ROOMS:
-        names = {name for name, ours in imports(path) if not ours}
-        assert not {"mlx", "msgpack"} <= names, path
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_is_imported_late_is_not_imported_at_the_top(path):
+    top = {name for name, ours in imports(path, late=False) if ours}
+    assert not {(home(path), name) for name in top} & LATE
 
 
-def test_conversion_never_imports_the_model_side_at_the_top():
-    for room in ("conversion", "api", "convert"):
-        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
-        top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert not top & {"model", "weights", "rotation", "transform", "operations", "repack"}
+def test_packages_have_a_docstring_and_about_ten_files():
+    count = Counter(home(path) for path in MODULES if path.parent != PACKAGE)
+    assert max(count.values()) <= 13  # with __init__
+    for path in PACKAGE.glob("*/__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        assert len(tree.body) == 1, f"{path}: the public names are those of the top package"
 
 
-def test_every_room_has_a_docstring_and_stays_small():
-    for path in ROOMS:
-        text = path.read_text()
-        assert ast.get_docstring(ast.parse(text)), path
-        assert text.count("\n") <= 300, f"{path.name} is two rooms"
-
-
-def test_no_function_is_longer_than_fifty_lines():
-    for path in ROOMS:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name}"
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    assert text.count("\n") <= 300
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 50, node.name
 
 
 FORBIDDEN = {"pickle", "marshal", "shelve", "yaml", "torch", "dill", "cloudpickle"}
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=room_of)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_of_a_model_is_executed_or_unpickled(path):
     assert not {name for name, _ in imports(path)} & FORBIDDEN
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "compile", "__import__"}
         if isinstance(node, ast.keyword) and node.arg in {
-            "trust_remote_code",
-            "shell",
-            "allow_pickle",
+            *("trust_remote_code", "shell", "allow_pickle")
         }:
-            assert isinstance(node.value, ast.Constant), path
-            assert node.value.value is False, path
+            assert isinstance(node.value, ast.Constant)
+            assert node.value.value is False
 
 
-def test_every_room_has_its_tests():
-    here = Path(__file__).parent
-    tests = {
-        ".".join(path.relative_to(here).with_suffix("").parts) for path in here.rglob("test_*.py")
-    }
-    covered_elsewhere = {
-        "__init__": "test_convert",
-        "__main__": "test_main",
-        "cache": "cache.test_command",
-        "cache.__main__": "test_exits",
-        "cache.options": "cache.test_command",
-        "convert_options": "test_convert",
-        "elsewhere": "test_executor",
-        "request": "test_conversion",
-        "shards": "test_conversion",
-        "survey": "test_conversion",
-        "descriptor": "test_tensorfile",
-        "folder": "test_store",
-        "location": "test_store",
-        "cache.models": "cache.test_inventory",
-        "in_place": "test_in_place",
-        "lock": "test_store",
-        "temp_files": "test_store",
-        "find_dropped": "test_dropped",
-        "damage": "test_dropped",
-    }
-    for room in {room_of(path) for path in ROOMS}:
-        *folder, name = room.split(".")
-        own = ".".join([*folder, f"test_{name}"])
-        assert covered_elsewhere.get(room, own) in tests, room
+TESTED_BY = {
+    "checkpoint/shard": "checkpoint/test_checkpoint",
+}
+"""Modules whose tests have another name than theirs."""
+
+
+def test_tests_mirror_the_packages():
+    tests = ROOT / "tests"
+    for path in MODULES:
+        module = name_of(path).removesuffix(".py")
+        if path.name in ("__init__.py", "__main__.py") or path.parent == PACKAGE and "cli" in TABLE[module]:
+            continue
+        folder, _, name = module.rpartition("/")
+        own = f"{folder}/test_{name}".lstrip("/")
+        assert (tests / f"{TESTED_BY.get(module, own)}.py").exists(), module
+
+
+def test_no_test_imports_a_test():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                last = (node.module or "").rpartition(".")[2]
+                assert not last.startswith(("test_", "conftest")), path

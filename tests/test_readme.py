@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FIXTURES
+from tests.helpers.paths import FIXTURES, ROOT
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 MODEL = str(FIXTURES / "llama-awq-adversarial")
 PROGRAM = """
 import sys

@@ -19,7 +19,6 @@ from ..conversion.report import Conversion, ShardReport, bytes_text, shown
 from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
 from ..trace import Trace, written_to
-from .common import end_with
 from .convert_options import parse
 from .progress_bar import Progress
 
@@ -210,7 +209,3 @@ def _survey_line(report: ShardReport) -> str:
     verb = "convert" if report.action == "converted" else "reuse"
     sizes = f"{bytes_text(report.bytes_in)} -> {bytes_text(report.bytes_out)}"
     return f"{verb:7}  {report.shard}  {sizes}  {report.why}"
-
-
-if __name__ == "__main__":
-    end_with(main)

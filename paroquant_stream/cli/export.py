@@ -14,7 +14,6 @@ from ..conversion.request import make_request
 from ..errors import ParoquantStreamError
 from ..exports.single_file import NAME
 from ..text import parse_size
-from .common import end_with
 from .convert import Terminated
 from .progress_bar import Progress
 
@@ -84,7 +83,7 @@ def _positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
-        "python -m paroquant_stream.cli.export", description=DESCRIPTION
+        "python -m paroquant_stream.export", description=DESCRIPTION
     )
     configure_parser(parser)
     arguments = parser.parse_args(argv)
@@ -147,7 +146,3 @@ def _write_directory(arguments: argparse.Namespace) -> int:
     if arguments.self_contained:
         print(f"it contains code, {MODEL_FILE}, that mlx-lm runs only with --trust-remote-code")
     return 0
-
-
-if __name__ == "__main__":
-    end_with(main)

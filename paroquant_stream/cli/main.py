@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from ..version import __version__
 from .common import end_with
 
 COMMANDS = ("cache", "convert", "export", "run")
@@ -19,8 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_help())
         return 0
     if first == "--version":
-        package = import_module(__package__)
-        print(f"paroquant-stream {package.__version__}")
+        print(f"paroquant-stream {__version__}")
         return 0
     if first not in COMMANDS:
         if first:
@@ -48,7 +48,3 @@ def _help() -> str:
 def console() -> NoReturn:
     """The console script `paroquant-stream`."""
     end_with(main)
-
-
-if __name__ == "__main__":
-    console()

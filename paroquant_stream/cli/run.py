@@ -15,7 +15,7 @@ from ..integrations.loader_patch import install, uninstall
 from ..plan.task import DTYPES
 
 USAGE = (
-    "python -m paroquant_stream.cli.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
+    "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
 )
 DESCRIPTION = """\
 Run a Python program in which paroquant's MLX loader is replaced by paroquant_stream's: its models
@@ -25,9 +25,9 @@ The program has its own arguments, __main__, sys.path and exit code; processes t
 not changed."""
 EPILOG = """\
 examples:
-  python -m paroquant_stream.cli.run -m paroquant.cli.serve --model MODEL --port 8000
-  python -m paroquant_stream.cli.run --cache-dir /fast/cache script.py --an-option-of-the-script
-  python -m paroquant_stream.cli.run "$(command -v omlx)" serve"""
+  python -m paroquant_stream.run -m paroquant.cli.serve --model MODEL --port 8000
+  python -m paroquant_stream.run --cache-dir /fast/cache script.py --an-option-of-the-script
+  python -m paroquant_stream.run "$(command -v omlx)" serve"""
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +123,3 @@ def _find_script(name: str) -> None:
             pass
     except OSError as error:
         raise ProgramNotFound(f"{path}: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

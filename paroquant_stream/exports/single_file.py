@@ -24,8 +24,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from paroquant_stream import __version__
-
 from ..checkpoint.checkpoint import SHARD_NAME, Shard, shard_names
 from ..conversion.request import Request, source_staleness
 from ..errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
@@ -34,6 +32,7 @@ from ..files.hashing import hash_parts
 from ..files.strict_json import strict_json
 from ..files.tensor_header import Header, read_header
 from ..plan.task import TRANSFORM
+from ..version import __version__
 
 NAME = "converted_mlx.safetensors"
 MAX_SHARDS = 10_000  # each costs a look at the disk; the largest models have some 200

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from .kernels import cuda, metal, reference
+from . import cuda, metal, reference
 from .tables import RotationTables
 
 __all__ = ["RotationTables", "prepare", "rotate"]

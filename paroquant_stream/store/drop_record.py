@@ -9,7 +9,7 @@
         headers    shard -> the bytes of its header, of those so marked
 
 A record is durable before the first file that it replaces is removed, and only `cache rm` removes
-it. Its id is random, and stands in a note in the model directory, `paroquant_stream.store.drop_record.json`;
+it. Its id is random, and stands in a note in the model directory, `paroquant_stream.dropped.json`;
 so a model is found wherever its directory goes, also beside another one of equal config and index.
 """
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"PARODROP"
 MAX_RECORD = 2 * MAX_BYTES
-NOTE = "paroquant_stream.store.drop_record.json"
+NOTE = "paroquant_stream.dropped.json"
 _COPIES = ("first", "second")
 _FILE = re.compile(r"(?P<id>[0-9a-f]{64})\.(?P<copy>first|second)\.msgpack")
 _MAX_NOTE = 64 << 10  # bytes; it has 500

@@ -13,8 +13,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.builders import CONFIG, Cut, cut_apart, cut_evenly, llama_tensors, write_checkpoint
-from tests.conftest import FIXTURES
+from tests.helpers.builders import (
+    CONFIG,
+    Cut,
+    cut_apart,
+    cut_evenly,
+    llama_tensors,
+    write_checkpoint,
+)
+from tests.helpers.paths import FIXTURES
 
 PUBLIC = [
     row["name"]

@@ -24,9 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.helpers.paths import ROOT
+
 CONVERT, CACHE, LOAD = (
-    "paroquant_stream.cli.convert",
+    "paroquant_stream.convert",
     "paroquant_stream.cache",
     "tests.robustness.loading",
 )

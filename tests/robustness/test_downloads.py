@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback_hub import LoopbackHub
+from tests.helpers.loopback_hub import LoopbackHub
 from tests.robustness.cuts import CUTS, write_tiny
 from tests.robustness.harness import (
     CONVERT,

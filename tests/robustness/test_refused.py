@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.builders import llama_tensors, write_checkpoint
-from tests.conftest import FIXTURES
+from tests.helpers.builders import llama_tensors, write_checkpoint
+from tests.helpers.paths import FIXTURES
 from tests.robustness.cuts import CUTS, write_tiny
 from tests.robustness.harness import CONVERT, Model, in_zygote, process, sha256
 

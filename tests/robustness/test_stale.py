@@ -26,7 +26,7 @@ from tests.robustness.harness import (
 
 CUT = CUTS["between linears"]
 NAME = "converted_mlx.safetensors"
-EXPORT = "paroquant_stream.cli.export"
+EXPORT = "paroquant_stream.export"
 
 
 def ours(old: Path, target: Path, place: Path) -> None:

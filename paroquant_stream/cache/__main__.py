@@ -1,6 +1,0 @@
-"""`python -m paroquant_stream.cache ...`, which is `paroquant-stream cache ...`."""
-
-from ..cli.cache import main
-from ..cli.common import end_with
-
-end_with(main)

@@ -1,0 +1,45 @@
+"""The benchmark runs: once at toy size, so that it cannot rot; its figures are not looked at."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.benchmarks.end_to_end.measure import stages
+from tests.benchmarks.end_to_end.run import main
+from tests.benchmarks.simulation import scale
+
+
+@pytest.mark.long  # 25 s of imports in subprocesses; CI runs the command itself
+def test_every_row_is_measured_at_toy_size(tmp_path, capsys):
+    assert main(["--toy", "--work", str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
+    found = json.loads((tmp_path / "rows.json").read_text())
+    whats = [row["what"] for row in found["rows"]]
+    for word in ("repack", "quantize", "plan", "cold convert", "not in the page cache", "1 shard",
+                 "warm load", "first load", "no-op", "changed", "peak memory"):  # fmt: skip
+        assert any(word in what for what in whats), word
+    assert all(row["figure"] > 0 for row in found["rows"] if row["unit"] == "x")
+    assert {"read", "hash", "write"} <= found["convert"]["convert, jobs 1"][0]["stages"].keys()
+    assert "one of 30 shards changed, 1 converted" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_stages_are_summed_without_those_inside_them(tmp_path):
+    events = [
+        {"ph": "X", "tid": 0, "name": name, "ts": start * 1e6, "dur": seconds * 1e6}
+        for name, start, seconds in (("in", 1, 2), ("out", 0, 4), ("in", 3, 0.5), ("out", 5, 1))
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert stages(tmp_path / "trace.json") == {"out": 2.5, "in": 2.5}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)  # minutes of rates and subprocesses
+def test_the_scale_table_has_every_model_site_and_case(tmp_path, capsys):
+    assert scale.main(["--toy", "--work", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("predicted" in line and "measured" in line for line in lines) == 11
+    rows = [line for line in lines if "limit:" in line]
+    assert len(rows) == 2 * 4 * 4
+    assert list(tmp_path.iterdir()) == []

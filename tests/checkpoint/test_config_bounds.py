@@ -1,0 +1,293 @@
+"""Numbers of a model's settings that no tensor bears out are refused before a class is built."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+from paroquant_stream import load
+from paroquant_stream.checkpoint.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.config_bounds import (
+    MOST_LAYERS,
+    MOST_TOKENS,
+    check_config,
+    check_tokenizer,
+)
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import Split
+from paroquant_stream.distributed import partition as part
+from paroquant_stream.errors import AssemblyError
+from paroquant_stream.exports.mlx_directory_writer import export_model
+from paroquant_stream.files.tensor_header import TensorSpec
+from paroquant_stream.model import assemble as model
+from paroquant_stream.store.store import cache_store
+from tests.helpers.builders import CONFIG, write_checkpoint
+from tests.helpers.paths import FIXTURES
+
+MANY = [TensorSpec(f"t{i}", "F16", (4, 100)) for i in range(3000)]
+FEW = MANY[:30]
+HUGE = 10**7
+
+
+def refuses(config, words: str, tensors=FEW) -> None:
+    with pytest.raises(AssemblyError, match=words) as error:
+        check_config(config, tensors, "config.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in FIXTURES.glob("*/config.json")))
+def test_every_honest_config_passes(name):
+    checkpoint = open_checkpoint(FIXTURES / name)
+    tensors = [t for header in checkpoint.headers().values() for t in header.tensors]
+    check_config(checkpoint.config, tensors, "x")
+    check_tokenizer(FIXTURES / name)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["num_hidden_layers", "n_layers", "num_layers", "n_layer", "depth", "encoder_layers",
+     "decoder_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_blocks",
+     "num_kv_shared_layers", "layers", "vision_layers"],
+)  # fmt: skip
+@pytest.mark.parametrize("section", ["", "text_config.", "vision_config.", "audio_config."])
+def test_a_count_of_layers_is_at_most_the_number_of_tensors(key, section):
+    def config(count):
+        return {section[:-1]: {key: count}} if section else {key: count}
+
+    check_config(config(30), FEW, "config.json")
+    refuses(
+        config(31),
+        rf"config\.json: {section}{key} is 31, more than the 30 as the 30 stored tensors",
+    )
+    refuses(config(float(HUGE)), "10,000,000")
+
+
+def test_no_model_has_more_layers_than_any_that_is_known():
+    check_config({"num_hidden_layers": MOST_LAYERS}, MANY, "x")
+    refuses({"num_hidden_layers": MOST_LAYERS + 1}, "more than the 2,000 layers of any model", MANY)
+
+
+def test_layers_of_stages_are_added_up_and_numbers_of_layers_are_not():
+    check_config({"depths": [10, 10], "mlp_only_layers": [27, 28, 29]}, FEW, "x")
+    refuses({"depths": [10, 10, 11]}, "depths is 31")
+    refuses({"mlp_only_layers": [1, HUGE]}, "mlp_only_layers is 10,000,000")
+
+
+@pytest.mark.parametrize("key", ["layer_types", "layers_block_type", "hybrid_override_pattern"])
+def test_a_list_with_something_for_each_layer_is_no_longer_than_the_layers(key):
+    check_config({key: "M" * 64}, FEW, "x")
+    refuses({key: ["M"] * 65}, f"the length of {key} is 65, more than the 64")
+    refuses({key: "M" * HUGE}, f"the length of {key} is 10,000,000")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["head_dim", "global_head_dim", "qk_rope_head_dim", "linear_key_head_dim", "rotary_dim",
+     "hidden_size", "num_experts", "n_routed_experts", "num_local_experts", "num_labels", "n_embd"],
+)  # fmt: skip
+def test_a_width_is_at_most_the_widest_dimension_of_a_tensor(key):
+    check_config({key: 100}, FEW, "x")
+    refuses({"text_config": {key: 101}}, f"text_config.{key} is 101, more than the 100 as any")
+    refuses({key: [1, 101]}, f"{key} is 101, more than the 100 as any")
+
+
+def test_a_tensor_without_bytes_is_not_wide():
+    refuses({"head_dim": 101}, "head_dim is 101", [*FEW, TensorSpec("x", "F16", (2**31 - 1, 0))])
+
+
+def test_a_rotation_of_more_than_the_whole_head_is_refused():
+    check_config({"rope_parameters": {"partial_rotary_factor": 1.0}}, FEW, "x")
+    refuses(
+        {"a": [{"partial_rotary_factor": 1.5}]}, "partial_rotary_factor is 1.5, more than the 1"
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"max_position_embeddings": 10**9}, {"max_window_layers": 70}, {"num_experts_per_tok": 200},
+     {"index_topk_blocks": 2048},
+     {"image_token_id": 10**6}, {"num_hidden_layers": None}, {"vision_feature_layer": -2},
+     {"num_experts": True}, {"rope_theta": 1e9}, {"layer_types": None}, {"id2label": {}},
+     {"no_split_modules": "x" * 1000}, {"sliding_window": 10**6}],
+)  # fmt: skip
+def test_other_numbers_are_not_looked_at(config):
+    check_config(config, FEW, "x")
+
+
+@pytest.mark.parametrize("section", ["", "text_config", "vision_config"])
+def test_more_settings_than_any_model_has_are_refused(section):
+    """Transformers takes quadratic time for them."""
+
+    def config(count):
+        settings = {f"k{i}": i for i in range(count)}
+        return {section: settings} if section else settings
+
+    check_config(config(2000), FEW, "x")
+    refuses(config(2001), "the number of settings.* is 2,001, more than the 2,000 of any model")
+
+
+def test_a_quantization_may_name_every_linear():
+    check_config({"quantization_config": {f"layers.{i}.x": {} for i in range(50_000)}}, FEW, "x")
+
+
+def test_sections_may_be_nested_as_deep_as_a_parser_goes():
+    config: dict = {"num_hidden_layers": HUGE}
+    for _ in range(5000):
+        config = {"x": [config]}
+    refuses(config, "num_hidden_layers is 10,000,000")
+
+
+def changed(tmp_path, source, change):
+    """A copy of a model with another config."""
+    directory = tmp_path / "changed"
+    directory.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (directory / path.name).write_bytes(path.read_bytes())
+    config = copy.deepcopy(json.loads((source / "config.json").read_text()))
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def never(*_, **__):
+    pytest.fail("a class was built, or a tokenizer loaded, by a config that was not checked")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "key"),
+    [
+        ("llama-awq-single", lambda c: c.update(num_hidden_layers=HUGE), "num_hidden_layers"),
+        ("qwen3_5-awq-adversarial", lambda c: c["vision_config"].update(depth=HUGE), "depth"),
+        ("qwen3_5-awq-adversarial",
+         lambda c: c["text_config"]["rope_parameters"].update(partial_rotary_factor=HUGE),
+         "partial_rotary_factor"),
+        ("gemma4_e2b-awq-adversarial",
+         lambda c: c["audio_config"].update(num_hidden_layers=HUGE), "audio_config.num_hidden"),
+        ("gemma4_e2b-awq-adversarial",
+         lambda c: c["text_config"].update(global_head_dim=10**9), "global_head_dim"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("force_text", [False, True])
+def test_a_load_is_refused_before_any_class_is_built(
+    tmp_path, monkeypatch, name, change, key, force_text
+):
+    directory = changed(tmp_path, FIXTURES / name, change)
+    for building in ("build", "load_config", "load_tokenizer"):
+        monkeypatch.setattr(model, building, never)
+    with pytest.raises(AssemblyError, match=rf"changed/config\.json: .*{key}"):
+        load(directory, force_text=force_text)
+
+
+def test_an_export_is_refused_before_any_class_is_built(tmp_path, monkeypatch):
+    directory = write_checkpoint(tmp_path / "m", config={**CONFIG, "num_hidden_layers": HUGE})
+    monkeypatch.setattr(model, "build", never)
+    with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
+        export_model(directory, tmp_path / "out")
+
+
+def test_an_export_that_was_changed_is_refused_before_any_class_is_built(
+    model_dir, tmp_path, monkeypatch
+):
+    export_model(model_dir, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["num_hidden_layers"] = HUGE
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(model, "build", never)
+    with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
+        load(tmp_path / "out")
+
+
+def test_a_pipelines_split_is_refused_before_any_class_is_built(model_dir, monkeypatch):
+    from paroquant_stream.conversion.request import make_request
+
+    manifest = convert(make_request(model_dir)).manifest
+    config = {**CONFIG, "num_hidden_layers": HUGE}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(part, "build", never)
+    with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
+        part.needed_entries(Split(None, object(), "pipeline"), model_dir, manifest, True)
+    assert cache_store().root.exists()
+
+
+LIMITED = """
+import resource, sys
+from paroquant_stream import load
+from paroquant_stream.errors import AssemblyError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30),) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+try:
+    load(sys.argv[1])
+except AssemblyError as error:
+    print(str(error).partition(": ")[2])
+peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+print(peak < 1_500_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ten_million_layers_take_neither_memory_nor_time(tmp_path):
+    """They took 3.5 GB."""
+    directory = write_checkpoint(tmp_path / "m", config={**CONFIG, "num_hidden_layers": HUGE})
+    command = [sys.executable, "-c", LIMITED, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("num_hidden_layers is 10,000,000, more than the ")
+    assert done.stdout.endswith("\nTrue\n")
+
+
+def tokenizer_with(directory, **settings):
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"extra_ids": MOST_TOKENS + 1}, r"tokenizer_config\.json: extra_ids is 1,048,577"),
+        ({"offset": HUGE}, "offset is 10,000,000"),
+        ({"x": {"num_madeup_words": HUGE}}, r"x\.num_madeup_words is 10,000,000"),
+        ({"added_tokens_decoder": {"5": {}, str(HUGE): {}}}, "tokens_decoder is 10,000,000"),
+        ({"added_tokens_decoder": {"9" * 5000: {}}}, "in added_tokens_decoder is 99,"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_would_make_up_tokens_without_end_is_refused(model_dir, settings, words):
+    tokenizer_with(model_dir, **settings)
+    with pytest.raises(AssemblyError, match=words) as error:
+        load(model_dir)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["extra_special_tokens", "additional_special_tokens"])
+def test_more_special_tokens_than_any_model_has_are_refused(model_dir, name, key):
+    """Transformers takes quadratic time for them."""
+    tokens = [f"<{i}>" for i in range(10_001)]
+    (model_dir / name).write_text(json.dumps({key: tokens[1:]}))
+    check_tokenizer(model_dir)
+    (model_dir / name).write_text(json.dumps({key: tokens}))
+    with pytest.raises(AssemblyError, match=rf"{name}: the length of {key} is 10,001, more than"):
+        check_tokenizer(model_dir)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_more_settings_of_a_tokenizer_than_any_has_are_refused(model_dir, name):
+    (model_dir / name).write_text(json.dumps({f"k{i}_token": "x" for i in range(2001)}))
+    with pytest.raises(AssemblyError, match=rf"{name}: the number of settings is 2,001, more than"):
+        check_tokenizer(model_dir)
+
+
+def test_what_tokenizers_really_say_is_let_through(model_dir):
+    tokenizer_with(model_dir, model_max_length=int(1e30), extra_ids=100,
+                   added_tokens_decoder={"262143": {"content": "x"}, "x": {}})  # fmt: skip
+    check_tokenizer(model_dir)
+    for text in ("[", "[]", "{}", '{"added_tokens_decoder": [1]}', "[" * 10_000, "\ufeff{}"):
+        (model_dir / "tokenizer_config.json").write_text(text)
+        check_tokenizer(model_dir)
+    (model_dir / "tokenizer_config.json").unlink()
+    check_tokenizer(model_dir)

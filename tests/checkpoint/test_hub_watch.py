@@ -1,0 +1,348 @@
+"""A Hub that gives next to nothing: one line in a bounded time, and nothing that stays behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from filelock import FileLock
+
+from paroquant_stream import convert_checkpoint
+from paroquant_stream.checkpoint import hub as room
+from paroquant_stream.checkpoint import hub_watch
+from paroquant_stream.checkpoint.hub import locate
+from paroquant_stream.checkpoint.hub_watch import Watch, together
+from paroquant_stream.errors import CheckpointError
+from tests.helpers.builders import cut_evenly, write_checkpoint
+
+REPO = "owner/name"
+SHARD = "model-00002-of-00003.safetensors"
+SLOW = r"the Hub sent \d+ bytes in \d+ s, less than 1,000 a second"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    """What is measured over half a minute is measured over a second."""
+    monkeypatch.setattr(hub_watch, "WINDOW", 1.0)
+    monkeypatch.setattr(hub_watch, "PAUSE", 1.5)
+    monkeypatch.setattr(hub_watch, "_left", {})
+
+
+@pytest.fixture
+def source(tmp_path, hub):
+    directory = write_checkpoint(tmp_path / "source", cut=cut_evenly(3))
+    hub.push(REPO, directory)
+    return directory
+
+
+def trickles(where: str, method: str = "GET", fault: str = "trickle"):
+    return lambda asked, what: fault if (asked, what) == (method, where) else None
+
+
+def refusal(words: str, action=lambda: convert_checkpoint(REPO)) -> str:
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=words) as error:
+        action()
+    assert time.monotonic() - started < 15
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def calls() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "hub-call"}
+
+
+@pytest.fixture
+def ends_soon():
+    """Whether the threads of this test end; those of others may still wait for a head."""
+    others = calls()
+
+    def wait() -> bool:
+        until = time.monotonic() + 5
+        while calls() - others and time.monotonic() < until:
+            time.sleep(0.05)
+        return not calls() - others
+
+    return wait
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("config.json", "owner/name: config.json cannot be had from the Hub: "),
+        ("tokenizer.json", "owner/name: tokenizer.json cannot be had from the Hub: "),
+        ("api", "owner/name: its list of files: "),
+        (f"header of {SHARD}", f"owner/name: header of {SHARD}: "),
+        (SHARD, f"owner/name: {SHARD} cannot be had from the Hub: "),
+    ],
+)
+@pytest.mark.usefixtures("source")
+def test_an_answer_that_comes_a_byte_at_a_time_is_one_error_and_its_connection_is_shut(
+    hub, where, named, ends_soon
+):
+    hub.fault = trickles(where)
+    assert refusal(SLOW).startswith(named)
+    assert ends_soon()
+
+
+@pytest.mark.parametrize(
+    ("where", "method"),
+    [
+        ("config.json", "HEAD"),
+        (SHARD, "HEAD"),
+        ("config.json", "GET"),
+        (f"header of {SHARD}", "GET"),
+    ],
+)
+@pytest.mark.usefixtures("source")
+def test_an_answer_whose_head_comes_a_byte_at_a_time_is_one_error(hub, where, method):
+    hub.fault = trickles(where, method, "trickle head")
+    refusal(SLOW)
+
+
+@pytest.mark.usefixtures("source")
+def test_a_hub_that_asks_to_wait_for_an_hour_is_one_error(hub):
+    hub.fault = trickles("config.json", fault="wait")
+    refusal(SLOW)
+
+
+@pytest.mark.usefixtures("source")
+def test_what_has_arrived_is_kept_and_the_next_run_goes_on(hub, tmp_path, ends_soon):
+    hub.fault = trickles("model-00003-of-00003.safetensors")
+    refusal(SLOW, lambda: convert_checkpoint(REPO, jobs=1))
+    assert ends_soon()
+    assert not list((tmp_path / "hf").rglob("*.incomplete"))
+    kept = list((tmp_path / "user-cache").rglob("entries/*/*"))
+    assert kept
+    hub.fault = lambda *_: None
+    before = len(hub.downloads())
+    convert_checkpoint(REPO)
+    assert hub.downloads()[before:] == ["model-00003-of-00003.safetensors"]
+    assert {path.stat().st_ino for path in kept} <= {
+        path.stat().st_ino for path in (tmp_path / "user-cache").rglob("entries/*/*")
+    }
+
+
+COMMAND = """
+import sys
+from paroquant_stream.checkpoint import hub_watch
+hub_watch.WINDOW = 1.0
+from paroquant_stream.cli.convert import main
+sys.exit(main(["owner/name"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [("config.json", "trickle"), (f"header of {SHARD}", "trickle"), (SHARD, "trickle"),
+     ("config.json", "trickle head"), (f"header of {SHARD}", "trickle head")],
+)  # fmt: skip
+@pytest.mark.usefixtures("source")
+def test_the_command_ends_with_one_line_and_does_not_hang_when_it_exits(hub, where, fault):
+    hub.fault = trickles(where, fault=fault)
+    command = [sys.executable, "-c", COMMAND]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, env=os.environ)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if " done: " not in line]
+    assert len(told) == 1, done.stderr
+    assert re.match(f"error: owner/name: .*{SLOW}", told[0])
+
+
+@pytest.mark.usefixtures("source")
+def test_a_line_that_is_slow_and_fast_enough_is_waited_for(hub, monkeypatch):
+    monkeypatch.setattr(hub_watch, "SLOWEST", 50)
+    hub.pause = 0.005  # at most 200 bytes a second
+    hub.fault = trickles("config.json")
+    directory, _ = locate(REPO)
+    assert (directory / "config.json").stat().st_size > 300  # so it took more than a window
+
+
+@pytest.mark.usefixtures("source")
+def test_a_lock_that_another_process_holds_is_waited_for(hub, tmp_path):
+    """It downloads the same file: that takes as long as it takes, and nothing arrives here."""
+    directory, remote = locate(REPO)
+    locks = tmp_path / "hf" / "hub" / ".locks" / "models--owner--name"
+    held = []
+
+    def hold(method, what):
+        if (method, what) == ("HEAD", SHARD) and not held:
+            sha256 = next(sha for sha, name in hub.names.items() if name == SHARD)
+            locks.mkdir(parents=True, exist_ok=True)
+            held.append(FileLock(locks / f"{sha256}.lock", thread_local=False))
+            held[0].acquire()
+            threading.Timer(2.5, held[0].release, [True]).start()
+
+    hub.fault = hold
+    started = time.monotonic()
+    remote.fetch(SHARD, lambda _: None)
+    assert time.monotonic() - started > 2
+    assert (directory / SHARD).exists()
+
+
+@pytest.mark.usefixtures("source")
+def test_a_file_of_settings_of_a_size_that_no_model_has_is_not_downloaded(hub, monkeypatch):
+    monkeypatch.setattr(room, "size_limit", lambda name: 600 if name == "tokenizer.json" else None)
+    told = refusal("which no model needs; it was not downloaded")
+    assert told.startswith("owner/name: tokenizer.json cannot be had from the Hub: over")
+
+
+@pytest.mark.usefixtures("source")
+def test_a_second_try_does_not_wait_for_ever_for_the_lock_of_the_first(hub):
+    hub.fault = trickles("config.json", fault="trickle head")
+    refusal(SLOW)
+    refusal("an earlier request to the Hub still hangs in this process; start it anew")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_call_that_was_given_up_sends_no_further_request(ends_soon):
+    """The Hub's client tries again after a connection that broke."""
+    from huggingface_hub import get_session
+
+    seen, go_on = [], threading.Event()
+
+    def call(watch):
+        go_on.wait(5)
+        try:
+            get_session().get("http://127.0.0.1:9/")
+        except Exception as error:
+            seen.append(str(error))
+
+    def fails(watch):
+        raise CheckpointError("no")
+
+    with pytest.raises(CheckpointError, match="no"):
+        together([("a", call), ("b", fails)])
+    go_on.set()
+    assert ends_soon()
+    assert seen == ["a: given up"]
+
+
+@pytest.mark.usefixtures("source")
+def test_a_session_that_the_client_makes_anew_is_watched_too(hub):
+    """It does so after a connection that failed, in the middle of a call."""
+    from huggingface_hub import close_session, get_session
+
+    def call(watch):
+        close_session()
+        get_session()
+        time.sleep(0.5)
+        get_session().get(f"{hub.endpoint}/{REPO}/resolve/main/config.json", timeout=10)
+
+    hub.fault = trickles("config.json")
+    refusal(SLOW, lambda: together([("x", call)]))
+
+
+@pytest.mark.usefixtures("source")
+def test_requests_of_others_in_the_process_are_left_alone(hub):
+    from huggingface_hub import get_session
+
+    locate(REPO)
+    hub.pause = 0.01
+    hub.fault = trickles("config.json")
+    answer = get_session().get(f"{hub.endpoint}/{REPO}/resolve/main/config.json", timeout=10)
+    assert len(answer.content) > 300  # 3 s at 100 bytes a second
+
+
+def test_what_a_bar_raises_ends_the_call_though_the_client_swallows_it():
+    def call(watch):
+        bar = watch.bar(tick, None)(total=10)
+        threading.Thread(target=swallow, args=(bar,)).start()
+        stopped.wait(10)
+
+    def swallow(bar):
+        try:
+            bar.update(3)
+        except CheckpointError:
+            swallowed.append(True)
+
+    def tick(count):
+        raise CheckpointError(f"stopped at {count}")
+
+    swallowed, stopped = [], threading.Event()
+    with pytest.raises(CheckpointError, match="stopped at 3"):
+        together([("x", call)])
+    stopped.set()
+    assert swallowed
+
+
+def xet_reporter(bar):
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    return XetDownloadProgressReporter(
+        reconstruction_desc="a", transfer_desc="b", total=100, log_level=0, tqdm_class=bar
+    )
+
+
+def report(done: int, sent: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        total_bytes_completed=done, total_transfer_bytes_completed=sent, total_bytes=100,
+        total_bytes_completion_rate=1.0, total_transfer_bytes_completion_rate=1.0,
+    )  # fmt: skip
+
+
+def test_the_rust_clients_progress_is_counted_once_and_watched():
+    """Xet has two bars: bytes off the line, which show that it moves, and bytes of the file."""
+    ticks: list[int] = []
+    watch = Watch("x")
+    with xet_reporter(watch.bar(ticks.append, None)) as reporter:
+        reporter.update_progress(report(0, 2000), {})
+        watch.look(0.1)
+        reporter.update_progress(report(60, 3000), {})
+        reporter.update_progress(report(100, 3000), {})
+        assert ticks == [60, 40]
+        with pytest.raises(CheckpointError, match="x: the Hub sent 0 bytes in 120 s"):
+            for _ in range(300):
+                watch.look(1)
+    watch.look(1)
+    for _ in range(300):
+        watch.look(1)  # closed: what it waits for now is no answer
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
+    monkeypatch.setattr(hub_watch, "WINDOW", 3.0)
+    watch = Watch("x")
+    watch.request()
+    for _ in range(3):
+        watch.look(3600)
+    with pytest.raises(CheckpointError, match="sent 0 bytes in 3 s"):
+        watch.look(3600)
+
+
+def test_results_come_in_order_and_no_more_run_at_once_than_a_few():
+    running, most, lock = [], [], threading.Lock()
+
+    def call(number):
+        def run(watch):
+            with lock:
+                running.append(number)
+                most.append(len(running))
+            time.sleep(0.02)
+            with lock:
+                running.remove(number)
+            return number
+
+        return run
+
+    assert together([(str(n), call(n)) for n in range(30)]) == list(range(30))
+    assert 1 < max(most) <= hub_watch.TOGETHER
+    assert together([]) == []
+
+
+def test_after_an_error_no_further_call_is_begun():
+    begun = []
+
+    def call(watch):
+        begun.append(watch.label)
+        time.sleep(0.05)
+        raise CheckpointError("no")
+
+    with pytest.raises(CheckpointError, match="no"):
+        together([(str(n), call) for n in range(50)])
+    time.sleep(0.3)
+    assert len(begun) < 30

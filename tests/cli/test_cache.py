@@ -1,0 +1,304 @@
+"""The cache command."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paroquant_stream import cache
+from paroquant_stream.cli import convert
+from tests.helpers.builders import write_checkpoint
+
+
+@pytest.fixture
+def arguments(model_dir, tmp_path) -> list[str]:
+    where = ["--cache-dir", str(tmp_path / "cache")]
+    assert convert.main([str(model_dir), *where, "--quiet"]) == 0
+    return where
+
+
+def damaged(tmp_path):
+    path = next((tmp_path / "cache").rglob("entries/*/*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_verify_of_a_sound_cache_exits_with_0(arguments, model_dir, capsys):
+    assert cache.main(["verify", *arguments]) == 0
+    assert capsys.readouterr().out == "3 files read, 0 differ\n"
+    assert cache.main(["verify", str(model_dir), "--sources", *arguments]) == 0
+    assert capsys.readouterr().out == "6 files read, 0 differ\n"
+
+
+def test_verify_names_what_differs_and_exits_with_1(arguments, tmp_path, capsys):
+    path = damaged(tmp_path)
+    assert cache.main(["verify", *arguments]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{path}: expected XXH3 ")
+    assert ", got " in lines[0]
+    assert lines[1] == "3 files read, 1 differ"
+
+
+def test_verify_in_json(arguments, tmp_path, capsys):
+    path = damaged(tmp_path)
+    assert cache.main(["verify", "--json", *arguments]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == 3
+    assert found["problems"][0].keys() == {"path", "expected", "found"}
+    assert found["problems"][0]["path"] == str(path)
+
+
+def test_verify_of_a_model_that_was_never_converted_is_one_message(tmp_path, model_dir, capsys):
+    assert cache.main(["verify", str(model_dir), "--cache-dir", str(tmp_path / "empty")]) == 1
+    assert "not converted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], ["nonsense"], ["verify", "--sources"], ["verify", "--in-place"]]
+)
+def test_wrong_usage_exits_with_2(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cache.main(wrong)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def run(*words: str) -> int:
+    return cache.main([*words])
+
+
+@pytest.fixture
+def root(arguments) -> Path:
+    return Path(arguments[1])
+
+
+@pytest.fixture
+def home(root, monkeypatch) -> Path:
+    """The converted cache as the user's, so that no command needs --cache-dir."""
+    monkeypatch.setenv("PAROQUANT_STREAM_CACHE", str(root))
+    return root
+
+
+def tree(path: Path) -> dict[Path, tuple[int, int]]:
+    return {p: (p.lstat().st_mtime_ns, p.lstat().st_size) for p in sorted(path.rglob("*"))}
+
+
+@pytest.mark.usefixtures("home")
+def test_ls_shows_the_model_and_a_footer(model_dir, capsys):
+    assert run("ls") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].startswith(str(model_dir))
+    assert "1 model, 3 entries, " in out
+    assert err == ""
+
+
+@pytest.mark.usefixtures("home")
+def test_ls_quiet_gives_names_that_rm_takes(model_dir, capsys):
+    assert run("ls", "-q") == 0
+    name = capsys.readouterr().out
+    assert name == f"{model_dir}\n"
+    assert run("rm", name.strip(), "-y") == 0
+    capsys.readouterr()
+    run("ls", "-q")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("home")
+def test_ls_json_is_one_list(model_dir, capsys):
+    assert run("ls", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["name"], len(found["shards"])) == (str(model_dir), 3)
+
+
+@pytest.mark.usefixtures("home")
+def test_ls_of_a_model_shows_its_shards_and_no_footer(model_dir, capsys, monkeypatch):
+    monkeypatch.chdir(model_dir.parent)
+    assert run("ls", "model") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert run("ls", "-v") == 0
+    assert "model-00001-of-00003.safetensors" in capsys.readouterr().out
+    assert run("ls", "absent") == 1
+    assert "absent: not converted in " in capsys.readouterr().err
+
+
+def test_looking_changes_nothing(home, model_dir, capsys):
+    before = tree(home), tree(model_dir)
+    for words in (["ls"], ["ls", "-v"], ["ls", "--json"], ["ls", "-q"], ["path"]):
+        assert run(*words) == 0
+    assert run("path", str(model_dir)) == 0
+    assert run("rm", str(model_dir), "--dry-run") == 0
+    assert run("prune", "--max-size", "0B", "--orphans", "--foreign", "--dry-run") == 0
+    assert (tree(home), tree(model_dir)) == before
+
+
+def test_an_absent_cache_is_empty_and_is_not_made(tmp_path, capsys):
+    where = ["--cache-dir", str(tmp_path / "absent")]
+    assert run("ls", *where) == 0
+    assert capsys.readouterr().out.startswith("0 models, 0 entries, 0 B in ")
+    assert run("ls", "--json", *where) == 0
+    assert capsys.readouterr().out == "[]\n"
+    assert run("path", *where) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'absent'}\n"
+    assert run("prune", *where) == 0
+    assert capsys.readouterr().out == "nothing to remove\n"
+    assert run("rm", "x", *where) == 1
+    assert not (tmp_path / "absent").exists()
+
+
+def test_path_gives_the_manifest_and_the_entries(home, model_dir, capsys):
+    assert run("path", str(model_dir)) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert set(paths) == {p for p in home.rglob("*") if p.suffix in (".msgpack", ".safetensors")}
+
+
+def test_rm_without_a_terminal_asks_for_y_and_removes_nothing(home, model_dir, capsys):
+    before = tree(home)
+    assert run("rm", str(model_dir)) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("to remove, ")
+    assert err == "error: nothing removed: there is no terminal to ask on; add -y\n"
+    assert tree(home) == before
+
+
+class Terminal(io.StringIO):
+    """A terminal on which a person has typed."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"), [("y\n", 0), ("YES\n", 0), ("n\n", 1), ("\n", 1), ("", 1)]
+)
+def test_rm_on_a_terminal_asks(home, model_dir, capsys, monkeypatch, answer, code):
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    assert run("rm", str(model_dir)) == code
+    out, err = capsys.readouterr()
+    assert err.startswith("remove? [y/N] ")
+    assert ("removed, " in out) == (code == 0)
+    assert bool(list(home.rglob("*.msgpack"))) == (code == 1)
+
+
+def test_rm_says_what_it_frees_and_frees_it(home, model_dir, capsys):
+    assert run("rm", str(model_dir), "-y") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("to remove, ")
+    assert lines[1].startswith(f"  {model_dir}  ")
+    assert lines[2].startswith("removed, ")
+    assert lines[0].split(", ")[1].rstrip(":") == lines[2].split(", ")[1].split(" freed")[0]
+    assert not list(home.rglob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("home")
+def test_rm_of_one_model_that_is_not_there_removes_none(model_dir, capsys):
+    assert run("rm", str(model_dir), "absent", "-y") == 1
+    run("ls", "-q")
+    assert capsys.readouterr().out == f"{model_dir}\n"
+
+
+@pytest.mark.usefixtures("home")
+def test_a_model_whose_directory_is_gone_can_be_removed_by_its_path(model_dir, capsys):
+    shutil.rmtree(model_dir)
+    assert run("rm", str(model_dir), "-y") == 0
+
+
+@pytest.mark.usefixtures("home")
+def test_a_hub_model_can_be_removed_by_its_id_or_with_its_revision(tmp_path, capsys):
+    for revision in ("a" * 40, "b" * 40):
+        directory = tmp_path / "models--owner--name" / "snapshots" / revision
+        assert convert.main([str(write_checkpoint(directory)), "--quiet"]) == 0
+    assert run("rm", "owner/name@aaaaaaaa", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["models"] == ["owner/name@aaaaaaaa"]
+    assert run("rm", "owner/name", "--dry-run", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["models"]) == 2
+
+
+def test_removals_in_json_are_one_object_of_the_documented_form(home, model_dir, capsys):
+    assert run("rm", str(model_dir), "-y", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"dry_run", "models", "files", "foreign", "stays", "size"}
+    assert (found["dry_run"], len(found["files"])) == (False, 3)
+    assert not list(home.rglob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("home")
+def test_prune_takes_its_rules_from_the_command_line(model_dir, capsys):
+    assert run("prune", "--older-than", "30d", "-y") == 0
+    assert capsys.readouterr().out == "nothing to remove\n"
+    assert run("prune", "--max-size", "1kB", "--keep", str(model_dir), "-y") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("nothing to remove\n")
+    assert f"stays: {model_dir}: --keep" in out
+    assert run("prune", "--max-size", "1kB", "-y") == 0
+    assert "removed, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["prune", "--max-size", "100"], "'100' is not a size: expected a number and B, kB"),
+        (["prune", "--older-than", "30"], "'30' is not an age: expected"),
+        (["ls", "--json", "-q"], "not allowed with"),
+        (["rm"], "required: MODEL"),
+    ],
+)
+def test_a_wrong_option_says_what_is_expected(words, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_failure_is_one_line_and_exit_code_1(home, model_dir, capsys):
+    home.chmod(0o777)
+    assert run("rm", str(model_dir), "-y") == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {home}: others can write into it")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("home")
+def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.command, "take_inventory", interrupted)
+    assert run("ls") == 130
+    assert capsys.readouterr().err == "interrupted; run again to go on\n"
+
+
+def test_looking_imports_nothing_heavy(home):
+    code = (
+        "import sys; from paroquant_stream import cache; cache.main(['ls', '-v']); "
+        "heavy = {'numpy', 'mlx', 'huggingface_hub', 'tqdm', 'mlx_lm'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("command", [[], ["ls"], ["path"], ["rm"], ["prune"], ["verify"]])
+def test_every_help_stands_alone(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*command, "--help")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: paroquant-stream cache")
+    assert len(out.splitlines()) > 5
+
+
+def test_backup_programs_skip_the_cache(root):
+    archive = subprocess.run(
+        ["tar", "--exclude-caches", "-cf", "-", root.name], cwd=root.parent, capture_output=True
+    )
+    names = subprocess.run(["tar", "-tf", "-"], input=archive.stdout, capture_output=True).stdout
+    assert names.split() == [b"cache/", b"cache/CACHEDIR.TAG"]

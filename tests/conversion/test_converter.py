@@ -1,0 +1,371 @@
+"""The flow: only what changed is converted, and a run that was cut off goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from paroquant_stream.conversion import pipeline as shards
+from paroquant_stream.conversion import request
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.planning import survey
+from paroquant_stream.conversion.request import make_request, read_manifest, staleness
+from paroquant_stream.errors import CheckpointError, PlanError
+from paroquant_stream.files import descriptor
+from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
+from paroquant_stream.plan.task import OPERATION_VERSIONS
+from paroquant_stream.store.manifest import Manifest
+from tests.helpers.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("settled")
+
+
+def actions(result) -> dict[str, str]:
+    return {report.shard[6:11].lstrip("0"): report.action for report in result.shards}
+
+
+def reasons(result) -> dict[str, str]:
+    return {report.shard[6:11].lstrip("0"): report.why for report in result.shards}
+
+
+def run(directory, **options):
+    return convert(make_request(directory, jobs=1, **options))
+
+
+def flip_byte(directory, shard: int, tensor: str) -> None:
+    """Changes one byte of one tensor."""
+    from paroquant_stream.checkpoint.checkpoint import Shard
+
+    name = sorted(p.name for p in directory.glob("model-*.safetensors"))[shard - 1]
+    found = {t.name: t for t in Shard(name, directory / name).header().tensors}[tensor]
+    with (directory / name).open("r+b") as file:
+        file.seek(found.start)
+        byte = file.read(1)[0]
+        file.seek(found.start)
+        file.write(bytes([byte ^ 1]))
+
+
+def entries(cache) -> set[str]:
+    return {path.name for path in cache.rglob("*.safetensors")}
+
+
+def test_the_first_run_converts_every_shard_and_the_second_none(model_dir):
+    first, second = run(model_dir), run(model_dir)
+    assert set(actions(first).values()) == {"converted"}
+    assert set(reasons(first).values()) == {"never converted"}
+    assert set(actions(second).values()) == {"reused"}
+    assert second.manifest == first.manifest
+
+
+def test_a_run_without_work_reads_a_sample_of_each_shard(model_dir, monkeypatch):
+    run(model_dir)
+    read, real = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, v, at: read.append(len(v[0])) or real(f, v, at))
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a shard was read"))
+    assert set(actions(run(model_dir)).values()) == {"reused"}
+    assert read == [SAMPLE_SIZE] * SAMPLES * 3
+
+
+def test_one_changed_byte_rebuilds_exactly_its_entry(model_dir):
+    run(model_dir)
+    flip_byte(model_dir, 2, "model.layers.1.input_layernorm.weight")
+    result = run(model_dir)
+    assert actions(result) == {"1": "reused", "2": "converted", "3": "reused"}
+    assert reasons(result)["2"] == "content changed"
+
+
+def test_a_changed_part_that_was_borrowed_rebuilds_the_borrower_too(scattered_dir):
+    before = run(scattered_dir)
+    scales = "model.layers.0.mlp.up_proj.scales"
+    (lender,) = {r.shard for r in before.manifest.entries for t in r.tensors if t.name == scales}
+    biases = scales.replace("scales", "biases")
+    (borrower,) = {r.shard for r in before.manifest.entries for t in r.tensors if t.name == biases}
+    assert lender != borrower
+    flip_byte(scattered_dir, int(lender[6:11]), scales)
+    result = run(scattered_dir)
+    number = {shard: shard[6:11].lstrip("0") for shard in (lender, borrower)}
+    assert reasons(result)[number[lender]] == "content changed"
+    assert reasons(result)[number[borrower]] == "borrowed part changed"
+    assert sorted(actions(result).values()) == ["converted", "converted", "reused"]
+
+
+def test_moving_copying_and_touching_rebuild_nothing(model_dir, tmp_path):
+    keys = [record.key for record in run(model_dir).manifest.entries]
+    copied = shutil.copytree(model_dir, tmp_path / "copied")
+    moved = model_dir.rename(tmp_path / "moved")
+    for path in moved.iterdir():
+        path.touch()
+    for directory in (copied, moved):
+        result = run(directory)
+        assert set(actions(result).values()) == {"reused"}
+        assert [record.key for record in result.manifest.entries] == keys
+
+
+def test_renaming_the_shards_rebuilds_nothing(tmp_path):
+    tensors = llama_tensors()
+    first = run(write_checkpoint(tmp_path / "a", tensors, cut_evenly(3)))
+
+    def renamed(names):
+        return {n: shard.replace("model", "weights") for n, shard in cut_evenly(3)(names).items()}
+
+    second = run(write_checkpoint(tmp_path / "b", tensors, renamed))
+    assert {report.action for report in second.shards} == {"reused"}
+    assert [r.key for r in first.manifest.entries] == [r.key for r in second.manifest.entries]
+    assert second.manifest.entries[0].shard.startswith("weights")
+
+
+def test_the_same_content_gives_the_same_bytes_in_another_store(model_dir, tmp_path):
+    one = run(model_dir, cache_dir=tmp_path / "one")
+    two = run(model_dir, cache_dir=tmp_path / "two")
+    assert [r.digest for r in one.manifest.entries] == [r.digest for r in two.manifest.entries]
+    for record in one.manifest.entries:
+        paths = [
+            s.store.entry_path(record.key)
+            for s in (make_request(model_dir, cache_dir=tmp_path / n) for n in ("one", "two"))
+        ]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 8])
+def test_the_number_of_jobs_never_changes_a_bit(model_dir, tmp_path, jobs):
+    result = convert(make_request(model_dir, cache_dir=tmp_path / str(jobs), jobs=jobs))
+    reference = run(model_dir)
+    assert [r.digest for r in result.manifest.entries] == [
+        r.digest for r in reference.manifest.entries
+    ]
+
+
+def test_a_lost_manifest_costs_no_conversion(model_dir):
+    first = run(model_dir)
+    first.manifest_path.unlink()
+    second = run(model_dir)
+    assert set(actions(second).values()) == {"reused"}
+    assert second.manifest == first.manifest
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 100, b"PAROSTRM" + bytes(60)])
+def test_a_damaged_manifest_reads_as_none(model_dir, damage):
+    first = run(model_dir)
+    first.manifest_path.write_bytes(damage)
+    assert run(model_dir).manifest == first.manifest
+
+
+def test_an_absent_or_short_entry_is_converted_again(model_dir, tmp_path):
+    first = run(model_dir)
+    store = make_request(model_dir).store
+    gone, short, _ = (store.entry_path(r.key) for r in first.manifest.entries)
+    whole = short.read_bytes()
+    gone.unlink()
+    short.write_bytes(whole[:-1])
+    result = run(model_dir)
+    assert actions(result) == {"1": "converted", "2": "converted", "3": "reused"}
+    assert reasons(result)["1"] == "its entry is absent or damaged"
+    assert short.read_bytes() == whole
+
+
+def test_an_adopted_entry_with_a_foreign_header_is_converted_again(model_dir):
+    first = run(model_dir)
+    first.manifest_path.unlink()
+    path = make_request(model_dir).store.entry_path(first.manifest.entries[0].key)
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"input_layernorm", b"input_layermorn"))
+    assert path.read_bytes() != good
+    assert actions(run(model_dir))["1"] == "converted"
+    assert path.read_bytes() == good
+
+
+def test_force_converts_everything_again(model_dir):
+    run(model_dir)
+    result = run(model_dir, force=True)
+    assert set(reasons(result).values()) == {"forced"}
+
+
+def test_a_new_version_of_one_operation_rebuilds_only_what_used_it(tmp_path, monkeypatch):
+    tensors = llama_tensors()
+
+    def cut(names):
+        return {n: "b.safetensors" if n.endswith("norm.weight") else "a.safetensors" for n in names}
+
+    directory = write_checkpoint(tmp_path / "m", tensors, cut)
+    run(directory)
+    monkeypatch.setitem(OPERATION_VERSIONS, "awq_weight", 2)
+    monkeypatch.setattr(shards, "TRANSFORM", "newer")
+    monkeypatch.setattr(request, "TRANSFORM", "newer")
+    result = run(directory)
+    assert [(r.shard, r.action) for r in result.shards] == [
+        ("a.safetensors", "converted"),
+        ("b.safetensors", "reused"),
+    ]
+    assert "version" in result.shards[0].why
+
+
+def test_a_config_that_changes_no_entry_rebuilds_nothing(model_dir):
+    run(model_dir)
+    config = model_dir / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    result = run(model_dir)
+    assert set(actions(result).values()) == {"reused"}
+    assert staleness(make_request(model_dir), result.manifest) is None
+
+
+def test_nothing_is_written_for_a_defective_checkpoint(tmp_path):
+    tensors = llama_tensors()
+    del tensors["model.layers.0.mlp.up_proj.pairs"]
+    directory = write_checkpoint(tmp_path / "m", tensors, cut_apart(2))
+    with pytest.raises(PlanError):
+        run(directory, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_truncated_shard_is_named(model_dir, tmp_path):
+    shard = model_dir / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(Exception, match=r"model-00002-of-00003.*download it again"):
+        run(model_dir, cache_dir=tmp_path / "cache")
+
+
+def test_an_absent_shard_is_named(model_dir):
+    (model_dir / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        run(model_dir)
+
+
+def test_a_survey_tells_the_same_as_the_run_and_writes_nothing(model_dir, tmp_path):
+    request = make_request(model_dir, cache_dir=tmp_path / "cache", jobs=1)
+    assert {r.action for r in survey(request)} == {"converted"}
+    assert not (tmp_path / "cache").exists()
+    convert(request)
+    flip_byte(model_dir, 1, "lm_head.weight")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    foretold = survey(request)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    done = convert(request).shards
+    assert [(r.action, r.why, r.bytes_in, r.bytes_out) for r in foretold] == [
+        (r.action, r.why, r.bytes_in, r.bytes_out) for r in done
+    ]
+
+
+def test_one_file_and_ten_hold_the_same_tensors(tmp_path):
+    tensors = llama_tensors()
+    one = run(write_checkpoint(tmp_path / "one", tensors))
+    ten = run(write_checkpoint(tmp_path / "ten", tensors, cut_apart(10)))
+
+    def stored(result: Manifest):
+        return sorted((t.name, t.dtype, t.shape) for r in result.entries for t in r.tensors)
+
+    assert stored(one.manifest) == stored(ten.manifest)
+
+
+def test_in_place_writes_beside_the_model_and_names_no_path(model_dir, tmp_path):
+    result = run(model_dir, in_place=True)
+    assert result.manifest_path.is_relative_to(model_dir / "mlx")
+    assert result.manifest_path.name.startswith("model-")
+    moved = model_dir.rename(tmp_path / "moved")
+    assert set(actions(run(moved, in_place=True)).values()) == {"reused"}
+
+
+def test_a_shard_that_just_changed_is_not_trusted_by_its_stat(model_dir, monkeypatch):
+    monkeypatch.setattr(descriptor, "RACY_SECONDS", 2.0)
+    request = make_request(model_dir, jobs=1)
+    result = convert(request)
+    assert "never read" in staleness(request, result.manifest)
+    assert set(actions(run(model_dir)).values()) == {"reused"}  # hashed again, not converted
+
+
+def test_progress_ends_at_the_size_of_every_shard(model_dir):
+    last: dict[str, tuple[int, int]] = {}
+    convert(
+        make_request(model_dir, jobs=2),
+        lambda shard, done, size: last.update({shard: (done, size)}),
+    )
+    assert len(last) == 3
+    assert all(done == size for done, size in last.values())
+
+
+def test_a_read_only_survey_survives_a_store_that_is_not_there(model_dir, tmp_path):
+    request = make_request(model_dir, cache_dir=tmp_path / "nowhere" / "deep")
+    assert request.store.free_bytes() > 0
+    assert read_manifest(request) is None
+    assert replace(request.store, read_only=True).memo.read_only
+
+
+def test_a_disk_without_room_is_told_before_any_work_and_goes_on_once_there_is(
+    model_dir, monkeypatch
+):
+    from paroquant_stream.errors import StoreError
+    from paroquant_stream.store.store import Store
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "free_bytes", lambda _: 1000)
+        with pytest.raises(StoreError, match=r"[\d,]+ bytes needed for 3 shards, 1,000 free"):
+            run(model_dir)
+    assert set(actions(run(model_dir)).values()) == {"converted"}
+
+
+def test_a_cache_that_others_can_write_into_is_refused(model_dir):
+    from paroquant_stream.errors import StoreError
+
+    request = make_request(model_dir, jobs=1)
+    convert(request)
+    request.store.root.chmod(0o777)
+    with pytest.raises(StoreError, match="chmod go-w"):
+        run(model_dir)
+
+
+def test_a_run_without_work_notes_that_the_model_was_used_and_no_more(model_dir):
+    made = make_request(model_dir)
+    convert(made)
+    path = made.store.manifest_path(made.manifest_name)
+    data = path.read_bytes()
+    os.utime(path, (0, 0))
+    convert(made)
+    assert path.stat().st_mtime > 1e9
+    assert path.read_bytes() == data
+
+
+def test_a_cache_whose_times_cannot_be_set_serves_all_the_same(model_dir, monkeypatch):
+    first, fired = run(model_dir), []
+
+    def fail(*_arguments, **_options):
+        fired.append(1)
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", fail)
+    assert run(model_dir).manifest == first.manifest
+    assert fired == [1]
+
+
+def test_a_manifest_in_a_cache_names_the_directory_and_one_beside_a_model_no_path(model_dir):
+    assert run(model_dir).manifest.directory == str(model_dir.resolve())
+    assert run(model_dir, in_place=True).manifest.directory == ""
+
+
+@pytest.mark.parametrize("lost", ["manifest", "path"])
+def test_damage_from_before_its_record_was_lost_is_not_adopted(model_dir, tmp_path, lost):
+    first = run(model_dir)
+    store, record = make_request(model_dir).store, first.manifest.entries[0]
+    right = store.entry_path(record.key).read_bytes()
+    store.entry_path(record.key).write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    if lost == "manifest":
+        first.manifest_path.unlink()
+        directory = model_dir
+    else:
+        directory = model_dir.rename(tmp_path / "moved")
+    again = run(directory)
+    assert store.entry_path(record.key).read_bytes() == right
+    assert [report.action for report in again.shards].count("converted") == 1
+    assert again.manifest.entries == first.manifest.entries
+
+
+def test_an_entry_without_its_writers_digest_is_made_again_when_its_record_is_lost(model_dir):
+    first = run(model_dir)
+    store, record = make_request(model_dir).store, first.manifest.entries[0]
+    store.entry_path(record.key).with_suffix(".digest").unlink()
+    assert {r.action for r in run(model_dir).shards} == {"reused"}  # the manifest has it
+    first.manifest_path.unlink()
+    again = run(model_dir)
+    assert [report.action for report in again.shards].count("converted") == 1
+    assert store.entry_digest(record.key) == record.digest

@@ -1,0 +1,171 @@
+"""A rank's byte ranges: what `load` reads for its part of every layer, and that it is right."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.conversion.request import make_request
+from paroquant_stream.distributed import byte_ranges as ranges
+from paroquant_stream.distributed.slices import Slice, read_slice
+from paroquant_stream.distributed.tensor_parallel import shard
+from paroquant_stream.errors import ShardingError
+from paroquant_stream.exports.mlx_directory_writer import export_model
+from paroquant_stream.model import assemble as model
+from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
+from tests.helpers.builders import cut_apart, write_checkpoint
+from tests.helpers.paths import FIXTURES
+from tests.helpers.ranks import Rank
+from tests.helpers.splittable import FAMILIES, splittable
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "alone")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Ranks that are no processes meet at once."""
+    monkeypatch.setattr(model, "meet", lambda group: None)
+
+
+@pytest.fixture
+def slices_read(monkeypatch) -> list[Slice]:
+    """Every slice that is read as byte ranges."""
+    found: list[Slice] = []
+
+    def read(fd, tensor, part, label):
+        found.append(part)
+        return read_slice(fd, tensor, part, label)
+
+    monkeypatch.setattr(ranges, "read_slice", read)
+    return found
+
+
+def parameters(loaded) -> dict[str, mx.array]:
+    return dict(tree_flatten(loaded.parameters()))
+
+
+def cut_in_memory(directory, rank) -> dict[str, mx.array]:
+    whole, _, _ = load(directory)
+    shard(whole, rank, lazy=True)
+    return parameters(whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_has_the_bits_that_are_cut_out_of_the_whole_model(family, tmp_path, slices_read):
+    directory = splittable(tmp_path / family, family)
+    for number in range(2):
+        slices_read.clear()
+        found, _, _ = load(directory, group=Rank(number, 2), parallel="tensor")
+        assert slices_read
+        expected = cut_in_memory(directory, Rank(number, 2))
+        found = parameters(found)
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            assert array.dtype == expected[name].dtype, name
+            assert mx.array_equal(array, expected[name]), name
+
+
+def test_pieces_of_a_stack_of_experts_are_each_cut_and_then_joined(tmp_path, slices_read):
+    directory = splittable(tmp_path / "m", "qwen3_moe")
+    tensors = mx.load(str(directory / "model.safetensors"))
+    shards = {name: f"{number // 4 % 3}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for shard_name in set(shards.values()):
+        own = {name: array for name, array in tensors.items() if shards[name] == shard_name}
+        mx.save_safetensors(str(directory / shard_name), own)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (directory / "model.safetensors").unlink()
+    manifest = convert_checkpoint(directory)
+    names = [tensor.name for record in manifest.entries for tensor in record.tensors]
+    pieces = [name for name in names if ".experts_" in name and "down_proj.weight" in name]
+    assert len(pieces) > 2
+    expected = cut_in_memory(directory, Rank(1, 2))
+    found, _, _ = load(directory, group=Rank(1, 2), parallel="tensor")
+    assert sum(part.axis == 2 for part in slices_read) >= len(pieces)
+    assert all(mx.array_equal(a, expected[name]) for name, a in parameters(found).items())
+
+
+def test_about_half_of_the_bytes_are_read_and_held(tmp_path, monkeypatch, settled):
+    sizes = {"hidden": 1024, "intermediate": 3072, "heads": 8, "kv_heads": 2, "vocab": 256}
+    make_checkpoint(tmp_path / "m", layers=4, shards=2, **sizes)
+    manifest = convert_checkpoint(tmp_path / "m")
+    whole = sum(record.size for record in manifest.entries)
+    counts, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
+    mx.clear_cache()  # a buffer that another test left may be larger than what is put into it
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    loaded, _, _ = load(tmp_path / "m", group=Rank(0, 2), parallel="tensor")
+    held = sum(array.nbytes for array in parameters(loaded).values())
+    assert 0.5 * whole < held < 0.54 * whole
+    assert 0.5 * whole < sum(counts) < 0.72 * whole  # of short lines all is read, half is kept
+    assert mx.get_peak_memory() - before < 1.1 * held
+
+
+def test_an_entry_cut_short_meanwhile_is_converted_again(tmp_path, monkeypatch):
+    directory = splittable(tmp_path / "m", "llama")
+    expected = cut_in_memory(directory, Rank(0, 2))
+    fired = []
+
+    def cut_short(fd, tensor, part, label):
+        if not fired:
+            fired.append(label)
+            os.truncate(label, 20_000)
+        return read_slice(fd, tensor, part, label)
+
+    monkeypatch.setattr(ranges, "read_slice", cut_short)
+    found, _, _ = load(directory, group=Rank(0, 2), parallel="tensor")
+    assert fired
+    assert all(mx.array_equal(a, expected[name]) for name, a in parameters(found).items())
+
+
+@pytest.mark.parametrize("form", ["export", "single file"])
+def test_other_forms_of_a_model_are_cut_too(form, tmp_path, slices_read):
+    directory = splittable(tmp_path / "m", "qwen3_moe")
+    expected = cut_in_memory(directory, Rank(1, 2))
+    if form == "export":
+        export_model(directory, tmp_path / "out")
+    else:
+        from paroquant_stream.cli.export import main
+
+        assert main([str(directory), "--single-file"]) == 0
+    source = tmp_path / "out" if form == "export" else directory
+    found, _, _ = load(source, group=Rank(1, 2), parallel="tensor")
+    assert not slices_read
+    assert all(mx.array_equal(a, expected[name]) for name, a in parameters(found).items())
+
+
+def test_lazy_leaves_what_is_not_cut_unread(tmp_path):
+    directory = splittable(tmp_path / "m", "llama")
+    expected = cut_in_memory(directory, Rank(0, 2))
+    found, _, _ = load(directory, lazy=True, group=Rank(0, 2), parallel="tensor")
+    assert all(mx.array_equal(a, expected[name]) for name, a in parameters(found).items())
+
+
+def test_a_class_that_cannot_be_cut_is_refused_before_its_weights_are_read(slices_read):
+    with pytest.raises(ShardingError, match="has none"):
+        load(FIXTURES / "gemma3_text-awq-adversarial", group=Rank(0, 2), parallel="tensor")
+    with pytest.raises(ShardingError, match="divide"):
+        load(FIXTURES / "qwen3-awq-size", group=Rank(0, 2), parallel="tensor")
+    assert not slices_read
+
+
+def test_only_two_ways_to_split_are_known(model_dir):
+    with pytest.raises(ValueError, match="pipeline or tensor, not 'data'"):
+        load(model_dir, group=Rank(0, 2), parallel="data")
+
+
+def test_no_descriptor_stays_open(tmp_path):
+    directory = write_checkpoint(tmp_path / "m", cut=cut_apart(3))
+    request = make_request(directory)
+    manifest = convert_checkpoint(directory)
+    before = len(os.listdir("/dev/fd"))
+    with ranges.entry_slices(manifest.entries, request.store, {}) as slices:
+        for record in manifest.entries:
+            slices._fd(record.key)
+        assert len(os.listdir("/dev/fd")) == before + 3
+    assert len(os.listdir("/dev/fd")) == before

@@ -1,0 +1,135 @@
+"""An exported directory read back by load()."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from paroquant_stream import load
+from paroquant_stream.checkpoint.checkpoint import Checkpoint
+from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFile
+from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
+from tests.helpers.paths import FIXTURES
+
+FAMILIES = ["llama-awq-adversarial", "qwen3_moe-awq-adversarial", "qwen3_5_text-awq-size"]
+
+
+def bits(array: mx.array) -> tuple:
+    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
+    return str(array.dtype), array.shape, bytes(memoryview(mx.contiguous(array.view(words))))
+
+
+def parameters(model) -> dict:
+    return {name: bits(array) for name, array in tree_flatten(model.parameters())}
+
+
+@pytest.fixture
+def exported(model_dir, tmp_path):
+    export_model(model_dir, tmp_path / "out", shard_size=20_000)
+    return tmp_path / "out"
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("self_contained", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_load_gives_every_parameter_bit_for_bit_and_converts_nothing(
+    name, lazy, self_contained, tmp_path, monkeypatch
+):
+    original, words, _ = load(FIXTURES / name)
+    export_model(FIXTURES / name, tmp_path / "out", self_contained=self_contained)
+    monkeypatch.setattr("paroquant_stream.api.load.convert", lambda *_: pytest.fail("converted"))
+    model, tokenizer, is_vlm = load(tmp_path / "out", lazy=lazy)
+    assert parameters(model) == parameters(original)
+    assert tokenizer.encode("w5 w9") == words.encode("w5 w9") != []
+    assert not is_vlm
+    assert not model.training
+
+
+def test_code_in_the_directory_is_not_run(model_dir, tmp_path):
+    export_model(model_dir, tmp_path / "out", self_contained=True)
+    (tmp_path / "out" / MODEL_FILE).write_text("raise SystemExit('it ran')")
+    load(tmp_path / "out")
+
+
+def test_a_missing_tensor_is_named(exported):
+    shard = sorted(exported.glob("model-*.safetensors"))[1]
+    tensors = mx.load(str(shard))
+    gone = sorted(tensors)[0]
+    del tensors[gone]
+    mx.save_safetensors(str(shard), tensors)
+    edit(exported / "model.safetensors.index.json", lambda index: index["weight_map"].pop(gone))
+    with pytest.raises(AssemblyError, match=f"{gone}: no stored tensor"):
+        load(exported)
+
+
+def test_a_file_cut_short_is_refused_before_mlx_reads_it(exported):
+    shard = sorted(exported.glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(MalformedFile, match="the header describes"):
+        load(exported)
+
+
+def test_a_file_that_changes_after_the_first_look_is_refused_before_mlx_reads_it(
+    exported, monkeypatch
+):
+    real, cut = Checkpoint.headers, []
+
+    def headers(self):
+        found = real(self)
+        cut.append(self.shards[0].path)
+        os.truncate(cut[0], 100)
+        return found
+
+    monkeypatch.setattr(Checkpoint, "headers", headers)
+    with pytest.raises(MalformedFile, match="safetensors header"):
+        load(exported)
+    assert cut
+
+
+def test_an_absent_file_is_named(exported):
+    shard = sorted(exported.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        load(exported)
+
+
+@pytest.mark.parametrize("mark", [{"format": 2}, {}, None, [1]])
+def test_another_format_is_refused_with_what_to_do(exported, mark):
+    edit(exported / "config.json", lambda config: config.update(paroquant_stream=mark))
+    with pytest.raises(CheckpointError, match="upgrade"):
+        load(exported)
+
+
+@pytest.mark.parametrize("sizes", [None, {"bits": 8}, {"bits": "4"}, {"group_size": 0}])
+def test_a_config_with_other_bits_or_an_impossible_group_size_is_refused(exported, sizes):
+    edit(exported / "config.json", lambda config: config.update(quantization_config=sizes))
+    with pytest.raises(LayoutError, match=r"config\.json"):
+        load(exported)
+
+
+def test_another_group_size_than_the_weights_have_is_refused(exported):
+    sizes = {"bits": 4, "group_size": 128}
+    edit(exported / "config.json", lambda config: config.update(quantization_config=sizes))
+    with pytest.raises(AssemblyError, match="no rotated layers of this model"):
+        load(exported)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 7)])
+def test_a_rotation_of_another_shape_is_refused(exported, shape):
+    shard = sorted(exported.glob("model-*.safetensors"))[1]
+    tensors = mx.load(str(shard))
+    name = next(name for name in tensors if name.endswith("theta"))
+    tensors[name] = mx.zeros(shape)
+    mx.save_safetensors(str(shard), tensors)
+    with pytest.raises(AssemblyError):
+        load(exported)

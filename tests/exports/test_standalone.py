@@ -1,0 +1,326 @@
+"""The file of a self-contained export: mlx-lm runs it, and gets our bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.nn.layers import distributed
+from mlx_lm import generate
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from paroquant_stream import load
+from paroquant_stream.checkpoint.checkpoint import EXPORTED
+from paroquant_stream.exports import standalone
+from paroquant_stream.exports.mlx_directory_writer import export_model
+from paroquant_stream.rotation import kernels
+from tests.helpers.builders import CONFIG, awq_linear, llama_tensors, write_checkpoint
+from tests.helpers.paths import FIXTURES
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+FAMILIES = [
+    "llama-awq-adversarial",
+    "qwen2-awq-size",  # biases
+    "qwen3_moe-awq-adversarial",  # tied head
+    "qwen3_5_text-awq-size",  # a model type that mlx-lm does not know by this name
+    "gemma4_moe-awq-adversarial",  # the text part of a vision model
+]
+PROMPTS = [[5], [5, 9, 17, 42, 3], [(7 * i) % 200 + 2 for i in range(70)]]
+"""One row; a few; more than a tile of the rotation, and routed rows in the order of experts."""
+
+STOCK = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("paroquant_stream", "paroquant"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+blocked = []
+for name in ("paroquant_stream", "paroquant"):
+    try:
+        __import__(name)
+    except ImportError as error:
+        blocked.append(str(error))
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+import numpy as np
+from mlx_lm import load
+"""
+COMPARE = """
+from mlx_lm.models.cache import make_prompt_cache
+try:
+    load(sys.argv[2])
+except ValueError as error:
+    refused = str(error)
+answers = {"blocked": blocked, "refused": refused}
+for directory in sys.argv[2:]:
+    model, _ = load(directory, trust_remote_code=True)
+    found = []
+    for prompt in json.loads(sys.argv[1]):
+        logits = model(mx.array([prompt]))
+        found.append([str(logits.dtype), np.array(logits.astype(mx.float32)).tobytes().hex()])
+    cache, step = make_prompt_cache(model), mx.array([[5, 9, 17, 42, 3]])
+    for _ in range(16):
+        found.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
+        step = mx.array([found[-1:]])
+    answers[directory] = found
+print(json.dumps(answers))
+"""
+
+
+def stock(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process in which neither this package nor `paroquant` can be imported."""
+    command = [sys.executable, "-c", STOCK + script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+def answers(model) -> list:
+    """Dtype and bits of each prompt's logits, and 16 greedy tokens."""
+    found: list = []
+    for prompt in PROMPTS:
+        logits = model(mx.array([prompt]))
+        found.append([str(logits.dtype), np.array(logits.astype(mx.float32)).tobytes().hex()])
+    cache, step = make_prompt_cache(model), mx.array([[5, 9, 17, 42, 3]])
+    for _ in range(16):
+        found.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
+        step = mx.array([found[-1:]])
+    return found
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    """Self-contained exports of every family."""
+    root = tmp_path_factory.mktemp("exports")
+    for name in FAMILIES:
+        export_model(FIXTURES / name, root / name, self_contained=True, cache_dir=root / "cache")
+    return {name: root / name for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def stock_answers(exports) -> dict:
+    done = stock(COMPARE, json.dumps(PROMPTS), *map(str, exports.values()))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_neither_package_could_be_imported(stock_answers):
+    assert stock_answers["blocked"] == ["paroquant_stream is blocked", "paroquant is blocked"]
+
+
+def test_mlx_lm_does_not_run_the_code_unless_it_is_trusted(stock_answers):
+    assert "trust_remote_code=True" in stock_answers["refused"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_mlx_lm_gives_our_logits_and_tokens_bit_for_bit(name, exports, stock_answers):
+    ours, _, _ = load(FIXTURES / name, force_text=True)
+    assert stock_answers[str(exports[name])] == answers(ours)
+
+
+def test_every_float16_angle_has_the_cosine_and_sine_of_our_tables():
+    """Float64 functions of numpy there, the standard library's here."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    for here, there in ((math.cos, np.cos), (math.sin, np.sin)):
+        found = np.array(standalone._each(here, mx.array(every[None])))[0]
+        wanted = there(every.astype(np.float64)).astype(np.float32)
+        assert np.array_equal(found, wanted)
+
+
+def test_weights_are_not_changed_again_on_their_way_in(exports):
+    """mlx-lm's own class would, for one, drop this name."""
+    weights = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(1)}
+    assert loaded(exports["llama-awq-adversarial"]).sanitize(weights) == weights
+
+
+GENERATE = """
+import runpy
+sys.argv[:1] = ["mlx_lm", "generate"]
+runpy.run_module("mlx_lm", run_name="__main__")
+"""
+
+
+def test_the_generate_command_of_mlx_lm_runs_it(exports):
+    name = "llama-awq-adversarial"
+    command = ["--model", str(exports[name]), "--prompt", "w5 w9 w17", "--ignore-chat-template"]
+    done = stock(GENERATE, *command, "--max-tokens", "8", "--trust-remote-code", "--verbose", "F")
+    model, tokenizer, _ = load(FIXTURES / name)
+    text = generate(model, tokenizer, "w5 w9 w17", max_tokens=8)
+    assert done.stdout.split() == text.split() != [], done.stderr
+
+
+def random_rotation(rng, dims: int, group: int, krot: int) -> list[mx.array]:
+    pairs = [
+        np.concatenate([rng.permutation(group) for _ in range(dims // group)]) for _ in range(krot)
+    ]
+    return [
+        mx.array(rng.normal(0, 1, (krot, dims // 2)).astype(np.float16)),
+        mx.array(np.stack(pairs).astype(np.int16)),
+        mx.array(rng.uniform(0.5, 2, (1, dims)).astype(np.float16)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 32, 33, 100])
+@pytest.mark.parametrize(("group", "krot"), [(32, 1), (64, 8), (128, 3)])
+def test_the_rotation_has_our_bits(dtype, rows, group, krot):
+    rng = np.random.default_rng(rows * group + krot)
+    parameters = random_rotation(rng, 256, group, krot)
+    x = mx.array(rng.normal(0, 1, (rows, 256)).astype(np.float32)).astype(dtype)
+    found = standalone.Rotation(*parameters, group_size=group)(x)
+    wanted = kernels.rotate(x, kernels.RotationTables(*parameters, group))
+    assert found.dtype == dtype
+    assert mx.array_equal(found, wanted)
+
+
+def test_a_round_that_names_a_channel_twice_is_refused():
+    theta, pairs, scales = random_rotation(np.random.default_rng(0), 64, 32, 2)
+    pairs[1, 0] = pairs[1, 1]
+    with pytest.raises(ValueError, match="twice"):
+        standalone.Rotation(theta, pairs, scales, group_size=32)
+
+
+def test_tables_are_made_anew_after_the_parameters_were_replaced(exports):
+    layer = standalone.RotatedLinear(64, 32, False, group_size=32, bits=4, krot=2)
+    layer.weight = mx.array(np.random.default_rng(1).integers(0, 2**32, (32, 8), np.uint32))
+    layer.scales = mx.ones((32, 2))
+    x = mx.arange(64).astype(mx.float32)
+    before = layer(x)
+    layer.theta = mx.ones((2, 32))
+    assert not mx.array_equal(layer(x), before)
+
+
+def test_its_names_for_the_config_are_those_of_the_package():
+    assert standalone.MARK == EXPORTED
+
+
+class Rank:
+    """One of two ranks that run as threads of this process; `all_sum` adds up what both bring."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, brought: dict) -> None:
+        self._rank, self._barrier, self._brought = rank, barrier, brought
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return 2
+
+    def all_sum(self, array: mx.array) -> mx.array:
+        self._brought[self._rank] = np.array(array.astype(mx.float32))
+        self._barrier.wait(30)
+        total = self._brought[0] + self._brought[1]
+        self._barrier.wait(30)
+        return mx.array(total).astype(array.dtype)
+
+
+@pytest.fixture
+def ranks(monkeypatch) -> list[Rank]:
+    barrier, brought = threading.Barrier(2), {}
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, *, group: group.all_sum(array))
+    return [Rank(rank, barrier, brought) for rank in (0, 1)]
+
+
+def on_both(ranks: list[Rank], work) -> list:
+    """What `work(rank)` gives on each."""
+
+    def on_one(rank: Rank):
+        mx.set_default_device(mx.cpu)
+        return work(rank)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(on_one, ranks))
+
+
+def near(found: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted))
+
+
+def test_two_ranks_give_the_logits_of_one_with_half_the_linears_each(tmp_path, ranks):
+    """Tensor parallelism through mlx-lm's own `shard` of a llama."""
+    model = write_checkpoint(
+        tmp_path / "model", two_heads(), config={**CONFIG, "num_key_value_heads": 2}
+    )
+    out = export_model(model, tmp_path / "out", self_contained=True).directory
+    whole = loaded(out)
+    tokens = mx.array([[5, 9, 17, 42, 3]])
+
+    def work(rank: Rank) -> tuple:
+        part = loaded(out)
+        part.shard(rank)
+        layer = part.model.layers[0]
+        shapes = [layer.mlp.up_proj.weight.shape, layer.mlp.down_proj.weight.shape]
+        shapes += [layer.mlp.up_proj.pairs.shape, layer.mlp.down_proj.pairs.shape]
+        return np.array(part(tokens)), shapes
+
+    wanted = np.array(whole(tokens))
+    for logits, shapes in on_both(ranks, work):
+        assert near(logits, wanted)
+        assert shapes == [(64, 8), (64, 8), (3, 64), (3, 64)]
+
+
+def two_heads() -> dict:
+    """The llama of the builders with two key heads."""
+    rng, tensors = np.random.default_rng(1), llama_tensors()
+    for layer in (0, 1):
+        for name in ("k_proj", "v_proj"):
+            tensors |= awq_linear(rng, f"model.layers.{layer}.self_attn.{name}", 64, 64)
+    return tensors
+
+
+def loaded(directory: Path):
+    """The model as mlx-lm loads it, in float32, so that sums in another order stay near."""
+    model, _ = load_model(directory, trust_remote_code=True)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def test_each_rank_has_its_part_of_the_experts(exports, ranks):
+    """Their sum is left to mlx-lm's MoE block, so here it is taken by hand."""
+    x, experts = mx.random.normal((1, 40, 64)), mx.array([[[0, 3]] * 40])
+    whole = loaded(exports["qwen3_moe-awq-adversarial"]).model.layers[0].mlp.switch_mlp
+    wanted = np.array(whole(x, experts))
+    parts = []
+    for rank in ranks:
+        layer = loaded(exports["qwen3_moe-awq-adversarial"]).model.layers[0].mlp.switch_mlp
+        standalone_shard(layer, rank)
+        assert layer.down_rot_pairs.shape == (4, 32)
+        assert layer.gate_up_rot_pairs.shape == (4, 64)
+        parts.append(np.array(layer(x, experts)))
+    assert near(parts[0] + parts[1], wanted)
+    assert not near(parts[0], wanted)
+
+
+def standalone_shard(layer, rank: Rank) -> None:
+    """What mlx-lm's `shard` of a MoE model does to the experts of one layer."""
+    distributed.shard_inplace(layer.gate_proj, "all-to-sharded", group=rank)
+    distributed.shard_inplace(layer.up_proj, "all-to-sharded", group=rank)
+    distributed.shard_inplace(layer.down_proj, "sharded-to-all", group=rank)
+    layer.keep_part(rank)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("llama-awq-adversarial", "equal size"),  # 3 groups of inputs
+        ("qwen3_5_text-awq-size", "cannot be split over 2 ranks"),  # one key head, repeated
+    ],
+)
+def test_what_cannot_be_split_is_refused(exports, ranks, name, why):
+    with pytest.raises(ValueError, match=why):
+        loaded(exports[name]).shard(ranks[0])
+
+
+def test_a_model_that_mlx_lm_cannot_split_has_no_shard(exports):
+    assert not hasattr(loaded(exports["gemma4_moe-awq-adversarial"]), "shard")

@@ -1,0 +1,38 @@
+"""Parameters of models, compared bit for bit, and the catalog of fixtures."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from tests.helpers.paths import FIXTURES
+
+CATALOG = json.loads((FIXTURES / "catalog.json").read_text())
+
+
+EXPECTED = FIXTURES / "expected"
+
+
+VISION = [row for row in CATALOG if row["vision"]]
+
+
+def parameters(model) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def bits(array: mx.array) -> tuple[str, tuple[int, ...], bytes]:
+    """Dtype, shape and bytes; a bit comparison tells -0.0 from 0.0."""
+    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return str(array.dtype), array.shape, bytes(memoryview(raw))
+
+
+def assert_same(found: dict[str, mx.array], wanted: dict[str, mx.array]) -> None:
+    assert found.keys() == wanted.keys()
+    unequal = [name for name in wanted if bits(found[name]) != bits(wanted[name])]
+    assert unequal == []
+
+
+def name_of(row: dict) -> str:
+    return row["name"]

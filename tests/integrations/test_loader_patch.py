@@ -1,0 +1,265 @@
+"""paroquant's own programs use our loader while it is installed, and theirs afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import mlx.core as mx
+import paroquant.inference.backends.mlx.load as home
+import pytest
+from paroquant.inference.backends.mlx import generator, modules
+from paroquant.inference.base import GenerationParams
+
+import paroquant_stream
+from paroquant_stream.errors import LoaderMoved, MissingExtra
+from paroquant_stream.integrations import loader_patch as dropin
+from paroquant_stream.rotation.layers import RotateQuantizedLinear
+from tests.helpers.paths import FIXTURES, ROOT
+from tests.helpers.stand_in import stand_in
+
+MODEL = FIXTURES / "llama-awq-adversarial"
+ORIGINAL = (home.load,)  # in a tuple, for a plain name here would be replaced like any other
+PROMPT = "w5 w9 w17 w42 w3"
+
+
+@pytest.fixture(autouse=True)
+def _undone():
+    yield
+    for _ in range(3):
+        dropin.uninstall()
+    assert home.load is generator.load is ORIGINAL[0]
+
+
+def rotated_on_the_cpu(x, packed_pairs, cos, sin, scales, dim, krot, group_size):
+    """What paroquant's Metal kernel computes, so that its own model runs on any machine."""
+    rows = x.astype(mx.float32) * scales
+    offsets = mx.repeat(mx.arange(dim // group_size) * group_size, group_size // 2)
+    for k in range(krot):
+        i, j = (packed_pairs[k] & 0xFFFF) + offsets, (packed_pairs[k] >> 16) + offsets
+        a, b = rows[:, i], rows[:, j]
+        rows[:, i] = a * cos[k] + b * sin[k]
+        rows[:, j] = b * cos[k] - a * sin[k]
+    return rows.astype(x.dtype)
+
+
+def answer(model) -> str:
+    """What paroquant's generator writes, greedily."""
+    writer = generator.MlxGenerator(str(model))
+    params = GenerationParams(max_tokens=24, temperature=0.0)
+    return asyncio.run(writer.generate(PROMPT, params)).output_text
+
+
+def never(name):
+    def called(*_args, **_kwargs):
+        raise AssertionError(f"paroquant's {name} was called")
+
+    return called
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_paroquants_generator_writes_the_same_text_from_our_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(modules, "_apply_rotation", rotated_on_the_cpu)
+    theirs = answer(MODEL)
+    for name in ("_convert_autoawq", "_convert_paro_native", "_pack_mlx", "_create_model"):
+        monkeypatch.setattr(home, name, never(name))
+    monkeypatch.setattr(modules, "_apply_rotation", never("rotation"))
+    with pytest.raises(AssertionError, match="_create_model was called"):
+        answer(MODEL)  # so a call would show
+    paroquant_stream.install(cache_dir=tmp_path / "c")
+    first = answer(MODEL)
+    entries = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(entries) == 4
+    assert first == answer(MODEL) == theirs
+    assert len(theirs.split()) > 10
+    assert entries == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_replacement_returns_what_paroquants_loader_returns(tmp_path):
+    paroquant_stream.install(cache_dir=tmp_path / "c", jobs=1)
+    model, tokenizer, is_vlm = home.load(str(MODEL), lazy=True, force_text=True)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, RotateQuantizedLinear)
+    assert tokenizer.encode("w5 w9") == [5, 9]
+    assert is_vlm is False
+
+
+def test_a_defect_of_the_model_is_our_error(tmp_path):
+    paroquant_stream.install(cache_dir=tmp_path / "c")
+    with pytest.raises(paroquant_stream.ParoquantStreamError, match="nothing: neither a model"):
+        generator.MlxGenerator(str(tmp_path / "nothing"))
+
+
+def test_every_name_that_is_the_loader_is_replaced_and_put_back():
+    early = types.ModuleType("early")
+    early.load = early.under_another_name = ORIGINAL[0]
+    early.another = another = functools.partial(ORIGINAL[0])
+    sys.modules["early"] = early
+    try:
+        dropin.install()
+        assert home.load is generator.load is early.load is early.under_another_name is dropin.load
+        assert dropin.load is not ORIGINAL[0]
+        assert early.another is another
+        late = types.ModuleType("late")
+        late.load = home.load
+        sys.modules["late"] = late
+        dropin.uninstall()
+        assert home.load is early.load is early.under_another_name is late.load is ORIGINAL[0]
+    finally:
+        del sys.modules["early"], sys.modules["late"]
+    assert dropin._finder not in sys.meta_path
+
+
+def test_installs_nest_and_an_uninstall_too_many_does_nothing(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        dropin.api, "load", lambda *a, jobs=None, cache_dir=None: calls.append((a, jobs, cache_dir))
+    )
+    dropin.uninstall()
+    dropin.install(jobs=1)
+    dropin.install(cache_dir="c")
+    home.load("m", force_text=True)
+    dropin.uninstall()
+    home.load("m")
+    dropin.uninstall()
+    dropin.uninstall()
+    assert calls == [(("m", False, True), None, "c"), (("m", False, False), 1, None)]
+    assert home.load is ORIGINAL[0]
+
+
+def test_a_function_kept_beyond_uninstall_is_paroquants_again(monkeypatch):
+    dropin.install()
+    kept = home.load
+    dropin.uninstall()
+    monkeypatch.setattr(dropin, "_original", lambda *arguments: arguments)
+    assert kept("m", lazy=True) == ("m", True, False)
+
+
+def test_an_option_that_load_does_not_have_is_an_error_at_once():
+    with pytest.raises(TypeError, match="colour"):
+        dropin.install(colour="red")
+    with pytest.raises(TypeError, match="lazy"):
+        dropin.install(lazy=True)  # the caller's business
+    assert home.load is ORIGINAL[0]
+
+
+def test_somebody_elses_later_replacement_is_left_alone():
+    dropin.install()
+    home.load = other = lambda: None
+    dropin.uninstall()
+    found, home.load = home.load, ORIGINAL[0]
+    assert found is other
+    assert generator.load is ORIGINAL[0]
+
+
+def test_a_lazy_module_is_not_woken():
+    class Lazy(types.ModuleType):
+        def __getattribute__(self, name):
+            raise AssertionError(f"asked for {name}")
+
+    lazy = Lazy("lazy")
+    sys.modules["lazy"], sys.modules["no module"] = lazy, object()
+    try:
+        dropin.install()
+        dropin.uninstall()
+    finally:
+        del sys.modules["lazy"], sys.modules["no module"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(lambda model_path, revision: 0, r"takes \(model_path, revision\)"), (None, r"no load\(\)")],
+)
+def test_another_loader_is_an_error_that_names_the_version(found, said):
+    home.load = found
+    try:
+        with pytest.raises(LoaderMoved, match=r"paroquant 0\.1\.16 .*" + said):
+            dropin.install()
+    finally:
+        home.load = ORIGINAL[0]
+    assert dropin._finder not in sys.meta_path
+
+
+# With a small package named paroquant, in a process of its own: what happens at import.
+
+
+def python(directory: Path, code: str) -> str:
+    """What `code` prints in a process that finds packages in `directory` first."""
+    environment = os.environ | {"PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_loader_imported_later_is_ours_and_installing_imports_nothing(tmp_path):
+    code = """
+import sys
+from paroquant_stream.integrations import loader_patch as dropin
+from paroquant_stream import install, uninstall
+install()
+print(*({"paroquant", "mlx", "mlx_lm", "huggingface_hub", "numpy"} & set(sys.modules)))
+from paroquant.inference.backends.mlx import load as home
+print(home.load is dropin.load, type(home.__loader__).__name__, home.__spec__.loader.name)
+import importlib
+print(importlib.reload(home).load is dropin.load)
+uninstall()
+print(home.load("m"), importlib.reload(home).load("m"), dropin._finder in sys.meta_path)
+"""
+    wanted = f"True SourceFileLoader {dropin.HOME}\nTrue\ntheirs theirs False"
+    assert python(stand_in(tmp_path), code) == wanted
+
+
+def test_a_loader_in_another_place_is_an_error_that_names_the_version(tmp_path):
+    stand_in(tmp_path, "mlx/loading.py")
+    info = tmp_path / "paroquant-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: paroquant\nVersion: 9.9\n")
+    code = """
+from paroquant_stream import errors, install
+try:
+    install()
+except errors.LoaderMoved as error:
+    print(error)
+"""
+    assert python(tmp_path, code).startswith("paroquant 9.9 does not have its MLX loader at paro")
+
+
+def test_a_loader_of_another_signature_fails_the_import_of_its_module(tmp_path):
+    stand_in(tmp_path, text="def load(path, revision): ...\n")
+    code = """
+from paroquant_stream import errors, install
+install()
+try:
+    import paroquant.inference.backends.mlx.load
+except errors.LoaderMoved as error:
+    print(error)
+"""
+    assert "it takes (path, revision)" in python(tmp_path, code)
+
+
+def test_without_paroquant_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, dropin.HOME)
+    monkeypatch.setitem(sys.modules, "paroquant", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'paroquant\[mlx\]'"):
+        dropin.install()
+    assert dropin._finder not in sys.meta_path
+
+
+def test_a_second_import_of_the_loaders_module_is_ours_too(monkeypatch):
+    dropin.install()
+    monkeypatch.delitem(sys.modules, dropin.HOME)
+    try:
+        again = importlib.import_module(dropin.HOME)
+        assert again is not home
+        assert again.load is dropin.load
+    finally:
+        sys.modules[dropin.HOME] = home
+        dropin.uninstall()
+        home.load = generator.load = ORIGINAL[0]

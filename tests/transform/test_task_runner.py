@@ -1,0 +1,107 @@
+"""run_task: one shard in, one published entry out, or nothing."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from paroquant_stream.conversion.planning import plan_model
+from paroquant_stream.conversion.request import make_request
+from paroquant_stream.errors import Cancelled, StoreError
+from paroquant_stream.execution.slots import Places, Worker
+from paroquant_stream.files.tensor_header import PAGE, lay_out
+from paroquant_stream.store.store import Store
+from paroquant_stream.transform.task_runner import Job, Outcome, run_task
+from tests.helpers.builders import llama_tensors
+
+
+@pytest.fixture
+def jobs(scattered_dir) -> list[Job]:
+    request = make_request(scattered_dir)
+    request.store.create()
+    plan = plan_model(request).plan
+    return [Job(task, request.directory, request.store) for task in plan.tasks]
+
+
+def ignore(_count: int) -> None:
+    pass
+
+
+def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
+    tensors = llama_tensors()
+    for job in jobs:
+        record = run_task(job, Worker(), ignore).record
+        arrays = load_file(job.store.entry_path(record.key))
+        assert {(n, a.shape) for n, a in arrays.items()} == {
+            (t.name, t.shape) for t in record.tensors
+        }
+        for name, array in arrays.items():
+            quantized = "embed" in name or "head" in name or name.endswith(".scales")
+            if name in tensors and not quantized:
+                assert array.tobytes() == tensors[name].tobytes()
+
+
+def test_data_starts_on_a_page(jobs):
+    record = run_task(jobs[0], Worker(), ignore).record
+    header, _ = lay_out(record.tensors)
+    assert len(header) % PAGE == 0
+    assert jobs[0].store.entry_path(record.key).read_bytes().startswith(header)
+
+
+def test_an_entry_that_goes_at_once_is_only_not_remembered(jobs, monkeypatch):
+    def gone(self, key):
+        raise StoreError("pruned")
+
+    monkeypatch.setattr(Store, "open_entry", gone)
+    assert run_task(jobs[0], Worker(), ignore).converted
+
+
+def test_biases_use_scales_that_lie_in_another_shard(jobs):
+    tensors = llama_tensors()
+    borrowers = [job for job in jobs if job.task.borrowed]
+    assert borrowers
+    for job in borrowers:
+        arrays = load_file(job.store.entry_path(run_task(job, Worker(), ignore).record.key))
+        for name in (n for n in arrays if n.endswith("_proj.biases")):
+            scales = tensors[name.replace("biases", "scales")]
+            zeros = tensors[name.replace("biases", "qzeros")].view(np.uint32)
+            first = -(scales[0, 0].astype(np.float32) * np.float32(zeros[0, 0] & 15)).astype(
+                np.float16
+            )
+            assert arrays[name][0, 0] == first
+
+
+def test_jobs_and_outcomes_pickle_small(jobs):
+    assert len(pickle.dumps(jobs)) < 100_000
+    outcome = run_task(pickle.loads(pickle.dumps(jobs[0])), Worker(), ignore)
+    assert isinstance(pickle.loads(pickle.dumps(outcome)), Outcome)
+    assert len(pickle.dumps(outcome)) < 20_000
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tick", [1, 5, 20])
+def test_a_cancelled_task_leaves_nothing(jobs, threads, tick):
+    ticks = []
+
+    def stop(_count):
+        ticks.append(1)
+        if len(ticks) >= tick:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        run_task(jobs[0], Worker(Places(threads)), stop)
+    assert not list(jobs[0].store.root.rglob("*.safetensors"))
+    assert not list((jobs[0].store.root / "v1" / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_byte_is_ticked_once_for_its_hash_and_once_for_its_conversion(jobs, threads):
+    ticks: list[int] = []
+    run_task(jobs[0], Worker(Places(threads)), ticks.append)
+    task = jobs[0].task
+    parts = [part for op in task.operations for parts in op.slices for part in parts]
+    converted = sum(part.stop - part.start for part in parts if part.shard == task.shard)
+    assert sum(ticks) == task.size + converted
