@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api.load import convert_checkpoint, load
-    from .conversion.batch import convert_checkpoints
+    from .api.convert import convert_checkpoint, convert_checkpoints
+    from .api.load import load
     from .errors import ParoquantStreamError
     from .exports.mlx_directory_writer import export_model
-    from .integrations.loader_patch import install, uninstall
+    from .api.install import install, uninstall
     from .store.manifest import Manifest
 
 __all__ = [
@@ -26,12 +26,12 @@ __all__ = [
     "uninstall",
 ]
 _HOMES = {
-    "convert_checkpoint": "api.load",
-    "convert_checkpoints": "conversion.batch",
+    "convert_checkpoint": "api.convert",
+    "convert_checkpoints": "api.convert",
     "export_model": "exports.mlx_directory_writer",
     "load": "api.load",
-    "install": "integrations.loader_patch",
-    "uninstall": "integrations.loader_patch",
+    "install": "api.install",
+    "uninstall": "api.install",
     "ParoquantStreamError": "errors",
     "Manifest": "store.manifest",
 }

@@ -39,3 +39,37 @@ def age_text(seconds: float) -> str:
             count = int(seconds // factor)
             return f"{count} {name}{'s' * (count > 1)} ago"
     return "just now"
+
+
+def one_line(error: BaseException) -> str:
+    """Give what an error says in one line of at most 500 characters, else its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else f"{text[:497]}..."
+
+
+def listed(lines: list[str]) -> str:
+    """The lines in order, each on its own, at most 50."""
+    lines = sorted(lines)
+    more = [f"... and {len(lines) - 50} more"] if len(lines) > 50 else []
+    return "".join(f"\n  {line}" for line in lines[:50] + more)
+
+
+def bytes_text(count: int) -> str:
+    """A size for people, in powers of 1000: `950 B`, `1.5 kB`, `37.6 GB`."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def shown(text: object, keep: str = "") -> str:
+    """The text for a terminal: control characters and broken UTF-8, which a path may hold, escaped.
+
+    `keep`: characters that stay as they are, like the newlines of a list of defects.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )

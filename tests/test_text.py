@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.conversion.report import bytes_text
-from paroquant_stream.text import age_text, parse_age, parse_size
+from paroquant_stream.text import age_text, bytes_text, parse_age, parse_size
 
 
 @pytest.mark.parametrize(

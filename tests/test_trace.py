@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from paroquant_stream.api.load import convert_checkpoint, load
+from paroquant_stream.api.convert import convert_checkpoint
+from paroquant_stream.api.load import load
 from paroquant_stream.errors import UnwritableFile
 from paroquant_stream.trace import SILENCE, Trace, written_to
 

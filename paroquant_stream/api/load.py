@@ -1,4 +1,4 @@
-"""The two functions that most programs need: convert_checkpoint() and load()."""
+"""load(): the MLX model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoint.checkpoint import EXPORTED, read_config
 from ..checkpoint.model_files import check_directory
 from ..conversion.converter import convert
 from ..conversion.in_place import shipped
-from ..conversion.request import Needed, Parallel, Request, Split, make_request
+from ..conversion.request import Request, make_request
+from ..conversion.staleness import Needed
+from ..distributed.split import Parallel, Split
 from ..errors import (
     AssemblyError,
     CheckpointError,
@@ -23,68 +24,14 @@ from ..errors import (
     SourceDropped,
     UnreadableFile,
 )
-from ..plan.task import Dtype
+from ..store.format import Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from ..conversion.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-
-def convert_checkpoint(
-    model_path: str | Path,
-    *,
-    cache_dir: str | Path | None = None,
-    in_place: bool = False,
-    force: bool = False,
-    jobs: int | None = None,
-    revision: str | None = None,
-    drop_source: bool = False,
-    dtype: Dtype = "source",
-    executor: Executor | None = None,
-    progress: Progress | None = None,
-    trace: str | Path | None = None,
-) -> Manifest:
-    """The manifest of the converted model; shards whose entries are in the cache are not converted
-    again.
-
-    `model_path`: a model directory or a Hub repository id. `cache_dir`: default the user's cache.
-    `in_place`: into `<model_path>/mlx` instead. `force`: convert every shard again. `jobs`:
-    workers, default one a core and at most 8; each holds the input and output of one linear.
-    `revision`: branch, tag or commit of a Hub repository, default `main`; its shards are converted
-    while the next ones download. `drop_source`: **removes** each shard, downloaded or local, once
-    its entry was read back and no other task needs it; nothing asks before.
-    `dtype`: "source" stores every tensor as the public loader would, bit for bit; "float16" or
-    "bfloat16" stores scales, biases, norms and all that meets activations in that one width, so
-    that no operation falls back to float32 because two of its inputs differ. It rounds values, and
-    on MLX's CPU backend the fallback is the fastest of all.
-    `executor`: converts each shard in a worker of it, which sees the same paths; `jobs` bounds how
-    many it has at once, by default its width; a trace has only the stage `shard` of it.
-    `progress(shard, bytes done, bytes in all)` is called from the workers. `trace`: a file for the
-    stages of every worker, as chrome://tracing and ui.perfetto.dev show them.
-
-    Raises, before any work: CheckpointError, MalformedFile, LayoutError, PlanError, SourceDropped,
-    WorkersUnfit. Later: WorkersLost, SourceChanged, SourceDamaged, StoreError, OutOfRange for a
-    value that `dtype` cannot hold, CheckpointError for a shard that cannot be downloaded; what was
-    published stays and the next call goes on from there.
-    """
-    request = make_request(
-        model_path,
-        cache_dir=cache_dir,
-        in_place=in_place,
-        force=force,
-        jobs=jobs,
-        revision=revision,
-        drop_source=drop_source,
-        dtype=dtype,
-        executor=executor,
-    )
-    with written_to(trace) as timed:
-        return convert(request, progress, timed).manifest
 
 
 def load(
@@ -160,17 +107,16 @@ _Loaded = tuple[Any, Any, bool]
 
 def _load(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
     """The model from the first of: an export, `mlx/`, the single file, the cache, a conversion."""
-    check_directory(request.directory)  # before hours of conversion
+    check_directory(request.source.directory)  # before hours of conversion
     with options.trace.span("import MLX"):
-        from ..distributed.partition import needed_entries
         from ..exports.mlx_directory_reader import stored_in_export  # conversion may not need it
-        from ..model.assemble import assemble, assemble_stored
-    if EXPORTED in read_config(request.directory):
-        stored = stored_in_export(request.directory)
-        return assemble_stored(request.directory, stored, **options.of_stored(force_text=True))
+        from ..model.assemble import assemble, assemble_from, needed_entries
+    if request.source.config.is_export:
+        stored = stored_in_export(request.source.config)
+        return assemble_from(stored, request.source.config, **options.of_stored(force_text=True))
 
     def of_part(manifest: Manifest) -> Collection[EntryRecord]:
-        return needed_entries(options.split, request.directory, manifest, options.force_text)
+        return needed_entries(options.split, request.source.config, manifest, options.force_text)
 
     needed = of_part if options.split.by_layers else None
     loaded, damage = _load_shipped(request, options, needed)
@@ -186,7 +132,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
         if reason is None:
             raise
         raise type(error)(f"{error}; and not used: {reason}") from error
-    return assemble(request.directory, manifest, request.store, **vars(options))
+    return assemble(request.source.config, manifest, request.store, **vars(options))
 
 
 def _load_shipped(
@@ -201,7 +147,7 @@ def _load_shipped(
 
     manifest, store = found
     try:
-        return assemble(request.directory, manifest, store, **vars(options)), None
+        return assemble(request.source.config, manifest, store, **vars(options)), None
     except EntryDamaged as error:  # logged; nobody repairs what somebody else may have made
         return None, error
 
@@ -211,25 +157,25 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
 
     A file of ours that fits its sources and not the model is an error, as an entry would be.
     """
-    if request.dtype != "source":
+    if request.target.dtype != "source":
         return None, None
-    from ..checkpoint.layout import read_quantization
-    from ..exports.single_file import check_usable, opened
-    from ..model.assemble import assemble_stored
-    from ..model.entries import stored_in_file
+    from ..checkpoint.quantization import read_quantization
+    from ..exports.single_file import opened
+    from ..exports.single_file_reader import check_usable, stored_in_file
+    from ..model.assemble import assemble_from
 
     try:
-        with opened(request.directory) as file:
+        with opened(request.source.directory) as file:
             if file is None:
                 return None, None
             with options.trace.span("check the sources"):
                 check_usable(file, request, options.full)
             stored = stored_in_file(
-                file, read_quantization(read_config(request.directory)), lazy=options.lazy
+                file, read_quantization(request.source.config.values), lazy=options.lazy
             )
             try:
                 settings = options.of_stored(options.force_text)
-                return assemble_stored(request.directory, stored, **settings), None
+                return assemble_from(stored, request.source.config, **settings), None
             except AssemblyError as error:
                 if file.origin:
                     raise

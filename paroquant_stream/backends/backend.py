@@ -1,104 +1,149 @@
-"""The boundary to mlx-lm and mlx-vlm: which class a model is, how its names are sanitized, its
-tokenizer.
-
-Everything of theirs that is used is used here.
-"""
+"""What every library that runs models does for us: classes, parameter names, tokenizers."""
 
 from __future__ import annotations
 
-import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoint.config_bounds import check_tokenizer
-from ..checkpoint.model_files import check_directory
 from ..errors import AssemblyError, CheckpointError, MissingExtra, NoSuchPart
-from .model_kind import TEXT_TYPES
-
-logger = logging.getLogger(__name__)
-
-_PARTS = ["text", "vision", "perceiver", "projector", "audio"]
+from ..text import one_line
 
 
-def load_config(directory: Path) -> dict[str, Any]:
-    """config.json as mlx-lm reads it, with the end-of-text tokens of generation_config.json.
+class Backend(ABC):
+    """A library with model classes; the only code that calls it."""
 
-    Raises CheckpointError when one of them is not what mlx-lm expects, and what `check_directory`
-    raises.
-    """
-    check_directory(directory)
-    utils = _mlx_lm()
-    try:
-        config: dict[str, Any] = utils.load_config(directory)
-    except Exception as error:  # of any kind: they are another library's ideas of a JSON file
-        raise CheckpointError(
-            f"{directory}: mlx-lm cannot read config.json or generation_config.json: "
-            f"{_one_line(error)}"
-        ) from error
-    config["model_type"] = TEXT_TYPES.get(config.get("model_type", ""), config.get("model_type"))
-    return config
+    package: ClassVar[str]
+    """Its name as a module."""
+    extra: ClassVar[str]
+    """The extra of this package that installs it."""
+    is_vlm: ClassVar[bool]
+    """Whether it runs vision models."""
 
+    @property
+    def library(self) -> str:
+        """Its name as a distribution."""
+        return self.package.replace("_", "-")
 
-def build(config: dict[str, Any], is_vlm: bool) -> nn.Module:
-    """The model of a config, at its lazy random start.
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build the model of a config, at its lazy random start.
 
-    Raises AssemblyError for a model type that the library does not know and for a config that its
-    class cannot use, MissingExtra when the library is not installed. What the config's numbers may
-    be is for `check_config` to say before.
-    """
-    utils = _mlx_vlm() if is_vlm else _mlx_lm()
-    try:
-        if not is_vlm:
-            model_class, arguments = utils._get_classes(config)
-            return cast(nn.Module, model_class(arguments.from_dict(config)))
-        module, _ = utils.get_model_and_args(config=config)
-        arguments = utils.update_module_configs(
-            module.ModelConfig.from_dict(config), module, config, _PARTS
+        Args:
+            config: As `load_config` gives it; `check_config` has bounded its numbers before.
+
+        Raises:
+            AssemblyError: The library does not know the model type, or its class cannot use the
+                config.
+            MissingExtra: The library is not installed.
+        """
+        utils = self._utils()
+        try:
+            return self._build(utils, dict(config))
+        except Exception as error:  # a missing key, a zero, a number beyond MLX's: of any kind
+            raise AssemblyError(
+                f"model_type {config.get('model_type')!r}: {one_line(error)}"
+            ) from error
+
+    @abstractmethod
+    def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rename weights to the model's own names, by the library's own functions.
+
+        Some of them change arrays in place, so `weights` must not be shared with another load.
+        """
+
+    def load_tokenizer(self, directory: Path, config: Mapping[str, Any]) -> Any:
+        """Load the tokenizer of a text model, or the processor of a vision model.
+
+        A vision model without processor files gets its tokenizer. No code of the model is ever
+        run, and transformers is told so, else it would ask the user.
+
+        Raises:
+            CheckpointError: It cannot be loaded.
+            MissingExtra: The library is not installed.
+        """
+        utils = self._utils()
+        try:
+            return self._load_tokenizer(utils, directory, config.get("eos_token_id"))
+        except Exception as error:  # transformers has two dozen kinds
+            raise CheckpointError(
+                f"{directory}: transformers cannot load the tokenizer: {one_line(error)}"
+            ) from error
+
+    def why_unknown(self, config: Mapping[str, Any]) -> str | None:
+        """Say why the installed library cannot load a model, and what to do; None if it can.
+
+        Looks for the file of the model's class. Only where there is none is the library asked,
+        which takes seconds: it knows some types by other names.
+        """
+        kind = config.get("model_type")
+        try:
+            spec = find_spec(self.package)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None:
+            return (
+                f"{self.library} is not installed; to load it: "
+                f"pip install 'paroquant_stream[{self.extra}]'"
+            )
+        name = self.type_name(str(kind))
+        for directory in spec.submodule_search_locations or ():
+            models = Path(directory, "models")
+            with suppress(OSError):
+                if (models / f"{name}.py").is_file() or (models / name / "__init__.py").is_file():
+                    return None
+        if self._has_class({**config, "model_type": name}):
+            return None
+        try:
+            installed = version(self.library)
+        except PackageNotFoundError:
+            installed = "(of unknown version)"
+        return (
+            f"{self.library} {installed} has no class for model_type {kind!r}, so it cannot be "
+            f"loaded here; a newer one may have: pip install -U {self.library}"
         )
-        return cast(nn.Module, module.Model(arguments))
-    except Exception as error:  # a missing key, a zero, a number beyond MLX's: each of another kind
-        raise AssemblyError(
-            f"model_type {config.get('model_type')!r}: {type(error).__name__}: {_one_line(error)}"
-        ) from error
 
+    def type_name(self, model_type: str) -> str:
+        """Give the library's name for a model type."""
+        return model_type
 
-def has_class(config: dict[str, Any], is_vlm: bool) -> bool:
-    """Whether the installed library has a class for the config's model type."""
-    try:
-        if is_vlm:
-            _mlx_vlm().get_model_and_args(config=config)
-        else:
-            _mlx_lm()._get_classes(config)
-    except (MissingExtra, TypeError, ValueError, KeyError):
-        return False
-    return True
+    def _has_class(self, config: dict[str, Any]) -> bool:
+        try:
+            self._find_class(self._utils(), config)
+        except (MissingExtra, TypeError, ValueError, KeyError):
+            return False
+        return True
 
+    @abstractmethod
+    def _utils(self) -> Any:
+        """The library's module of functions; raises MissingExtra."""
 
-def sanitize(model: nn.Module, weights: dict[str, mx.array], is_vlm: bool) -> dict[str, mx.array]:
-    """The weights under the model's own names, by the library's own chain, each link once.
+    @abstractmethod
+    def _find_class(self, utils: Any, config: dict[str, Any]) -> Any: ...
 
-    Some links change arrays in place, so `weights` must not be shared with another load.
-    """
-    parts = (
-        model,
-        *(getattr(model, name, None) for name in ("vision_tower", "language_model", "audio_tower")),
-    )
-    for part in parts if is_vlm else (model,):
-        if part is not None and hasattr(part, "sanitize"):
-            weights = part.sanitize(weights)
-    return weights
+    @abstractmethod
+    def _build(self, utils: Any, config: dict[str, Any]) -> nn.Module: ...
+
+    @abstractmethod
+    def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any: ...
 
 
 def keep_pipeline_layers(model: nn.Module, group: Any) -> range:
-    """The layers that this rank of `group` runs, by the class's own split; the model keeps no
-    other.
+    """Leave a model the layers that this rank of `group` runs, by the class's own split.
 
     mlx-lm's classes leave None in the place of earlier layers, and end with the last of this rank.
-    Raises NoSuchPart for a class that offers no pipeline, and for more ranks than layers.
+
+    Returns:
+        The numbers of those layers.
+
+    Raises:
+        NoSuchPart: The class offers no pipeline, or there are more ranks than layers.
     """
     owner: Any = getattr(model, "model", None)
     if not hasattr(owner, "pipeline"):
@@ -114,69 +159,3 @@ def keep_pipeline_layers(model: nn.Module, group: Any) -> range:
     except ValueError as error:
         raise NoSuchPart(f"no pipeline over {group.size()} ranks: {error}") from error
     return range(owner.start_idx, owner.end_idx)
-
-
-def load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> Any:
-    """The tokenizer of a text model, or the processor of a vision model.
-
-    A vision model without processor files gets its tokenizer. No code of the model is ever run, and
-    transformers is told so, else it would ask the user. Raises CheckpointError when they cannot be
-    had, and what `check_directory` and `check_tokenizer` raise.
-    """
-    check_directory(directory)
-    check_tokenizer(directory)
-    try:
-        return _load_tokenizer(directory, config, is_vlm)
-    except MissingExtra:
-        raise
-    except Exception as error:  # as transformers has them, of two dozen kinds
-        raise CheckpointError(
-            f"{directory}: transformers cannot load the tokenizer: {type(error).__name__}: "
-            f"{_one_line(error)}"
-        ) from error
-
-
-def _load_tokenizer(directory: Path, config: Mapping[str, Any], is_vlm: bool) -> Any:
-    end = config.get("eos_token_id")
-    if not is_vlm:
-        extra = {"trust_remote_code": False}
-        return _mlx_lm().load_tokenizer(directory, extra, eos_token_ids=end)
-    utils = _mlx_vlm()
-    try:
-        processor = utils.load_processor(directory, eos_token_ids=end, trust_remote_code=False)
-        image_processor = utils.load_image_processor(directory, trust_remote_code=False)
-        if image_processor is not None:
-            processor.image_processor = image_processor
-        return processor
-    except (ImportError, TypeError, AttributeError, OSError, ValueError) as error:
-        logger.warning("no processor for %s, only its tokenizer: %s", directory, error)
-    tokenizer = utils.load_tokenizer(directory)
-    if not hasattr(tokenizer, "stopping_criteria"):
-        tokenizer.stopping_criteria = utils.StoppingCriteria(end, tokenizer)
-    return tokenizer
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 500 else f"{text[:497]}..."
-
-
-def _mlx_lm() -> Any:
-    try:
-        import mlx_lm.utils
-    except ImportError as error:
-        raise MissingExtra(
-            f"loading needs mlx-lm: pip install 'paroquant_stream[lm]' ({error})"
-        ) from error
-    return mlx_lm.utils
-
-
-def _mlx_vlm() -> Any:
-    try:
-        import mlx_vlm.utils
-    except ImportError as error:
-        raise MissingExtra(
-            "a vision model needs mlx-vlm: pip install 'paroquant_stream[vlm]', or load its text "
-            f"part with force_text=True ({error})"
-        ) from error
-    return mlx_vlm.utils

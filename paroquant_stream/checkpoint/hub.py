@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ParoquantStreamError
 from ..files.tensor_header import Header, parse_header
+from ..text import one_line
 from .hub_watch import Watch, together
 from .model_files import size_limit
 
@@ -51,7 +52,7 @@ class HubModel:
             listed = ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" * (len(shards) > 3))
             raise CheckpointError(
                 f"{self.name} at {self.commit[:12]}: not in the Hub's cache: {listed}; "
-                f"and the Hub does not give it: {_one_line(error)}"
+                f"and the Hub does not give it: {one_line(error)}"
             ) from error
 
     def fetch(self, shard: str, tick: Callable[[int], None]) -> None:
@@ -112,7 +113,7 @@ def _fetch_small(remote: HubModel) -> None:
     except ParoquantStreamError:  # a Hub that is there and gives next to nothing
         raise
     except Exception as error:  # no network, a token that expired: as above, a dozen kinds
-        logger.info("%s: going on with the Hub's cache: %s", remote.name, _one_line(error))
+        logger.info("%s: going on with the Hub's cache: %s", remote.name, one_line(error))
         return
     small = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in PATTERNS)]
     together([_download(remote.name, name, remote.commit) for name in small])
@@ -133,7 +134,7 @@ def _download(
             raise
         except Exception as error:  # the Hub's client raises a dozen unrelated kinds
             raise CheckpointError(
-                f"{name}: {file} cannot be had from the Hub: {_one_line(error)}"
+                f"{name}: {file} cannot be had from the Hub: {one_line(error)}"
             ) from error
 
     return f"{name}: {file} cannot be had from the Hub", call
@@ -160,8 +161,3 @@ def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
             if len(head) >= count:
                 break
     return bytes(head[:count]), size
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

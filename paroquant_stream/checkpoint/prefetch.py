@@ -18,7 +18,7 @@ from typing import Protocol
 
 from ..errors import Cancelled, CheckpointError, ParoquantStreamError
 from ..files.tensor_header import Header
-from .checkpoint import Shard
+from .shard import Shard
 
 FETCHERS = 2  # one more than is converted, so that the line is busy while a request is answered
 POLL = 0.1  # s between two looks at whether the run was told to stop

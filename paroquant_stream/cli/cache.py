@@ -11,17 +11,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.model_source import ModelSource
 from ..conversion.converter import convert
-from ..conversion.report import bytes_text, shown
-from ..conversion.request import Request, default_jobs, make_request, model_id
+from ..conversion.request import Request, Target, default_jobs, make_request, model_id
 from ..errors import ParoquantStreamError, StoreError
 from ..maintenance.inventory import Inventory, take_inventory
 from ..maintenance.models import Model
 from ..maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
 from ..maintenance.removal import execute
 from ..maintenance.verify import verify_model, verify_store
-from ..plan.task import DTYPES
+from ..store.format import DTYPES
 from ..store.store import cache_store
+from ..text import bytes_text, shown
 from .cache_listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
 from .cache_options import configure_parser
 
@@ -173,18 +174,22 @@ def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
         store = cache_store(arguments.cache_dir)
         models = take_inventory(store).models
         requests = [
-            Request(str(m.directory), m.directory, store, dtype=m.dtype, jobs=default_jobs())
+            Request(
+                ModelSource(str(m.directory), m.directory),
+                Target(store, dtype=m.dtype),
+                jobs=default_jobs(),
+            )
             for m in models
             if m.directory and damaged & {record.key for record in m.records}
         ]
     say = print if not arguments.json else (lambda _: None)
     if not arguments.repair:
-        names = " ".join(shlex.quote(request.model) for request in requests)
+        names = " ".join(shlex.quote(request.source.name) for request in requests)
         say(f"to make what is damaged again: paroquant-stream convert {names}, or --repair")
         return False
     for request in requests:
         convert(request)
-        say(shown(f"{request.model}: converted again"))
+        say(shown(f"{request.source.name}: converted again"))
     return True
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..conversion.report import bytes_text, shown
-from ..conversion.request import Request
+from ..checkpoint.model_source import ModelSource
+from ..conversion.request import Request, Target
 from ..maintenance.inventory import Inventory
 from ..maintenance.models import Model
 from ..maintenance.paroquant_cache import Foreign
 from ..maintenance.prune import PrunePlan
 from ..maintenance.status import STALE, UNKNOWN, Freshness, entries_alone, examine
 from ..store.store import Store
-from ..text import age_text
+from ..text import age_text, bytes_text, shown
 
 _HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", "STATE")
 _RIGHT = {"SHARDS", "SIZE"}
@@ -64,7 +64,9 @@ def _freshness(store: Store, model: Model) -> Freshness:
     if model.is_orphan:
         why = f"{directory} is gone"
         return Freshness("orphan", why, entries_alone(store, manifest, why))
-    return examine(Request(str(directory), directory, store, dtype=model.dtype), manifest)
+    return examine(
+        Request(ModelSource(str(directory), directory), Target(store, dtype=model.dtype)), manifest
+    )
 
 
 def table(inventory: Inventory, rows: Sequence[Row], verbose: bool) -> list[str]:

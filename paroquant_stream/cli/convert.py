@@ -9,21 +9,26 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.converter import convert
-from ..conversion.report import Conversion, ShardReport, bytes_text, shown
+from ..conversion.report import Conversion, ShardReport
 from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
+from ..text import bytes_text, shown
 from ..trace import Trace, written_to
 from .convert_options import parse
 from .progress_bar import Progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
+
+
+OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
+"""Arguments that are fields of `ConvertOptions`."""
 
 
 class Terminated(BaseException):
@@ -77,7 +82,7 @@ def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor 
 
         return processes(arguments.jobs or default_jobs())
     if arguments.executor == "dask":
-        from ..execution.executors import cluster
+        from ..execution.dask import cluster
 
         return cluster(arguments.scheduler)
     return nullcontext()
@@ -85,20 +90,11 @@ def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor 
 
 def _prepare(model: str, executor: Executor | None, arguments: argparse.Namespace) -> Request:
     """The request for one model; a dry run prints what it would do."""
-    request = make_request(
-        model,
-        cache_dir=arguments.cache_dir,
-        in_place=arguments.in_place,
-        force=arguments.force,
-        jobs=arguments.jobs,
-        revision=arguments.revision,
-        drop_source=arguments.drop_source,
-        dtype=arguments.dtype,
-        executor=executor,
-    )
+    given = {name: getattr(arguments, name) for name in OPTIONS}
+    request = make_request(model, **given, executor=executor)
     if arguments.dry_run:
         _print_survey(request, arguments)
-    elif request.drop_source and request.remote is None and not arguments.yes:
+    elif request.options.drop_source and request.source.remote is None and not arguments.yes:
         _ask(request)
     return request
 
@@ -112,7 +108,7 @@ def _convert(
         try:
             for request, result in _results(requests, progress, trace):
                 if isinstance(result, ParoquantStreamError):
-                    failed[request.model] = result
+                    failed[request.source.name] = result
                 elif arguments.json:
                     progress.say(json.dumps(_as_json(result)))
                 elif not arguments.quiet:
@@ -141,7 +137,7 @@ def _results(
 def _ask(request: Request) -> None:
     """Raises CheckpointError unless a person says that the model's own shards may go."""
     question = (
-        f"{request.directory}: remove each shard once it is converted? "
+        f"{request.source.directory}: remove each shard once it is converted? "
         f"Only the conversion in {request.store.root} will be left."
     )
     if not sys.stdin.isatty():
@@ -184,7 +180,7 @@ def _summary(conversion: Conversion) -> str:
 def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
     from ..conversion.planning import survey  # here, because a run without work needs none of it
 
-    reports = survey(replace(request, force=arguments.force))
+    reports = survey(request)
     work = [report for report in reports if report.action == "converted"]
     totals = {
         "bytes_to_read": sum(report.bytes_in for report in work),
@@ -193,7 +189,9 @@ def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
     }
     if arguments.json:
         shards = [asdict(report) for report in reports]
-        print(json.dumps({"model": request.model, "dry_run": True, "shards": shards, **totals}))
+        print(
+            json.dumps({"model": request.source.name, "dry_run": True, "shards": shards, **totals})
+        )
     elif not arguments.quiet:
         for report in reports:
             print(shown(_survey_line(report)))

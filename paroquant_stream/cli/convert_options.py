@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..plan.task import DTYPES
+from ..store.format import DTYPES
 
 DESCRIPTION = """\
 Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from ..conversion.report import bytes_text, shown
 from ..conversion.request import make_request
 from ..errors import ParoquantStreamError
 from ..exports.single_file import NAME
-from ..text import parse_size
+from ..text import bytes_text, parse_size, shown
 from .convert import Terminated
 from .progress_bar import Progress
 
@@ -82,9 +81,7 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m paroquant_stream.export", description=DESCRIPTION
-    )
+    parser = argparse.ArgumentParser("python -m paroquant_stream.export", description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     if arguments.out is None and not arguments.single_file:

@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ..conversion.report import bytes_text, shown
+from ..text import bytes_text, shown
 
 
 class Progress:

@@ -9,14 +9,12 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from ..conversion.report import shown
 from ..errors import MissingExtra, ParoquantStreamError, ProgramNotFound
-from ..integrations.loader_patch import install, uninstall
-from ..plan.task import DTYPES
+from ..api.install import install, uninstall
+from ..store.format import DTYPES
+from ..text import shown
 
-USAGE = (
-    "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
-)
+USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
 DESCRIPTION = """\
 Run a Python program in which paroquant's MLX loader is replaced by paroquant_stream's: its models
 come from the cache and are converted first if they must be. Works for all that call

@@ -22,7 +22,8 @@ from ..store.lock import directory_lock
 from ..store.manifest import Manifest
 from ..trace import SILENCE, Trace
 from .report import Conversion, report_reused
-from .request import Needed, Request, read_manifest, staleness
+from .request import Request, read_manifest
+from .staleness import Needed, staleness
 
 if TYPE_CHECKING:
     from .planning import ModelPlan
@@ -48,8 +49,8 @@ def convert(
     request.store.check_owner()
     current = _current(request, needed)
     if current is None:
-        drop = request.drop_source
-        opened = partial(Folder.open, request.directory)
+        drop = request.options.drop_source
+        opened = partial(Folder.open, request.source.directory)
         with directory_lock(opened, exclusive=drop, required=drop) as home:
             return _convert_alone(request, home, progress, trace, needed, started)
     request.store.sweep()
@@ -69,21 +70,21 @@ def _convert_alone(
     from .planning import plan_model
     from .source_file import put_all_back
 
-    with suppress(StoreError) if not request.drop_source else nullcontext():
-        put_all_back(request.directory)
+    with suppress(StoreError) if not request.options.drop_source else nullcontext():
+        put_all_back(request.source.directory)
     with trace.span("plan"):
         model = plan_model(request)
-    if request.drop_source:
+    if request.options.drop_source:
         from ..model.assemble import check_assembly  # brings mlx-lm, for runs that remove sources
 
         with trace.span("check that it can be loaded"):
-            check_assembly(request.directory, model.plan)
+            check_assembly(request.source.config, model.plan)
     elif reason := _why_not_loadable(model):
-        logger.warning("%s: %s", request.model, reason)
+        logger.warning("%s: %s", request.source.name, reason)
     request.store.create()
     request.store.sweep()
     with request.store.lock(request.manifest_name):
-        if request.drop_source and not request.store.locks_work():
+        if request.options.drop_source and not request.store.locks_work():
             raise StoreError(
                 f"{request.store.root}: locks do nothing on this file system, so `cache rm` would "
                 "not see that sources are being removed; convert without --drop-source"
@@ -95,12 +96,11 @@ def _convert_alone(
 
 
 def _why_not_loadable(model: ModelPlan) -> str | None:
-    from ..backends.known_class import why_unknown
-    from ..backends.model_kind import is_vision_model
+    from ..backends.selection import select_backend
 
-    config = model.checkpoint.config
+    config = model.checkpoint.config.values
     names = [tensor.name for task in model.plan.tasks for tensor in task.outputs]
-    return why_unknown(config, is_vision_model(config, names, force_text=False))
+    return select_backend(config, names, force_text=False).why_unknown(config)
 
 
 def _unchanged(request: Request, current: Manifest, started: float) -> Conversion:
@@ -112,7 +112,7 @@ def _unchanged(request: Request, current: Manifest, started: float) -> Conversio
 
 def _current(request: Request, needed: Needed | None) -> Manifest | None:
     """The manifest that still holds, if there is one and nothing is to be done again."""
-    manifest = None if request.force else read_manifest(request)
+    manifest = None if request.options.force else read_manifest(request)
     # for a part all is hashed that is there: a plan of the whole model may be out of reach
     read_unknown = needed is not None
     if manifest is None or staleness(request, manifest, read_unknown, needed) is not None:
@@ -125,5 +125,5 @@ def _current(request: Request, needed: Needed | None) -> Manifest | None:
             return None
         with suppress(StoreError):  # a cache that cannot be written serves all the same
             heal_records(request.store)
-    paths = [request.directory / record.shard for record in manifest.entries]
-    return None if request.drop_source and any(map(os.path.lexists, paths)) else manifest
+    paths = [request.source.directory / record.shard for record in manifest.entries]
+    return None if request.options.drop_source and any(map(os.path.lexists, paths)) else manifest

@@ -34,10 +34,11 @@ from ..files.folder import Folder
 from ..plan.task import Task
 from ..store.damage import confirmed_defect
 from ..store.drop_record import DropRecord, is_stored, new_id, read_note, write_note, write_record
+from ..store.location import IN_PLACE
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import SILENCE, Trace
 from .planning import ModelPlan
-from .request import IN_PLACE, Request
+from .request import Request
 from .source_file import SourceFile, remove_dangling_link
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._tasks = {task.shard: task for task in model.plan.tasks}
         self._neighbours = _neighbours(model.plan.tasks)
         self._before = model.drop
-        self._record = model.drop or DropRecord(new_id(), request.dtype, manifest_of([]))
+        self._record = model.drop or DropRecord(new_id(), request.target.dtype, manifest_of([]))
         self._sound: set[str] = set()
         self._proved: dict[str, SourceFile] = {}
         self._noted = False
@@ -98,7 +99,7 @@ class Dropper(AbstractContextManager["Dropper"]):
             StoreError: Something cannot be written, read or removed.
         """
         self._finished[record.shard] = record
-        if not self._request.drop_source or self._home is None:
+        if not self._request.options.drop_source or self._home is None:
             return
         for shard in (record.shard, *sorted(self._near(record.shard))):
             if shard not in self.dropped and self._is_free(shard):
@@ -123,13 +124,13 @@ class Dropper(AbstractContextManager["Dropper"]):
             if record != self._before or not is_stored(self._request.store, record):
                 write_record(self._request.store, record)
         except StoreError as error:
-            if self._request.drop_source:
+            if self._request.options.drop_source:
                 raise
             logger.warning("%s", error)
 
     def _near(self, shard: str) -> set[str]:
         """The shards that may have become free by this one's task."""
-        if self._request.dtype == "source":
+        if self._request.target.dtype == "source":
             return self._neighbours[shard]
         return self._tasks.keys() - {shard}
 
@@ -158,7 +159,7 @@ class Dropper(AbstractContextManager["Dropper"]):
     def _source(self, home: Folder, shard: str) -> SourceFile:
         """A source that was read through, once, and is the one that was converted."""
         if shard not in self._proved:
-            record, path = self._finished[shard], self._request.directory / shard
+            record, path = self._finished[shard], self._request.source.directory / shard
             source = SourceFile(home, shard)
             with contextlib.ExitStack() as stack:
                 stack.callback(source.close)
@@ -211,9 +212,9 @@ class Dropper(AbstractContextManager["Dropper"]):
         """Whether the path alone may lead to another record one day: not beside a model, and not
         at a commit of the Hub; but an older note, or an older conversion beside it, would.
         """
-        directory, request = self._request.directory, self._request
-        if request.in_place or request.remote is not None:
-            older = not request.in_place and os.path.lexists(directory / IN_PLACE)
+        directory, request = self._request.source.directory, self._request
+        if request.target.in_place or request.source.remote is not None:
+            older = not request.target.in_place and os.path.lexists(directory / IN_PLACE)
             return older or read_note(directory) is not None
         return True
 

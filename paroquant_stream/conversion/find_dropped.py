@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.checkpoint import Shard, config_digest, shard_names
+from ..checkpoint.shard import Shard
 from ..errors import CheckpointError, SourceDropped
 from ..store.drop_record import NOTE, DropRecord, new_id, read_note, read_record, read_records
 from ..store.manifest import Manifest
-from .request import Request, read_manifest, source_staleness
+from .request import Request, read_manifest
+from .staleness import source_staleness
 
 
 def find_dropped(request: Request) -> DropRecord | None:
@@ -27,10 +28,10 @@ def find_dropped(request: Request) -> DropRecord | None:
         SourceDropped: A shard that is there has other content than the one that was removed.
         CheckpointError: Records of two models fit, or what there is cannot be read.
     """
-    absent = {n for n in shard_names(request.directory) if not _is_there(request, n)}
+    absent = {n for n in request.source.config.shard_names if not _is_there(request, n)}
     if not absent:
         return None
-    records = [r for r in read_records(request.store) if r.dtype == request.dtype]
+    records = [r for r in read_records(request.store) if r.dtype == request.target.dtype]
     records = [r for r in records if absent & _dropped_shards(r)]
     contradicted: str | None = None
     for group in _by_evidence(request, records):
@@ -41,14 +42,14 @@ def find_dropped(request: Request) -> DropRecord | None:
             fitting += [] if reason else [record]
         if fitting:
             return _only(request, fitting)
-    if contradicted and request.remote is None:
+    if contradicted and request.source.remote is None:
         raise SourceDropped(contradicted)
-    if read_note(request.directory) is None:
+    if read_note(request.source.directory) is None:
         return _from_manifest(request, absent)
-    if request.remote is None:
+    if request.source.remote is None:
         raise SourceDropped(
-            f"{request.directory}: its shards were removed by --drop-source, and "
-            f"{request.store.root} has no record of that for --dtype {request.dtype}; name the "
+            f"{request.source.directory}: its shards were removed by --drop-source, and "
+            f"{request.store.root} has no record of that for --dtype {request.target.dtype}; name the "
             "cache and the dtype that it was converted with, or put the shards back"
         )
     return None
@@ -61,11 +62,11 @@ def find_manifest(request: Request) -> Manifest | None:
     """
     if manifest := read_manifest(request):
         return manifest
-    names = set(shard_names(request.directory))
+    names = set(request.source.config.shard_names)
     complete = [
         record.manifest
         for record in read_records(request.store)
-        if record.dtype == request.dtype
+        if record.dtype == request.target.dtype
         and names == {entry.shard for entry in record.manifest.entries}
     ]
     sources = {frozenset((e.shard, e.source_sha256) for e in m.entries) for m in complete}
@@ -82,7 +83,7 @@ def is_superseded(request: Request, beside: Request, manifest: Manifest) -> bool
         manifest: The manifest of that one.
     """
     absent = {e.shard: e.source_sha256 for e in manifest.entries if not _is_there(request, e.shard)}
-    noted = read_note(request.directory) if absent else None
+    noted = read_note(request.source.directory) if absent else None
     if noted is None:
         return False
     record = read_record(beside.store, noted) or read_record(request.store, noted)
@@ -95,7 +96,7 @@ def agrees(request: Request, manifest: Manifest) -> bool:
     without shards may have been moved there since, and has a note then.
     """
     dropped = {(e.shard, e.source_sha256) for e in manifest.entries if e.dropped}
-    noted = read_note(request.directory) if dropped and not request.in_place else None
+    noted = read_note(request.source.directory) if dropped and not request.target.in_place else None
     if noted is None:
         return True
     record = read_record(request.store, noted)
@@ -106,14 +107,14 @@ def agrees(request: Request, manifest: Manifest) -> bool:
 
 def _by_evidence(request: Request, records: Sequence[DropRecord]) -> Iterator[list[DropRecord]]:
     """The records that something speaks for, the best evidence first."""
-    if request.in_place:  # the tree beside the model holds no other's
+    if request.target.in_place:  # the tree beside the model holds no other's
         yield list(records)
         return
-    here = str(request.directory.resolve())
-    if noted := read_note(request.directory):
+    here = str(request.source.resolved)
+    if noted := read_note(request.source.directory):
         yield [record for record in records if record.id == noted]
         return  # any other is of another model, or of this one as it was before
-    config = config_digest(request.directory)
+    config = request.source.config.sha256
     alike = [r for r in records if r.manifest.config_sha256 == config]
     yield [r for r in alike if r.manifest.directory == here]
     revision = _revision(here)
@@ -136,7 +137,7 @@ def _only(request: Request, fitting: Sequence[DropRecord]) -> DropRecord:
     for record in fitting:
         if not {(e.shard, e.source_sha256) for e in record.manifest.entries} <= known:
             raise CheckpointError(
-                f"{request.directory}: its shards were removed by --drop-source, and of two models "
+                f"{request.source.directory}: its shards were removed by --drop-source, and of two models "
                 f"with this config and index, {best.manifest.directory} and "
                 f"{record.manifest.directory}, both were; move the directory back to where it "
                 f"was, or put back the file {NOTE} that was left in it"
@@ -147,7 +148,7 @@ def _only(request: Request, fitting: Sequence[DropRecord]) -> DropRecord:
 def _contradiction(request: Request, record: DropRecord) -> str | None:
     """Which shard that is there is not the one that the record knows."""
     for entry in record.manifest.entries:
-        shard = Shard(entry.shard, request.directory / entry.shard)
+        shard = Shard(entry.shard, request.source.directory / entry.shard)
         if not _is_there(request, entry.shard):
             continue
         if source_staleness(request.store.memo, shard, entry.source_sha256, read_unknown=True):
@@ -162,9 +163,9 @@ def _contradiction(request: Request, record: DropRecord) -> str | None:
 def _from_manifest(request: Request, absent: set[str]) -> DropRecord | None:
     """A record, not stored yet, of what an older version dropped."""
     manifest = read_manifest(request)
-    if manifest is None or manifest.config_sha256 != config_digest(request.directory):
+    if manifest is None or manifest.config_sha256 != request.source.config.sha256:
         return None
-    record = DropRecord(new_id(), request.dtype, manifest)
+    record = DropRecord(new_id(), request.target.dtype, manifest)
     if not absent & _dropped_shards(record) or _contradiction(request, record):
         return None
     headers = {}
@@ -180,4 +181,4 @@ def _dropped_shards(record: DropRecord) -> set[str]:
 
 
 def _is_there(request: Request, shard: str) -> bool:
-    return os.path.exists(request.directory / shard)
+    return os.path.exists(request.source.directory / shard)

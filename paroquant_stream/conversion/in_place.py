@@ -7,13 +7,15 @@ import os
 from dataclasses import replace
 
 from ..errors import NewerManifest, StoreError
+from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store
 from ..trace import SILENCE, Trace
 from .converter import convert
 from .find_dropped import find_manifest, is_superseded
 from .progress import Progress
-from .request import IN_PLACE, Needed, Request, make_request, staleness
+from .request import Request, Target
+from .staleness import Needed, staleness
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,12 @@ def converted(
     return found or (convert(request, progress, trace).manifest, request.store)
 
 
+def inside_model(request: Request) -> Request:
+    """Give the same request for the conversion inside the model directory, only to be read."""
+    store = Store(request.source.directory / IN_PLACE, private=False, read_only=True)
+    return replace(request, target=Target(store, in_place=True, dtype=request.target.dtype))
+
+
 def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
     """The conversion inside the model directory, if there is one and it fits the sources, with all
     entries or those that are `needed`.
@@ -36,11 +44,10 @@ def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, S
     Whoever made the directory may have made it: it is only read. So what its own conversion did not
     remember of its files is hashed at every load.
     """
-    if not os.path.lexists(request.directory / IN_PLACE):
+    if not os.path.lexists(request.source.directory / IN_PLACE):
         return None
-    beside = make_request(request.directory, in_place=True, jobs=request.jobs, dtype=request.dtype)
-    store = replace(beside.store, read_only=True)
-    beside = replace(beside, store=store)
+    beside = inside_model(request)
+    store = beside.store
     manifest = None
     try:
         manifest = find_manifest(beside)

@@ -9,11 +9,12 @@ from functools import partial
 
 from ..checkpoint.prefetch import Arrivals
 from ..errors import StoreError
-from ..execution.executors import run_all
 from ..execution.slots import Places, Worker
+from ..execution.threads import run_all
 from ..files.folder import Folder
-from ..files.tensor_header import file_size
-from ..plan.task import TRANSFORM, Task
+from ..files.tensor_writer import file_size
+from ..plan.task import Task
+from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace
 from ..transform.remote_runner import runner
@@ -43,9 +44,11 @@ def convert_shards(
     tally = Tally(progress, work.tasks, work.absent)
     tally.announce()
     # at least `jobs`: of the tasks that hold a place, one is then always free to go on
-    ahead = max(2, request.jobs) if request.drop_source else None
+    ahead = max(2, request.jobs) if request.options.drop_source else None
     given = model.checkpoint.given
-    arrivals = Arrivals(request.remote, request.directory, work.absent, given, tally.add, ahead)
+    arrivals = Arrivals(
+        request.source.remote, request.source.directory, work.absent, given, tally.add, ahead
+    )
     manifest_of = partial(_manifest, request, model)
     with Dropper(request, model, home, manifest_of, trace) as dropper, arrivals:
         for record in work.settled.values():
@@ -72,7 +75,7 @@ def _report(
     request: Request, outcome: Outcome, record: EntryRecord, old: EntryRecord | None
 ) -> ShardReport:
     if outcome.converted:
-        return report_converted(record, old, request.force, outcome.seconds)
+        return report_converted(record, old, request.options.force, outcome.seconds)
     return report_reused(record, old, outcome.seconds)
 
 
@@ -92,7 +95,13 @@ def _run(
 ) -> Iterator[Outcome]:
     """The outcomes of the tasks as they finish, each begun when its shards are there."""
     jobs = [
-        Job(task, request.directory, request.store, request.force, known.get(task.shard))
+        Job(
+            task,
+            request.source.directory,
+            request.store,
+            request.options.force,
+            known.get(task.shard),
+        )
         for task in tasks
     ]
 
@@ -107,7 +116,7 @@ def _run(
             return run(job, worker, tick)
 
     places = request.places or Places(request.jobs, 0)
-    with runner(request) as run:
+    with runner(request.options.executor, request.source.directory, request.store) as run:
         yield from run_all(work, jobs, request.jobs, trace, places.share(len(jobs)))
 
 
@@ -117,9 +126,9 @@ def _check_space(request: Request, tasks: Sequence[Task]) -> None:
     When sources are dropped their room is used again, so only what is made at once counts.
     """
     memo = request.store.memo
-    sure = [task for task in tasks if request.force or not memo.knows_size(task.size)]
+    sure = [task for task in tasks if request.options.force or not memo.knows_size(task.size)]
     sizes = sorted((file_size(task.outputs) for task in sure), reverse=True)
-    needed = sum(sizes[: request.jobs] if request.drop_source else sizes)
+    needed = sum(sizes[: request.jobs] if request.options.drop_source else sizes)
     free = request.store.free_bytes()
     if needed > free:
         raise StoreError(
@@ -131,12 +140,12 @@ def _check_space(request: Request, tasks: Sequence[Task]) -> None:
 def _manifest(request: Request, model: ModelPlan, records: Sequence[EntryRecord]) -> Manifest:
     plan = model.plan
     return Manifest(
-        request.model,
-        model.checkpoint.config_sha256,
+        request.source.name,
+        model.checkpoint.config.sha256,
         TRANSFORM,
         plan.layout.value,
         plan.quantization.bits,
         plan.quantization.group_size,
         tuple(records),
-        "" if request.in_place else str(request.directory.resolve()),
+        "" if request.target.in_place else str(request.source.resolved),
     )

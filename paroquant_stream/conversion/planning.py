@@ -9,20 +9,25 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..checkpoint.checkpoint import Checkpoint, Shard, open_checkpoint
-from ..checkpoint.layout import detect, read_quantization
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.layout import detect
+from ..checkpoint.quantization import read_quantization
+from ..checkpoint.shard import Shard
 from ..errors import MalformedFile, SourceDropped
 from ..files.descriptor import closing
 from ..files.hashing import read_into, sha256_of
-from ..files.tensor_header import Header, file_size
+from ..files.tensor_header import Header
+from ..files.tensor_writer import file_size
 from ..plan.planner import Plan, make_plan
-from ..plan.task import DTYPES, Part, Task
+from ..plan.task import Part, Task
 from ..store.damage import damaged_path
 from ..store.drop_record import DropRecord
+from ..store.format import DTYPES
 from ..store.manifest import EntryRecord
 from .find_dropped import find_dropped
 from .report import ShardReport, report_reused, why_converted
-from .request import Request, read_manifest, source_staleness
+from .request import Request, read_manifest
+from .staleness import source_staleness
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,10 @@ def plan_model(request: Request) -> ModelPlan:
     The headers of shards that the directory lacks are those that were kept when they were dropped,
     or come from the Hub.
     """
-    remote, drop = request.remote, find_dropped(request)
+    remote, drop = request.source.remote, find_dropped(request)
     gone = {r.shard for r in drop.manifest.entries if r.dropped} if drop else set()
     may_lack = (lambda _: True) if remote else gone.__contains__
-    checkpoint = open_checkpoint(request.directory, may_lack)
+    checkpoint = open_checkpoint(request.source.config, may_lack)
     absent = [s.name for s in checkpoint.shards if not os.path.exists(s.path)]
     known = _kept_headers(drop, absent) if drop else {}
     if remote and (wanted := [name for name in absent if name not in known]):
@@ -77,11 +82,11 @@ def plan_model(request: Request) -> ModelPlan:
         reasons = dict.fromkeys(sorted(lost), "the header that was kept is damaged")
         raise gone_sources(request, reasons)
     checkpoint = replace(checkpoint, given=known)
-    quantization = read_quantization(checkpoint.config)
+    quantization = read_quantization(checkpoint.config.values)
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
-    layout = detect(checkpoint.config, dtypes)
-    dtype = DTYPES[request.dtype]
+    layout = detect(checkpoint.config.values, dtypes)
+    dtype = DTYPES[request.target.dtype]
     plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
     return ModelPlan(plan, checkpoint, drop)
 
@@ -100,8 +105,8 @@ def _kept_headers(drop: DropRecord, absent: Sequence[str]) -> dict[str, Header]:
 
 def _experts(checkpoint: Checkpoint) -> int | None:
     """Experts of a layer as the config gives them, for text models and inside `text_config`."""
-    text = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
+    text = checkpoint.config.values.get("text_config")
+    for config in (checkpoint.config.values, text if isinstance(text, dict) else {}):
         for key in ("num_experts", "num_local_experts", "n_routed_experts"):
             if type(config.get(key)) is int:
                 return int(config[key])
@@ -118,10 +123,14 @@ def work_of(request: Request, model: ModelPlan) -> Work:
     settled = _settled(request, tasks, model.drop)
     tasks = [task for task in tasks if task.shard not in settled]
     absent = [
-        [s for s in (task.shard, *task.borrowed) if not os.path.exists(request.directory / s)]
+        [
+            s
+            for s in (task.shard, *task.borrowed)
+            if not os.path.exists(request.source.directory / s)
+        ]
         for task in tasks
     ]
-    if request.remote is None and any(absent):
+    if request.source.remote is None and any(absent):
         lending = {
             shard: reasons.get(shard, f"lends parts to {task.shard}")
             for task, shards in zip(tasks, absent, strict=True)
@@ -148,7 +157,7 @@ def _usable(
 
 def _why_unusable(request: Request, task: Task, record: EntryRecord) -> str | None:
     """Why an entry does not hold for a task, as far as that can be told without its source."""
-    if request.force:
+    if request.options.force:
         return "forced"
     if record.task_sha256 != task.sha256:
         return "config, tensors of its linears or transform version changed"
@@ -174,8 +183,12 @@ def _settled(
     gone = {shard for shard, record in finished.items() if record.dropped}
     settled: dict[str, EntryRecord] = {}
     for task in tasks:
-        path, record = request.directory / task.shard, finished.get(task.shard)
-        lost = [s for s in task.borrowed if s in gone and not os.path.exists(request.directory / s)]
+        path, record = request.source.directory / task.shard, finished.get(task.shard)
+        lost = [
+            s
+            for s in task.borrowed
+            if s in gone and not os.path.exists(request.source.directory / s)
+        ]
         if not lost or record is None or not os.path.exists(path):
             continue
         memo, shard = request.store.memo, Shard(task.shard, path)
@@ -191,7 +204,7 @@ def _borrows_otherwise(request: Request, task: Task, record: EntryRecord) -> boo
         return True
     lenders = zip(task.borrowed.items(), record.borrowed_sha256, strict=True)
     for (shard, parts), before in lenders:
-        if os.path.exists(request.directory / shard):
+        if os.path.exists(request.source.directory / shard):
             now = hashlib.sha256(b"".join(_part_digest(request, part) for part in parts))
             if now.hexdigest() != before:
                 return True
@@ -199,7 +212,7 @@ def _borrows_otherwise(request: Request, task: Task, record: EntryRecord) -> boo
 
 
 def _part_digest(request: Request, part: Part) -> bytes:
-    path = request.directory / part.shard
+    path = request.source.directory / part.shard
     with closing(Shard(part.shard, path).open()) as fd:
         data = memoryview(bytearray(part.stop - part.start))
         read_into(fd, data, part.start, str(path))
@@ -210,7 +223,7 @@ def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDropped:
     """The error for shards that must be read and were dropped; `shards`: why, by name."""
     listed = "\n  ".join(f"{shard}: {why}" for shard, why in shards.items())
     return SourceDropped(
-        f"{request.directory}: {len(shards)} shards must be read again and were removed by "
+        f"{request.source.directory}: {len(shards)} shards must be read again and were removed by "
         f"--drop-source; put them back, or undo the change:\n  {listed}"
     )
 
@@ -235,13 +248,15 @@ def _survey(request: Request, task: Task, old: EntryRecord | None) -> ShardRepor
     from ..transform.task_runner import Job, find_entry, open_source
 
     store = replace(request.store, read_only=True)
-    job = Job(task, request.directory, store, request.force, known=old)
+    job = Job(task, request.source.directory, store, request.options.force, known=old)
     source = open_source(job, Worker(), lambda _: None)
     try:
-        if record := None if request.force else find_entry(job, source):
+        if record := None if request.options.force else find_entry(job, source):
             return report_reused(record, old)
         sha256, borrowed = source.known_sha256(), source.borrowed_sha256()
-        return _report_work(task, why_converted(old, sha256, borrowed, task.sha256, request.force))
+        return _report_work(
+            task, why_converted(old, sha256, borrowed, task.sha256, request.options.force)
+        )
     finally:
         source.close()
 

@@ -82,24 +82,3 @@ def report_converted(
 def _report(record: EntryRecord, action: str, why: str, seconds: float) -> ShardReport:
     sizes = (record.source_size, record.size)
     return ShardReport(record.shard, action, why, record.key, record.digest, *sizes, seconds)
-
-
-def bytes_text(count: int) -> str:
-    """A size for people, in powers of 1000: `950 B`, `1.5 kB`, `37.6 GB`."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def shown(text: object, keep: str = "") -> str:
-    """The text for a terminal: control characters and broken UTF-8, which a path may hold, escaped.
-
-    `keep`: characters that stay as they are, like the newlines of a list of defects.
-    """
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )

@@ -19,6 +19,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.hub_cache import HubCache, identity
 from ..errors import SourceChanged, StoreError
 from ..files.descriptor import FileStamp, closing, pread_exactly
 from ..files.folder import Folder
@@ -48,7 +49,7 @@ class SourceFile:
             StoreError: It is absent, or leads out of the directory and of its Hub cache.
             MalformedFile: It is no regular file.
         """
-        self.path, self._hub = home.path / shard, _Hub.of(home.path)
+        self.path, self._hub = home.path / shard, HubCache.of(home.path)
         self._stack = contextlib.ExitStack()
         try:
             self._names = self._locate(home, shard)
@@ -69,7 +70,7 @@ class SourceFile:
     def _locate(self, home: Folder, shard: str) -> list[_Name]:
         """Each name on the way to the file, its own first, the file's last, with its `lstat`."""
         folder, name = home, shard
-        own, names = _identity(folder.status()), list[_Name]()
+        own, names = identity(folder.status()), list[_Name]()
         for _ in range(_HOPS):
             status = folder.stat(name)
             names.append((folder, name, status))
@@ -79,7 +80,7 @@ class SourceFile:
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
             there = os.open(parent or ".", flags, dir_fd=folder.fd)
             folder = self._stack.enter_context(Folder(there, folder.path / parent))
-            inside = _identity(folder.status()) == own or (
+            inside = identity(folder.status()) == own or (
                 self._hub is not None and self._hub.holds(folder)
             )
             if not inside or name in ("", ".", ".."):
@@ -121,10 +122,10 @@ class SourceFile:
         """
         same = FileStamp.of_fd(self.fd, str(self.path)) == self.stamp
         try:
-            found = [_identity(folder.stat(name)) for folder, name, _ in self._names]
+            found = [identity(folder.stat(name)) for folder, name, _ in self._names]
         except OSError:
             found = []
-        if not same or found != [_identity(status) for _, _, status in self._names]:
+        if not same or found != [identity(status) for _, _, status in self._names]:
             raise SourceChanged(f"{self.path}: changed since it was converted; run again")
 
     def remove(self) -> None:
@@ -162,7 +163,7 @@ class SourceFile:
         aside = f".{name}.{secrets.token_hex(8)}{_ASIDE}"
         os.rename(name, aside, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
         same = FileStamp.of_fd(self.fd, str(self.path)).has_content_of(self.stamp)
-        if not same or _identity(folder.stat(aside)) != _identity(status):
+        if not same or identity(folder.stat(aside)) != identity(status):
             put_back(folder, aside)
             raise SourceChanged(f"{self.path}: changed since it was converted; run again")
         folder.unlink(aside)
@@ -189,7 +190,7 @@ def put_all_back(directory: Path) -> None:
     Raises:
         StoreError: The system does not rename them.
     """
-    hub = _Hub.of(directory)
+    hub = HubCache.of(directory)
     for path in (directory, *([hub.blobs] if hub else [])):
         try:
             with Folder.open(path) as folder:
@@ -212,67 +213,3 @@ def remove_dangling_link(home: Folder, shard: str) -> None:
         pass
     except OSError as error:
         raise StoreError(f"{home.path / shard}: cannot be removed: {error.strerror}") from error
-
-
-class _Hub:
-    """The repository of a Hub cache that a model directory is a snapshot of."""
-
-    def __init__(self, repository: Path, blobs: Folder) -> None:
-        self._repository, self._blobs = repository, _identity(blobs.status())
-        self._shared = None  # <hub>/blobs, whose files repositories share
-        with contextlib.suppress(OSError), Folder.open(repository.parent) as hub:
-            with hub.child("blobs") as shared:
-                self._shared = _identity(shared.status())
-
-    @classmethod
-    def of(cls, directory: Path) -> _Hub | None:
-        """The repository, or None for a directory that is no snapshot of one."""
-        snapshots = Path(os.path.realpath(directory)).parent
-        repository = snapshots.parent
-        if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
-            return None
-        with contextlib.suppress(OSError), Folder.open(repository) as folder:
-            with folder.child("blobs") as blobs:
-                return cls(repository, blobs)
-        return None
-
-    def is_blob(self, folder: Folder) -> bool:
-        """Whether a directory is the repository's `blobs`."""
-        return _identity(folder.status()) == self._blobs
-
-    def holds(self, folder: Folder) -> bool:
-        """Whether a directory is the repository's `blobs`, or one of the files that all share."""
-        if self.is_blob(folder):
-            return True
-        above = _identity(os.stat("..", dir_fd=folder.fd))
-        return self._shared is not None and above == self._shared
-
-    @property
-    def blobs(self) -> Path:
-        """The directory of the blobs."""
-        return self._repository / "blobs"
-
-    def sweep_shared(self, shared: _Name) -> None:
-        """Remove a file that the Hub's client shares between repositories, if no other uses it."""
-        with contextlib.suppress(ImportError):  # from release 2 on, see pull request 4498 there
-            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
-
-            path = Path(os.path.realpath(shared[0].path / shared[1]))
-            sweep_shared_blob(path, cache_dir=self._repository.parent)
-
-    def is_used(self, blob: str, link: _Name) -> bool:
-        """Whether a link other than `link` leads to a blob. Raises OSError."""
-        own = _identity(link[0].status()), link[1]
-        for directory, _, names in os.walk(self._repository / "snapshots"):
-            here = _identity(os.stat(directory))
-            for name in names:
-                with contextlib.suppress(OSError):  # no link
-                    parent, target = os.path.split(os.readlink(os.path.join(directory, name)))
-                    there = _identity(os.stat(os.path.join(directory, parent)))
-                    if target == blob and there == self._blobs and (here, name) != own:
-                        return True
-        return False
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino

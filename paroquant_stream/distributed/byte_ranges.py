@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from ..errors import MalformedFile
-from ..files.tensor_header import TensorInfo, lay_out
+from ..files.tensor_header import TensorInfo
+from ..files.tensor_writer import lay_out
 from ..store.damage import take_out
 from ..store.format import stacks_in_pieces
 from ..store.manifest import EntryRecord

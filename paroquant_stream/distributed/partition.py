@@ -8,23 +8,20 @@ rank of mlx-lm's pipelines embeds the tokens, for their shape, and computes the 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backends.backend import build, keep_pipeline_layers, load_config
-from ..backends.model_kind import TOWER_PREFIXES, is_vision_model
-from ..checkpoint.checkpoint import read_config
+from ..backends.backend import Backend, keep_pipeline_layers
+from ..backends.selection import TOWER_PREFIXES, select_backend
+from ..checkpoint.config import CONFIG_NAME, ModelConfig
 from ..checkpoint.config_bounds import check_config
-from ..conversion.request import Split
 from ..errors import AssemblyError, NoSuchPart
 from ..files.tensor_header import TensorSpec
-from ..model.entries import entries_with
-from ..store.manifest import EntryRecord, Manifest
+from .split import Split
 from .tensor_parallel import Take, shard
 
 _LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")
@@ -36,13 +33,13 @@ otherwise."""
 class Part:
     """What is loaded of one model."""
 
-    is_vlm: bool
+    backend: Backend
     layers: range | None
     """None: all."""
 
     def has(self, name: str) -> bool:
         """Whether a stored tensor is of this model at all; a text model has no towers."""
-        return self.is_vlm or not name.startswith(TOWER_PREFIXES)
+        return self.backend.is_vlm or not name.startswith(TOWER_PREFIXES)
 
     def reads(self, name: str) -> bool:
         """Whether a stored tensor is read, by its name in the checkpoint or in the model."""
@@ -50,34 +47,41 @@ class Part:
         return self.has(name) and (self.layers is None or number is None or number in self.layers)
 
 
-def part_of(split: Split, directory: Path, tensors: Sequence[TensorSpec], force_text: bool) -> Part:
-    """The part of a model with these stored tensors.
+def part_of(
+    split: Split,
+    config: ModelConfig,
+    tensors: Sequence[TensorSpec],
+    force_text: bool,
+    class_config: Callable[[], Mapping[str, Any]],
+) -> Part:
+    """Find the part of a model that is loaded.
 
-    Raises NoSuchPart for layers that it has not, for a class that offers no pipeline, and for more
-    ranks than layers; AssemblyError for a config with larger numbers than the tensors allow.
+    Args:
+        split: What is asked for.
+        config: Of the model.
+        tensors: All that is stored of it.
+        force_text: Load the text part of a vision model.
+        class_config: Gives the config for the model's class; called for a pipeline alone.
+
+    Raises:
+        NoSuchPart: The model has not these layers, its class offers no pipeline, or there are
+            more ranks than layers.
+        AssemblyError: The config has larger numbers than the tensors allow.
     """
-    config, names = read_config(directory), [tensor.name for tensor in tensors]
-    check_config(config, tensors, str(directory / "config.json"))  # no class is built before
-    is_vlm = is_vision_model(config, names, force_text)
+    names = [tensor.name for tensor in tensors]
+    check_config(config.values, tensors, str(config.directory / CONFIG_NAME))  # before any class
+    backend = select_backend(config.values, names, force_text)
     layers = split.layers
     if split.by_layers and split.group is not None:  # unevaluated, a model costs little
-        layers = keep_pipeline_layers(build(load_config(directory), is_vlm), split.group)
+        layers = keep_pipeline_layers(backend.build(class_config()), split.group)
     if layers is not None:
         count = 1 + max((n for n in map(_layer_of, names) if n is not None), default=-1)
         if layers.stop > count:
             raise NoSuchPart(
-                f"{directory}: layers {layers.start} to {layers.stop - 1} were asked for, the "
-                f"model has {count}, numbered from 0"
+                f"{config.directory}: layers {layers.start} to {layers.stop - 1} were asked for, "
+                f"the model has {count}, numbered from 0"
             )
-    return Part(is_vlm, layers)
-
-
-def needed_entries(
-    split: Split, directory: Path, manifest: Manifest, force_text: bool
-) -> Collection[EntryRecord]:
-    """The entries from which a part is read; raises what `part_of` raises."""
-    tensors = [tensor for record in manifest.entries for tensor in record.tensors]
-    return entries_with(manifest, part_of(split, directory, tensors, force_text).reads)
+    return Part(backend, layers)
 
 
 def check_placed(part: Part, weights: dict[str, mx.array], unread: dict[str, mx.array]) -> None:

@@ -16,15 +16,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.dtypes import MLX_DTYPES
 from ..errors import MalformedFile
 from ..files.descriptor import unreadable
 from ..files.tensor_header import DTYPE_BYTES, TensorInfo
 
-MLX_DTYPES = {
-    "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,
-    "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "I32": mx.int32, "F32": mx.float32,
-    "U64": mx.uint64, "I64": mx.int64,
-}  # fmt: skip
 _PIECE = 64 << 10
 """Bytes below which a slice's pieces are not read one by one: the system reads ahead what lies
 between them anyhow. Pieces of 7 KiB in lines of 14 take 0.22 s from the disk, whole lines 0.13.

@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
-from .executors import PATIENCE
+from .threads import PATIENCE
 
 
 @contextmanager

@@ -10,25 +10,27 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..checkpoint.checkpoint import EXPORTED, Shard, open_checkpoint
-from ..checkpoint.layout import read_quantization
+from ..checkpoint.checkpoint import open_checkpoint
+from ..checkpoint.config import EXPORTED, ModelConfig
+from ..checkpoint.quantization import read_quantization
+from ..checkpoint.shard import Shard
 from ..errors import AssemblyError, CheckpointError, ParoquantStreamError
 from ..files.descriptor import closing
 from ..files.tensor_header import read_header
-from ..model.entries import Stored
+from ..model.tensor_source import TensorSource
 
 FORMAT = 1
 """The number of the directory's form; another one is for another version of this package."""
 
 
-def stored_in_export(directory: Path) -> Stored:
+def stored_in_export(config: ModelConfig) -> TensorSource:
     """The tensors of an exported directory; no code in it is run.
 
     Raises CheckpointError, MalformedFile or LayoutError when it is damaged.
     """
-    checkpoint = open_checkpoint(directory)
-    _check_format(checkpoint.config[EXPORTED], directory)
-    found = read_quantization(checkpoint.config)
+    directory, checkpoint = config.directory, open_checkpoint(config)
+    _check_format(config.values[EXPORTED], directory)
+    found = read_quantization(config.values)
     headers = checkpoint.headers()
     tensors = [t for header in headers.values() for t in header.tensors]
 
@@ -48,7 +50,7 @@ def stored_in_export(directory: Path) -> Stored:
                     f"{shard.path}: its size changed while it was read; load it again"
                 )
 
-    return Stored(
+    return TensorSource(
         tensors, read, lambda _: _guard(directory), check, found.bits, found.group_size, True
     )
 

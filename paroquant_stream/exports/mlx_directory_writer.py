@@ -13,16 +13,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..checkpoint.checkpoint import EXPORTED, INDEX_NAME, SINGLE_NAME, read_config
+from ..backends.dtypes import MLX_DTYPES
+from ..checkpoint.config import EXPORTED, INDEX_NAME, SINGLE_NAME
 from ..checkpoint.model_files import check_directory
 from ..conversion.in_place import converted
 from ..conversion.progress import Progress
 from ..conversion.request import Request, make_request
-from ..distributed.slices import MLX_DTYPES
 from ..errors import CheckpointError, EntryDamaged
 from ..files.atomic_directory import new_directory
 from ..files.atomic_file import new_file_at
-from ..files.tensor_header import TensorInfo, TensorSpec, TensorWriter, end_of, lay_out
+from ..files.tensor_header import TensorInfo, TensorSpec
+from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
 from ..model.entries import reading
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
@@ -82,10 +83,12 @@ def export_model(
     if not os.path.isdir(target.parent):  # told before hours of conversion
         raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
-    if EXPORTED in read_config(request.directory):
-        raise CheckpointError(f"{request.directory}: is an export already; export its original")
-    check_directory(request.directory)
-    files_to_export(request.directory)  # as above
+    if request.source.config.is_export:
+        raise CheckpointError(
+            f"{request.source.directory}: is an export already; export its original"
+        )
+    check_directory(request.source.directory)
+    files_to_export(request.source.directory)  # as above
 
     def attempt() -> Export:
         try:
@@ -109,17 +112,17 @@ def _write_directory(
     self_contained: bool,
     shard_size: int,
 ) -> Export:
-    model, _, _ = assemble(request.directory, manifest, store, lazy=True, force_text=True)
-    config = read_config(request.directory)
+    model, _, _ = assemble(request.source.config, manifest, store, lazy=True, force_text=True)
+    config = request.source.config.values
     text_only = any(config.get(key) for key in ("vision_config", "audio_config"))
-    config = without_code(config, str(request.directory / "config.json"))
+    config = without_code(config, str(request.source.directory / "config.json"))
     config = _exported_config(config, manifest, model, self_contained)
     tensors = dict(tree_flatten(model.parameters()))
     del model  # the only references to an array are those in `tensors`
     specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
     total = sum(spec.nbytes for spec in specs)
     with new_directory(target, total) as directory:
-        export_files(request.directory, files_to_export(request.directory), directory)
+        export_files(request.source.directory, files_to_export(request.source.directory), directory)
         shards = _cut(specs, shard_size)
         with reading(manifest.entries, store):
             for name, held in shards.items():

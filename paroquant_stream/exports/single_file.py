@@ -21,17 +21,16 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.checkpoint import SHARD_NAME, Shard, shard_names
-from ..conversion.request import Request, source_staleness
-from ..errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
+from ..checkpoint.shard import SHARD_NAME, Shard
+from ..errors import MalformedFile
 from ..files.descriptor import closing, pread_exactly
 from ..files.hashing import hash_parts
 from ..files.strict_json import strict_json
 from ..files.tensor_header import Header, read_header
-from ..plan.task import TRANSFORM
+from ..store.format import TRANSFORM
 from ..version import __version__
 
 NAME = "converted_mlx.safetensors"
@@ -124,69 +123,3 @@ def _read_origin(metadata: Mapping[str, str], label: str) -> Origin | None:
     if not _DIGEST.fullmatch(digest):
         raise MalformedFile(f"{label}: its xxh3 is no digest")
     return Origin(metadata.get("transform", ""), sources, digest)
-
-
-def check_usable(file: SingleFile, request: Request, full: bool) -> None:
-    """Raises CheckpointError when a single file must not be used for the model as it is now.
-
-    Sources that are present are compared with what was converted, hashed when no memo knows them;
-    absent ones are as they were. Then the file's own digest, unless its stat is known and not
-    `full`.
-    """
-    if reason := _why_unused(file, request, full):
-        raise CheckpointError(f"{file.path}: {reason}; remove it, or have it written anew")
-
-
-def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
-    named, removed = shard_names(request.directory), _removed_sources(request)
-    if file.origin is None:
-        present = [name for name in named if os.path.lexists(request.directory / name)]
-        if present:
-            return f"nothing in it tells whether it was made from {present[0]}, which is there too"
-        if removed:
-            return "nothing in it tells whether it was made from the shards that were removed"
-        return None
-    if file.origin.transform != TRANSFORM:
-        return "made by another version"
-    request.store.check_owner()  # for its memos are believed
-    with contextlib.suppress(StoreError):  # without a place for memos, everything is hashed again
-        request.store.create()
-    for name in sorted({*named, *file.origin.sources}):
-        shard = Shard(name, request.directory / name)
-        if not os.path.exists(shard.path):
-            if removed.get(name, file.origin.sources.get(name)) != file.origin.sources.get(name):
-                return f"made from another {name} than the one that --drop-source removed"
-            continue
-        if name not in file.origin.sources:
-            return f"{name} was not there when it was made"
-        memo, expected = request.store.memo, file.origin.sources[name]
-        if reason := source_staleness(memo, shard, expected, read_unknown=True):
-            return reason
-    return _damage(file, file.origin, request, full)
-
-
-def _removed_sources(request: Request) -> dict[str, str]:
-    """SHA-256 of shards that `--drop-source` removed, by name, as cache and `mlx/` know them."""
-    from ..conversion.find_dropped import find_dropped
-
-    beside = replace(request.store, root=request.directory / "mlx", private=False, read_only=True)
-    found: dict[str, str] = {}
-    for place in (replace(request, store=beside, in_place=True), request):
-        with contextlib.suppress(ParoquantStreamError):
-            drop = find_dropped(place)
-            entries = drop.manifest.entries if drop else ()
-            found |= {entry.shard: entry.source_sha256 for entry in entries if entry.dropped}
-    return found
-
-
-def _damage(file: SingleFile, origin: Origin, request: Request, full: bool) -> str | None:
-    label, memo = str(file.path), request.store.memo
-    if not full and memo.lookup(file.fd) == origin.digest:
-        return None
-    before = memo.begin(file.fd)
-    header_size = file.header.tensors[0].start if file.header.tensors else file.header.size
-    digest = hash_single(file.fd, header_size, label, origin.digest)
-    if digest != origin.digest:
-        return f"damaged: expected XXH3 {origin.digest}, found {digest}"
-    memo.remember(file.fd, before, digest)
-    return None

@@ -26,7 +26,8 @@ from ..files.atomic_file import reserve, write_problem
 from ..files.descriptor import closing
 from ..files.folder import Folder
 from ..files.hashing import CHUNK, read_chunks
-from ..files.tensor_header import TensorInfo, TensorSpec, end_of, lay_out, layout_defect
+from ..files.tensor_header import TensorInfo, TensorSpec
+from ..files.tensor_writer import end_of, lay_out, layout_defect
 from ..store.damage import forget_pages, take_out
 from ..store.format import stacks_in_pieces
 from ..store.lock import excludes
@@ -45,9 +46,11 @@ def export_single_file(
     `out`: a file or a directory, default the model's own. Raises what `convert` and
     `write_single_file` raise; a damaged entry is converted again, once.
     """
-    if request.remote and out is None:
-        raise UnwritableFile(f"{request.model}: say where {NAME} shall be; a Hub cache is not ours")
-    out = out or request.directory
+    if request.source.remote and out is None:
+        raise UnwritableFile(
+            f"{request.source.name}: say where {NAME} shall be; a Hub cache is not ours"
+        )
+    out = out or request.source.directory
     path = out / NAME if os.path.isdir(out) else out
     _check_free(path)  # before hours of conversion
 

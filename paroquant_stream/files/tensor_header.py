@@ -9,9 +9,8 @@ sees it. What is accepted here, the safetensors library accepts too.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,6 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8,
 }  # fmt: skip
-PAGE = (
-    16_384  # bytes; the page of Apple silicon, so that Metal can adopt an entry's memory uncopied
-)
 MAX_HEADER = 32 << 20  # bytes; 100,000 tensors take 14 MB
 MAX_TENSORS = 100_000
 MAX_DIM = 2**31 - 1  # MLX keeps a dimension in an int32
@@ -179,77 +175,3 @@ def _check_coverage(tensors: Sequence[TensorInfo], start: int, size: int, label:
             f"{label}: the header describes {start:,} bytes, the file has {size:,}; "
             "download it again"
         )
-
-
-def lay_out(
-    specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, tuple[TensorInfo, ...]]:
-    """The header bytes of a file of these tensors, and the tensors in file order with their ranges.
-
-    Tensors whose size is a multiple of `PAGE` come first, each on a page; the rest follow by
-    falling item size, so that each is aligned to its items and no hole is needed. Equal specs in an
-    equal order, and equal `metadata`, give equal bytes on every system.
-    """
-    ordered = sorted(specs, key=lambda s: 0 if s.nbytes % PAGE == 0 else 16 - DTYPE_BYTES[s.dtype])
-    table: dict[str, Any] = {"__metadata__": {"format": "mlx"} | dict(metadata or {})}
-    offset = 0
-    for spec in ordered:
-        offsets = [offset, offset + spec.nbytes]
-        table[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": offsets}
-        offset = offsets[1]
-    text = json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    start = 8 + len(text)
-    infos = []
-    for spec in ordered:
-        infos.append(TensorInfo(spec.name, spec.dtype, spec.shape, start, start + spec.nbytes))
-        start += spec.nbytes
-    return len(text).to_bytes(8, "little") + text, tuple(infos)
-
-
-def file_size(specs: Iterable[TensorSpec]) -> int:
-    """Bytes of the file that `lay_out` describes."""
-    return end_of(*lay_out(specs))
-
-
-def end_of(header: bytes, tensors: Sequence[TensorInfo]) -> int:
-    """Bytes of the file with this header and these tensors."""
-    return tensors[-1].stop if tensors else len(header)
-
-
-def layout_defect(fd: int, specs: Iterable[TensorSpec], label: str) -> str | None:
-    """How size or header of the file at `fd` differ from what `lay_out` gives for `specs`."""
-    header, tensors = lay_out(specs)
-    size, found = end_of(header, tensors), file_status(fd, label).st_size
-    if found != size:
-        return f"expected {size:,} bytes, found {found:,}"
-    if pread_exactly(fd, 0, len(header), label) != header:
-        return "the header is not the one that was written"
-    return None
-
-
-class TensorWriter:
-    """Writes the file that `lay_out` described front to back through `sink`, header first.
-
-    A tensor out of turn, cut short or overrun is a programming error and raises AssertionError, so
-    that no file of the wrong form is ever published.
-    """
-
-    def __init__(self, sink: Callable[[memoryview], None], header: bytes) -> None:
-        self._sink = sink
-        self._position = len(header)
-        sink(memoryview(header))
-
-    def write(self, tensor: TensorInfo, chunk: memoryview) -> None:
-        """Appends `chunk`, the next bytes of `tensor`."""
-        if not tensor.start <= self._position <= tensor.stop - chunk.nbytes:
-            raise AssertionError(
-                f"{tensor.name}: bytes at {self._position:,} lie outside of its range"
-            )
-        self._sink(chunk)
-        self._position += chunk.nbytes
-
-    def finish(self, size: int) -> None:
-        """Checks that all `size` bytes were written."""
-        if self._position != size:
-            raise AssertionError(f"{self._position:,} of {size:,} bytes were written")

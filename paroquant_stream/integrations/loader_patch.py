@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
@@ -19,21 +20,20 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from ..api import load as api
 from ..errors import LoaderMoved, MissingExtra
 
 HOME = "paroquant.inference.backends.mlx.load"
 """The module with the loader, as of paroquant 0.1.16; oMLX and the package's own generator, chat
 and serve commands take it from there."""
-_installed: list[dict[str, Any]] = []
-"""The options of every install() that has had no uninstall(); the last ones count."""
+_installed: list[Callable[..., Any]] = []
+"""Our loader with the options of every install() that has had no uninstall(); the last counts."""
 _original: Callable[..., Any] | None = None
 
 
-def install(**options: Any) -> None:
+def install(loader: Callable[..., Any], **options: Any) -> None:
     """Replaces paroquant's MLX loader by `paroquant_stream.load` in this process.
 
-    `options`: keyword options of `load()` for every call (`cache_dir`, `jobs`, `verify`, ...).
+    `loader`: our own `load`. `options`: its keyword options for every call.
     Whoever imports the loader later gets ours too. Calls nest: each needs its `uninstall()`, and
     the options of the innermost count. What holds the function elsewhere than in a module's name
     (a class attribute, `functools.partial`) keeps the old one.
@@ -41,13 +41,13 @@ def install(**options: Any) -> None:
     Raises MissingExtra without paroquant, LoaderMoved when the installed version has no such
     loader or gives it other arguments, TypeError for options that `load()` does not have.
     """
-    inspect.signature(api.load).bind("a model", False, False, **options)
+    inspect.signature(loader).bind("a model", False, False, **options)
     home = sys.modules.get(HOME)
     if home is not None:
         _replace(home)
     else:
         _check_installed()
-    _installed.append(options)
+    _installed.append(partial(loader, **options))
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
@@ -70,10 +70,10 @@ def load(model_path: str, lazy: bool = False, force_text: bool = False) -> tuple
 
     Whoever kept it beyond `uninstall()` gets paroquant's own.
     """
-    if not _installed and _original is not None:
-        kept: tuple[Any, Any, bool] = _original(model_path, lazy, force_text)
-        return kept
-    return api.load(model_path, lazy, force_text, **(_installed[-1] if _installed else {}))
+    current = _installed[-1] if _installed else _original
+    assert current is not None  # whoever has this function had it from a module that was patched
+    loaded: tuple[Any, Any, bool] = current(model_path, lazy, force_text)
+    return loaded
 
 
 def _check_installed() -> None:

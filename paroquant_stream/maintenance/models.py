@@ -15,13 +15,13 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
-from ..conversion.report import shown
 from ..conversion.request import model_id
 from ..errors import ManifestError, NewerManifest
-from ..plan.task import DTYPES, Dtype
 from ..store.drop_record import MAX_RECORD, DropRecord
+from ..store.format import DTYPES, Dtype
 from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
 from ..store.store import Store
+from ..text import shown
 from .scan import Found, regular_files
 
 SOURCE: Dtype = "source"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from ..conversion.report import bytes_text
 from ..errors import StoreError
+from ..text import bytes_text
 from .activity import QUIET, demand_quiet, running
 from .inventory import Inventory
 from .models import Model

@@ -10,10 +10,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoint.checkpoint import Shard
+from ..checkpoint.shard import Shard
 from ..conversion.planning import plan_model
 from ..conversion.report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
-from ..conversion.request import Request, staleness
+from ..conversion.request import Request
+from ..conversion.staleness import staleness
 from ..errors import ParoquantStreamError
 from ..plan.task import Task
 from ..store.manifest import EntryRecord, Manifest
@@ -147,7 +148,7 @@ class _Sight:
         return self._digests[shard]
 
     def _look_up(self, name: str) -> str | None:
-        shard = Shard(name, self._request.directory / name)
+        shard = Shard(name, self._request.source.directory / name)
         record = self._known.get(name)
         if not os.path.exists(shard.path):
             return record.source_sha256 if record and record.dropped else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors
 
-from ..checkpoint.checkpoint import Shard
+from ..checkpoint.shard import Shard
 from ..conversion.find_dropped import find_manifest
 from ..conversion.request import Request
 from ..errors import ParoquantStreamError, StoreError
@@ -97,11 +97,11 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
     """
     manifest = find_manifest(request)
     if manifest is None:
-        raise StoreError(f"{request.model}: not converted in {request.store.root}")
+        raise StoreError(f"{request.source.name}: not converted in {request.store.root}")
     checks = [verify_entry(request.store, record) for record in manifest.entries]
     if sources:
         checks += [
-            verify_source(request.directory, record, request.store.memo)
+            verify_source(request.source.directory, record, request.store.memo)
             for record in manifest.entries
         ]
     return len(checks), [problem for problem in checks if problem]

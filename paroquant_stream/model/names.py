@@ -1,4 +1,4 @@
-"""Stored tensors under the names that the model's own class has for them, and what it may drop."""
+"""TensorSource tensors under the names that the model's own class has for them, and what it may drop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backends.backend import sanitize
+from ..backends.backend import Backend
 from ..errors import AssemblyError
+from ..text import listed
 from .entries import IO_WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -17,14 +18,14 @@ logger = logging.getLogger(__name__)
 Weights = dict[str, mx.array]
 
 
-def named_for(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
+def named_for(model: nn.Module, weights: Weights, backend: Backend) -> Weights:
     """The weights under the model's names; raises AssemblyError when `sanitize` drops a tensor of
     no known kind. No array is evaluated.
     """
-    return _align_experts(model, _sanitize(model, weights, is_vlm))
+    return _align_experts(model, _sanitize(model, weights, backend))
 
 
-def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
+def _sanitize(model: nn.Module, weights: Weights, backend: Backend) -> Weights:
     """The weights under the model's names, each quantized embedding's scales and biases beside it.
 
     Of a quantized embedding or head only the weight passes through `sanitize`, which knows
@@ -42,7 +43,7 @@ def _sanitize(model: nn.Module, weights: Weights, is_vlm: bool) -> Weights:
                 weights.pop(f"{module}.biases"),
             )
     before = dict(weights)
-    weights = sanitize(model, weights, is_vlm)
+    weights = backend.sanitize(model, weights)
     modules = {path for path, _ in model.named_modules()}
     for name, array in list(weights.items()):
         if id(array) not in companions:
@@ -106,10 +107,3 @@ def _align_experts(model: nn.Module, weights: Weights) -> Weights:
             home = next((path for path in paths if path.startswith(base + ".")), home)
         aligned[f"{home}.{rest}" if marker else name] = array
     return aligned
-
-
-def listed(lines: list[str]) -> str:
-    """The lines in order, each on its own, at most 50."""
-    lines = sorted(lines)
-    more = [f"... and {len(lines) - 50} more"] if len(lines) > 50 else []
-    return "".join(f"\n  {line}" for line in lines[:50] + more)

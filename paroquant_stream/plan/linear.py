@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..checkpoint.layout import Layout, Quantization
+from ..checkpoint.layout import Layout
+from ..checkpoint.quantization import Quantization
 from ..files.tensor_header import TensorSpec
 from .task import Operation, Part
 

@@ -12,32 +12,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from ..files.tensor_header import TensorSpec
+from ..store.format import CAST_VERSION, ENTRY_FORMAT, OPERATION_VERSIONS
 
-ENTRY_FORMAT = 1
-OPERATION_VERSIONS = {
-    "copy": 1,
-    "quantize": 1,
-    "awq_weight": 1,
-    "awq_biases": 1,
-    "group_scales": 1,
-    "native_biases": 1,
-    "legacy_weight": 1,
-    "legacy_scales": 1,
-    "legacy_biases": 1,
-}
-"""A fix to one operation raises its number, and only the entries made with it are rebuilt."""
-TRANSFORM = " ".join(
-    [f"entry/{ENTRY_FORMAT}", *(f"{k}/{v}" for k, v in OPERATION_VERSIONS.items())]
-)
-"""All of it in one string: a manifest made with another one is checked task by task."""
-CAST_VERSION = 1
-"""Of `cast`; apart from the others, for entries in the source's dtypes must not depend on it."""
-Dtype = Literal["source", "float16", "bfloat16"]
-DTYPES: dict[Dtype, str | None] = {"source": None, "float16": "F16", "bfloat16": "BF16"}
-"""What a user may ask for, and how a header spells it."""
 _FLOATS = ("F16", "BF16", "F32")
 _KEPT = (
     "theta",  # makes the rotation's tables, which are float32 whatever the activations are

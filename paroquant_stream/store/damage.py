@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import EntryDamaged, ManifestError, StoreError
 from ..files.descriptor import closing
 from ..files.hashing import hash_entry
-from ..files.tensor_header import layout_defect
+from ..files.tensor_writer import layout_defect
 from .drop_record import read_record, record_ids
 from .manifest import EntryRecord
 from .store import Store

@@ -31,7 +31,7 @@ from ..files.atomic_file import new_file_in
 from ..files.folder import Folder
 from ..files.strict_json import strict_json
 from ..files.tensor_header import MAX_HEADER, Header, parse_header
-from ..plan.task import DTYPES, Dtype
+from .format import DTYPES, Dtype
 from .manifest import MAX_BYTES, Manifest, pack, seal, unpack, unseal
 from .store import Store
 

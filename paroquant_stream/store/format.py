@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Literal
 
 from ..errors import AssemblyError
 
@@ -31,3 +32,37 @@ def stacks_in_pieces(names: Iterable[str]) -> dict[str, list[str]]:
             expected = runs[first][0] + 1
         stacks[stack] = [runs[first][1] for first in sorted(runs)]
     return stacks
+
+
+ENTRY_FORMAT = 1
+
+
+OPERATION_VERSIONS = {
+    "copy": 1,
+    "quantize": 1,
+    "awq_weight": 1,
+    "awq_biases": 1,
+    "group_scales": 1,
+    "native_biases": 1,
+    "legacy_weight": 1,
+    "legacy_scales": 1,
+    "legacy_biases": 1,
+}
+"""A fix to one operation raises its number, and only the entries made with it are rebuilt."""
+
+
+TRANSFORM = " ".join(
+    [f"entry/{ENTRY_FORMAT}", *(f"{k}/{v}" for k, v in OPERATION_VERSIONS.items())]
+)
+"""All of it in one string: a manifest made with another one is checked task by task."""
+
+
+CAST_VERSION = 1
+"""Of `cast`; apart from the others, for entries in the source's dtypes must not depend on it."""
+
+
+Dtype = Literal["source", "float16", "bfloat16"]
+
+
+DTYPES: dict[Dtype, str | None] = {"source": None, "float16": "F16", "bfloat16": "BF16"}
+"""What a user may ask for, and how a header spells it."""

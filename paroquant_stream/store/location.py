@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import StoreError
 from ..files.folder import Folder
+
+if TYPE_CHECKING:
+    pass
 
 _CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Created by paroquant_stream.\n"
 
@@ -68,3 +72,7 @@ def check_owner(folder: Folder, trusted: os.stat_result | None) -> None:
             f"{folder.path}: others can write into it (mode {status.st_mode & 0o777:03o}); run "
             f"`chmod go-w {folder.path}` if you trust what is in it, else remove it"
         )
+
+
+IN_PLACE = "mlx"
+"""The directory inside a model directory in which a conversion can be shipped with the model."""

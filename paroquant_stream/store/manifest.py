@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,14 @@ class Manifest:
 
     Believed only where the manifest's own name is the hash of it.
     """
+
+    def entries_with(self, wanted: Callable[[str], bool]) -> list[EntryRecord]:
+        """Give the entries that hold a tensor of a wanted name."""
+        return [
+            record
+            for record in self.entries
+            if any(wanted(tensor.name) for tensor in record.tensors)
+        ]
 
     def encode(self) -> bytes:
         """The bytes of a manifest file."""

@@ -12,11 +12,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..conversion.request import Request
+from ..store.store import Store
 from ..errors import Cancelled, ParoquantStreamError, WorkersUnfit
 from ..execution.executors import call_elsewhere, check_workers
 from ..execution.slots import Places, Worker
@@ -28,17 +29,19 @@ _thread = threading.local()
 
 
 @contextmanager
-def runner(request: Request) -> Iterator[Callable[[Job, Worker, Tick], Outcome]]:
-    """`run_task`, here or on the request's executor.
+def runner(
+    executor: Executor | None, directory: Path, store: Store
+) -> Iterator[Callable[[Job, Worker, Tick], Outcome]]:
+    """`run_task`, here or on an executor.
 
     On an executor the tick is silent and the stages inside a shard are not traced. Raises
     WorkersUnfit, before any work, when a worker lacks something.
     """
-    if (executor := request.executor) is None:
+    if executor is None:
         yield run_task
         return
-    directory = request.directory.absolute()  # a worker has a working directory of its own
-    store, host = replace(request.store, root=request.store.root.absolute()), os.uname().nodename
+    directory = directory.absolute()  # a worker has a working directory of its own
+    store, host = replace(store, root=store.root.absolute()), os.uname().nodename
     with store.new_file(0) as sign:
         check_workers(executor, [sign.path, directory / "config.json"])
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from ..checkpoint.checkpoint import Shard
+from ..checkpoint.shard import Shard
 from ..errors import Cancelled, SourceChanged, SourceDamaged
 from ..execution.slots import Worker
 from ..files.descriptor import FileStamp

@@ -12,7 +12,8 @@ from ..errors import StoreError
 from ..execution.slots import Worker
 from ..files.atomic_file import NewFile
 from ..files.descriptor import FileStamp, closing
-from ..files.tensor_header import TensorInfo, TensorWriter, end_of, file_size, lay_out
+from ..files.tensor_header import TensorInfo
+from ..files.tensor_writer import TensorWriter, end_of, file_size, lay_out
 from ..plan.task import Operation, Task
 from ..store.damage import confirmed_defect
 from ..store.manifest import EntryRecord

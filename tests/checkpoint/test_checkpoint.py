@@ -7,7 +7,9 @@ import os
 
 import pytest
 
-from paroquant_stream.checkpoint.checkpoint import config_digest, hub_blob, open_checkpoint
+from paroquant_stream.checkpoint.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.config import ModelConfig
+from paroquant_stream.checkpoint.model_files import hub_blob
 from paroquant_stream.errors import CheckpointError, MalformedFile
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 
@@ -23,7 +25,7 @@ def set_weight_map(directory, change) -> None:
 
 def test_the_index_decides_which_files_are_shards(model_dir):
     (model_dir / "stray.safetensors").write_bytes(b"junk")
-    checkpoint = open_checkpoint(model_dir)
+    checkpoint = open_checkpoint(ModelConfig.read(model_dir))
     assert [shard.name for shard in checkpoint.shards] == sorted(
         f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)
     )
@@ -35,17 +37,19 @@ def test_the_index_decides_which_files_are_shards(model_dir):
 def test_without_an_index_only_model_safetensors_is_a_shard(tmp_path):
     directory = write_checkpoint(tmp_path / "m")
     (directory / "stray.safetensors").write_bytes(b"junk")
-    assert [shard.name for shard in open_checkpoint(directory).shards] == ["model.safetensors"]
+    assert [shard.name for shard in open_checkpoint(ModelConfig.read(directory)).shards] == [
+        "model.safetensors"
+    ]
     (directory / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"neither .*index\.json nor model\.safetensors"):
-        open_checkpoint(directory)
+        open_checkpoint(ModelConfig.read(directory))
 
 
 def test_a_directory_that_is_not_there_or_has_no_config_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no such model directory"):
-        open_checkpoint(tmp_path / "absent")
+        open_checkpoint(ModelConfig.read(tmp_path / "absent"))
     with pytest.raises(CheckpointError, match=r"config\.json is absent"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(ModelConfig.read(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_a_directory_that_is_not_there_or_has_no_config_is_named(tmp_path):
 def test_a_shard_name_that_is_no_plain_name_is_refused(model_dir, name):
     set_weight_map(model_dir, lambda weights: weights.update({"model.norm.weight": name}))
     with pytest.raises(MalformedFile, match=r"index\.json"):
-        open_checkpoint(model_dir)
+        open_checkpoint(ModelConfig.read(model_dir))
 
 
 @pytest.mark.parametrize(
@@ -66,13 +70,13 @@ def test_a_shard_name_that_is_no_plain_name_is_refused(model_dir, name):
 def test_an_index_of_the_wrong_form_is_refused(model_dir, text):
     (model_dir / INDEX).write_bytes(text)
     with pytest.raises(MalformedFile, match=r"index\.json"):
-        open_checkpoint(model_dir)
+        open_checkpoint(ModelConfig.read(model_dir))
 
 
 def test_a_duplicate_key_in_the_config_is_refused(model_dir):
     (model_dir / "config.json").write_text('{"a": 1, "a": 2}')
     with pytest.raises(MalformedFile, match="stands twice"):
-        open_checkpoint(model_dir)
+        open_checkpoint(ModelConfig.read(model_dir))
 
 
 def test_a_tensor_that_the_index_puts_elsewhere_is_named_with_both_shards(model_dir):
@@ -80,25 +84,25 @@ def test_a_tensor_that_the_index_puts_elsewhere_is_named_with_both_shards(model_
     with pytest.raises(
         CheckpointError, match=f"norm.weight: the index says {FIRST}, it lies in model-00003"
     ):
-        open_checkpoint(model_dir).headers()
+        open_checkpoint(ModelConfig.read(model_dir)).headers()
 
 
 def test_a_tensor_of_the_index_in_no_shard_is_named(model_dir):
     set_weight_map(model_dir, lambda weights: weights.update({"model.extra.weight": FIRST}))
     with pytest.raises(CheckpointError, match=r"model\.extra\.weight: .* it lies in no shard"):
-        open_checkpoint(model_dir).headers()
+        open_checkpoint(ModelConfig.read(model_dir)).headers()
 
 
 def test_a_tensor_of_a_shard_that_the_index_does_not_name_is_named(model_dir):
     set_weight_map(model_dir, lambda weights: weights.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"norm\.weight: .* the index does not name it"):
-        open_checkpoint(model_dir).headers()
+        open_checkpoint(ModelConfig.read(model_dir)).headers()
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(model_dir):
     (model_dir / "model-00002-of-00003.safetensors").write_bytes((model_dir / FIRST).read_bytes())
     with pytest.raises(CheckpointError, match=r"lies in two shards, .*00001.* and .*00002"):
-        open_checkpoint(model_dir).headers()
+        open_checkpoint(ModelConfig.read(model_dir)).headers()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "dangling link", "loop", "outside"])
@@ -119,13 +123,13 @@ def test_a_shard_that_is_no_file_of_the_model_is_refused_without_hanging(model_d
         case "outside":
             path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises((CheckpointError, MalformedFile), match="model-00001"):
-        open_checkpoint(model_dir).headers()
+        open_checkpoint(ModelConfig.read(model_dir)).headers()
 
 
 def test_a_link_inside_the_directory_is_followed(model_dir):
     (model_dir / FIRST).rename(model_dir / "blob")
     (model_dir / FIRST).symlink_to("blob")
-    assert open_checkpoint(model_dir).headers()[FIRST].tensors
+    assert open_checkpoint(ModelConfig.read(model_dir)).headers()[FIRST].tensors
 
 
 def hub_snapshot(tmp_path, tensors, blob_name: str):
@@ -140,14 +144,14 @@ def hub_snapshot(tmp_path, tensors, blob_name: str):
 
 def test_a_hub_blob_is_followed_and_its_name_is_its_sha256(tmp_path):
     snapshot = hub_snapshot(tmp_path, llama_tensors(), "a" * 64)
-    checkpoint = open_checkpoint(snapshot)
+    checkpoint = open_checkpoint(ModelConfig.read(snapshot))
     assert checkpoint.headers()
     assert [shard.hub_sha256 for shard in checkpoint.shards] == ["a" * 64, None, None]
 
 
 def test_a_git_sha1_blob_name_is_no_sha256(tmp_path):
     snapshot = hub_snapshot(tmp_path, llama_tensors(), "a" * 40)
-    assert open_checkpoint(snapshot).shards[0].hub_sha256 is None
+    assert open_checkpoint(ModelConfig.read(snapshot)).shards[0].hub_sha256 is None
 
 
 def test_only_one_hop_is_taken_to_the_blob(tmp_path):
@@ -159,7 +163,7 @@ def test_only_one_hop_is_taken_to_the_blob(tmp_path):
     blob.rename(xet)
     blob.symlink_to(xet)
     assert hub_blob(snapshot / FIRST).name == "a" * 64
-    assert open_checkpoint(snapshot).shards[0].hub_sha256 == "a" * 64
+    assert open_checkpoint(ModelConfig.read(snapshot)).shards[0].hub_sha256 == "a" * 64
 
 
 def test_a_64_digit_name_outside_of_a_hub_cache_is_no_identity(model_dir, tmp_path):
@@ -167,20 +171,20 @@ def test_a_64_digit_name_outside_of_a_hub_cache_is_no_identity(model_dir, tmp_pa
     target.parent.mkdir()
     (model_dir / FIRST).rename(target)
     (model_dir / FIRST).symlink_to(target)
-    assert open_checkpoint(model_dir).shards[0].hub_sha256 is None
+    assert open_checkpoint(ModelConfig.read(model_dir)).shards[0].hub_sha256 is None
 
 
 def test_the_config_digest_covers_config_and_index(model_dir):
-    first = config_digest(model_dir)
-    assert open_checkpoint(model_dir).config_sha256 == first
+    first = ModelConfig.read(model_dir).sha256
+    assert open_checkpoint(ModelConfig.read(model_dir)).config.sha256 == first
     (model_dir / INDEX).write_text((model_dir / INDEX).read_text() + " ")
-    second = config_digest(model_dir)
+    second = ModelConfig.read(model_dir).sha256
     (model_dir / "config.json").write_text((model_dir / "config.json").read_text() + " ")
-    assert len({first, second, config_digest(model_dir)}) == 3
+    assert len({first, second, ModelConfig.read(model_dir).sha256}) == 3
 
 
 @pytest.mark.parametrize(("name", "bound"), [(INDEX, "MAX_JSON"), ("config.json", "MAX_CONFIG")])
 def test_an_oversized_index_or_config_is_refused(model_dir, monkeypatch, name, bound):
-    monkeypatch.setattr(f"paroquant_stream.checkpoint.checkpoint.{bound}", 100)
+    monkeypatch.setattr(f"paroquant_stream.checkpoint.config.{bound}", 100)
     with pytest.raises(CheckpointError, match=f"{name}: .*, which no model needs"):
-        open_checkpoint(model_dir)
+        open_checkpoint(ModelConfig.read(model_dir))

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from paroquant_stream import load
+from paroquant_stream.backends.backend import Backend
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.config_bounds import (
     MOST_LAYERS,
     MOST_TOKENS,
@@ -18,12 +20,12 @@ from paroquant_stream.checkpoint.config_bounds import (
     check_tokenizer,
 )
 from paroquant_stream.conversion.converter import convert
-from paroquant_stream.conversion.request import Split
-from paroquant_stream.distributed import partition as part
+from paroquant_stream.distributed.split import Split
 from paroquant_stream.errors import AssemblyError
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.model import assemble as model
+from paroquant_stream.model import assemble
+from paroquant_stream.model.assemble import needed_entries
 from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, write_checkpoint
 from tests.helpers.paths import FIXTURES
@@ -41,9 +43,9 @@ def refuses(config, words: str, tensors=FEW) -> None:
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in FIXTURES.glob("*/config.json")))
 def test_every_honest_config_passes(name):
-    checkpoint = open_checkpoint(FIXTURES / name)
+    checkpoint = open_checkpoint(ModelConfig.read(FIXTURES / name))
     tensors = [t for header in checkpoint.headers().values() for t in header.tensors]
-    check_config(checkpoint.config, tensors, "x")
+    check_config(checkpoint.config.values, tensors, "x")
     check_tokenizer(FIXTURES / name)
 
 
@@ -177,15 +179,16 @@ def test_a_load_is_refused_before_any_class_is_built(
     tmp_path, monkeypatch, name, change, key, force_text
 ):
     directory = changed(tmp_path, FIXTURES / name, change)
-    for building in ("build", "load_config", "load_tokenizer"):
-        monkeypatch.setattr(model, building, never)
+    monkeypatch.setattr(assemble, "load_config", never)
+    for building in ("build", "load_tokenizer"):
+        monkeypatch.setattr(Backend, building, never)
     with pytest.raises(AssemblyError, match=rf"changed/config\.json: .*{key}"):
         load(directory, force_text=force_text)
 
 
 def test_an_export_is_refused_before_any_class_is_built(tmp_path, monkeypatch):
     directory = write_checkpoint(tmp_path / "m", config={**CONFIG, "num_hidden_layers": HUGE})
-    monkeypatch.setattr(model, "build", never)
+    monkeypatch.setattr(Backend, "build", never)
     with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
         export_model(directory, tmp_path / "out")
 
@@ -197,7 +200,7 @@ def test_an_export_that_was_changed_is_refused_before_any_class_is_built(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["num_hidden_layers"] = HUGE
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(model, "build", never)
+    monkeypatch.setattr(Backend, "build", never)
     with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
         load(tmp_path / "out")
 
@@ -208,15 +211,18 @@ def test_a_pipelines_split_is_refused_before_any_class_is_built(model_dir, monke
     manifest = convert(make_request(model_dir)).manifest
     config = {**CONFIG, "num_hidden_layers": HUGE}
     (model_dir / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(part, "build", never)
+    monkeypatch.setattr(Backend, "build", never)
     with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
-        part.needed_entries(Split(None, object(), "pipeline"), model_dir, manifest, True)
+        needed_entries(
+            Split(None, object(), "pipeline"), ModelConfig.read(model_dir), manifest, True
+        )
     assert cache_store().root.exists()
 
 
 LIMITED = """
 import resource, sys
 from paroquant_stream import load
+from paroquant_stream.backends.backend import Backend
 from paroquant_stream.errors import AssemblyError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30),) * 2)

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.checkpoint.checkpoint import hub_blob
 from paroquant_stream.checkpoint.hub import PATTERNS, HubModel, locate
+from paroquant_stream.checkpoint.model_files import hub_blob
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.planning import survey
 from paroquant_stream.conversion.request import make_request
@@ -270,7 +270,7 @@ def test_damaged_bytes_under_the_right_etag_are_told_and_not_stored(hub, right, 
     with pytest.raises(SourceDamaged, match="as the Hub names it, found") as error:
         convert_checkpoint(REPO)
     request = make_request(REPO)
-    blob = hub_blob(request.directory / names()[2])
+    blob = hub_blob(request.source.directory / names()[2])
     found = hashlib.sha256(blob.read_bytes()).hexdigest()
     for part in (names()[2], blob.name, found, f"remove {blob} and run again"):
         assert part in str(error.value)
@@ -316,7 +316,7 @@ def test_offline_what_is_there_is_enough_and_what_is_missing_is_named(
     hub, right, tmp_path, monkeypatch
 ):
     convert_checkpoint(REPO, cache_dir=tmp_path / "first")
-    (make_request(REPO).directory / names()[4]).unlink()
+    (make_request(REPO).source.directory / names()[4]).unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = len(hub.log)
     with pytest.raises(CheckpointError, match=f"not in the Hub's cache: {names()[4]}; ") as error:
@@ -371,7 +371,7 @@ def test_a_blob_of_another_revision_stays(hub, source, commit, tmp_path):
     hub.push(REPO, newer)
     convert_checkpoint(REPO, drop_source=True)
     (tmp_path / "check").mkdir()
-    directory = make_request(REPO, revision=commit).directory
+    directory = make_request(REPO, revision=commit).source.directory
     for name in names():
         assert (directory / name).read_bytes() == (source / name).read_bytes()
 

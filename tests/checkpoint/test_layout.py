@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.checkpoint.layout import (
-    Layout,
-    Quantization,
-    detect,
-    read_quantization,
-    shared_rotation,
-)
+from paroquant_stream.checkpoint.layout import Layout, detect, shared_rotation
+from paroquant_stream.checkpoint.quantization import Quantization, read_quantization
 from paroquant_stream.errors import LayoutError
 from tests.helpers.builders import CONFIG
 

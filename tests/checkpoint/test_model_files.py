@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from paroquant_stream.checkpoint import model_files as inside
-from paroquant_stream.checkpoint.checkpoint import config_digest, open_checkpoint
+from paroquant_stream.checkpoint.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.model_files import (
     check_directory,
     hub_blob,
@@ -187,7 +188,7 @@ def test_a_blob_that_repositories_share_belongs_to_each(snapshot, tmp_path):
     share(snapshot, tmp_path / "hub" / "blobs" / "bb" / XET)
     assert content(snapshot / FIRST)
     assert hub_blob(snapshot / FIRST).name == ETAG
-    assert open_checkpoint(snapshot).headers()
+    assert open_checkpoint(ModelConfig.read(snapshot)).headers()
 
 
 @pytest.mark.parametrize("place", ["hub/blobs/cc/X", "hub/blobs/bb/notes", "hub/other/bb/X",
@@ -258,7 +259,7 @@ def test_a_file_that_becomes_a_link_before_it_is_opened_is_not_followed(
 def test_config_and_index_are_held_to_the_same_rule(model_dir, tmp_path, name):
     (model_dir / name).rename(tmp_path / "other")
     (model_dir / name).symlink_to("../other")
-    for read in (open_checkpoint, config_digest):
+    for read in (lambda d: open_checkpoint(ModelConfig.read(d)), ModelConfig.read):
         with pytest.raises(CheckpointError, match=f"{name}: a link to .*, outside of the model"):
             read(model_dir)
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from paroquant_stream.checkpoint.checkpoint import Shard
 from paroquant_stream.checkpoint.prefetch import Arrivals
+from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.errors import Cancelled, CheckpointError
 from tests.helpers.builders import cut_evenly, write_checkpoint
 

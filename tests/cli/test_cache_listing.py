@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.cache_listing import (
     as_json,
     footer,

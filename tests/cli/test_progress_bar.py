@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
-from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.progress_bar import Progress
 
 

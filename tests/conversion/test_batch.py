@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream import convert_checkpoints
-from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.batch import convert_all
 from paroquant_stream.conversion.report import Conversion
@@ -81,7 +81,7 @@ def test_models_of_one_shard_are_converted_beside_each_other(models, monkeypatch
 
 def test_the_end_of_one_model_frees_its_workers_for_the_next(models):
     requests = [make_request(model, jobs=2) for model in models]
-    finished = [request.model for request, _ in convert_all(requests)]
+    finished = [request.source.name for request, _ in convert_all(requests)]
     assert sorted(finished) == models
 
 
@@ -129,7 +129,7 @@ def test_each_is_converted_beside_itself(models, tmp_path):
 
 def test_sources_are_dropped_model_after_model(models, tmp_path):
     requests = [make_request(m, drop_source=True, jobs=4) for m in models]
-    finished = [request.model for request, _ in convert_all(requests)]
+    finished = [request.source.name for request, _ in convert_all(requests)]
     assert finished == models
     assert not list(tmp_path.glob("m?/*.safetensors"))
 
@@ -161,7 +161,7 @@ def test_a_caller_that_stops_listening_stops_every_model(models, monkeypatch):
     monkeypatch.setattr(transform, "_convert", endless)
     results = convert_all([make_request(m, jobs=3) for m in models[:2]])  # a place a shard
     request, first = next(results)
-    assert (request.model, type(first)) == (models[0], Conversion)
+    assert (request.source.name, type(first)) == (models[0], Conversion)
     results.close()
     assert stopped
 

@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream.conversion import pipeline as shards
-from paroquant_stream.conversion import request
+from paroquant_stream.conversion import staleness as staleness_module
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.planning import survey
-from paroquant_stream.conversion.request import make_request, read_manifest, staleness
+from paroquant_stream.conversion.request import make_request, read_manifest
+from paroquant_stream.conversion.staleness import staleness
 from paroquant_stream.errors import CheckpointError, PlanError
 from paroquant_stream.files import descriptor
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
-from paroquant_stream.plan.task import OPERATION_VERSIONS
+from paroquant_stream.store.format import OPERATION_VERSIONS
 from paroquant_stream.store.manifest import Manifest
 from tests.helpers.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
@@ -37,7 +38,7 @@ def run(directory, **options):
 
 def flip_byte(directory, shard: int, tensor: str) -> None:
     """Changes one byte of one tensor."""
-    from paroquant_stream.checkpoint.checkpoint import Shard
+    from paroquant_stream.checkpoint.shard import Shard
 
     name = sorted(p.name for p in directory.glob("model-*.safetensors"))[shard - 1]
     found = {t.name: t for t in Shard(name, directory / name).header().tensors}[tensor]
@@ -193,7 +194,7 @@ def test_a_new_version_of_one_operation_rebuilds_only_what_used_it(tmp_path, mon
     run(directory)
     monkeypatch.setitem(OPERATION_VERSIONS, "awq_weight", 2)
     monkeypatch.setattr(shards, "TRANSFORM", "newer")
-    monkeypatch.setattr(request, "TRANSFORM", "newer")
+    monkeypatch.setattr(staleness_module, "TRANSFORM", "newer")
     result = run(directory)
     assert [(r.shard, r.action) for r in result.shards] == [
         ("a.safetensors", "converted"),

@@ -197,7 +197,7 @@ def test_a_changed_config_says_that_the_source_is_gone_and_what_to_do(model_dir)
 
 def test_another_version_of_an_operation_says_that_the_source_is_gone(model_dir, monkeypatch):
     run(model_dir, drop_source=True)
-    monkeypatch.setattr("paroquant_stream.conversion.request.TRANSFORM", "newer")
+    monkeypatch.setattr("paroquant_stream.conversion.staleness.TRANSFORM", "newer")
     assert {r.action for r in run(model_dir).shards} == {"reused"}
     monkeypatch.setitem(drop.Task.sha256.func.__globals__["OPERATION_VERSIONS"], "awq_weight", 99)
     with pytest.raises(SourceDropped, match="transform version changed"):

@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.conversion.request import WHOLE, Split, make_request, staleness
+from paroquant_stream.checkpoint.config import ModelConfig
+from paroquant_stream.conversion.request import make_request
+from paroquant_stream.conversion.staleness import staleness
 from paroquant_stream.distributed import partition as part
-from paroquant_stream.distributed.partition import AbsentLayer, Part, _layer_of, needed_entries
+from paroquant_stream.distributed.partition import AbsentLayer, Part, _layer_of
+from paroquant_stream.distributed.split import WHOLE, Split
 from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamaged, NoSuchPart
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model import entries as weights
+from paroquant_stream.model.assemble import needed_entries
 from paroquant_stream.store import damage
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
 from tests.helpers.parameters import CATALOG, EXPECTED, VISION, assert_same, name_of, parameters
@@ -66,7 +70,7 @@ def assert_ranges(directory: Path, whole: dict, **options) -> None:
 def entries(directory: Path, layers: range):
     """The store, the entries of these layers, and the others."""
     manifest, store = convert_checkpoint(directory), make_request(directory).store
-    needed = needed_entries(Split(layers), directory, manifest, False)
+    needed = needed_entries(Split(layers), ModelConfig.read(directory), manifest, False)
     assert needed
     return store, needed, [record for record in manifest.entries if record not in needed]
 
@@ -240,7 +244,7 @@ def test_a_part_of_a_conversion_beside_the_model_is_enough(deep):
     layers = range(6, 8)
     manifest = convert_checkpoint(deep, in_place=True)
     store = make_request(deep, in_place=True).store
-    needed = needed_entries(Split(layers), deep, manifest, False)
+    needed = needed_entries(Split(layers), ModelConfig.read(deep), manifest, False)
     shutil.rmtree(make_request(deep).store.root)
     for record in manifest.entries:
         if record not in needed:
@@ -270,7 +274,7 @@ def test_a_changed_shard_of_other_layers_counts_for_it_may_have_lent_parts(deep)
     manifest = convert_checkpoint(deep)
 
     def needed(found):
-        return needed_entries(Split(layers), deep, found, False)
+        return needed_entries(Split(layers), ModelConfig.read(deep), found, False)
 
     assert staleness(request, manifest, True, needed) is None
     path = deep / others[0].shard

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.conversion.request import Split, make_request
-from paroquant_stream.distributed.partition import needed_entries
+from paroquant_stream.checkpoint.config import ModelConfig
+from paroquant_stream.conversion.request import make_request
+from paroquant_stream.distributed.split import Split
+from paroquant_stream.model.assemble import needed_entries
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.pipeline_rank import logits
@@ -127,7 +129,7 @@ def test_a_rank_that_fails_ends_the_other_one(tmp_path):
     )  # fmt: skip
     manifest, store = convert_checkpoint(directory), make_request(directory).store
     first, second = (
-        needed_entries(Split(layers), directory, manifest, True)
+        needed_entries(Split(layers), ModelConfig.read(directory), manifest, True)
         for layers in (range(2), range(2, 4))
     )
     lost = next(record for record in second if record not in first)

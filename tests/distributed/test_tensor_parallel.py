@@ -20,7 +20,7 @@ from paroquant_stream.distributed import tensor_parallel as sharding
 from paroquant_stream.distributed.slices import read_slice
 from paroquant_stream.distributed.tensor_parallel import shard
 from paroquant_stream.errors import ShardingError, UnreadableFile
-from paroquant_stream.files.tensor_header import lay_out
+from paroquant_stream.files.tensor_writer import lay_out
 from paroquant_stream.rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
 from tests.helpers.paths import FIXTURES

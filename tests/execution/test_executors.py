@@ -8,7 +8,7 @@ import time
 import pytest
 
 from paroquant_stream.errors import Cancelled, StoreError
-from paroquant_stream.execution.executors import run_all
+from paroquant_stream.execution.threads import run_all
 
 
 @pytest.mark.parametrize("jobs", [1, 3])

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import OutOfRange, WorkersLost

@@ -16,7 +16,7 @@ from paroquant_stream.api import load as api
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
-from paroquant_stream.exports import single_file
+from paroquant_stream.exports import single_file, single_file_reader
 from paroquant_stream.exports.single_file import NAME, NO_DIGEST, hash_single, with_digest
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.files.tensor_header import read_header
@@ -137,7 +137,7 @@ def test_a_changed_source_that_no_index_names_any_more_makes_it_stale(exported, 
 
 
 def test_another_version_makes_it_stale(exported, monkeypatch, caplog):
-    monkeypatch.setattr(single_file, "TRANSFORM", "entry/9")
+    monkeypatch.setattr(single_file_reader, "TRANSFORM", "entry/9")
     load(exported)
     assert "made by another version" in caplog.text
 

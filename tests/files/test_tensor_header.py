@@ -12,14 +12,8 @@ from safetensors.numpy import load, save
 
 from paroquant_stream.errors import MalformedFile
 from paroquant_stream.files.descriptor import open_regular, pread_exactly
-from paroquant_stream.files.tensor_header import (
-    PAGE,
-    TensorSpec,
-    TensorWriter,
-    file_size,
-    lay_out,
-    read_header,
-)
+from paroquant_stream.files.tensor_header import TensorSpec, read_header
+from paroquant_stream.files.tensor_writer import PAGE, TensorWriter, file_size, lay_out
 from tests.helpers.tensor_files import REFUSED, file_of, tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from paroquant_stream.rotation.kernels import RotationTables
+from paroquant_stream.rotation.tables import RotationTables
 
 
 def make_rotation(dims, group_size, krot, seed=0):

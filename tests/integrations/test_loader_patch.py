@@ -18,6 +18,7 @@ from paroquant.inference.backends.mlx import generator, modules
 from paroquant.inference.base import GenerationParams
 
 import paroquant_stream
+from paroquant_stream import install, uninstall
 from paroquant_stream.errors import LoaderMoved, MissingExtra
 from paroquant_stream.integrations import loader_patch as dropin
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
@@ -33,7 +34,7 @@ PROMPT = "w5 w9 w17 w42 w3"
 def _undone():
     yield
     for _ in range(3):
-        dropin.uninstall()
+        uninstall()
     assert home.load is generator.load is ORIGINAL[0]
 
 
@@ -102,14 +103,14 @@ def test_every_name_that_is_the_loader_is_replaced_and_put_back():
     early.another = another = functools.partial(ORIGINAL[0])
     sys.modules["early"] = early
     try:
-        dropin.install()
+        install()
         assert home.load is generator.load is early.load is early.under_another_name is dropin.load
         assert dropin.load is not ORIGINAL[0]
         assert early.another is another
         late = types.ModuleType("late")
         late.load = home.load
         sys.modules["late"] = late
-        dropin.uninstall()
+        uninstall()
         assert home.load is early.load is early.under_another_name is late.load is ORIGINAL[0]
     finally:
         del sys.modules["early"], sys.modules["late"]
@@ -121,38 +122,38 @@ def test_installs_nest_and_an_uninstall_too_many_does_nothing(monkeypatch):
     monkeypatch.setattr(
         dropin.api, "load", lambda *a, jobs=None, cache_dir=None: calls.append((a, jobs, cache_dir))
     )
-    dropin.uninstall()
-    dropin.install(jobs=1)
-    dropin.install(cache_dir="c")
+    uninstall()
+    install(jobs=1)
+    install(cache_dir="c")
     home.load("m", force_text=True)
-    dropin.uninstall()
+    uninstall()
     home.load("m")
-    dropin.uninstall()
-    dropin.uninstall()
+    uninstall()
+    uninstall()
     assert calls == [(("m", False, True), None, "c"), (("m", False, False), 1, None)]
     assert home.load is ORIGINAL[0]
 
 
 def test_a_function_kept_beyond_uninstall_is_paroquants_again(monkeypatch):
-    dropin.install()
+    install()
     kept = home.load
-    dropin.uninstall()
+    uninstall()
     monkeypatch.setattr(dropin, "_original", lambda *arguments: arguments)
     assert kept("m", lazy=True) == ("m", True, False)
 
 
 def test_an_option_that_load_does_not_have_is_an_error_at_once():
     with pytest.raises(TypeError, match="colour"):
-        dropin.install(colour="red")
+        install(colour="red")
     with pytest.raises(TypeError, match="lazy"):
-        dropin.install(lazy=True)  # the caller's business
+        install(lazy=True)  # the caller's business
     assert home.load is ORIGINAL[0]
 
 
 def test_somebody_elses_later_replacement_is_left_alone():
-    dropin.install()
+    install()
     home.load = other = lambda: None
-    dropin.uninstall()
+    uninstall()
     found, home.load = home.load, ORIGINAL[0]
     assert found is other
     assert generator.load is ORIGINAL[0]
@@ -166,8 +167,8 @@ def test_a_lazy_module_is_not_woken():
     lazy = Lazy("lazy")
     sys.modules["lazy"], sys.modules["no module"] = lazy, object()
     try:
-        dropin.install()
-        dropin.uninstall()
+        install()
+        uninstall()
     finally:
         del sys.modules["lazy"], sys.modules["no module"]
 
@@ -180,7 +181,7 @@ def test_another_loader_is_an_error_that_names_the_version(found, said):
     home.load = found
     try:
         with pytest.raises(LoaderMoved, match=r"paroquant 0\.1\.16 .*" + said):
-            dropin.install()
+            install()
     finally:
         home.load = ORIGINAL[0]
     assert dropin._finder not in sys.meta_path
@@ -248,12 +249,12 @@ def test_without_paroquant_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, dropin.HOME)
     monkeypatch.setitem(sys.modules, "paroquant", None)
     with pytest.raises(MissingExtra, match=r"pip install 'paroquant\[mlx\]'"):
-        dropin.install()
+        install()
     assert dropin._finder not in sys.meta_path
 
 
 def test_a_second_import_of_the_loaders_module_is_ours_too(monkeypatch):
-    dropin.install()
+    install()
     monkeypatch.delitem(sys.modules, dropin.HOME)
     try:
         again = importlib.import_module(dropin.HOME)
@@ -261,5 +262,5 @@ def test_a_second_import_of_the_loaders_module_is_ours_too(monkeypatch):
         assert again.load is dropin.load
     finally:
         sys.modules[dropin.HOME] = home
-        dropin.uninstall()
+        uninstall()
         home.load = generator.load = ORIGINAL[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.conversion.request import model_id
 from paroquant_stream.maintenance.inventory import claimed_keys, take_inventory
 from paroquant_stream.store import manifest as manifest_module

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.conversion.request import model_id
 from paroquant_stream.errors import StoreError
 from paroquant_stream.maintenance.inventory import Inventory, take_inventory

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.api.load import convert_checkpoint
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import StoreError

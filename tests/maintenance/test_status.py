@@ -11,17 +11,15 @@ from dataclasses import replace
 
 import pytest
 
-from paroquant_stream.checkpoint.checkpoint import Shard
+from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.cli import convert as command
-from paroquant_stream.conversion import converter as conversion
-from paroquant_stream.conversion import request
+from paroquant_stream.conversion import staleness
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import CheckpointError
 from paroquant_stream.files.hashing import SourceHasher
 from paroquant_stream.maintenance.status import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
-from paroquant_stream.plan import task
-from paroquant_stream.plan.task import OPERATION_VERSIONS
+from paroquant_stream.store.format import OPERATION_VERSIONS
 from tests.helpers.builders import (
     as_hub_snapshot,
     cut_evenly,
@@ -167,8 +165,7 @@ def test_a_new_shard_was_never_converted(converted):
 
 def test_another_version_of_an_operation_makes_its_entries_stale(converted, monkeypatch):
     monkeypatch.setitem(OPERATION_VERSIONS, "quantize", 2)
-    for room in (task, request, conversion):
-        monkeypatch.setattr(room, "TRANSFORM", "another", raising=False)
+    monkeypatch.setattr(staleness, "TRANSFORM", "another")
     found = look(converted)
     assert found.state == STALE
     assert "config, tensors of its linears or transform version changed" in found.why

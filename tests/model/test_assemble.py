@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,8 +13,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.errors import AssemblyError
+from paroquant_stream.checkpoint.config import ModelConfig
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
+from paroquant_stream.errors import AssemblyError, MalformedFile
+from paroquant_stream.model.assemble import assemble
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
+from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, HIDDEN, VOCAB, cut_apart, llama_tensors, write_checkpoint
 
 
@@ -134,3 +141,18 @@ def test_bfloat16_embeddings_keep_their_dtype_and_bits(tmp_path):
         assert stored.dtype == array.dtype
         assert mx.array_equal(stored, array)
     assert found["model.embed_tokens.weight"].shape[0] == VOCAB
+
+
+@pytest.mark.timeout(20)
+def test_nothing_of_theirs_sees_a_directory_with_a_pipe(model_dir):
+    manifest = convert(make_request(model_dir, jobs=1)).manifest
+    store = cache_store(None)
+    os.mkfifo(model_dir / "merges.txt")
+    with pytest.raises(MalformedFile, match="found a pipe"):
+        assemble(ModelConfig.read(model_dir), manifest, store, lazy=True, force_text=False)
+
+
+def test_nothing_of_theirs_sees_a_tokenizer_that_makes_up_tokens_without_end(model_dir):
+    (model_dir / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 10**9}))
+    with pytest.raises(AssemblyError, match="extra_ids is 1,000,000,000"):
+        load(model_dir)

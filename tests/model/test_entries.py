@@ -9,14 +9,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream.api.load import convert_checkpoint, load
+from paroquant_stream.api.convert import convert_checkpoint
+from paroquant_stream.api.load import load
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble as model
-from paroquant_stream.model.entries import _join_pieces, _stack_experts, read_weights
+from paroquant_stream.model.entries import read_weights
+from paroquant_stream.model.experts import join_pieces, stack_experts
 from paroquant_stream.store import damage
 from tests.helpers.builders import flip, remember
 
@@ -81,7 +83,7 @@ def test_pieces_are_joined_in_the_order_of_the_experts():
     def piece(*experts: int) -> mx.array:
         return mx.array(np.array([[e] for e in experts], np.uint32))
 
-    joined = _join_pieces(
+    joined = join_pieces(
         {
             "x.experts_10_10": piece(10),
             "x.experts_0_1": piece(0, 1),
@@ -95,16 +97,16 @@ def test_pieces_are_joined_in_the_order_of_the_experts():
 
 def test_a_missing_run_of_experts_is_named():
     with pytest.raises(AssemblyError, match="x: experts 0 to 1 are in no entry"):
-        _join_pieces({"x.experts_2_3": mx.zeros((2, 1))}, lazy=False)
+        join_pieces({"x.experts_2_3": mx.zeros((2, 1))}, lazy=False)
 
 
 def test_unquantized_experts_are_stacked():
     weights = {f"l.experts.{e}.up_proj.weight": mx.full((2, 2), e) for e in range(12)}
-    stacked = _stack_experts(weights)
+    stacked = stack_experts(weights)
     assert stacked["l.switch_mlp.up_proj.weight"].shape == (12, 2, 2)
     assert stacked["l.switch_mlp.up_proj.weight"][10, 0, 0].item() == 10
     with pytest.raises(AssemblyError, match="experts are missing between 0 and 2"):
-        _stack_experts({f"l.experts.{e}.up_proj.weight": mx.zeros(1) for e in (0, 2)})
+        stack_experts({f"l.experts.{e}.up_proj.weight": mx.zeros(1) for e in (0, 2)})
 
 
 @pytest.mark.usefixtures("settled")

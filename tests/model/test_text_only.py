@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.backends.model_kind import TOWER_PREFIXES
+from paroquant_stream.backends.selection import TOWER_PREFIXES
 from paroquant_stream.model import entries as weights
 from tests.helpers.paths import FIXTURES
 

@@ -10,7 +10,7 @@ import pytest
 from paroquant.inference.backends.mlx.load import load as public_load
 
 from paroquant_stream import load
-from paroquant_stream.backends.model_kind import TOWER_PREFIXES
+from paroquant_stream.backends.selection import TOWER_PREFIXES
 from paroquant_stream.errors import AssemblyError
 from tests.helpers.parameters import (
     CATALOG,

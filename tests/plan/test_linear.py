@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.checkpoint.layout import Layout, Quantization
+from paroquant_stream.checkpoint.layout import Layout
+from paroquant_stream.checkpoint.quantization import Quantization
 from paroquant_stream.plan.linear import Linear
 from paroquant_stream.plan.task import Part
 

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from paroquant_stream.checkpoint.layout import Layout, Quantization
+from paroquant_stream.checkpoint.layout import Layout
+from paroquant_stream.checkpoint.quantization import Quantization
 from paroquant_stream.errors import PlanError
 from paroquant_stream.files.tensor_header import Header, TensorInfo
 from paroquant_stream.plan.planner import make_plan

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.plan.task import OPERATION_VERSIONS, Operation, Part, Task
+from paroquant_stream.plan.task import Operation, Part, Task
+from paroquant_stream.store.format import OPERATION_VERSIONS
 
 SHA, OTHER = "1" * 64, "2" * 64
 ZEROS = Part("x.qzeros", "I32", (2, 4), "a.safetensors", 100, 132)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.robustness.conftest import LINUX_ROOT
+from tests.helpers.images import LINUX_ROOT
 from tests.robustness.disk import mounted
 from tests.robustness.harness import holds, scratch, sha256, snapshot
 from tests.robustness.pairs import COMMANDS, PAIRS, Round, first_removal

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.images import LINUX_ROOT
 from tests.robustness import cuts as shapes
-from tests.robustness.conftest import LINUX_ROOT
 from tests.robustness.cuts import CUTS, write_tiny
 from tests.robustness.disk import (
     COPY,

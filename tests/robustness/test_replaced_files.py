@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.api.load import load
-from paroquant_stream.checkpoint.checkpoint import Shard
+from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import SourceChanged, SourceDamaged

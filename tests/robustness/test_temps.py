@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.robustness.conftest import LINUX_ROOT
+from tests.helpers.images import LINUX_ROOT
 from tests.robustness.cuts import CUTS, write_tiny
 from tests.robustness.harness import (
     CACHE,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as second_opinion
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.api.load import make_request
 from paroquant_stream.cli.convert import main
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
@@ -368,7 +368,7 @@ def test_a_pipe_in_place_of_config_or_index_does_not_hold_a_conversion(tmp_path,
 @pytest.mark.timeout(20)
 def test_a_pipe_in_a_snapshot_of_the_hubs_cache_does_not_hold_a_load(hub, tmp_path, name):
     hub.push("owner/name", write_checkpoint(tmp_path / "m", cut=cut_evenly(2)))
-    directory = make_request("owner/name").directory
+    directory = make_request("owner/name").source.directory
     (directory / name).unlink(missing_ok=True)
     os.mkfifo(directory / name)
     with pytest.raises(MalformedFile, match=f"{name}: expected a regular file, found a pipe"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream.rotation import cuda, kernels, metal, reference
-from paroquant_stream.rotation.kernels import RotationTables
+from paroquant_stream.rotation.tables import RotationTables
 from tests.helpers.rotations import (
     error,
     make_rotation,

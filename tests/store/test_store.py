@@ -19,7 +19,8 @@ from paroquant_stream.errors import StoreError
 from paroquant_stream.files import temp_files
 from paroquant_stream.files.folder import Folder
 from paroquant_stream.store.damage import damaged_path, keep_damaged
-from paroquant_stream.store.store import Store, user_cache_root
+from paroquant_stream.store.location import user_cache_root
+from paroquant_stream.store.store import Store
 from tests.helpers.builders import temp_of
 
 KEY = "ab" * 32

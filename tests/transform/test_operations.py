@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.plan.task import OPERATION_VERSIONS, Operation, Part
+from paroquant_stream.plan.task import Operation, Part
+from paroquant_stream.store.format import OPERATION_VERSIONS
 from paroquant_stream.transform import operations
 from paroquant_stream.transform.operations import run_operation
 

@@ -325,7 +325,7 @@ def sent(model, cache):
     request.store.create()
     plan = plan_model(request).plan
     with request.store.new_file(0) as sign:
-        yield Job(plan.tasks[0], request.directory, request.store), sign.path
+        yield Job(plan.tasks[0], request.source.directory, request.store), sign.path
 
 
 def test_an_error_on_another_host_names_it(model, tmp_path):

@@ -12,7 +12,7 @@ from paroquant_stream.conversion.planning import plan_model
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import Cancelled, StoreError
 from paroquant_stream.execution.slots import Places, Worker
-from paroquant_stream.files.tensor_header import PAGE, lay_out
+from paroquant_stream.files.tensor_writer import PAGE, lay_out
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform.task_runner import Job, Outcome, run_task
 from tests.helpers.builders import llama_tensors
@@ -23,7 +23,7 @@ def jobs(scattered_dir) -> list[Job]:
     request = make_request(scattered_dir)
     request.store.create()
     plan = plan_model(request).plan
-    return [Job(task, request.directory, request.store) for task in plan.tasks]
+    return [Job(task, request.source.directory, request.store) for task in plan.tasks]
 
 
 def ignore(_count: int) -> None:

@@ -18,7 +18,9 @@ import numpy as np
 import xxhash
 
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
-from paroquant_stream.checkpoint.layout import Layout, Quantization
+from paroquant_stream.checkpoint.config import ModelConfig
+from paroquant_stream.checkpoint.layout import Layout
+from paroquant_stream.checkpoint.quantization import Quantization
 from paroquant_stream.files.atomic_file import NewFile
 from paroquant_stream.files.digest_cache import Memo
 from paroquant_stream.plan.planner import Plan, make_plan
@@ -259,7 +261,7 @@ def measure_machine(bench: Bench, plans: Iterable[Plan]) -> Machine:
     """Everything above."""
     toy = bench.work / "toy"
     make_checkpoint(toy, shards=1, **TOY)
-    headers = open_checkpoint(toy, lambda _: False).headers()
+    headers = open_checkpoint(ModelConfig.read(toy), lambda _: False).headers()
     plan = make_plan(headers, Layout.AUTOAWQ, Quantization(4, 128))
     wait_for_quiet()
     cores = cpu_rates()

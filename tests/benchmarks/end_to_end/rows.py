@@ -205,7 +205,8 @@ def changed_rows(bench: Bench, model: Path, cold: Run) -> list[Row]:
 
 def plan_row(layers: int = 44) -> Row:
     """The plan of a mixture of 256 experts a layer, cut across 30 shards."""
-    from paroquant_stream.checkpoint.layout import Layout, Quantization
+    from paroquant_stream.checkpoint.layout import Layout
+    from paroquant_stream.checkpoint.quantization import Quantization
     from paroquant_stream.files.tensor_header import Header, TensorInfo
     from paroquant_stream.plan.planner import make_plan
 

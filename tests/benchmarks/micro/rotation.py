@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paroquant_stream.rotation import kernels, reference
-from paroquant_stream.rotation.kernels import RotationTables
-from paroquant_stream.rotation.tables import Rounds
+from paroquant_stream.rotation.tables import RotationTables, Rounds
 from tests.helpers.rotations import make_rotation
 
 GROUP, KROT = 128, 8

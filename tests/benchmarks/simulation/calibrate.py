@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
+from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.plan.task import Task
 from tests.benchmarks.end_to_end.checkpoint import Spec, as_saved, tensors, write_checkpoint
 from tests.benchmarks.end_to_end.measure import LOAD, Bench, Run, python
@@ -80,7 +81,7 @@ def checks(
 
 def read_plan(path: Path) -> Model:
     """The plan of a checkpoint that is there."""
-    return planned(path.name, open_checkpoint(path, lambda _: False).headers())
+    return planned(path.name, open_checkpoint(ModelConfig.read(path), lambda _: False).headers())
 
 
 def quietly(bench: Bench, before: Callable[[], None], run: Callable[[], Run]) -> Run:

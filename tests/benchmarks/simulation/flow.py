@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
 
-from paroquant_stream.files.tensor_header import file_size, lay_out
+from paroquant_stream.files.tensor_writer import file_size, lay_out
 from paroquant_stream.plan.task import Part, Task
 from tests.benchmarks.simulation.fluid import Flow, Gate, Shared, Simulation
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
 
-from paroquant_stream.files.tensor_header import file_size
+from paroquant_stream.files.tensor_writer import file_size
 from paroquant_stream.plan.task import Task
 from paroquant_stream.store.manifest import EntryRecord, Manifest
 from tests.benchmarks.end_to_end.measure import Bench, timed

@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from paroquant_stream.checkpoint.layout import Layout, Quantization
-from paroquant_stream.files.tensor_header import Header, TensorInfo, file_size
+from paroquant_stream.checkpoint.layout import Layout
+from paroquant_stream.checkpoint.quantization import Quantization
+from paroquant_stream.files.tensor_header import Header, TensorInfo
+from paroquant_stream.files.tensor_writer import file_size
 from paroquant_stream.plan.planner import Plan, make_plan
 from paroquant_stream.plan.task import Task
 from tests.benchmarks.end_to_end.checkpoint import (

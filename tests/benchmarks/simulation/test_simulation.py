@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from paroquant_stream.files.tensor_header import file_size
+from paroquant_stream.files.tensor_writer import file_size
 from tests.benchmarks.end_to_end.checkpoint import tensors
 from tests.benchmarks.simulation.flow import STAGES, Host, Rates, convert
 from tests.benchmarks.simulation.fluid import Gate, Shared, Simulation

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .backend import Backend
+from .mlx_lm import MlxLm
+from .mlx_vlm import MlxVlm
+
 TOWER_PREFIXES = (
     "vision_tower.",
     "model.visual.",
@@ -22,13 +26,18 @@ TOWER_PREFIXES = (
 """Tensors of vision and audio towers, by the checkpoint's names and by mlx-vlm's; a text model
 reads none of them.
 """
-TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
-"""Model types that transformers writes for a text-only save and mlx-lm knows by another name."""
 
 
-def is_vision_model(config: Mapping[str, Any], names: Collection[str], force_text: bool) -> bool:
-    """Whether a model is loaded through mlx-vlm: a vision config, a tower's tensor, and no
-    `force_text`.
+def select_backend(config: Mapping[str, Any], names: Collection[str], force_text: bool) -> Backend:
+    """Choose the library that loads a model.
+
+    Args:
+        config: config.json.
+        names: The names of the model's stored tensors.
+        force_text: Load the text part of a vision model.
+
+    Returns:
+        mlx-vlm for a model with a vision config and a tower's tensor, else mlx-lm.
     """
     tower = any(name.startswith(TOWER_PREFIXES) for name in names)
-    return bool(config.get("vision_config")) and tower and not force_text
+    return MlxVlm() if config.get("vision_config") and tower and not force_text else MlxLm()

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from paroquant_stream.backends import known_class
-from paroquant_stream.backends.known_class import why_unknown
+from paroquant_stream.backends import backend
+from paroquant_stream.backends.mlx_lm import MlxLm
+from paroquant_stream.backends.mlx_vlm import MlxVlm
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from tests.helpers.builders import CONFIG
@@ -19,29 +20,29 @@ from tests.helpers.builders import CONFIG
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5_text", "qwen3_5_moe_text", "gemma4"])
 def test_a_type_whose_class_is_there_is_known_without_importing_the_library(kind):
     script = (
-        f"import sys\nfrom paroquant_stream.backends.known_class import why_unknown\n"
-        f"assert why_unknown({{'model_type': {kind!r}}}, False) is None\n"
-        "assert not {'mlx', 'mlx_lm', 'numpy'} & sys.modules.keys()"
+        f"import sys\nfrom paroquant_stream.backends.mlx_lm import MlxLm\n"
+        f"assert MlxLm().why_unknown({{'model_type': {kind!r}}}) is None\n"
+        "assert not {'mlx_lm', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_type_that_the_library_knows_by_another_name_is_known():
-    assert why_unknown({"model_type": "mistral"}, False) is None  # llama's class
-    assert why_unknown({"model_type": "qwen3_5"}, True) is None
+    assert MlxLm().why_unknown({"model_type": "mistral"}) is None  # llama's class
+    assert MlxVlm().why_unknown({"model_type": "qwen3_5"}) is None
 
 
 def test_an_unknown_type_names_the_installed_version_and_the_remedy():
-    reason = why_unknown({"model_type": "nosuch"}, False)
+    reason = MlxLm().why_unknown({"model_type": "nosuch"})
     assert "mlx-lm 0." in reason
     assert "no class for model_type 'nosuch'" in reason
     assert "pip install -U mlx-lm" in reason
 
 
-@pytest.mark.parametrize(("is_vlm", "extra"), [(False, "lm"), (True, "vlm")])
-def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, is_vlm, extra):
-    monkeypatch.setattr(known_class, "find_spec", lambda _: None)
-    assert f"paroquant_stream[{extra}]" in why_unknown({"model_type": "llama"}, is_vlm)
+@pytest.mark.parametrize(("library", "extra"), [(MlxLm(), "lm"), (MlxVlm(), "vlm")])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, library, extra):
+    monkeypatch.setattr(backend, "find_spec", lambda _: None)
+    assert f"paroquant_stream[{extra}]" in library.why_unknown({"model_type": "llama"})
 
 
 @pytest.mark.usefixtures("settled")
@@ -57,6 +58,6 @@ def test_a_conversion_warns_once_and_converts_all_the_same(model_dir, caplog):
 
 def test_the_warning_needs_no_library(model_dir, caplog, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(known_class, "find_spec", lambda n: None if n == "mlx_lm" else real(n))
+    monkeypatch.setattr(backend, "find_spec", lambda n: None if n == "mlx_lm" else real(n))
     convert(make_request(model_dir, jobs=1))
     assert "mlx-lm is not installed" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.backends.model_kind import is_vision_model
+from paroquant_stream.backends.selection import select_backend
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ from paroquant_stream.backends.model_kind import is_vision_model
 def test_a_vision_model_has_a_config_a_tower_and_is_not_forced_to_text(
     config, names, force_text, expected
 ):
-    assert is_vision_model(config, names, force_text) is expected
+    assert select_backend(config, names, force_text).is_vlm is expected

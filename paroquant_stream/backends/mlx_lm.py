@@ -1,0 +1,78 @@
+"""Text models, by mlx-lm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import CheckpointError, MissingExtra
+from ..text import one_line
+from .backend import Backend
+
+_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Model types that transformers writes for a text-only save and mlx-lm knows by another name."""
+
+
+class MlxLm(Backend):
+    """mlx-lm."""
+
+    package = "mlx_lm"
+    extra = "lm"
+    is_vlm = False
+
+    def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rename weights to the model's own names."""
+        return model.sanitize(weights) if hasattr(model, "sanitize") else weights
+
+    def type_name(self, model_type: str) -> str:
+        """Give mlx-lm's name for a model type."""
+        return _TYPES.get(model_type, model_type)
+
+    def _utils(self) -> Any:
+        return import_utils()
+
+    def _find_class(self, utils: Any, config: dict[str, Any]) -> Any:
+        return utils._get_classes(config)
+
+    def _build(self, utils: Any, config: dict[str, Any]) -> nn.Module:
+        model_class, arguments = self._find_class(utils, config)
+        return cast(nn.Module, model_class(arguments.from_dict(config)))
+
+    def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any:
+        return utils.load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=end)
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """Read config.json as mlx-lm does, with the end-of-text tokens of generation_config.json.
+
+    Args:
+        directory: A model directory that `check_directory` has looked over.
+
+    Raises:
+        CheckpointError: One of the files is not what mlx-lm expects.
+        MissingExtra: mlx-lm is not installed.
+    """
+    utils = import_utils()
+    try:
+        config: dict[str, Any] = utils.load_config(directory)
+    except Exception as error:  # of any kind: they are another library's ideas of a JSON file
+        raise CheckpointError(
+            f"{directory}: mlx-lm cannot read config.json or generation_config.json: "
+            f"{one_line(error)}"
+        ) from error
+    config["model_type"] = _TYPES.get(config.get("model_type", ""), config.get("model_type"))
+    return config
+
+
+def import_utils() -> Any:
+    """Import mlx_lm.utils. Raises MissingExtra."""
+    try:
+        import mlx_lm.utils
+    except ImportError as error:
+        raise MissingExtra(
+            f"loading needs mlx-lm: pip install 'paroquant_stream[lm]' ({error})"
+        ) from error
+    return mlx_lm.utils

@@ -1,0 +1,68 @@
+"""Vision models, by mlx-vlm."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import MissingExtra
+from ..text import one_line
+from .backend import Backend
+
+logger = logging.getLogger(__name__)
+_CONFIGS = ["text", "vision", "perceiver", "projector", "audio"]
+_PARTS = ("vision_tower", "language_model", "audio_tower")
+
+
+class MlxVlm(Backend):
+    """mlx-vlm."""
+
+    package = "mlx_vlm"
+    extra = "vlm"
+    is_vlm = True
+
+    def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rename weights to the model's own names, by each part's function once."""
+        for part in (model, *(getattr(model, name, None) for name in _PARTS)):
+            if part is not None and hasattr(part, "sanitize"):
+                weights = part.sanitize(weights)
+        return weights
+
+    def _utils(self) -> Any:
+        try:
+            import mlx_vlm.utils
+        except ImportError as error:
+            raise MissingExtra(
+                "a vision model needs mlx-vlm: pip install 'paroquant_stream[vlm]', or load its "
+                f"text part with force_text=True ({error})"
+            ) from error
+        return mlx_vlm.utils
+
+    def _find_class(self, utils: Any, config: dict[str, Any]) -> Any:
+        return utils.get_model_and_args(config=config)
+
+    def _build(self, utils: Any, config: dict[str, Any]) -> nn.Module:
+        module, _ = self._find_class(utils, config)
+        arguments = module.ModelConfig.from_dict(config)
+        arguments = utils.update_module_configs(arguments, module, config, _CONFIGS)
+        return cast(nn.Module, module.Model(arguments))
+
+    def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any:
+        try:
+            processor = utils.load_processor(directory, eos_token_ids=end, trust_remote_code=False)
+            image_processor = utils.load_image_processor(directory, trust_remote_code=False)
+            if image_processor is not None:
+                processor.image_processor = image_processor
+            return processor
+        except (ImportError, TypeError, AttributeError, OSError, ValueError) as error:
+            logger.warning(
+                "no processor for %s, only its tokenizer: %s", directory, one_line(error)
+            )
+        tokenizer = utils.load_tokenizer(directory)
+        if not hasattr(tokenizer, "stopping_criteria"):
+            tokenizer.stopping_criteria = utils.StoppingCriteria(end, tokenizer)
+        return tokenizer

@@ -1,0 +1,113 @@
+"""config.json and the index of a model directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, MalformedFile
+from ..files.strict_json import strict_json
+from .model_files import MAX_CONFIG, MAX_JSON, read_inside
+from .shard import SHARD_NAME
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+EXPORTED = "paroquant_stream"
+"""The key of config.json that marks a directory written by `export`."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """config.json and the index of one model, read once; each is parsed when first used."""
+
+    directory: Path
+    config_text: bytes
+    index_text: bytes | None
+    """None without an index."""
+
+    @classmethod
+    def read(cls, directory: Path) -> ModelConfig:
+        """Read both files.
+
+        Raises:
+            CheckpointError: The directory or its config is absent, or a file is too large.
+        """
+        if not os.path.isdir(directory):
+            raise CheckpointError(f"{directory}: no such model directory")
+        text = _read_if_present(directory / CONFIG_NAME, MAX_CONFIG)
+        if text is None:
+            raise CheckpointError(
+                f"{directory}: {CONFIG_NAME} is absent; is this a model directory?"
+            )
+        return cls(directory, text, _read_if_present(directory / INDEX_NAME, MAX_JSON))
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The settings in config.json; nobody may change them.
+
+        Raises:
+            MalformedFile: It is no JSON object.
+        """
+        return _parse_object(self.config_text, self.directory / CONFIG_NAME)
+
+    @cached_property
+    def weight_map(self) -> dict[str, str] | None:
+        """Tensor name -> shard name as the index gives it; None without an index.
+
+        Raises:
+            MalformedFile: The index has no such map, or it names what is no shard.
+        """
+        if self.index_text is None:
+            return None
+        return _parse_weight_map(self.index_text, self.directory / INDEX_NAME)
+
+    @cached_property
+    def shard_names(self) -> tuple[str, ...]:
+        """The names of the shards that the directory has or should have, sorted."""
+        names = (SINGLE_NAME,) if self.weight_map is None else self.weight_map.values()
+        return tuple(sorted(set(names)))
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes of config.json and of the index."""
+        digest = hashlib.sha256(self.config_text)
+        digest.update(b"\0" if self.index_text is None else b"\1" + self.index_text)
+        return digest.hexdigest()
+
+    @property
+    def is_export(self) -> bool:
+        """Whether `export` wrote the directory."""
+        return EXPORTED in self.values
+
+
+def _read_if_present(path: Path, limit: int) -> bytes | None:
+    try:
+        return read_inside(path, limit)
+    except FileNotFoundError:
+        return None
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    value = strict_json(text, str(path))
+    if type(value) is not dict:
+        raise MalformedFile(f"{path}: expected a JSON object")
+    return value
+
+
+def _parse_weight_map(text: bytes, path: Path) -> dict[str, str]:
+    weight_map = _parse_object(text, path).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise MalformedFile(
+            f"{path}: expected an object `weight_map` of tensor names to shard names"
+        )
+    for name in set(map(str, weight_map.values())):
+        if not SHARD_NAME.fullmatch(name):
+            raise MalformedFile(f"{path}: {name[:80]!r} is no plain name of a .safetensors file")
+    if not all(type(name) is str for name in weight_map.values()):
+        raise MalformedFile(f"{path}: weight_map has a value that is no string")
+    return weight_map

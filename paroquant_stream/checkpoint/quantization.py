@@ -1,0 +1,51 @@
+"""What config.json says of the quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What config.json says of the 4-bit words."""
+
+    bits: int
+    group_size: int
+
+
+def read_quantization(config: Mapping[str, Any]) -> Quantization:
+    """Bits and group size of a checkpoint's config.
+
+    Raises LayoutError when the config names no ParoQuant quantization, or values that cannot be.
+    """
+    block = _quantization_block(config)
+    method = block.get("quant_method", "paroquant")
+    if str(method).lower() != "paroquant":  # legacy files spell it ParoQuant
+        raise LayoutError(f"config.json: expected quant_method paroquant, found {method!r}")
+    bits, group_size = block.get("bits", block.get("nbit", 4)), block.get("group_size", 128)
+    if type(bits) is not int or bits != 4:
+        raise LayoutError(
+            f"config.json: expected 4 bits, the only width ParoQuant packs, found {bits!r}"
+        )
+    if type(group_size) is not int or group_size not in (32, 64, 128):
+        raise LayoutError(
+            f"config.json: expected a group_size of 32, 64 or 128 (MLX's), found {group_size!r}"
+        )
+    return Quantization(bits, group_size)
+
+
+def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    for key in ("quantization_config", "paroquant_config"):
+        for place in places:
+            block = place.get(key)
+            if isinstance(block, Mapping):
+                return block
+    raise LayoutError(
+        "config.json: neither quantization_config nor paroquant_config; not a ParoQuant model"
+    )

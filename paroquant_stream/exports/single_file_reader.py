@@ -1,0 +1,150 @@
+"""Loads from a model's single file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import mlx.core as mx
+
+from ..checkpoint.quantization import Quantization
+from ..checkpoint.shard import Shard
+from ..conversion.in_place import inside_model
+from ..conversion.request import Request
+from ..conversion.staleness import source_staleness
+from ..errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
+from ..files.descriptor import file_status
+from ..model.entries import IO_WEIGHTS
+from ..model.experts import stack_experts
+from ..model.tensor_source import TensorSource
+from ..store.format import TRANSFORM
+from .single_file import Origin, SingleFile, hash_single
+
+
+def stored_in_file(file: SingleFile, quantization: Quantization, *, lazy: bool) -> TensorSource:
+    """The tensors of a single file, which must stay open while they are read."""
+    bits, group_size = quantization.bits, quantization.group_size
+
+    def read(wanted: Callable[[str], bool]) -> dict[str, mx.array]:
+        with _reading_file(file):
+            found = mx.load(f"/dev/fd/{file.fd}", format="safetensors")
+            weights = {
+                name: array
+                for name, array in cast("dict[str, mx.array]", found).items()
+                if wanted(name)
+            }
+            del found
+            if file.origin:
+                return stack_experts(weights)
+            return _quantize_floats(weights, bits, group_size, lazy)
+
+    foreign = file.origin is None
+    return TensorSource(
+        file.header.tensors,
+        read,
+        lambda _: _reading_file(file),
+        lambda _: _check_size(file),
+        bits,
+        group_size,
+        foreign,
+    )
+
+
+def _check_size(file: SingleFile) -> None:
+    if file_status(file.fd, str(file.path)).st_size != file.header.size:
+        raise AssemblyError(f"{file.path}: its size changed while it was read; load it again")
+
+
+@contextlib.contextmanager
+def _reading_file(file: SingleFile) -> Iterator[None]:
+    """As `reading`, for a single file."""
+    try:
+        yield
+    except ParoquantStreamError:
+        raise
+    except Exception as error:
+        raise AssemblyError(f"{file.path}: MLX could not read the weights: {error}") from error
+
+
+def _quantize_floats(
+    weights: dict[str, mx.array], bits: int, group_size: int, lazy: bool
+) -> dict[str, mx.array]:
+    """Embeddings and heads that are floats still, quantized with the bits that entries have."""
+    for name in [name for name in weights if name.endswith(IO_WEIGHTS)]:
+        module = name.removesuffix(".weight")
+        if f"{module}.scales" in weights or not mx.issubdtype(weights[name].dtype, mx.floating):
+            continue
+        # on the CPU as in a conversion: GPUs round halves differently
+        results = mx.quantize(weights.pop(name), group_size, bits, stream=mx.cpu)
+        if not lazy:
+            mx.eval(results)  # one at a time: its floats are freed before the next is read
+        for leaf, array in zip(("weight", "scales", "biases"), results, strict=True):
+            weights[f"{module}.{leaf}"] = array
+    return weights
+
+
+def check_usable(file: SingleFile, request: Request, full: bool) -> None:
+    """Raises CheckpointError when a single file must not be used for the model as it is now.
+
+    Sources that are present are compared with what was converted, hashed when no memo knows them;
+    absent ones are as they were. Then the file's own digest, unless its stat is known and not
+    `full`.
+    """
+    if reason := _why_unused(file, request, full):
+        raise CheckpointError(f"{file.path}: {reason}; remove it, or have it written anew")
+
+
+def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
+    named, removed = request.source.config.shard_names, _removed_sources(request)
+    if file.origin is None:
+        present = [name for name in named if os.path.lexists(request.source.directory / name)]
+        if present:
+            return f"nothing in it tells whether it was made from {present[0]}, which is there too"
+        if removed:
+            return "nothing in it tells whether it was made from the shards that were removed"
+        return None
+    if file.origin.transform != TRANSFORM:
+        return "made by another version"
+    request.store.check_owner()  # for its memos are believed
+    with contextlib.suppress(StoreError):  # without a place for memos, everything is hashed again
+        request.store.create()
+    for name in sorted({*named, *file.origin.sources}):
+        shard = Shard(name, request.source.directory / name)
+        if not os.path.exists(shard.path):
+            if removed.get(name, file.origin.sources.get(name)) != file.origin.sources.get(name):
+                return f"made from another {name} than the one that --drop-source removed"
+            continue
+        if name not in file.origin.sources:
+            return f"{name} was not there when it was made"
+        memo, expected = request.store.memo, file.origin.sources[name]
+        if reason := source_staleness(memo, shard, expected, read_unknown=True):
+            return reason
+    return _damage(file, file.origin, request, full)
+
+
+def _removed_sources(request: Request) -> dict[str, str]:
+    """SHA-256 of shards that `--drop-source` removed, by name, as cache and `mlx/` know them."""
+    from ..conversion.find_dropped import find_dropped
+
+    found: dict[str, str] = {}
+    for place in (inside_model(request), request):
+        with contextlib.suppress(ParoquantStreamError):
+            drop = find_dropped(place)
+            entries = drop.manifest.entries if drop else ()
+            found |= {entry.shard: entry.source_sha256 for entry in entries if entry.dropped}
+    return found
+
+
+def _damage(file: SingleFile, origin: Origin, request: Request, full: bool) -> str | None:
+    label, memo = str(file.path), request.store.memo
+    if not full and memo.lookup(file.fd) == origin.digest:
+        return None
+    before = memo.begin(file.fd)
+    header_size = file.header.tensors[0].start if file.header.tensors else file.header.size
+    digest = hash_single(file.fd, header_size, label, origin.digest)
+    if digest != origin.digest:
+        return f"damaged: expected XXH3 {origin.digest}, found {digest}"
+    memo.remember(file.fd, before, digest)
+    return None

@@ -1,0 +1,76 @@
+"""Stored tensors in their parameters: rotated layers swapped in, every difference an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..errors import AssemblyError
+from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
+from ..text import listed
+from .names import Weights
+
+
+def place_weights(model: nn.Module, weights: Weights, bits: int, group_size: int, directory: Path) -> None:
+    """Puts the weights into the model, each in its place, or raises AssemblyError."""
+    try:
+        _swap_layers(model, weights, bits, group_size)
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+        raise AssemblyError(  # what shapes and names lead to that no conversion has
+            f"{directory}: the stored tensors are no rotated layers of this model: {error}"
+        ) from error
+    _check(model, weights)
+    model.load_weights(list(weights.items()))
+    model.eval()
+
+
+def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int) -> None:
+    """Puts rotated and quantized layers where the weights have their parameters."""
+    modules = dict(model.named_modules())
+    swaps: list[tuple[str, nn.Module]] = []
+    for path, module in modules.items():
+        if f"{path}.gate_up_rot_theta" in weights:
+            krot = weights[f"{path}.gate_up_rot_theta"].shape[0]
+            swaps.append((path, RotateSwitchGLU.from_switch_glu(module, group_size, krot, bits)))
+        elif f"{path}.theta" in weights and "weight" in module:
+            outputs, inputs = module.weight.shape
+            krot = weights[f"{path}.theta"].shape[0]
+            layer = RotateQuantizedLinear(
+                inputs, outputs, bias="bias" in module, group_size=group_size, bits=bits, krot=krot
+            )
+            swaps.append((path, layer))
+    model.update_modules(tree_unflatten(swaps))
+    nn.quantize(
+        model,
+        group_size,
+        bits,
+        class_predicate=lambda path, module: (
+            f"{path}.scales" in weights and hasattr(module, "to_quantized")
+        ),
+    )
+
+
+def _check(model: nn.Module, weights: Weights) -> None:
+    """Raises AssemblyError unless weights and parameters match in name, shape and kind."""
+    parameters = dict(tree_flatten(model.parameters()))
+    issues = [f"{name}: no stored tensor" for name in parameters.keys() - weights.keys()]
+    issues += [f"{name}: no such parameter" for name in weights.keys() - parameters.keys()]
+    for name in parameters.keys() & weights.keys():
+        wanted, found = parameters[name], weights[name]
+        if wanted.shape != found.shape or _kind(wanted) != _kind(found):
+            issues.append(
+                f"{name}: the model has {wanted.dtype} {wanted.shape}, "
+                f"stored is {found.dtype} {found.shape}"
+            )
+    if issues:
+        count = f"{len(issues)} differences between the model class and the stored tensors:"
+        raise AssemblyError(count + listed(issues))
+
+
+def _kind(array: mx.array) -> Any:
+    """Floats may differ in width, since a class starts in float32; integers must agree."""
+    return mx.floating if mx.issubdtype(array.dtype, mx.floating) else array.dtype
