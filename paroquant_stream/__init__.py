@@ -8,10 +8,10 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api.convert import convert_checkpoint, convert_checkpoints
+    from .api.install import install, uninstall
     from .api.load import load
     from .errors import ParoquantStreamError
     from .exports.mlx_directory_writer import export_model
-    from .api.install import install, uninstall
     from .store.manifest import Manifest
 
 __all__ = [

@@ -70,4 +70,5 @@ class HubCache:
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
+    """Tell one directory or file from every other: its device and inode."""
     return status.st_dev, status.st_ino

@@ -9,8 +9,8 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from ..errors import MissingExtra, ParoquantStreamError, ProgramNotFound
 from ..api.install import install, uninstall
+from ..errors import MissingExtra, ParoquantStreamError, ProgramNotFound
 from ..store.format import DTYPES
 from ..text import shown
 

@@ -49,8 +49,8 @@ def find_dropped(request: Request) -> DropRecord | None:
     if request.source.remote is None:
         raise SourceDropped(
             f"{request.source.directory}: its shards were removed by --drop-source, and "
-            f"{request.store.root} has no record of that for --dtype {request.target.dtype}; name the "
-            "cache and the dtype that it was converted with, or put the shards back"
+            f"{request.store.root} has no record of that for --dtype {request.target.dtype}; name "
+            "the cache and the dtype that it was converted with, or put the shards back"
         )
     return None
 
@@ -137,8 +137,8 @@ def _only(request: Request, fitting: Sequence[DropRecord]) -> DropRecord:
     for record in fitting:
         if not {(e.shard, e.source_sha256) for e in record.manifest.entries} <= known:
             raise CheckpointError(
-                f"{request.source.directory}: its shards were removed by --drop-source, and of two models "
-                f"with this config and index, {best.manifest.directory} and "
+                f"{request.source.directory}: its shards were removed by --drop-source, and of two "
+                f"models with this config and index, {best.manifest.directory} and "
                 f"{record.manifest.directory}, both were; move the directory back to where it "
                 f"was, or put back the file {NOTE} that was left in it"
             )

@@ -62,6 +62,7 @@ def asking(client: Any) -> Iterator[None]:
 
 
 def client_name(client: Any) -> str:
+    """Name a Dask client by its scheduler's address, for messages."""
     address = getattr(client.scheduler, "address", "closed")  # None once the client is closed
     return f"the Dask scheduler ({address})"
 

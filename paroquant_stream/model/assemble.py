@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection
 from contextlib import nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +35,6 @@ from .placement import place_weights
 from .tensor_source import TensorSource
 
 logger = logging.getLogger(__name__)
-
 
 
 Loaded = tuple[nn.Module, Any, bool]

@@ -1,4 +1,4 @@
-"""TensorSource tensors under the names that the model's own class has for them, and what it may drop."""
+"""The names that the model's own class has for stored tensors, and which it may drop."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from ..text import listed
 from .names import Weights
 
 
-def place_weights(model: nn.Module, weights: Weights, bits: int, group_size: int, directory: Path) -> None:
+def place_weights(
+    model: nn.Module, weights: Weights, bits: int, group_size: int, directory: Path
+) -> None:
     """Puts the weights into the model, each in its place, or raises AssemblyError."""
     try:
         _swap_layers(model, weights, bits, group_size)

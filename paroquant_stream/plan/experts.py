@@ -36,6 +36,7 @@ def split_experts(operations: Iterator[Operation]) -> tuple[list[Operation], _St
 
 
 def layer_of(stack: str) -> str:
+    """Return the name of the layer whose experts a stacked tensor joins."""
     return stack.partition(".switch_mlp.")[0]
 
 

@@ -2,7 +2,7 @@
 
 Each round is y * cos + y[partner] * sin over all channels. The other exact form, the rounds of a
 group composed to one group_size x group_size matrix, was slower on the CPU in every shape measured
-(tests/benchmarks/micro/rotation.py); its float32 tables are 6 times as large, 3.2 GB for a 70B model.
+(tests/benchmarks/micro/rotation.py); its float32 tables take 6 times as much, 3.2 GB for a 70B.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..store.store import Store
 from ..errors import Cancelled, ParoquantStreamError, WorkersUnfit
 from ..execution.executors import call_elsewhere, check_workers
 from ..execution.slots import Places, Worker
+from ..store.store import Store
 from .source import Tick
 from .task_runner import Job, Outcome, run_task
 

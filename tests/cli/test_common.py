@@ -49,7 +49,10 @@ def test_a_conversion_without_a_reader_is_whole_and_quiet(model_dir, tmp_path):
 
 
 def test_more_than_a_pipe_holds_ends_as_quietly(tmp_path):
-    code = "from paroquant_stream.cli.common import end_with\nend_with(lambda: print('x' * 1000000) or 0)"
+    code = (
+        "from paroquant_stream.cli.common import end_with\n"
+        "end_with(lambda: print('x' * 1000000) or 0)"
+    )
     assert run_without_reader("-c", code) == (NO_READER, "")
 
 

@@ -1,6 +1,7 @@
 """Writes a llama checkpoint with the shapes of a 70B, a chosen number of layers, in a stream.
 
-    python -m tests.benchmarks.end_to_end.checkpoint OUT [--layers 8] [--shards 6] [--layout AUTOAWQ]
+    python -m tests.benchmarks.end_to_end.checkpoint OUT [--layers 8] [--shards 6]
+        [--layout AUTOAWQ]
 
 8 layers are 4.0 GB. Packed words are random bytes (one 8 MB tile of them, written again and again,
 each time from another offset), so nothing compresses and making it is quick; scales and rotations

@@ -1,6 +1,7 @@
 """Runs the whole benchmark: makes its inputs, prints every figure beside its goal.
 
-    python -m tests.benchmarks.end_to_end.run [--layers 8] [--rounds 3] [--work DIR] [--json FILE] [--png FILE]
+    python -m tests.benchmarks.end_to_end.run [--layers 8] [--rounds 3] [--work DIR]
+        [--json FILE] [--png FILE]
 
 Every figure is a ratio of things measured in this run, in turn, the median of the rounds: machines
 differ and drift. 8 layers with the shapes of a 70B are 4.0 GB; that takes 12 minutes and 12 GB of

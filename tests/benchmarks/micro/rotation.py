@@ -1,6 +1,7 @@
 """Prints time, error and table bytes of the forms of the rotation, on the default device.
 
-    python -m tests.benchmarks.micro.rotation [--dims 4096 8192 28672] [--rows 1 64 512] [--repeats 9]
+    python -m tests.benchmarks.micro.rotation [--dims 4096 8192 28672] [--rows 1 64 512]
+        [--repeats 9]
 
 chosen       what layers call (`kernels.rotate`): a device's kernel, or the reference
 rounds       the reference: krot gathers with float32 coefficients
