@@ -1,7 +1,7 @@
-"""Every error that paroquant_stream raises on purpose.
+"""Every error that paroquant_stream raises on purpose, under four bases.
 
 Each takes one readable message (what, where, expected, found, what to do) and nothing else, so that
-it pickles: a worker's error must reach the parent whole.
+it pickles: a worker's error must reach the parent whole. The README's table tells what to do.
 """
 
 
@@ -13,97 +13,101 @@ class CheckpointError(ParoquantStreamError):
     """The model directory cannot be used: its config, index or a shard is missing or damaged."""
 
 
-class MalformedFile(ParoquantStreamError):
+class MalformedFileError(CheckpointError):
     """A file is not valid safetensors, or holds what no ParoQuant checkpoint needs."""
 
 
-class LayoutError(ParoquantStreamError):
+class LayoutError(CheckpointError):
     """The checkpoint spells its quantized linears in no known layout, or in two at once."""
 
 
-class PlanError(ParoquantStreamError):
+class PlanError(CheckpointError):
     """Parts are missing, left over, doubled or of a shape that does not fit; lists every one."""
 
 
-class UnreadableFile(ParoquantStreamError):
+class UnreadableFileError(CheckpointError):
     """The system cannot read a file that is there; names the file and the system's reason."""
 
 
-class UnwritableFile(ParoquantStreamError):
-    """A file outside of the cache cannot be written; names it and the system's reason."""
-
-
-class OutOfRange(ParoquantStreamError):
+class OutOfRangeError(CheckpointError):
     """A finite value would be infinite in the dtype asked for; names its tensor and shard."""
 
 
-class SourceChanged(ParoquantStreamError):
+class SourceChangedError(CheckpointError):
     """A shard's bytes changed while they were read; nothing was stored."""
 
 
-class SourceDamaged(ParoquantStreamError):
+class SourceDamagedError(CheckpointError):
     """A downloaded shard's bytes are not those that the Hub names; nothing was stored."""
 
 
-class SourceDropped(ParoquantStreamError):
+class SourceDroppedError(CheckpointError):
     """A shard must be read again that `--drop-source` removed; names it and what changed."""
 
 
 class StoreError(ParoquantStreamError):
-    """The cache cannot be read or written."""
+    """The cache, or a file that is written beside it, cannot be read or written."""
 
 
-class EntryDamaged(StoreError):
+class UnwritableFileError(StoreError):
+    """A file outside of the cache cannot be written; names it and the system's reason."""
+
+
+class EntryDamagedError(StoreError):
     """An entry's bytes are not those that were written; it was taken out of use."""
 
 
-class ManifestError(ParoquantStreamError):
+class ManifestError(StoreError):
     """A manifest's bytes are damaged or from a newer format; treated as no manifest."""
 
 
-class NewerManifest(ManifestError):
-    """A manifest is from a newer format: which entries it names cannot be told, so they stay."""
+class NewerManifestError(ManifestError):
+    """A manifest is from a newer format: which entries it names is unknown, so they stay."""
 
 
-class AssemblyError(ParoquantStreamError):
-    """The stored tensors and the model's parameters do not match one to one; lists every
-    difference.
-    """
+class ModelError(ParoquantStreamError):
+    """The MLX model cannot be built from what is stored."""
 
 
-class NoSuchPart(ParoquantStreamError):
-    """The part of a model that was asked for is not to be had, or one that was not loaded is used;
-    names what there is.
-    """
+class AssemblyError(ModelError):
+    """The stored tensors and the model's parameters do not match one to one; lists each."""
 
 
-class ShardingError(ParoquantStreamError):
+class MissingPartError(ModelError):
+    """The part of a model that was asked for does not exist, or one not loaded is used."""
+
+
+class SplitError(ModelError):
     """The model cannot be split over the ranks of a group; names its class or the layer."""
 
 
-class MissingExtra(ParoquantStreamError):
+class ExecutionError(ParoquantStreamError):
+    """The run cannot go on: a package, a program or a worker is missing, or a run was stopped."""
+
+
+class MissingExtraError(ExecutionError):
     """An optional package is needed and not installed; names the extra that brings it."""
 
 
-class LoaderMoved(ParoquantStreamError):
+class LoaderMovedError(ExecutionError):
     """The installed paroquant has no MLX loader that ours could replace; names its version."""
 
 
-class ProgramNotFound(ParoquantStreamError):
+class ProgramNotFoundError(ExecutionError):
     """The program to run is no module and no file that can be read."""
 
 
-class WorkersUnfit(ParoquantStreamError):
-    """Workers elsewhere lack the package or do not see the files; names each and what it lacks."""
+class WorkersUnfitError(ExecutionError):
+    """Remote workers lack the package or do not see the files; names each and what it lacks."""
 
 
-class WorkersLost(ParoquantStreamError):
-    """Workers elsewhere, or their scheduler, cannot be reached or have ended."""
+class WorkersLostError(ExecutionError):
+    """Remote workers, or their scheduler, cannot be reached or have ended."""
 
 
-class SomeFailed(ParoquantStreamError):
+class SomeModelsFailedError(ExecutionError):
     """Of several models some were not converted; names each and why. The others are."""
 
 
-class Cancelled(ParoquantStreamError):
+class RunCancelledError(ExecutionError):
     """The run was told to stop while this shard was being converted."""

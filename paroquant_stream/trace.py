@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UnwritableFile
+from .errors import UnwritableFileError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Trace:
         return dict(sums)
 
     def write(self, path: str | Path) -> None:
-        """Writes the Chrome trace. Raises UnwritableFile."""
+        """Writes the Chrome trace. Raises UnwritableFileError."""
         spans = sorted(self.spans, key=lambda span: span.start_ns)
         rows = {name: row for row, name in enumerate(dict.fromkeys(s.thread for s in spans))}
         events: list[dict[str, object]] = [
@@ -80,7 +80,7 @@ class Trace:
         try:
             Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         except OSError as error:
-            raise UnwritableFile(
+            raise UnwritableFileError(
                 f"{os.fspath(path)}: the trace cannot be written: {error.strerror}"
             ) from error
 

@@ -1,4 +1,4 @@
-"""Fixtures shared by the rooms' tests."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.files import atomic_file as newfile
-from paroquant_stream.files import descriptor, digest_cache
+from paroquant_stream.files import descriptor, digest_cache, new_file
 from paroquant_stream.files.filesystems import Ctime
 from tests.helpers.builders import cut_apart, cut_evenly, write_checkpoint
 
@@ -30,7 +29,7 @@ def settled(monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Even a tiny entry is written block by block, past the page cache and in a thread."""
-    monkeypatch.setattr(newfile, "_BLOCK", 4096)
+    monkeypatch.setattr(new_file, "_BLOCK", 4096)
 
 
 @pytest.fixture

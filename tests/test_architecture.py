@@ -57,7 +57,7 @@ HOMES = {
     "msgpack": {"store/manifest.py"},
     "filelock": {"store/lock.py"},
     "xxhash": {
-        *("files/hashing.py", "files/digest_cache.py", "files/atomic_file.py"),
+        *("files/hashing.py", "files/digest_cache.py", "files/new_file.py"),
         *("transform/source.py", "exports/single_file_writer.py"),
     },
     "huggingface_hub": {"checkpoint/hub.py", "checkpoint/hub_watch.py", "checkpoint/hub_cache.py"},

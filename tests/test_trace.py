@@ -10,7 +10,7 @@ import pytest
 
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.api.load import load
-from paroquant_stream.errors import UnwritableFile
+from paroquant_stream.errors import UnwritableFileError
 from paroquant_stream.trace import SILENCE, Trace, written_to
 
 
@@ -79,7 +79,7 @@ def test_no_path_is_no_trace(tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_names_the_file(tmp_path):
-    with pytest.raises(UnwritableFile, match=r"absent/t\.json: the trace cannot be written"):
+    with pytest.raises(UnwritableFileError, match=r"absent/t\.json: the trace cannot be written"):
         Trace().write(tmp_path / "absent" / "t.json")
 
 

@@ -42,9 +42,9 @@ def convert_checkpoint(
     Raises:
         ValueError: An option has a value that is not allowed.
         CheckpointError: The model cannot be used, or a shard cannot be downloaded.
-        MalformedFile, LayoutError, PlanError, SourceDropped, WorkersUnfit: Before any work.
-        WorkersLost, SourceChanged, SourceDamaged, StoreError, OutOfRange: Later; what was
-            published stays, and the next call continues from there.
+        StoreError: The cache cannot be read or written.
+        ExecutionError: Workers are unfit or lost. What was published before any of these stays, and
+            the next call resumes there.
     """
     request = make_request(model_path, **options)
     with written_to(trace) as timed:
@@ -71,8 +71,8 @@ def convert_checkpoints(
         The manifests, in the order of the models.
 
     Raises:
-        SomeFailed: Some models were not converted; all others are, and `convert_checkpoint` gives
-            their manifests without work.
+        SomeModelsFailedError: Some models were not converted; all others are, and
+            `convert_checkpoint` gives their manifests without work.
         ValueError: An option has a value that is not allowed.
     """
     requests: list[Request] = []

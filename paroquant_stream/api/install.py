@@ -19,8 +19,8 @@ def install(**options: Any) -> None:
         **options: Keyword options of `load` for every call (`cache_dir`, `jobs`, `verify`, ...).
 
     Raises:
-        MissingExtra: paroquant is not installed.
-        LoaderMoved: The installed version has no such loader, or gives it other arguments.
+        MissingExtraError: paroquant is not installed.
+        LoaderMovedError: The installed version has no such loader, or gives it other arguments.
         TypeError: `load` has no such option.
     """
     loader_patch.install(load, **options)

@@ -18,11 +18,7 @@ from ..distributed.split import Parallel, Split
 from ..errors import (
     AssemblyError,
     CheckpointError,
-    EntryDamaged,
-    MalformedFile,
-    SourceChanged,
-    SourceDropped,
-    UnreadableFile,
+    EntryDamagedError,
 )
 from ..store.format import Dtype
 from ..store.manifest import EntryRecord, Manifest
@@ -63,7 +59,7 @@ def load(
 
     `layers=range(a, b)`: only those transformer layers are loaded, and what belongs to no layer
     (embeddings, final norm, head, towers). `model.layers[i]` keeps its number; a layer outside of
-    the range has no parameters, and calling it or the whole model raises NoSuchPart.
+    the range has no parameters, and calling it or the whole model raises MissingPartError.
     `group`, an `mx.distributed.Group`: what this rank has of a model that all ranks call together;
     load returns when all have loaded. `parallel="pipeline"`: the layers that the class's own
     `pipeline(group)` gives the rank; `"tensor"`: its part of every layer, as `shard(group)` cuts.
@@ -72,8 +68,8 @@ def load(
     or an export, all.
 
     Raises what `convert_checkpoint` raises, AssemblyError when stored tensors and parameters do not
-    match one to one, NoSuchPart for layers that the model has not and for a class without a
-    pipeline, ShardingError for one that cannot be cut so, ValueError for options that are none.
+    match one to one, MissingPartError for layers that the model has not and for a class without a
+    pipeline, SplitError for one that cannot be cut so, ValueError for options that are none.
     """
     split = Split(layers, group, parallel)
     request = make_request(
@@ -81,7 +77,7 @@ def load(
     )
     with written_to(trace) as timed:
         options = _Options(lazy, force_text, verify == "full", timed, split)
-        with contextlib.suppress(EntryDamaged):  # logged; leaving the block drops every array
+        with contextlib.suppress(EntryDamagedError):  # logged; leaving the block drops every array
             return _load(request, options, progress)
         return _load(request, options, progress)
 
@@ -126,7 +122,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
         return loaded
     try:
         manifest = convert(request, progress, options.trace, needed).manifest
-    except (CheckpointError, SourceDropped) as error:
+    except CheckpointError as error:
         if damage:
             raise damage from error
         if reason is None:
@@ -137,7 +133,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
 
 def _load_shipped(
     request: Request, options: _Options, needed: Needed | None
-) -> tuple[_Loaded | None, EntryDamaged | None]:
+) -> tuple[_Loaded | None, EntryDamagedError | None]:
     """The model from the conversion inside its directory, or the damage by which it cannot be."""
     with options.trace.span("check the sources"):
         found = shipped(request, needed)
@@ -148,7 +144,7 @@ def _load_shipped(
     manifest, store = found
     try:
         return assemble(request.source.config, manifest, store, **vars(options)), None
-    except EntryDamaged as error:  # logged; nobody repairs what somebody else may have made
+    except EntryDamagedError as error:  # logged; nobody repairs what somebody else may have made
         return None, error
 
 
@@ -180,7 +176,7 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
                 if file.origin:
                     raise
                 reason = f"{file.path}: {error}"
-    except (CheckpointError, MalformedFile, UnreadableFile, SourceChanged) as error:
+    except CheckpointError as error:
         reason = str(error)
     logger.warning("not used: %s", reason)
     return None, reason

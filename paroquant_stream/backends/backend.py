@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import AssemblyError, CheckpointError, MissingExtra, NoSuchPart
+from ..errors import AssemblyError, CheckpointError, MissingExtraError, MissingPartError
 from ..text import one_line
 
 
@@ -41,7 +41,7 @@ class Backend(ABC):
         Raises:
             AssemblyError: The library does not know the model type, or its class cannot use the
                 config.
-            MissingExtra: The library is not installed.
+            MissingExtraError: The library is not installed.
         """
         utils = self._utils()
         try:
@@ -66,7 +66,7 @@ class Backend(ABC):
 
         Raises:
             CheckpointError: It cannot be loaded.
-            MissingExtra: The library is not installed.
+            MissingExtraError: The library is not installed.
         """
         utils = self._utils()
         try:
@@ -116,13 +116,13 @@ class Backend(ABC):
     def _has_class(self, config: dict[str, Any]) -> bool:
         try:
             self._find_class(self._utils(), config)
-        except (MissingExtra, TypeError, ValueError, KeyError):
+        except (MissingExtraError, TypeError, ValueError, KeyError):
             return False
         return True
 
     @abstractmethod
     def _utils(self) -> Any:
-        """The library's module of functions; raises MissingExtra."""
+        """The library's module of functions; raises MissingExtraError."""
 
     @abstractmethod
     def _find_class(self, utils: Any, config: dict[str, Any]) -> Any: ...
@@ -143,7 +143,7 @@ def keep_pipeline_layers(model: nn.Module, group: Any) -> range:
         The numbers of those layers.
 
     Raises:
-        NoSuchPart: The class offers no pipeline, or there are more ranks than layers.
+        MissingPartError: The class offers no pipeline, or there are more ranks than layers.
     """
     owner: Any = getattr(model, "model", None)
     if not hasattr(owner, "pipeline"):
@@ -153,9 +153,9 @@ def keep_pipeline_layers(model: nn.Module, group: Any) -> range:
             others.append('parallel="tensor", which splits each layer')
         if kind.startswith("mlx_vlm."):
             others.append("perhaps a pipeline of its text part, with force_text=True")
-        raise NoSuchPart(f"{kind} offers no pipeline; there is {'; '.join(others)}")
+        raise MissingPartError(f"{kind} offers no pipeline; there is {'; '.join(others)}")
     try:
         owner.pipeline(group)
     except ValueError as error:
-        raise NoSuchPart(f"no pipeline over {group.size()} ranks: {error}") from error
+        raise MissingPartError(f"no pipeline over {group.size()} ranks: {error}") from error
     return range(owner.start_idx, owner.end_idx)

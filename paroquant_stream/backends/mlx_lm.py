@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import CheckpointError, MissingExtra
+from ..errors import CheckpointError, MissingExtraError
 from ..text import one_line
 from .backend import Backend
 
@@ -53,7 +53,7 @@ def load_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: One of the files is not what mlx-lm expects.
-        MissingExtra: mlx-lm is not installed.
+        MissingExtraError: mlx-lm is not installed.
     """
     utils = import_utils()
     try:
@@ -68,11 +68,11 @@ def load_config(directory: Path) -> dict[str, Any]:
 
 
 def import_utils() -> Any:
-    """Import mlx_lm.utils. Raises MissingExtra."""
+    """Import mlx_lm.utils. Raises MissingExtraError."""
     try:
         import mlx_lm.utils
     except ImportError as error:
-        raise MissingExtra(
+        raise MissingExtraError(
             f"loading needs mlx-lm: pip install 'paroquant_stream[lm]' ({error})"
         ) from error
     return mlx_lm.utils

@@ -9,7 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import MissingExtra
+from ..errors import MissingExtraError
 from ..text import one_line
 from .backend import Backend
 
@@ -36,7 +36,7 @@ class MlxVlm(Backend):
         try:
             import mlx_vlm.utils
         except ImportError as error:
-            raise MissingExtra(
+            raise MissingExtraError(
                 "a vision model needs mlx-vlm: pip install 'paroquant_stream[vlm]', or load its "
                 f"text part with force_text=True ({error})"
             ) from error

@@ -72,7 +72,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: A shard is absent that must be there.
-        MalformedFile: The config or the index is malformed.
+        MalformedFileError: The config or the index is malformed.
     """
     directory, _ = config.directory, config.values  # a malformed config is told first
     shards = tuple(Shard(name, directory / name) for name in config.shard_names)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, MalformedFile
+from ..errors import CheckpointError, MalformedFileError
 from ..files.strict_json import strict_json
 from .model_files import MAX_CONFIG, MAX_JSON, read_inside
 from .shard import SHARD_NAME
@@ -51,7 +51,7 @@ class ModelConfig:
         """The settings in config.json; nobody may change them.
 
         Raises:
-            MalformedFile: It is no JSON object.
+            MalformedFileError: It is no JSON object.
         """
         return _parse_object(self.config_text, self.directory / CONFIG_NAME)
 
@@ -60,7 +60,7 @@ class ModelConfig:
         """Tensor name -> shard name as the index gives it; None without an index.
 
         Raises:
-            MalformedFile: The index has no such map, or it names what is no shard.
+            MalformedFileError: The index has no such map, or it names what is no shard.
         """
         if self.index_text is None:
             return None
@@ -95,19 +95,21 @@ def _read_if_present(path: Path, limit: int) -> bytes | None:
 def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
     value = strict_json(text, str(path))
     if type(value) is not dict:
-        raise MalformedFile(f"{path}: expected a JSON object")
+        raise MalformedFileError(f"{path}: expected a JSON object")
     return value
 
 
 def _parse_weight_map(text: bytes, path: Path) -> dict[str, str]:
     weight_map = _parse_object(text, path).get("weight_map")
     if type(weight_map) is not dict or not weight_map:
-        raise MalformedFile(
+        raise MalformedFileError(
             f"{path}: expected an object `weight_map` of tensor names to shard names"
         )
     for name in set(map(str, weight_map.values())):
         if not SHARD_NAME.fullmatch(name):
-            raise MalformedFile(f"{path}: {name[:80]!r} is no plain name of a .safetensors file")
+            raise MalformedFileError(
+                f"{path}: {name[:80]!r} is no plain name of a .safetensors file"
+            )
     if not all(type(name) is str for name in weight_map.values()):
-        raise MalformedFile(f"{path}: weight_map has a value that is no string")
+        raise MalformedFileError(f"{path}: weight_map has a value that is no string")
     return weight_map

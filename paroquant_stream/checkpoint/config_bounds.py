@@ -79,8 +79,8 @@ def check_tokenizer(directory: Path) -> None:
     Raises:
         AssemblyError: It is more than any vocabulary has; names the key, the number and the bound.
         CheckpointError: The settings are too large or cannot be opened.
-        MalformedFile: They are no regular file.
-        UnreadableFile: The system cannot read them.
+        MalformedFileError: They are no regular file.
+        UnreadableFileError: The system cannot read them.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / name

@@ -38,7 +38,7 @@ class HubModel:
     def headers(self, shards: Sequence[str]) -> dict[str, Header]:
         """The headers of these shards, each by a range request of its first bytes.
 
-        Raises CheckpointError naming all of them when one cannot be had, MalformedFile when one is
+        Raises CheckpointError naming all of them when one cannot be had, MalformedFileError when one is
         not valid.
         """
         calls = [

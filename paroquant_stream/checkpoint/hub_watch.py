@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ..errors import Cancelled, CheckpointError
+from ..errors import CheckpointError, RunCancelledError
 
 T = TypeVar("T")
 
@@ -53,9 +53,9 @@ class Watch:
         self._waited, self._before = 0.0, 0
 
     def request(self) -> None:
-        """Note that a request is sent. Raises Cancelled once the call was given up."""
+        """Note that a request is sent. Raises RunCancelledError once the call was given up."""
         if self.stopped:
-            raise Cancelled(f"{self.label}: given up")
+            raise RunCancelledError(f"{self.label}: given up")
         self._requests, self._response = self._requests + 1, None
 
     def answer(self, response: Any) -> None:

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import CheckpointError, MalformedFile
+from ..errors import CheckpointError, MalformedFileError
 from ..files.descriptor import file_status, open_regular, unreadable
 
 MAX_JSON = 64 << 20  # bytes; the largest tokenizer.json that we know, of Gemma 3n, has 33 MB
@@ -71,7 +71,7 @@ def open_inside(path: Path, directory: Path | None = None) -> int:
 
     Raises:
         CheckpointError: It lies elsewhere, or became another file meanwhile.
-        MalformedFile: It is no regular file.
+        MalformedFileError: It is no regular file.
         OSError: As `os.open` raises.
     """
     if directory is None and not os.path.islink(path):
@@ -101,8 +101,8 @@ def read_inside(path: Path, limit: int) -> bytes:
     Raises:
         FileNotFoundError: It is not there.
         CheckpointError: It lies elsewhere, cannot be opened or is too large.
-        MalformedFile: It is no regular file.
-        UnreadableFile: The system cannot read it.
+        MalformedFileError: It is no regular file.
+        UnreadableFileError: The system cannot read it.
     """
     return _read(path, limit, open_inside)
 
@@ -150,7 +150,7 @@ def check_directory(directory: Path) -> None:
         directory: The model directory.
 
     Raises:
-        MalformedFile: Something in it is neither a file nor a directory.
+        MalformedFileError: Something in it is neither a file nor a directory.
         CheckpointError: Settings, a template or a vocabulary are larger than any model's, or the
             directory cannot be listed.
     """
@@ -162,7 +162,7 @@ def check_directory(directory: Path) -> None:
         if stat.S_ISDIR(status.st_mode) or entry.name.endswith(".safetensors"):
             continue
         if not stat.S_ISREG(status.st_mode):
-            raise MalformedFile(
+            raise MalformedFileError(
                 f"{entry.path}: expected a regular file, found a pipe, socket or device; remove it"
             )
         limit = size_limit(entry.name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from ..errors import Cancelled, CheckpointError, ParoquantStreamError
+from ..errors import CheckpointError, ParoquantStreamError, RunCancelledError
 from ..files.tensor_header import Header
 from .shard import Shard
 
@@ -141,7 +141,7 @@ class Arrivals:
 
     def _tick(self, shard: str, count: int) -> None:
         if self._stopped:
-            raise Cancelled("the run ended before this shard had arrived")
+            raise RunCancelledError("the run ended before this shard had arrived")
         self._report(shard, count)
 
     def _check(self, shard: str) -> None:

@@ -37,7 +37,7 @@ class Shard:
             raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
 
     def header(self) -> Header:
-        """The validated header. Raises CheckpointError or MalformedFile."""
+        """The validated header. Raises CheckpointError or MalformedFileError."""
         with closing(self.open()) as fd:
             return read_header(fd, str(self.path))
 
@@ -57,7 +57,7 @@ class Shard:
 
         Raises:
             CheckpointError: It is absent or cannot be opened.
-            MalformedFile: It is no regular file.
+            MalformedFileError: It is no regular file.
         """
         if fd is None:
             with closing(self.open()) as opened:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from ..checkpoint.model_source import ModelSource
 from ..conversion.converter import convert
 from ..conversion.request import Request, Target, default_jobs, make_request, model_id
-from ..errors import ParoquantStreamError, StoreError
+from ..errors import StoreError
 from ..maintenance.inventory import Inventory, take_inventory
 from ..maintenance.models import Model
 from ..maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
@@ -25,26 +24,20 @@ from ..store.store import cache_store
 from ..text import bytes_text, shown
 from .cache_listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
 from .cache_options import configure_parser
+from .common import confirm, run_command
 
 DESCRIPTION = "See what is converted, read it through, and remove it."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser("paroquant-stream cache", description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     verify_all = arguments.command == "verify" and arguments.model is None
     if verify_all and (arguments.sources or arguments.in_place):
         parser.error("--sources and --in-place need a MODEL")
-    try:
-        return _COMMANDS[arguments.command](arguments)
-    except ParoquantStreamError as error:
-        print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run again to go on", file=sys.stderr)
-        return 130
+    return run_command(lambda: _COMMANDS[arguments.command](arguments), "run again to resume")
 
 
 def _inventory(arguments: argparse.Namespace) -> Inventory:
@@ -126,7 +119,7 @@ def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
     freed = 0
     if not (plan.is_empty or arguments.dry_run):
         if not arguments.yes:
-            _ask()
+            confirm("remove?", StoreError("nothing removed"))
         started = time.monotonic()
         freed = execute(plan)
         if not arguments.json:
@@ -134,14 +127,6 @@ def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(plan_json(plan, arguments.dry_run)))
     return 0
-
-
-def _ask() -> None:
-    if not sys.stdin.isatty():
-        raise StoreError("nothing removed: there is no terminal to ask on; add -y")
-    print("remove? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise StoreError("nothing removed")
 
 
 def _request_to_verify(arguments: argparse.Namespace) -> Request:

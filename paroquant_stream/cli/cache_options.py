@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
 
 from ..text import parse_age, parse_size
+from .common import add_cache_dir, option_type
 
 MODEL = "a model directory (also one that is gone), a Hub id, or a name as `ls` shows it"
 LS = """\
@@ -34,7 +33,6 @@ hashes with those taken when they were written. Prints `path: expected X, got Y`
 differs. A damaged entry is taken out of use, to be made again by the next conversion; one whose
 shard was removed is kept in the cache's `damaged`. Exit code: 0 all right, 1 something differs or
 failed, 2 wrong usage."""
-_Number = TypeVar("_Number", int, float)
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +42,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     def add(name: str, text: str, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, description=text, help=summary)
         if name != "verify":
-            _add_cache_dir(command)
+            add_cache_dir(command)
         return command
 
     ls = add("ls", LS, "list the converted models")
@@ -66,22 +64,16 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     _configure_verify(add("verify", VERIFY, "read the cache through"))
 
 
-def _add_cache_dir(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
-    )
-
-
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-size",
-        type=_reads(parse_size),
+        type=option_type(parse_size),
         metavar="SIZE",
         help="remove the least recently used models until the cache fits into SIZE, like 100GB",
     )
     parser.add_argument(
         "--older-than",
-        type=_reads(parse_age),
+        type=option_type(parse_age),
         metavar="AGE",
         help="remove models that were not used for AGE, like 30d (s, m, h, d, w)",
     )
@@ -106,22 +98,10 @@ def _configure_verify(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", help="a model directory or Hub id (default: all models)"
     )
     where = parser.add_mutually_exclusive_group()
-    _add_cache_dir(where)
+    add_cache_dir(where)
     where.add_argument("--in-place", action="store_true", help="the conversion in MODEL/mlx")
     parser.add_argument("--sources", action="store_true", help="read MODEL's shards too")
     parser.add_argument(
         "--repair", action="store_true", help="convert the models of damaged entries again"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _reads(parse: Callable[[str], _Number]) -> Callable[[str], _Number]:
-    """The parser as an argument's type, its message kept."""
-
-    def read(text: str) -> _Number:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read

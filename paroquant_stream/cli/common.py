@@ -1,18 +1,97 @@
-"""How a command's process ends: its exit code, a reader that went away, workers that still run."""
+"""What all commands share: option types, the question before a removal, errors, exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+from ..errors import ParoquantStreamError
+from ..text import shown
 
 NO_READER = 141  # what a shell gives for a program that SIGPIPE ended, 128 + 13
+_Value = TypeVar("_Value", int, float)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised in the main thread so that temps are removed on the way out."""
+
+
+def run_command(body: Callable[[], int], interrupted: str) -> int:
+    """Run a command's body and turn what it raises into a message and an exit code.
+
+    Args:
+        body: Does the work and returns the exit code.
+        interrupted: What to print after Ctrl-C or SIGTERM.
+
+    Returns:
+        The body's code, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return body()
+    except ParoquantStreamError as error:
+        return print_error(error)
+    except (KeyboardInterrupt, Terminated) as stop:
+        print(f"interrupted; {interrupted}", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def print_error(error: ParoquantStreamError) -> int:
+    """Print an error's message, its control characters escaped, and return the exit code 1."""
+    print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
+    return 1
+
+
+def confirm(question: str, refused: ParoquantStreamError) -> None:
+    """Ask a person on the terminal. Raises `refused` unless the answer is yes."""
+    if not sys.stdin.isatty():
+        raise type(refused)(f"{refused}: {question} There is no terminal to ask on; add -y")
+    print(f"{shown(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise refused
+
+
+def add_cache_dir(parser: argparse._ActionsContainer) -> None:
+    """Add the option --cache-dir."""
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
+    )
+
+
+def add_jobs(parser: argparse._ActionsContainer, text: str) -> None:
+    """Add the option --jobs, a whole number from 1, with its help text."""
+    parser.add_argument("--jobs", type=option_type(_parse_jobs), metavar="N", help=text)
+
+
+def option_type(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
+    """Make an option's type of a parser that raises ValueError; its message is kept."""
+
+    def read(text: str) -> _Value:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _parse_jobs(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise ValueError("must be a whole number from 1 to 9999")
+    return int(text)
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:
-    """Runs a command and ends the process with its code.
+    """Run a command and end the process with its code.
 
     A reader of its output that went away (`| head -1`) ends it quietly with 141. After an interrupt
     it does not wait for workers that are still inside a system call.
@@ -29,6 +108,10 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
 def _run(main: Callable[[], int]) -> int:
     try:
         return main()
@@ -37,7 +120,7 @@ def _run(main: Callable[[], int]) -> int:
 
 
 def _drop_output() -> None:
-    """Gives what is still buffered a place to go: the interpreter flushes once more at its end."""
+    """Give what is still buffered a place to go: the interpreter flushes once more at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.converter import convert
@@ -20,6 +17,7 @@ from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
 from ..text import bytes_text, shown
 from ..trace import Trace, written_to
+from .common import Terminated, confirm, run_command
 from .convert_options import parse
 from .progress_bar import Progress
 
@@ -31,28 +29,10 @@ OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", 
 """Arguments that are fields of `ConvertOptions`."""
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread so that temps are removed on the way out."""
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse(argv)
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return _run(arguments)
-    except ParoquantStreamError as error:
-        print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, Terminated) as stop:
-        print("interrupted; finished shards are kept, run again to go on", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
+    return run_command(lambda: _run(arguments), "finished shards are kept, run again to resume")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -95,7 +75,7 @@ def _prepare(model: str, executor: Executor | None, arguments: argparse.Namespac
     if arguments.dry_run:
         _print_survey(request, arguments)
     elif request.options.drop_source and request.source.remote is None and not arguments.yes:
-        _ask(request)
+        _confirm_drop(request)
     return request
 
 
@@ -134,17 +114,13 @@ def _results(
             yield request, error
 
 
-def _ask(request: Request) -> None:
-    """Raises CheckpointError unless a person says that the model's own shards may go."""
+def _confirm_drop(request: Request) -> None:
+    """Raises CheckpointError unless a person agrees to remove the model's own shards."""
     question = (
         f"{request.source.directory}: remove each shard once it is converted? "
         f"Only the conversion in {request.store.root} will be left."
     )
-    if not sys.stdin.isatty():
-        raise CheckpointError(f"{question} There is no terminal to ask on; say so with -y")
-    print(f"{shown(question)} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise CheckpointError("nothing was converted and nothing removed")
+    confirm(question, CheckpointError("nothing was converted and nothing removed"))
 
 
 def _as_json(conversion: Conversion) -> dict[str, Any]:

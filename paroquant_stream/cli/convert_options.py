@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..store.format import DTYPES
+from .common import add_cache_dir, add_jobs
 
 DESCRIPTION = """\
 Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are
@@ -37,9 +38,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     _configure_workers(parser)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
-    )
+    add_cache_dir(where)
     where.add_argument(
         "--in-place", action="store_true", help="convert into MODEL/mlx, to ship with the model"
     )
@@ -72,11 +71,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--jobs",
-        type=_positive,
-        metavar="N",
-        help="shards in work at once (default: one a core, at most 8; all threads of a cluster)",
+    add_jobs(
+        parser,
+        "shards in work at once (default: one a core, at most 8; all threads of a cluster)",
     )
     parser.add_argument(
         "--executor",
@@ -87,10 +84,3 @@ def _configure_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="the cluster's scheduler, like tcp://host:8786"
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 
 from ..conversion.request import make_request
-from ..errors import ParoquantStreamError
 from ..exports.single_file import NAME
 from ..text import bytes_text, parse_size, shown
-from .convert import Terminated
+from .common import add_cache_dir, add_jobs, option_type, run_command
 from .progress_bar import Progress
 
 DESCRIPTION = """\
@@ -49,7 +44,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-size",
-        type=_size,
+        type=option_type(parse_size),
         default="5GB",
         metavar="SIZE",
         help="the most a file holds, like 500MB (default: 5GB); a larger tensor has its own file",
@@ -57,50 +52,20 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
     )
-    parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="workers (default: one a core, at most 8)"
-    )
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
-    )
+    add_jobs(parser, "workers (default: one a core, at most 8)")
+    add_cache_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
-def _size(text: str) -> int:
-    try:
-        return max(parse_size(text), 1)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,3}", text):
-        raise argparse.ArgumentTypeError("must be a number, 1 or more")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser("python -m paroquant_stream.export", description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     if arguments.out is None and not arguments.single_file:
         parser.error("OUT is needed, unless --single-file writes into the model directory")
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return _write_single(arguments) if arguments.single_file else _write_directory(arguments)
-    except ParoquantStreamError as error:
-        print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, Terminated) as stop:
-        print("interrupted; nothing was exported, run again", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
+    write = _write_single if arguments.single_file else _write_directory
+    return run_command(lambda: write(arguments), "nothing was exported, run again")
 
 
 def _write_single(arguments: argparse.Namespace) -> int:

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..api.install import install, uninstall
-from ..errors import MissingExtra, ParoquantStreamError, ProgramNotFound
+from ..errors import MissingExtraError, ParoquantStreamError, ProgramNotFoundError
 from ..store.format import DTYPES
-from ..text import shown
+from .common import add_cache_dir, add_jobs, print_error
 
 USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
 DESCRIPTION = """\
@@ -30,12 +30,8 @@ examples:
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="workers (default: one a core, at most 8)"
-    )
+    add_cache_dir(parser)
+    add_jobs(parser, "workers (default: one a core, at most 8)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="source", help="the width of floating tensors"
     )
@@ -58,23 +54,20 @@ def main(argv: list[str] | None = None) -> int:
     program = arguments.module or arguments.script
     if not program:
         parser.error("which program? -m MODULE or SCRIPT")
-    if arguments.jobs is not None and arguments.jobs < 1:
-        parser.error("--jobs must be 1 or more")
     try:
         _run(program, arguments)
     except ParoquantStreamError as error:
-        print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
-        return 1
+        return print_error(error)
     return 0
 
 
 def _run(program: list[str], arguments: argparse.Namespace) -> None:
-    """Raises ProgramNotFound, LoaderMoved, and whatever the program raises."""
+    """Raises ProgramNotFoundError, LoaderMovedError, and whatever the program raises."""
     name, as_module = program[0], bool(arguments.module)
     _set_path(name, as_module)  # first: the program's own paroquant, if it has one, is the one
     try:
         install(cache_dir=arguments.cache_dir, jobs=arguments.jobs, dtype=arguments.dtype)
-    except MissingExtra:
+    except MissingExtraError:
         print("note: paroquant is not installed, so no loader was replaced", file=sys.stderr)
     sys.argv = program
     try:
@@ -99,7 +92,7 @@ def _set_path(name: str, as_module: bool) -> None:
 
 
 def _find_module(name: str) -> None:
-    """Raises ProgramNotFound where `python -m` would say `No module named ...`."""
+    """Raises ProgramNotFoundError where `python -m` would say `No module named ...`."""
     try:
         spec = find_spec(name)
         package = spec is not None and spec.submodule_search_locations is not None
@@ -111,7 +104,7 @@ def _find_module(name: str) -> None:
     except ValueError:  # a name like `..x`
         found = None
     if found is None:
-        raise ProgramNotFound(f"-m {name}: no such module, or a package without __main__")
+        raise ProgramNotFoundError(f"-m {name}: no such module, or a package without __main__")
 
 
 def _find_script(name: str) -> None:
@@ -120,4 +113,4 @@ def _find_script(name: str) -> None:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise ProgramNotFound(f"{path}: {error.strerror}") from error
+        raise ProgramNotFoundError(f"{path}: {error.strerror}") from error

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import ParoquantStreamError, SomeFailed
+from ..errors import ParoquantStreamError, SomeModelsFailedError
 from ..execution.slots import Places, Worker
 from ..execution.threads import run_all
 from ..trace import SILENCE, Trace
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Result = Conversion | ParoquantStreamError
 
 
-def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeFailed:
+def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeModelsFailedError:
     """The error for these of `count` models."""
     listed = "\n".join(f"  {model}: {error}" for model, error in failed.items())
-    return SomeFailed(f"{len(failed)} of {count} models were not converted:\n{listed}")
+    return SomeModelsFailedError(f"{len(failed)} of {count} models were not converted:\n{listed}")
 
 
 def convert_all(

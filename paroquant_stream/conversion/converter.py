@@ -41,9 +41,8 @@ def convert(
     """Brings the store up to date with the model and publishes the manifest.
 
     Where what is `needed` of it is up to date nothing is done; else everything is converted.
-    Raises CheckpointError, MalformedFile, LayoutError, PlanError or SourceDropped before anything
-    is written; SourceChanged, SourceDamaged, StoreError, or CheckpointError for a shard that cannot
-    be fetched, leave what was published before.
+    Raises CheckpointError before anything is written; SourceChangedError, SourceDamagedError,
+    StoreError, or CheckpointError for a shard that cannot be fetched, leave what was published.
     """
     started = time.monotonic()
     request.store.check_owner()

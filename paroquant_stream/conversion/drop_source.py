@@ -29,7 +29,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
 
-from ..errors import EntryDamaged, SourceChanged, StoreError
+from ..errors import EntryDamagedError, SourceChangedError, StoreError
 from ..files.folder import Folder
 from ..plan.task import Task
 from ..store.damage import confirmed_defect
@@ -94,8 +94,8 @@ class Dropper(AbstractContextManager["Dropper"]):
         """Note that a task is done, and remove every shard that is free by that.
 
         Raises:
-            EntryDamaged: An entry is not what was written.
-            SourceChanged: A shard is not the one that was converted.
+            EntryDamagedError: An entry is not what was written.
+            SourceChangedError: A shard is not the one that was converted.
             StoreError: Something cannot be written, read or removed.
         """
         self._finished[record.shard] = record
@@ -164,20 +164,20 @@ class Dropper(AbstractContextManager["Dropper"]):
             with contextlib.ExitStack() as stack:
                 stack.callback(source.close)
                 if source.sha256() != record.source_sha256:
-                    raise SourceChanged(f"{path}: changed since it was converted; run again")
+                    raise SourceChangedError(f"{path}: changed since it was converted; run again")
                 stack.pop_all()
             self._proved[shard] = source
         return self._proved[shard]
 
     def _check_lent(self, home: Folder, lender: str, borrower: str) -> None:
-        """Raises SourceChanged unless a lender holds what the borrower's entry was made from."""
+        """Raises SourceChangedError unless a lender holds what the borrower's entry was made from."""
         if lender in self.dropped:  # checked when it went
             return
         parts = self._tasks[borrower].borrowed
         before = dict(zip(parts, self._finished[borrower].borrowed_sha256, strict=True))[lender]
         source = self._source(home, lender)
         if source.lent_sha256(parts[lender]) != before:
-            raise SourceChanged(
+            raise SourceChangedError(
                 f"{source.path}: what {borrower} borrowed from it changed since that was "
                 "converted; run again"
             )
@@ -193,7 +193,7 @@ class Dropper(AbstractContextManager["Dropper"]):
                 break
         else:
             store.discard_entry(record.key)
-            raise EntryDamaged(
+            raise EntryDamagedError(
                 f"{store.entry_path(record.key)}: {problem} when it was read back; taken out of "
                 f"use, {shard} was not removed; run again"
             )

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.shard import Shard
-from ..errors import CheckpointError, SourceDropped
+from ..errors import CheckpointError, SourceDroppedError
 from ..store.drop_record import NOTE, DropRecord, new_id, read_note, read_record, read_records
 from ..store.manifest import Manifest
 from .request import Request, read_manifest
@@ -25,7 +25,7 @@ def find_dropped(request: Request) -> DropRecord | None:
     """Find the record of the drop that shards of this model are absent by, if it was one.
 
     Raises:
-        SourceDropped: A shard that is there has other content than the one that was removed.
+        SourceDroppedError: A shard that is there has other content than the one that was removed.
         CheckpointError: Records of two models fit, or what there is cannot be read.
     """
     absent = {n for n in request.source.config.shard_names if not _is_there(request, n)}
@@ -43,11 +43,11 @@ def find_dropped(request: Request) -> DropRecord | None:
         if fitting:
             return _only(request, fitting)
     if contradicted and request.source.remote is None:
-        raise SourceDropped(contradicted)
+        raise SourceDroppedError(contradicted)
     if read_note(request.source.directory) is None:
         return _from_manifest(request, absent)
     if request.source.remote is None:
-        raise SourceDropped(
+        raise SourceDroppedError(
             f"{request.source.directory}: its shards were removed by --drop-source, and "
             f"{request.store.root} has no record of that for --dtype {request.target.dtype}; name "
             "the cache and the dtype that it was converted with, or put the shards back"
@@ -58,7 +58,7 @@ def find_dropped(request: Request) -> DropRecord | None:
 def find_manifest(request: Request) -> Manifest | None:
     """The manifest of a model, or of one that was dropped its record where the manifest is lost.
 
-    Raises NewerManifest when a record is of a newer format.
+    Raises NewerManifestError when a record is of a newer format.
     """
     if manifest := read_manifest(request):
         return manifest

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import replace
 
-from ..errors import NewerManifest, StoreError
+from ..errors import NewerManifestError, StoreError
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store
@@ -56,7 +56,7 @@ def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, S
         reason = staleness(beside, manifest, read_unknown=True, needed=needed)
         if reason is None and is_superseded(request, beside, manifest):
             reason = "made from other shards than those that --drop-source removed later"
-    except (StoreError, NewerManifest) as error:
+    except (StoreError, NewerManifestError) as error:
         reason = str(error)
     if reason or manifest is None:
         logger.warning("%s is not used: %s", store.root, reason)

@@ -13,7 +13,7 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.layout import detect
 from ..checkpoint.quantization import read_quantization
 from ..checkpoint.shard import Shard
-from ..errors import MalformedFile, SourceDropped
+from ..errors import MalformedFileError, SourceDroppedError
 from ..files.descriptor import closing
 from ..files.hashing import read_into, sha256_of
 from ..files.tensor_header import Header
@@ -96,7 +96,7 @@ def _kept_headers(drop: DropRecord, absent: Sequence[str]) -> dict[str, Header]:
     for name in absent:
         try:
             header = drop.header(name)
-        except MalformedFile:  # as the record is sealed, one that this version refuses
+        except MalformedFileError:  # as the record is sealed, one that this version refuses
             continue
         if header:
             found[name] = header
@@ -116,7 +116,7 @@ def _experts(checkpoint: Checkpoint) -> int | None:
 def work_of(request: Request, model: ModelPlan) -> Work:
     """What is to be done for each shard.
 
-    Raises SourceDropped when a shard must be read that nothing can bring.
+    Raises SourceDroppedError when a shard must be read that nothing can bring.
     """
     dropped, reasons = _usable(request, model.plan.tasks, model.dropped)
     tasks = [task for task in model.plan.tasks if task.shard not in dropped]
@@ -219,10 +219,10 @@ def _part_digest(request: Request, part: Part) -> bytes:
         return sha256_of(data)
 
 
-def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDropped:
+def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDroppedError:
     """The error for shards that must be read and were dropped; `shards`: why, by name."""
     listed = "\n  ".join(f"{shard}: {why}" for shard, why in shards.items())
-    return SourceDropped(
+    return SourceDroppedError(
         f"{request.source.directory}: {len(shards)} shards must be read again and were removed by "
         f"--drop-source; put them back, or undo the change:\n  {listed}"
     )

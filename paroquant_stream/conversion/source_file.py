@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.hub_cache import HubCache, identity
-from ..errors import SourceChanged, StoreError
+from ..errors import SourceChangedError, StoreError
 from ..files.descriptor import FileStamp, closing, pread_exactly
 from ..files.folder import Folder
 from ..files.hashing import SourceHasher, read_into, sha256_of
@@ -47,7 +47,7 @@ class SourceFile:
 
         Raises:
             StoreError: It is absent, or leads out of the directory and of its Hub cache.
-            MalformedFile: It is no regular file.
+            MalformedFileError: It is no regular file.
         """
         self.path, self._hub = home.path / shard, HubCache.of(home.path)
         self._stack = contextlib.ExitStack()
@@ -94,8 +94,8 @@ class SourceFile:
         """SHA-256 of every byte of the file, read now, through the descriptor.
 
         Raises:
-            SourceChanged: It changed while it was read.
-            UnreadableFile: The system cannot read it.
+            SourceChangedError: It changed while it was read.
+            UnreadableFileError: The system cannot read it.
         """
         hasher = SourceHasher(self.fd, (), self.stamp.size, str(self.path), lambda _: None)
         digest = hasher.finish().sha256
@@ -117,7 +117,7 @@ class SourceFile:
         return pread_exactly(self.fd, 0, length, str(self.path))
 
     def check(self) -> None:
-        """Raises SourceChanged unless the open file is as it was when it was opened, and its names
+        """Raises SourceChangedError unless the open file is as it was when it was opened, and its names
         still lead to it.
         """
         same = FileStamp.of_fd(self.fd, str(self.path)) == self.stamp
@@ -126,7 +126,7 @@ class SourceFile:
         except OSError:
             found = []
         if not same or found != [identity(status) for _, _, status in self._names]:
-            raise SourceChanged(f"{self.path}: changed since it was converted; run again")
+            raise SourceChangedError(f"{self.path}: changed since it was converted; run again")
 
     def remove(self) -> None:
         """Remove the file, and then the names that lead to it, if they lead to the file that was
@@ -136,7 +136,7 @@ class SourceFile:
         a look and an unlink somebody could replace it.
 
         Raises:
-            SourceChanged: It was replaced or changed.
+            SourceChangedError: It was replaced or changed.
             StoreError: The system does not remove it.
         """
         self.check()
@@ -165,7 +165,7 @@ class SourceFile:
         same = FileStamp.of_fd(self.fd, str(self.path)).has_content_of(self.stamp)
         if not same or identity(folder.stat(aside)) != identity(status):
             put_back(folder, aside)
-            raise SourceChanged(f"{self.path}: changed since it was converted; run again")
+            raise SourceChangedError(f"{self.path}: changed since it was converted; run again")
         folder.unlink(aside)
 
 

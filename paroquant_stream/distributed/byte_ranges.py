@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from ..errors import MalformedFile
+from ..errors import MalformedFileError
 from ..files.tensor_header import TensorInfo
 from ..files.tensor_writer import lay_out
 from ..store.damage import take_out
@@ -45,8 +45,8 @@ class EntrySlices:
         """The slice of an array, evaluated; unread where the array is not as it was stored, and
         where experts are divided among ranks.
 
-        Raises EntryDamaged, the entry taken out of use, when it ends too early; StoreError,
-        UnreadableFile.
+        Raises EntryDamagedError, the entry taken out of use, when it ends too early; StoreError,
+        UnreadableFileError.
         """
         _, places = self._places.get(id(array), (None, []))
         if not places or (len(places) > 1 and part.axis == 0):
@@ -61,7 +61,7 @@ class EntrySlices:
         label = str(self._store.entry_path(key))
         try:
             return read_slice(self._fd(key), tensor, part, label)
-        except MalformedFile as error:
+        except MalformedFileError as error:
             raise take_out(self._store, self._records[key], str(error)) from error
 
     def _fd(self, key: str) -> int:

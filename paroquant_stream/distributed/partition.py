@@ -19,10 +19,10 @@ from ..backends.backend import Backend, keep_pipeline_layers
 from ..backends.selection import TOWER_PREFIXES, select_backend
 from ..checkpoint.config import CONFIG_NAME, ModelConfig
 from ..checkpoint.config_bounds import check_config
-from ..errors import AssemblyError, NoSuchPart
+from ..errors import AssemblyError, MissingPartError
 from ..files.tensor_header import TensorSpec
 from .split import Split
-from .tensor_parallel import Take, shard
+from .tensor_parallel import Take, split_tensors
 
 _LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.")
 """In checkpoints, mlx-lm and mlx-vlm; layers of towers and of token prediction are called
@@ -64,7 +64,7 @@ def part_of(
         class_config: Gives the config for the model's class; called for a pipeline alone.
 
     Raises:
-        NoSuchPart: The model has not these layers, its class offers no pipeline, or there are
+        MissingPartError: The model has not these layers, its class offers no pipeline, or there are
             more ranks than layers.
         AssemblyError: The config has larger numbers than the tensors allow.
     """
@@ -77,7 +77,7 @@ def part_of(
     if layers is not None:
         count = 1 + max((n for n in map(_layer_of, names) if n is not None), default=-1)
         if layers.stop > count:
-            raise NoSuchPart(
+            raise MissingPartError(
                 f"{config.directory}: layers {layers.start} to {layers.stop - 1} were asked for, "
                 f"the model has {count}, numbered from 0"
             )
@@ -101,10 +101,10 @@ def cut(model: nn.Module, split: Split, part: Part, take: Take | None) -> None:
     """Leaves an assembled, unevaluated model its part; what goes was never read.
 
     The parameters have been checked against the whole model, and only what is left now is read;
-    `take` gives the parts of tensors. Raises ShardingError.
+    `take` gives the parts of tensors. Raises SplitError.
     """
     if split.by_tensors:
-        shard(model, split.group, lazy=True, take=take)
+        split_tensors(model, split.group, take)
     elif split.group is not None:
         keep_pipeline_layers(model, split.group)
     elif part.layers is not None:
@@ -138,8 +138,8 @@ class AbsentLayer(nn.Module):
         self._number, self._loaded = number, loaded
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        """Raises NoSuchPart."""
-        raise NoSuchPart(
+        """Raises MissingPartError."""
+        raise MissingPartError(
             f"layer {self._number} was not loaded, only {self._loaded.start} to "
             f"{self._loaded.stop - 1}: call those layers one by one, not the whole model"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.dtypes import MLX_DTYPES
-from ..errors import MalformedFile
+from ..errors import MalformedFileError
 from ..files.descriptor import unreadable
 from ..files.tensor_header import DTYPE_BYTES, TensorInfo
 
@@ -83,7 +83,7 @@ def read_slice(fd: int, tensor: TensorInfo, part: Slice, label: str) -> mx.array
     """The slice of a stored tensor, evaluated, the bits of `part.of(the whole one)`.
 
     Reads its bytes and no others, except between pieces of less than 64 KiB. Holds the slice twice
-    for a moment. `label` names the file in errors. Raises UnreadableFile, and MalformedFile when
+    for a moment. `label` names the file in errors. Raises UnreadableFileError, and MalformedFileError when
     the file ends too early.
     """
     size, shape = DTYPE_BYTES[tensor.dtype], list(tensor.shape)
@@ -135,5 +135,7 @@ def _read_into(fd: int, into: NDArray[np.uint8], offset: int, label: str) -> Non
         except OSError as error:
             raise unreadable(label, error) from error
         if not count:
-            raise MalformedFile(f"{label}: ends {len(left):,} bytes before its header says it does")
+            raise MalformedFileError(
+                f"{label}: ends {len(left):,} bytes before its header says it does"
+            )
         left, offset = left[count:], offset + count

@@ -1,4 +1,4 @@
-"""shard(): tensor parallelism. Each rank of a group keeps its part of every layer.
+"""split_tensors(): tensor parallelism. Each rank of a group keeps its part of every layer.
 
 The model class's own `shard` of mlx-lm says which layer is cut along its outputs and which along
 its inputs. Rotated layers pass through it as the quantized layers that they are without their
@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.nn.layers import distributed
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ..errors import ParoquantStreamError, ShardingError
+from ..errors import ParoquantStreamError, SplitError
 from ..rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from .slices import Slice, rank_slice
 
@@ -31,54 +31,34 @@ _ROTATION = {"theta": 2, "pairs": 1, "channel_scales": 1}
 _lock = threading.Lock()
 
 
-def shard(
-    model: nn.Module,
-    group: Any = None,
-    *,
-    lazy: bool = False,
-    take: Take | None = None,
-) -> None:
-    """Leaves in `model` what this rank of `group` needs for its part of every layer; all ranks call
-    it, each with a model of its own, and then call the model with the same inputs.
+def split_tensors(model: nn.Module, group: Any, take: Take | None = None) -> None:
+    """Leave in a model what this rank of a group needs for its part of every layer.
 
-    `model`: from `load`, best with `lazy=True`: its weights are then read one layer at a time, each
-    freed when its part is cut out. `group`: an `mx.distributed` group, default all processes.
-    `lazy`: leaves that reading to whoever uses the weights first. `take`: gives the parts, once it
-    is sure that the model can be split; default: they are cut out of the model's own arrays.
-    Raises ShardingError, the model as it was, when its class cannot be split, or a layer or its
-    heads do not divide over the ranks.
+    All ranks call it, each with a model of its own, and then call the model with the same inputs.
+    Nothing is evaluated.
+
+    Args:
+        model: Its weights not read yet, so that no more is read than is needed.
+        group: An `mx.distributed` group.
+        take: Gives the parts, once it is sure that the model can be split; by default they are cut
+            out of the model's own arrays.
+
+    Raises:
+        SplitError: Its class cannot be split, or a layer or its heads do not divide over the ranks;
+            the model is as it was.
     """
-    group = group or mx.distributed.init()
     if not hasattr(model, "shard"):
-        raise ShardingError(
+        raise SplitError(
             f"{type(model).__module__}.{type(model).__name__}: expected a model class that has "
             "shard(), this one has none; run it in one process or split it by layers (of a vision "
             "model the text part may have one: load it with force_text=True)"
         )
     if group.size() > 1:
-        _split(model, group, take)  # returns before anything is read: it knows the whole arrays
-    if not lazy:
-        evaluate(model)
-        # A rank that is far ahead would wait inside its first layer, where a GPU gives up
-        mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
-
-
-def evaluate(model: nn.Module) -> None:
-    """Reads the parameters of a lazy model layer by layer, so that of what is cut off no more than
-    one layer's is ever in memory.
-
-    Raises ShardingError when MLX cannot read one; the model is then of no use.
-    """
-    try:
-        read_by_layer(model)
-    except RuntimeError as error:  # a second eval would give zeros
-        raise ShardingError(
-            f"MLX could not read the weights: {error}; load the model again"
-        ) from error
+        _split(model, group, take)
 
 
 def read_by_layer(model: nn.Module) -> None:
-    """As `evaluate`, with MLX's own error."""
+    """Evaluate a model layer by layer, so that of what is cut off one layer at most is in memory."""
     for module in model.modules():
         mx.eval([array for array in module.values() if isinstance(array, mx.array)])
 
@@ -97,7 +77,7 @@ def _cut_layers(model: nn.Module, group: Any, cutter: _Cutter) -> None:
     kinds = RotateQuantizedLinear, RotateSwitchGLU
     layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
     if any(getattr(layer, "ranks", None) for layer in layers.values()):
-        raise ShardingError(f"{type(model).__name__}: is split already; load it again to split it")
+        raise SplitError(f"{type(model).__name__}: is split already; load it again to split it")
     rotations = {path: _without_rotations(layer) for path, layer in layers.items()}
     with _in_the_place_of_mlx(cutter):
         model.shard(group)
@@ -113,7 +93,7 @@ def _cut_layers(model: nn.Module, group: Any, cutter: _Cutter) -> None:
                     array = cutter.cut(name, array, groups)
                 layer[prefix + leaf] = array
             if layer[f"{prefix}pairs"].shape[1] != weights.scales.shape[-1] * layer.group_size:
-                raise ShardingError(f"{path}: its class cuts its inputs in a way not known here")
+                raise SplitError(f"{path}: its class cuts its inputs in a way not known here")
 
 
 def _without_rotations(layer: RotatedLayer) -> dict[str, mx.array]:
@@ -146,7 +126,7 @@ class _Cutter:
             try:
                 part = rank_slice(array.shape, axis, segments, group.rank(), group.size())
             except ValueError as error:
-                raise ShardingError(
+                raise SplitError(
                     f"{name or path}, shape {array.shape}: {error}; take a number of ranks that "
                     "divides it"
                 ) from error
@@ -215,7 +195,7 @@ def _all_or_nothing(
 ) -> Iterator[list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]]]:
     """Every module's path, items and attributes before the body; put back when it fails.
 
-    Raises ShardingError for what else the body raises.
+    Raises SplitError for what else the body raises.
     """
     before = [(path, m, dict(m), dict(vars(m))) for path, m in model.named_modules()]
     try:
@@ -228,7 +208,7 @@ def _all_or_nothing(
             vars(module).update(attributes)
         if isinstance(error, ParoquantStreamError) or not isinstance(error, Exception):
             raise
-        raise ShardingError(f"{type(model).__module__}, {count} ranks: {error}") from error
+        raise SplitError(f"{type(model).__module__}, {count} ranks: {error}") from error
 
 
 def _check_divided(path: str, before: dict[str, Any], after: dict[str, Any], count: int) -> None:
@@ -240,7 +220,7 @@ def _check_divided(path: str, before: dict[str, Any], after: dict[str, Any], cou
         if type(old) is not int or type(new) is not int or new >= old or new * count == old:
             continue
         if new != 1 or count % old:
-            raise ShardingError(
+            raise SplitError(
                 f"{path}: its {name} of {old} does not divide over {count} ranks; take a number of "
                 "ranks that divides it"
             )

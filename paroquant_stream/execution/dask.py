@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, Executor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ..errors import MissingExtra, WorkersLost
+from ..errors import MissingExtraError, WorkersLostError
 from ..text import one_line
 from .threads import PATIENCE
 
@@ -18,13 +18,13 @@ CONNECT = 10.0  # s for a scheduler to answer, and for the first of its workers 
 
 @contextmanager
 def cluster(scheduler: str) -> Iterator[Executor]:
-    """The workers of the Dask scheduler at this address. Raises WorkersLost, MissingExtra."""
+    """The workers of the Dask scheduler at this address. Raises WorkersLostError, MissingExtraError."""
     import asyncio
 
     try:
         import distributed
     except ImportError as error:
-        raise MissingExtra(
+        raise MissingExtraError(
             f"a Dask cluster needs its client: pip install 'paroquant_stream[dask]' ({error})"
         ) from error
     for name in ("distributed", "distributed.client"):  # the two that its own config sets a level
@@ -33,7 +33,9 @@ def cluster(scheduler: str) -> Iterator[Executor]:
         asyncio.run(_reach(scheduler))  # a client that finds nobody takes 20 s to be deleted
         client = distributed.Client(scheduler, timeout=CONNECT, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
-        raise WorkersLost(f"{scheduler}: no Dask scheduler answers ({one_line(error)})") from error
+        raise WorkersLostError(
+            f"{scheduler}: no Dask scheduler answers ({one_line(error)})"
+        ) from error
     try:
         yield client.get_executor(pure=False)
     finally:
@@ -52,11 +54,11 @@ def client_of(executor: Executor) -> Any:
 
 @contextmanager
 def asking(client: Any) -> Iterator[None]:
-    """Raises WorkersLost where the scheduler or its workers do not answer."""
+    """Raises WorkersLostError where the scheduler or its workers do not answer."""
     try:
         yield
     except (OSError, RuntimeError, TimeoutError, CancelledError) as error:
-        raise WorkersLost(
+        raise WorkersLostError(
             f"{client_name(client)} or its workers do not answer ({one_line(error)})"
         ) from error
 

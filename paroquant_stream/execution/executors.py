@@ -22,7 +22,7 @@ from concurrent.futures import (
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import WorkersLost, WorkersUnfit
+from ..errors import WorkersLostError, WorkersUnfitError
 from ..text import one_line
 from .dask import CONNECT, asking, client_name, client_of
 
@@ -40,7 +40,7 @@ def call_elsewhere(
 ) -> _Result:
     """`function(*arguments)` of a worker of the executor; `check()` may raise meanwhile.
 
-    Raises what the function raised, and WorkersLost when the executor cannot run it.
+    Raises what the function raised, and WorkersLostError when the executor cannot run it.
     """
     future: Future[_Result] | None = None
     client, looked = client_of(executor), time.monotonic()
@@ -58,7 +58,7 @@ def call_elsewhere(
         if not _is_of_executor(error):
             raise
         who = client_name(client) if client else "the executor"
-        raise WorkersLost(
+        raise WorkersLostError(
             f"{who} or its workers failed ({one_line(error)}); finished shards are kept, run "
             "again to go on"
         ) from error
@@ -82,14 +82,14 @@ def width(executor: Executor) -> int | None:
 
 
 def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
-    """Raises WorkersUnfit when a worker that can be asked lacks this version of the package or one
+    """Raises WorkersUnfitError when a worker that can be asked lacks this version of the package or one
     of the files; names each worker. Of a Dask cluster every worker and the scheduler are asked.
 
     The questions are functions of the standard library, which a worker without us can answer.
     """
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
-        raise WorkersUnfit(
+        raise WorkersUnfitError(
             "a forked worker hangs once MLX or a thread was used before the fork: "
             "ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn'))"
         )
@@ -113,7 +113,7 @@ def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
                 _compare(defects, worker, what, ask(what), answer)
     if defects:
         listed = "\n  ".join(f"{address}: {defect}" for address, defect in defects.items())
-        raise WorkersUnfit(
+        raise WorkersUnfitError(
             "not every worker can convert; it needs this version of paroquant_stream, and the "
             f"model and the cache at the same paths of a shared file system:\n  {listed}"
         )

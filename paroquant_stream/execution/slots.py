@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from ..errors import Cancelled
+from ..errors import RunCancelledError
 from ..trace import SILENCE, Trace
 
 _LOOK = 0.2  # s between looks at whether to stop, while waiting for a place
@@ -56,18 +56,18 @@ class Places:
         return shared
 
     def stop(self) -> None:
-        """From now on `check` raises Cancelled."""
+        """From now on `check` raises RunCancelledError."""
         self._stop.set()
 
     def check(self) -> None:
-        """Raises Cancelled once the run is to end; a job calls it after every chunk."""
+        """Raises RunCancelledError once the run is to end; a job calls it after every chunk."""
         if self._stop.is_set():
-            raise Cancelled("another shard failed or the run was interrupted")
+            raise RunCancelledError("another shard failed or the run was interrupted")
         if self._above:
             self._above.check()
 
     def wait(self) -> Buffers:
-        """A place for a job, as soon as there is one. Raises Cancelled."""
+        """A place for a job, as soon as there is one. Raises RunCancelledError."""
         while True:
             self.check()
             with contextlib.suppress(queue.Empty):

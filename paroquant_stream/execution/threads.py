@@ -29,7 +29,7 @@ def run_all(
 ) -> Iterator[_Result]:
     """`function(item, worker)` of every item, as they finish, at most `jobs` at work at once.
 
-    `worker.check()` raises Cancelled once another job has failed or the caller was interrupted; a
+    `worker.check()` raises RunCancelledError once another job has failed or the caller was interrupted; a
     job calls it after every chunk. The first error is raised when every running job has ended;
     an interrupt after `PATIENCE`, with jobs perhaps still running. `places`: a share of places
     that other runs use too; the end of this run stops it.

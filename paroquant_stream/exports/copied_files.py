@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model_files import MAX_JSON, MAX_TEXT, TEMPLATES, check_size, open_inside
-from ..errors import CheckpointError, MalformedFile
-from ..files.atomic_file import new_file_at
+from ..errors import CheckpointError, MalformedFileError
 from ..files.descriptor import closing, file_status
 from ..files.hashing import CHUNK, read_chunks
+from ..files.new_file import new_file_at
 from ..files.strict_json import strict_json
 
 JSON = (
@@ -53,7 +53,7 @@ def files_to_export(directory: Path) -> list[str]:
     Raises:
         CheckpointError: One of them lies outside of the model, or is larger than any model's, or
             there are more templates than any model has.
-        MalformedFile: One of them is a pipe, socket or device.
+        MalformedFileError: One of them is a pipe, socket or device.
     """
     names = [
         name
@@ -76,9 +76,9 @@ def export_files(directory: Path, names: Iterable[str], target: Path) -> None:
 
     Raises:
         CheckpointError: A file was changed meanwhile and is now none to take along.
-        MalformedFile: Settings are not valid JSON.
-        SourceChanged: A file became shorter while it was read.
-        UnreadableFile: The system cannot read it.
+        MalformedFileError: Settings are not valid JSON.
+        SourceChangedError: A file became shorter while it was read.
+        UnreadableFileError: The system cannot read it.
         StoreError: It cannot be written.
     """
     for name in names:
@@ -105,7 +105,7 @@ def without_code(value: Any, label: str) -> Any:
         An equal value without those keys.
 
     Raises:
-        MalformedFile: It is nested too deep.
+        MalformedFileError: It is nested too deep.
     """
     return _without_code(value, label, 0)
 
@@ -160,7 +160,9 @@ def _clean(text: bytes, label: str) -> bytes:
 
 def _without_code(value: Any, label: str, depth: int) -> Any:
     if depth > _DEEPEST:
-        raise MalformedFile(f"{label}: nested deeper than {_DEEPEST} levels, as no settings are")
+        raise MalformedFileError(
+            f"{label}: nested deeper than {_DEEPEST} levels, as no settings are"
+        )
     if type(value) is list:
         return [_without_code(item, label, depth + 1) for item in value]
     if type(value) is not dict:

@@ -26,7 +26,7 @@ FORMAT = 1
 def stored_in_export(config: ModelConfig) -> TensorSource:
     """The tensors of an exported directory; no code in it is run.
 
-    Raises CheckpointError, MalformedFile or LayoutError when it is damaged.
+    Raises CheckpointError, MalformedFileError or LayoutError when it is damaged.
     """
     directory, checkpoint = config.directory, open_checkpoint(config)
     _check_format(config.values[EXPORTED], directory)

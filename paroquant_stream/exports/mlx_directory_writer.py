@@ -19,9 +19,9 @@ from ..checkpoint.model_files import check_directory
 from ..conversion.in_place import converted
 from ..conversion.progress import Progress
 from ..conversion.request import Request, make_request
-from ..errors import CheckpointError, EntryDamaged
+from ..errors import CheckpointError, EntryDamagedError
 from ..files.atomic_directory import new_directory
-from ..files.atomic_file import new_file_at
+from ..files.new_file import new_file_at
 from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
@@ -75,7 +75,7 @@ def export_model(
     vision model the text part is written.
 
     Raises what `load` raises, CheckpointError when `out` exists or its parent does not, and
-    UnwritableFile or StoreError when it cannot be written.
+    UnwritableFileError or StoreError when it cannot be written.
     """
     target = Path(os.path.abspath(Path(out).expanduser()))
     if os.path.lexists(target):
@@ -99,7 +99,9 @@ def export_model(
             raise
         return _write_directory(request, manifest, store, target, self_contained, shard_size)
 
-    with contextlib.suppress(EntryDamaged):  # logged, and taken out of use: it is converted again
+    with contextlib.suppress(
+        EntryDamagedError
+    ):  # logged, and taken out of use: it is converted again
         return attempt()
     return attempt()
 

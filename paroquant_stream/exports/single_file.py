@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.shard import SHARD_NAME, Shard
-from ..errors import MalformedFile
+from ..errors import MalformedFileError
 from ..files.descriptor import closing, pread_exactly
 from ..files.hashing import hash_parts
 from ..files.strict_json import strict_json
@@ -84,7 +84,7 @@ def with_digest(header: bytes, digest: str, before: str = NO_DIGEST) -> bytes:
 def hash_single(fd: int, header_size: int, label: str, digest: str = NO_DIGEST) -> str:
     """XXH3-128 of the file at `fd` with zeros in the place of the `digest` that its header has.
 
-    Raises UnreadableFile, SourceChanged when the file becomes shorter meanwhile.
+    Raises UnreadableFileError, SourceChangedError when the file becomes shorter meanwhile.
     """
     header = pread_exactly(fd, 0, header_size, label)
     return hash_parts(with_digest(header, NO_DIGEST, digest), fd, label)
@@ -94,7 +94,7 @@ def hash_single(fd: int, header_size: int, label: str, digest: str = NO_DIGEST) 
 def opened(directory: Path) -> Iterator[SingleFile | None]:
     """The single file in a model directory, open during the body, or None if there is none.
 
-    Raises MalformedFile for a header that is not valid and for metadata that is ours and damaged;
+    Raises MalformedFileError for a header that is not valid and for metadata that is ours and damaged;
     CheckpointError for a link that leads out of the directory.
     """
     shard = Shard(NAME, directory / NAME)
@@ -107,19 +107,21 @@ def opened(directory: Path) -> Iterator[SingleFile | None]:
 
 
 def _read_origin(metadata: Mapping[str, str], label: str) -> Origin | None:
-    """What metadata of ours says; None when it is not ours. Raises MalformedFile."""
+    """What metadata of ours says; None when it is not ours. Raises MalformedFileError."""
     if not metadata.get("writer", "").startswith(_WRITER):
         return None
     if metadata.get("names") != "checkpoint":
-        raise MalformedFile(f"{label}: written by a newer version of paroquant_stream")
+        raise MalformedFileError(f"{label}: written by a newer version of paroquant_stream")
     text = metadata.get("sources", "").encode("utf-8", "surrogatepass")  # which it then refuses
     sources = strict_json(text, f"{label}, its sources")
     if type(sources) is not dict or not 0 < len(sources) <= MAX_SHARDS:
-        raise MalformedFile(f"{label}: its sources are no map of 1 to {MAX_SHARDS:,} shards")
+        raise MalformedFileError(f"{label}: its sources are no map of 1 to {MAX_SHARDS:,} shards")
     for shard, sha256 in sources.items():
         if not SHARD_NAME.fullmatch(shard) or not _SHA256.fullmatch(str(sha256)):
-            raise MalformedFile(f"{label}: its sources name {shard[:80]!r}, no shard and SHA-256")
+            raise MalformedFileError(
+                f"{label}: its sources name {shard[:80]!r}, no shard and SHA-256"
+            )
     digest = metadata.get("xxh3", "")
     if not _DIGEST.fullmatch(digest):
-        raise MalformedFile(f"{label}: its xxh3 is no digest")
+        raise MalformedFileError(f"{label}: its xxh3 is no digest")
     return Origin(metadata.get("transform", ""), sources, digest)

@@ -20,9 +20,9 @@ import xxhash
 from ..conversion.in_place import converted
 from ..conversion.progress import Progress
 from ..conversion.request import Request
-from ..errors import EntryDamaged, UnwritableFile
+from ..errors import EntryDamagedError, UnwritableFileError
 from ..files import temp_files
-from ..files.atomic_file import reserve, write_problem
+from ..files.atomic_file import AtomicFile, write_problem
 from ..files.descriptor import closing
 from ..files.folder import Folder
 from ..files.hashing import CHUNK, read_chunks
@@ -47,7 +47,7 @@ def export_single_file(
     `write_single_file` raise; a damaged entry is converted again, once.
     """
     if request.source.remote and out is None:
-        raise UnwritableFile(
+        raise UnwritableFileError(
             f"{request.source.name}: say where {NAME} shall be; a Hub cache is not ours"
         )
     out = out or request.source.directory
@@ -60,21 +60,21 @@ def export_single_file(
 
     try:
         return path, attempt()
-    except EntryDamaged as error:
+    except EntryDamagedError as error:
         logger.warning("%s", error)
     return path, attempt()
 
 
 def _check_free(path: Path) -> None:
     if os.path.lexists(path):
-        raise UnwritableFile(f"{path}: is there already; remove it to have it written anew")
+        raise UnwritableFileError(f"{path}: is there already; remove it to have it written anew")
 
 
 def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
     """Writes the converted model as one file and returns its bytes; memory stays at a few MB.
 
     Tensors keep the checkpoint's names and their bits; stacks of experts are whole. Raises, and
-    leaves nothing behind: UnwritableFile when `path` exists or cannot be written, EntryDamaged,
+    leaves nothing behind: UnwritableFileError when `path` exists or cannot be written, EntryDamagedError,
     after taking the entry out of use, when an entry is not what was written; StoreError when one is
     absent.
     """
@@ -119,7 +119,7 @@ def _places(
 
 
 def _copy_entry(record: EntryRecord, store: Store, target: int, places: dict[str, int]) -> None:
-    """Copies an entry's tensors to their places. Raises EntryDamaged when they are not its own."""
+    """Copies an entry's tensors to their places. Raises EntryDamagedError when they are not its own."""
     label = str(store.entry_path(record.key))
     problem: str | None = None
     for _ in range(2):  # one bad read is no damage
@@ -159,29 +159,20 @@ def _write_at(fd: int, view: memoryview, place: int) -> None:
 def _new_file(path: Path, size: int) -> Iterator[int]:
     """A descriptor of a temp beside `path`, published under that name after the body.
 
-    Removed when the body raises. Raises UnwritableFile.
+    Removed when the body raises. Raises UnwritableFileError.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    name = temp_files.temp_name()
-    temp = f".{path.name}.{name}"
     try:
         with Folder.open(path.parent) as folder:
             _sweep(folder, path.name)
-            fd = os.open(temp, flags, 0o666, dir_fd=folder.fd)
+            temp = f".{path.name}.{temp_files.temp_name()}"
+            file = AtomicFile(folder, temp, size, 0o666, direct=False)
             try:
-                with closing(fd):
-                    temp_files.hold(name, fd)
-                    reserve(fd, size)
-                    yield fd
-                    os.fsync(fd)
-                    folder.replace(temp, folder, path.name)
-                folder.sync()
+                yield file.fd
+                file.publish(folder, path.name, size)
             finally:
-                temp_files.release(name)
-                with contextlib.suppress(OSError):
-                    folder.unlink(temp)
+                file.discard()
     except OSError as error:  # reads of entries raise errors of their own kinds
-        raise UnwritableFile(write_problem(path, size, error)) from error
+        raise UnwritableFileError(write_problem(path, size, error)) from error
 
 
 def _sweep(folder: Folder, target: str) -> None:

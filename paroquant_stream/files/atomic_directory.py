@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UnwritableFile
-from .atomic_file import sync_directory
+from ..errors import UnwritableFileError
+from .atomic_file import free_bytes, sync_directory
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def new_directory(target: Path, needed: int) -> Iterator[Path]:
     """A new directory to fill, called `target` once the body is done and gone if it fails.
 
     `needed`: bytes that the body is going to write. The body makes its files durable itself. Raises
-    UnwritableFile.
+    UnwritableFileError.
     """
     temp = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
@@ -35,12 +35,11 @@ def new_directory(target: Path, needed: int) -> Iterator[Path]:
 
 def _check_room(target: Path, needed: int) -> None:
     try:
-        status = os.statvfs(target.parent)
+        free = free_bytes(target.parent)
     except OSError as error:
         raise _unwritable(target, error) from error
-    free = status.f_bavail * status.f_frsize
     if free < needed:
-        raise UnwritableFile(
+        raise UnwritableFileError(
             f"{target}: {needed:,} bytes needed, {free:,} free; make room and run again"
         )
 
@@ -57,7 +56,7 @@ def _rename(temp: Path, target: Path) -> None:
         raise _unwritable(target, error) from error
 
 
-def _unwritable(target: Path, error: OSError) -> UnwritableFile:
-    return UnwritableFile(
+def _unwritable(target: Path, error: OSError) -> UnwritableFileError:
+    return UnwritableFileError(
         f"{target}: cannot be written: {error.strerror}; name a directory that can be"
     )

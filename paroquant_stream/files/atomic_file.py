@@ -1,178 +1,78 @@
-"""One new file of the store: written and hashed as a temp, then published whole under its name.
+"""A file outside of its name until it is whole: a temp, then fsync, rename, fsync of the directory.
 
-Publishing is: temp file, fsync, rename, fsync of the directory. Without the first fsync a power cut
-leaves a committed name with no bytes (seen on ext4); without the second, no name.
+Without the first fsync a power cut leaves a committed name with no bytes (seen on ext4); without
+the second, no name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import mmap
 import os
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import xxhash
 
 from ..errors import StoreError
-from ..trace import SILENCE, Trace
 from . import temp_files
 from .descriptor import FileStamp
 from .folder import Folder
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
-
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
-_BLOCK = 4 << 20  # bytes a write; a multiple of any disk's blocks, as O_DIRECT wants it
-_BLOCKS = 3  # on their way to the disk
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-class NewFile:
-    """A temp file of the store; `write` hashes, `publish` gives it its name.
+class AtomicFile:
+    """A temp file with its lease; `publish` gives it its name, `discard` removes it."""
 
-    Whole blocks go to the disk in a thread of their own, past the page cache where the system can:
-    into it, 3.7 GB cost 3 to 7 s of a core on a machine whose free memory is not backed, past it
-    0.2 s, and nothing that others have cached is driven out.
-    """
+    def __init__(self, folder: Folder, name: str, size: int, mode: int, direct: bool) -> None:
+        """Make a temp in a directory that stays open as long as this file.
 
-    def __init__(
-        self, folder: Folder, name: str, size: int, mode: int, trace: Trace = SILENCE
-    ) -> None:
-        """Make the temp `name` in a directory that stays open as long as this file."""
-        self._folder, self._name = folder, name
-        self._size, self._written, self._trace = size, 0, trace
-        self._published = False
-        self._hash = xxhash.xxh3_128()
-        self._block, self._filled = memoryview(b""), 0
-        self._spare: list[memoryview] = []
-        self._writer: ThreadPoolExecutor | None = None
-        self._pending: deque[tuple[Future[None], memoryview]] = deque()
+        Args:
+            folder: Where the temp lies.
+            name: Its name; ends in one of `temp_files.temp_name`, by which a sweep knows it.
+            size: Bytes to reserve on the disk.
+            mode: Permission bits.
+            direct: Whether to write past the page cache, where the file system can.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        self._folder, self._name, self._published = folder, name, False
+        self.fd = -1
+        temp_files.announce(name)  # before it exists: another thread may sweep just now
         try:
-            temp_files.announce(name)  # before it is there: another thread's sweep may be looking
-            self._fd = _create(folder, name, mode, direct=size >= _BLOCK)
-            try:
-                temp_files.hold(name, self._fd)
-                reserve(self._fd, size)
-            except OSError:
-                self.discard()
-                raise
-        except OSError as error:
-            temp_files.release(name)
-            raise _write_error(self.path, size, error) from error
+            self.fd = _create(folder, name, mode, direct)
+            temp_files.hold(name, self.fd)
+            _reserve(self.fd, size)
+        except OSError:
+            self.discard()
+            raise
 
     @property
     def path(self) -> Path:
         """Where the temp lies until it is published."""
         return self._folder.path / self._name
 
-    @property
-    def size(self) -> int:
-        """Bytes that it has once it is published."""
-        return self._size
-
-    @property
-    def digest(self) -> str:
-        """XXH3-128 of the bytes written so far, in hex."""
-        return self._hash.hexdigest()
-
-    def write(self, chunk: memoryview) -> None:
-        """Appends all of `chunk`, which may change afterwards. Raises StoreError, perhaps for what
-        was written before.
-        """
-        self._hash.update(chunk)
-        chunk = chunk.cast("B")
-        while chunk:
-            if not self._block:
-                self._block = self._empty_block()
-            count = min(_BLOCK - self._filled, len(chunk))
-            self._block[self._filled : self._filled + count] = chunk[:count]
-            self._filled += count
-            chunk = chunk[count:]
-            if self._filled == _BLOCK:
-                self._hand_over()
-
-    def _empty_block(self) -> memoryview:
-        """Memory for a block, or for the rest of the file; on a page, as O_DIRECT wants it."""
-        if len(self._pending) == _BLOCKS:
-            self._wait(1)
-        if self._spare:
-            return self._spare.pop()
-        space = mmap.mmap(-1, min(_BLOCK, max(self._size - self._written, 1)))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):
-                space.madvise(mmap.MADV_HUGEPAGE)
-        return memoryview(space)
-
-    def _hand_over(self) -> None:
-        """Lets the full block be written."""
-        if self._writer is None:
-            from concurrent.futures import (
-                ThreadPoolExecutor,  # 3 ms, which a run without work saves
-            )
-
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        block, self._block, self._filled = self._block, memoryview(b""), 0
-        self._pending.append((self._writer.submit(self._write, block), block))
-
-    def _wait(self, count: int) -> None:
-        """Returns when the oldest `count` blocks are written. Raises what writing them raised."""
-        for _ in range(count):
-            future, block = self._pending.popleft()
-            future.result()
-            self._spare.append(block)
-
-    def _write(self, block: memoryview) -> None:
-        with self._trace.span("write"):
-            try:
-                while block:
-                    count = self._write_some(block)
-                    self._written += count
-                    block = block[count:]
-            except OSError as error:
-                raise _write_error(self.path, self._size - self._written, error) from error
-
-    def _write_some(self, block: memoryview) -> int:
-        try:
-            return os.write(self._fd, block)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not _past_the_cache(self._fd):
-                raise
-            _through_the_cache(self._fd)  # after a short write the rest may be no whole blocks
-            return os.write(self._fd, block)
-
-    def publish(self, folder: Folder, name: str) -> FileStamp:
-        """Makes the file durable under a name, in place of what has it; returns its stamp.
+    def publish(self, folder: Folder, name: str, size: int) -> FileStamp:
+        """Make the file durable under a name, in place of what has it, and return its stamp.
 
         Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel
-        has dropped the pages by then. Raises StoreError.
+        has dropped the pages by then.
+
+        Raises:
+            StoreError: It has not `size` bytes.
+            OSError: It cannot be made durable.
         """
-        self._wait(len(self._pending))
-        try:
-            _through_the_cache(self._fd)
-            self._write(self._block[: self._filled])
-            os.fsync(self._fd)
-            # fallocate gives the file its size at once: a write that was lost shows in the offset
-            reached = min(os.fstat(self._fd).st_size, os.lseek(self._fd, 0, os.SEEK_CUR))
-            if not reached == self._written == self._size:
-                raise StoreError(f"{self.path}: {reached:,} bytes on disk, {self._size:,} expected")
-            self._folder.replace(self._name, folder, name)
-            self._published = True
-            folder.sync()
-            return FileStamp.of(os.fstat(self._fd))
-        except OSError as error:
-            raise _write_error(folder.path / name, 0, error) from error
+        os.fsync(self.fd)
+        if (reached := os.fstat(self.fd).st_size) != size:
+            raise StoreError(f"{self.path}: {reached:,} bytes on disk, {size:,} expected")
+        self._folder.replace(self._name, folder, name)
+        self._published = True
+        folder.sync()
+        return FileStamp.of(os.fstat(self.fd))
 
     def discard(self) -> None:
-        """Closes the file and removes the temp if it is still there."""
-        if self._writer:
-            self._writer.shutdown()
-        fd, self._fd = self._fd, -1
+        """Close the file and remove the temp if it is still there."""
+        fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):  # the next run's sweep finds what stays
             if not self._published:
                 self._folder.unlink(self._name)
@@ -182,30 +82,8 @@ class NewFile:
         temp_files.release(self._name)
 
 
-@contextlib.contextmanager
-def new_file_at(path: Path, size: int) -> Iterator[NewFile]:
-    """A file of `size` bytes outside of a store, published as `path` after the body."""
-    try:
-        folder = Folder.open(path.parent)
-    except OSError as error:
-        raise _write_error(path, size, error) from error
-    with folder, new_file_in(folder, path.name, size) as file:
-        yield file
-
-
-@contextlib.contextmanager
-def new_file_in(folder: Folder, name: str, size: int) -> Iterator[NewFile]:
-    """As `new_file_at`, in an open directory."""
-    file = NewFile(folder, f"{name}.part", size, 0o666)
-    try:
-        yield file
-        file.publish(folder, name)
-    finally:
-        file.discard()
-
-
-def reserve(fd: int, size: int) -> None:
-    """Takes the disk's space now, where the file system can: a full disk shows before the work."""
+def _reserve(fd: int, size: int) -> None:
+    """Take the disk's space now, where the file system can: a full disk shows before the work."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
@@ -215,7 +93,7 @@ def reserve(fd: int, size: int) -> None:
 
 
 def _create(folder: Folder, name: str, mode: int, direct: bool) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     if direct and _DIRECT:
         try:
             return os.open(name, flags | _DIRECT, mode, dir_fd=folder.fd)
@@ -227,18 +105,15 @@ def _create(folder: Folder, name: str, mode: int, direct: bool) -> int:
     return os.open(name, flags, mode, dir_fd=folder.fd)
 
 
-def _past_the_cache(fd: int) -> bool:
-    return bool(_DIRECT and fcntl.fcntl(fd, fcntl.F_GETFL) & _DIRECT)
-
-
-def _through_the_cache(fd: int) -> None:
-    """Takes O_DIRECT back: the end of a file is no whole block."""
-    if _past_the_cache(fd):
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_DIRECT)
+def free_bytes(path: Path) -> int:
+    """Return the bytes free where a path lies or would lie. Raises OSError."""
+    place = next((p for p in (path, *path.parents) if os.path.exists(p)), path)
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
+    """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -246,17 +121,17 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _write_error(path: Path, needed: int, error: OSError) -> StoreError:
+def write_error(path: Path, needed: int, error: OSError) -> StoreError:
+    """Return the StoreError of a file that cannot be written."""
     return StoreError(write_problem(path, needed, error))
 
 
 def write_problem(path: Path, needed: int, error: OSError) -> str:
-    """Why a file cannot be written, in one line; on a full disk with the bytes needed and free."""
+    """Tell why a file cannot be written, in one line; on a full disk with the bytes needed and free."""
     reason = f"{path}: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason += f"; {needed:,} bytes needed"
         with contextlib.suppress(OSError):
-            status = os.statvfs(path.parent)
-            reason += f", {status.f_bavail * status.f_frsize:,} free"
+            reason += f", {free_bytes(path.parent):,} free"
         reason += "; make room and run again"
     return reason

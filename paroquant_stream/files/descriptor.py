@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import MalformedFile, UnreadableFile
+from ..errors import MalformedFileError, UnreadableFileError
 
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
 WIDE_SECONDS = 86_400.0  # what the clocks of two machines may differ by, a wrong time zone included
@@ -34,7 +34,7 @@ class FileStamp:
 
     @classmethod
     def of_fd(cls, fd: int, label: str) -> FileStamp:
-        """The stamp of an open file. Raises UnreadableFile."""
+        """The stamp of an open file. Raises UnreadableFileError."""
         return cls.of(file_status(fd, label))
 
     @property
@@ -59,7 +59,7 @@ def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) 
     """A descriptor of the regular file at `path`, or of its last name below a directory `dir_fd`.
 
     Looks before it opens: a FIFO would block, and opening a device may do something. With
-    `follow=False` a symlink is refused. Raises MalformedFile for anything else than a regular file,
+    `follow=False` a symlink is refused. Raises MalformedFileError for anything else than a regular file,
     and OSError as `os.open` does.
     """
     name = path if dir_fd is None else path.name
@@ -78,7 +78,9 @@ def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) 
 
 def _check_regular(status: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise MalformedFile(f"{path}: expected a regular file, found a directory, pipe or device")
+        raise MalformedFileError(
+            f"{path}: expected a regular file, found a directory, pipe or device"
+        )
 
 
 @contextlib.contextmanager
@@ -92,22 +94,22 @@ def closing(fd: int) -> Iterator[int]:
 
 
 def file_status(fd: int, label: str) -> os.stat_result:
-    """What `fstat` says. Raises UnreadableFile when it fails."""
+    """What `fstat` says. Raises UnreadableFileError when it fails."""
     try:
         return os.fstat(fd)
     except OSError as error:
         raise unreadable(label, error) from error
 
 
-def unreadable(label: str, error: OSError) -> UnreadableFile:
+def unreadable(label: str, error: OSError) -> UnreadableFileError:
     """The error for a file that the system cannot read."""
-    return UnreadableFile(
+    return UnreadableFileError(
         f"{label}: cannot be read: {error.strerror}; check the disk and run again"
     )
 
 
 def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
-    """`length` bytes at `offset`; a short read is an error, never zeros. Raises UnreadableFile."""
+    """`length` bytes at `offset`; a short read is an error, never zeros. Raises UnreadableFileError."""
     chunks = []
     while length:
         try:
@@ -115,7 +117,9 @@ def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
         except OSError as error:
             raise unreadable(label, error) from error
         if not chunk:
-            raise MalformedFile(f"{label}: ends {length:,} bytes before its header says it does")
+            raise MalformedFileError(
+                f"{label}: ends {length:,} bytes before its header says it does"
+            )
         chunks.append(chunk)
         offset += len(chunk)
         length -= len(chunk)

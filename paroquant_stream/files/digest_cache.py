@@ -221,8 +221,8 @@ def hash_file(fd: int, label: str, memo: Memo, name: str | None = None) -> str:
         name: The digest by which the Hub's cache names the file.
 
     Raises:
-        SourceChanged: The file became shorter meanwhile.
-        UnreadableFile: The system cannot read it.
+        SourceChangedError: The file became shorter meanwhile.
+        UnreadableFileError: The system cannot read it.
     """
     before, size = memo.begin(fd), file_status(fd, label).st_size
     sha256 = SourceHasher(fd, (), size, label, lambda _: None).finish().sha256
@@ -244,8 +244,8 @@ def _sample(fd: int, size: int) -> str:
     """Return the XXH3-128 of a few pages: the first, the last, and some at even distances.
 
     Raises:
-        SourceChanged: The file became shorter meanwhile.
-        UnreadableFile: The system cannot read it.
+        SourceChangedError: The file became shorter meanwhile.
+        UnreadableFileError: The system cannot read it.
     """
     count = min(SAMPLE_SIZE, size)
     pages = memoryview(bytearray(SAMPLES * count))

@@ -59,7 +59,7 @@ class Folder:
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
     def open_file(self, name: str) -> int:
-        """Open a regular file to read. Raises OSError, MalformedFile for anything else."""
+        """Open a regular file to read. Raises OSError, MalformedFileError for anything else."""
         return open_regular(self.path / name, follow=False, dir_fd=self.fd)
 
     def names(self) -> list[str]:

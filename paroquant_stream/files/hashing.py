@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from ..errors import SourceChanged
+from ..errors import SourceChangedError
 from .descriptor import file_status, unreadable
 from .tensor_header import TensorInfo
 
@@ -24,7 +24,7 @@ CHUNK = 4 << 20  # bytes a read; larger ones leave the L2 cache before they are 
 def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
     """Fills `view` with the bytes from `start` on.
 
-    Raises SourceChanged when the file ends before, UnreadableFile when the system cannot read it.
+    Raises SourceChangedError when the file ends before, UnreadableFileError when the system cannot read it.
     """
     filled = 0
     while filled < len(view):
@@ -33,7 +33,7 @@ def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
         except OSError as error:
             raise unreadable(label, error) from error
         if not count:
-            raise SourceChanged(f"{label}: became shorter while it was read; convert it again")
+            raise SourceChangedError(f"{label}: became shorter while it was read; convert it again")
         filled += count
 
 
@@ -42,7 +42,7 @@ def read_chunks(
 ) -> Iterator[memoryview]:
     """The bytes `start:stop` in order, each chunk a view into `buffer`, which the next one reuses.
 
-    Raises SourceChanged when the file ends before `stop`.
+    Raises SourceChangedError when the file ends before `stop`.
     """
     while start < stop:
         chunk = buffer[: min(len(buffer), stop - start)]
@@ -98,7 +98,7 @@ class SourceHasher:
                 self._left.popleft()
 
     def advance(self, stop: int) -> None:
-        """Reads and hashes up to `stop`. Raises SourceChanged when the file ends before."""
+        """Reads and hashes up to `stop`. Raises SourceChangedError when the file ends before."""
         if stop <= self.position:
             return
         buffer = memoryview(bytearray(min(CHUNK, stop - self.position)))

@@ -7,14 +7,14 @@ import math
 from functools import partial
 from typing import Any
 
-from ..errors import MalformedFile
+from ..errors import MalformedFileError
 
 
 def strict_json(text: bytes, label: str, digits: int = 20) -> Any:
     """The value of a JSON text, refusing what parsers disagree on.
 
     Duplicate keys, floats that are not numbers or that a double cannot hold, a byte order mark,
-    bytes after the value and integers over so many digits (2**64 has 20) are MalformedFile. Takes
+    bytes after the value and integers over so many digits (2**64 has 20) are MalformedFileError. Takes
     time in proportion to the text.
     """
     try:
@@ -29,7 +29,7 @@ def strict_json(text: bytes, label: str, digits: int = 20) -> Any:
         ValueError,
         RecursionError,
     ) as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise MalformedFile(f"{label}: not valid JSON: {error}") from None
+        raise MalformedFileError(f"{label}: not valid JSON: {error}") from None
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..errors import MalformedFile
+from ..errors import MalformedFileError
 from .descriptor import closing
 from .folder import Folder
 
@@ -113,7 +113,7 @@ def is_dead(folder: Folder, name: str, locks: bool) -> bool:
     """
     try:
         fd = folder.open_file(name)
-    except (FileNotFoundError, MalformedFile):
+    except (FileNotFoundError, MalformedFileError):
         return False
     with closing(fd):
         try:
@@ -153,7 +153,7 @@ def is_held(folder: Folder, name: str) -> bool:
     """Whether a writer holds the lock of a temp. Raises OSError."""
     try:
         fd = folder.open_file(name)
-    except (FileNotFoundError, MalformedFile):
+    except (FileNotFoundError, MalformedFileError):
         return False
     with closing(fd):
         try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import MalformedFile
+from ..errors import MalformedFileError
 from .descriptor import file_status, pread_exactly
 from .strict_json import strict_json
 
@@ -70,7 +70,7 @@ class Header:
 def read_header(fd: int, label: str) -> Header:
     """The validated header of the safetensors file open at `fd`.
 
-    `label` names the file in errors. Raises MalformedFile with the first rule that is broken.
+    `label` names the file in errors. Raises MalformedFileError with the first rule that is broken.
     """
 
     def read(start: int, length: int) -> bytes:
@@ -82,10 +82,10 @@ def read_header(fd: int, label: str) -> Header:
 def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> Header:
     """The validated header of a file of `size` bytes, wherever they are.
 
-    `read(start, length)` gives bytes of its beginning. Raises MalformedFile.
+    `read(start, length)` gives bytes of its beginning. Raises MalformedFileError.
     """
     if size < 10:
-        raise MalformedFile(
+        raise MalformedFileError(
             f"{label}: expected a safetensors file, found {size} bytes; download it again"
         )
     length = int.from_bytes(read(0, 8), "little")
@@ -96,21 +96,23 @@ def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> He
             if start.startswith(b"version https://git-lfs")
             else (f"a header length of {length:,} in a file of {size:,} bytes; download it again")
         )
-        raise MalformedFile(f"{label}: expected a safetensors header, found {hint}")
+        raise MalformedFileError(f"{label}: expected a safetensors header, found {hint}")
     text = read(8, length)
     if len(text) != length:
-        raise MalformedFile(f"{label}: ends inside its header")
+        raise MalformedFileError(f"{label}: ends inside its header")
     if not text.startswith(b"{"):
-        raise MalformedFile(f"{label}: the header does not start with '{{'")
+        raise MalformedFileError(f"{label}: the header does not start with '{{'")
     if text.count(b'":') > 4 * MAX_TENSORS + 1000:  # parsed, 400,000 tensors take 300 MB
-        raise MalformedFile(f"{label}: over the limit of {MAX_TENSORS:,} tensors")
+        raise MalformedFileError(f"{label}: over the limit of {MAX_TENSORS:,} tensors")
     table = strict_json(text.rstrip(b" "), label)
     metadata = table.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # null is what mx.save_safetensors writes
     if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
-        raise MalformedFile(f"{label}: __metadata__ is not a map of strings")
+        raise MalformedFileError(f"{label}: __metadata__ is not a map of strings")
     if len(table) > MAX_TENSORS:
-        raise MalformedFile(f"{label}: {len(table):,} tensors, over the limit of {MAX_TENSORS:,}")
+        raise MalformedFileError(
+            f"{label}: {len(table):,} tensors, over the limit of {MAX_TENSORS:,}"
+        )
     tensors = [_tensor(name, entry, 8 + length, label) for name, entry in table.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_coverage(tensors, 8 + length, size, label)
@@ -121,33 +123,33 @@ def _tensor(name: str, entry: Any, data_start: int, label: str) -> TensorInfo:
     where = f"{label}: tensor {name[:80]!r}"
     check_name(name, label)
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise MalformedFile(f"{where}: expected exactly dtype, shape and data_offsets")
+        raise MalformedFileError(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPE_BYTES:
-        raise MalformedFile(
+        raise MalformedFileError(
             f"{where}: unsupported dtype {str(dtype)[:20]!r}; known: {', '.join(DTYPE_BYTES)}"
         )
     if type(shape) is not list or len(shape) > MAX_RANK:
-        raise MalformedFile(f"{where}: shape is not a list of at most {MAX_RANK} dimensions")
+        raise MalformedFileError(f"{where}: shape is not a list of at most {MAX_RANK} dimensions")
     elements = 1
     for dim in shape:
         if type(dim) is not int or not 0 <= dim <= MAX_DIM:  # bool is an int in Python, not here
-            raise MalformedFile(f"{where}: bad dimension {str(dim)[:30]} in its shape")
+            raise MalformedFileError(f"{where}: bad dimension {str(dim)[:30]} in its shape")
         elements *= dim or 1
     if elements > MAX_ELEMENTS:
-        raise MalformedFile(f"{where}: shape {shape} has over 2**48 elements")
+        raise MalformedFileError(f"{where}: shape {shape} has over 2**48 elements")
     if type(offsets) is not list or len(offsets) != 2 or not all(type(o) is int for o in offsets):
-        raise MalformedFile(f"{where}: data_offsets is not two integers")
+        raise MalformedFileError(f"{where}: data_offsets is not two integers")
     info = TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
     if offsets[0] < 0 or info.stop - info.start != info.nbytes:
-        raise MalformedFile(
+        raise MalformedFileError(
             f"{where}: {dtype} {shape} needs {info.nbytes} bytes, data_offsets are {offsets}"
         )
     return info
 
 
 def check_name(name: str, label: str) -> None:
-    """Raises MalformedFile unless `name` is a dotted path of plain words."""
+    """Raises MalformedFileError unless `name` is a dotted path of plain words."""
     parts = name.split(".")
     if (
         len(name) > 256
@@ -157,7 +159,7 @@ def check_name(name: str, label: str) -> None:
             part.startswith("__") or (part.isdigit() and int(part) > _MAX_INDEX) for part in parts
         )
     ):
-        raise MalformedFile(
+        raise MalformedFileError(
             f"{label}: {name[:80]!r} is no tensor name (dotted words of A-Z a-z 0-9 _ -)"
         )
 
@@ -166,12 +168,12 @@ def _check_coverage(tensors: Sequence[TensorInfo], start: int, size: int, label:
     for tensor in tensors:
         if tensor.start != start:
             kind = "a hole" if tensor.start > start else "an overlap"
-            raise MalformedFile(
+            raise MalformedFileError(
                 f"{label}: {kind} before tensor {tensor.name!r} (byte {tensor.start:,})"
             )
         start = tensor.stop
     if start != size:
-        raise MalformedFile(
+        raise MalformedFileError(
             f"{label}: the header describes {start:,} bytes, the file has {size:,}; "
             "download it again"
         )

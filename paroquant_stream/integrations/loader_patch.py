@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from ..errors import LoaderMoved, MissingExtra
+from ..errors import LoaderMovedError, MissingExtraError
 
 HOME = "paroquant.inference.backends.mlx.load"
 """The module with the loader, as of paroquant 0.1.16; oMLX and the package's own generator, chat
@@ -38,7 +38,7 @@ def install(loader: Callable[..., Any], **options: Any) -> None:
     the options of the innermost count. What holds the function elsewhere than in a module's name
     (a class attribute, `functools.partial`) keeps the old one.
 
-    Raises MissingExtra without paroquant, LoaderMoved when the installed version has no such
+    Raises MissingExtraError without paroquant, LoaderMovedError when the installed version has no such
     loader or gives it other arguments, TypeError for options that `load()` does not have.
     """
     inspect.signature(loader).bind("a model", False, False, **options)
@@ -83,7 +83,7 @@ def _check_installed() -> None:
     except ValueError:  # a module of that name without a spec, as tests make them
         package = None
     if package is None:
-        raise MissingExtra(
+        raise MissingExtraError(
             "paroquant is not installed, so there is no loader to replace: "
             "pip install 'paroquant[mlx]', or call paroquant_stream.load() yourself"
         )
@@ -92,7 +92,7 @@ def _check_installed() -> None:
         path = os.path.join(directory, below)
         if os.path.isfile(f"{path}.py") or os.path.isfile(os.path.join(path, "__init__.py")):
             return
-    raise LoaderMoved(_moved("it is not there"))
+    raise LoaderMovedError(_moved("it is not there"))
 
 
 def _replace(home: ModuleType) -> None:
@@ -102,11 +102,11 @@ def _replace(home: ModuleType) -> None:
     if found is load:
         return
     if not callable(found):
-        raise LoaderMoved(_moved("it has no load()"))
+        raise LoaderMovedError(_moved("it has no load()"))
     expected = list(inspect.signature(load).parameters)
     parameters = inspect.signature(found).parameters
     if list(parameters) != expected:
-        raise LoaderMoved(_moved(f"it takes ({', '.join(parameters)}), not {tuple(expected)}"))
+        raise LoaderMovedError(_moved(f"it takes ({', '.join(parameters)}), not {tuple(expected)}"))
     _original = found
     _swap(found, load)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..conversion.request import model_id
-from ..errors import ManifestError, NewerManifest
+from ..errors import ManifestError, NewerManifestError
 from ..store.drop_record import MAX_RECORD, DropRecord
 from ..store.format import DTYPES, Dtype
 from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
@@ -199,7 +199,7 @@ def _decoded(
         return None, True
     try:
         return decode(data), False
-    except NewerManifest:
+    except NewerManifestError:
         return None, True
     except ManifestError:
         return None, False

@@ -65,9 +65,9 @@ def assemble(
         split: Which part is loaded.
 
     Raises:
-        EntryDamaged: An entry is not what was written.
+        EntryDamagedError: An entry is not what was written.
         AssemblyError: As `assemble_from` raises.
-        NoSuchPart: As `assemble_from` raises.
+        MissingPartError: As `assemble_from` raises.
     """
     stored = TensorSource(
         [tensor for record in manifest.entries for tensor in record.tensors],
@@ -105,7 +105,7 @@ def assemble_from(
     Raises:
         AssemblyError: Lists every tensor that the whole model has no place for, every parameter
             without a tensor, and every shape that does not fit.
-        NoSuchPart: The model does not have the part.
+        MissingPartError: The model does not have the part.
     """
     directory, tensors = config.directory, stored.tensors
     check_directory(directory)
@@ -114,14 +114,7 @@ def assemble_from(
     is_vlm = part.backend.is_vlm
     if stored.model_names and config.values.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so a text model", directory)
-    if not lazy:
-        parts = split.group.size() if split.by_tensors else 1
-        _check_memory(sum(t.nbytes for t in tensors if part.reads(t.name)) // parts)
-    with trace.span("open the entries"):
-        weights = stored.read(part.reads)
-    if not lazy and not split.by_tensors:
-        with stored.guard(part.reads):
-            mx.async_eval(weights)  # read from here on, while seconds of imports go by
+    weights = _start_reading(stored, part, split, lazy, trace)
     slices = stored.slices(weights) if split.by_tensors else nullcontext()
     with trace.span("build the model"):
         model = part.backend.build(class_config())
@@ -140,6 +133,21 @@ def assemble_from(
     if split.group is not None:
         meet(split.group)
     return model, tokenizer, is_vlm
+
+
+def _start_reading(
+    stored: TensorSource, part: Part, split: Split, lazy: bool, trace: Trace
+) -> dict[str, mx.array]:
+    """Open what the part needs and let MLX read it while seconds of imports go by."""
+    if not lazy:
+        parts = split.group.size() if split.by_tensors else 1
+        _check_memory(sum(t.nbytes for t in stored.tensors if part.reads(t.name)) // parts)
+    with trace.span("open the entries"):
+        weights = stored.read(part.reads)
+    if not lazy and not split.by_tensors:
+        with stored.guard(part.reads):
+            mx.async_eval(weights)
+    return weights
 
 
 def _place(
@@ -182,7 +190,7 @@ def check_assembly(config: ModelConfig, plan: Plan) -> None:
     Raises:
         AssemblyError: No class is known for the model, or a tensor has no place in it, or a
             parameter no tensor.
-        MissingExtra: mlx-lm or mlx-vlm is not installed.
+        MissingExtraError: mlx-lm or mlx-vlm is not installed.
     """
     directory = config.directory
     check_directory(directory)

@@ -35,7 +35,7 @@ def read_weights(
 
     Size and header of an entry are always checked, its digest when its stat is not known or `full`.
     `lazy`: stacks are not joined before they are used.
-    An entry without a wanted tensor is not opened. Raises EntryDamaged, after taking the entry out
+    An entry without a wanted tensor is not opened. Raises EntryDamagedError, after taking the entry out
     of use, when its bytes are not those that were written; StoreError when it is absent.
     """
     weights: dict[str, mx.array] = {}
@@ -53,7 +53,7 @@ def reading(records: Collection[EntryRecord], store: Store) -> Iterator[None]:
     """Guards a body in which MLX reads these entries: after a failure no array of it may be used,
     for a second eval would give zeros.
 
-    Raises EntryDamaged, the entry taken out of use, when an entry is the cause, else AssemblyError.
+    Raises EntryDamagedError, the entry taken out of use, when an entry is the cause, else AssemblyError.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def check_sizes(records: Collection[EntryRecord], store: Store) -> None:
     MLX before 0.32.4 gives zeros for what it cannot read any more.
 
     Raises:
-        EntryDamaged: There is one.
+        EntryDamagedError: There is one.
     """
     for record in records:
         if store.entry_size(record.key) not in (None, record.size):  # None: removed, and still open

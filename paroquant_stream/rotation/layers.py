@@ -1,4 +1,4 @@
-"""Layers of a ParoQuant model: Rotation, RotateQuantizedLinear, RotateSwitchGLU.
+"""Layers of a ParoQuant model: RotateQuantizedLinear, RotateSwitchGLU.
 
 Parameters have the names of the stored tensors. The rotation's tables are derived from them at the
 first call, are no parameters, and are made anew after theta, pairs or channel_scales were replaced
@@ -67,26 +67,11 @@ class RotatedLayer(nn.Module):
         return kernels.rotate(x, self._tables(prefix))
 
 
-class Rotation(RotatedLayer):
-    """x with its channels scaled and rotated inside groups: (..., dims) to (..., dims), same dtype.
-
-    Parameters: theta (krot, dims / 2), pairs int16 (krot, dims), channel_scales (1, dims).
-    """
-
-    def __init__(self, dims: int, *, group_size: int = 128, krot: int = 8) -> None:
-        super().__init__(group_size)
-        self._add_rotation("", dims, krot)
-        self.freeze()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """The rotated x."""
-        return self._rotate(x)
-
-
 class RotateQuantizedLinear(RotatedLayer):
     """y = quantized_matmul(rotated x) + bias: (..., input_dims) to (..., output_dims).
 
-    Parameters: those of `Rotation`, weight uint32 (output_dims, input_dims * bits / 32), scales and
+    Parameters: theta (krot, input_dims / 2), pairs int16 (krot, input_dims), channel_scales
+    (1, input_dims), weight uint32 (output_dims, input_dims * bits / 32), scales and
     biases (output_dims, input_dims / group_size), and bias (output_dims,) if asked for. The dtype
     of y is MLX's promotion of x and scales: float16 stays float16; bfloat16 x with ParoQuant's
     float16 scales gives float32, as in the `paroquant` package, whose tokens a rounding back to

@@ -12,7 +12,7 @@ import logging
 import os
 from pathlib import Path
 
-from ..errors import EntryDamaged, ManifestError, StoreError
+from ..errors import EntryDamagedError, ManifestError, StoreError
 from ..files.descriptor import closing
 from ..files.hashing import hash_entry
 from ..files.tensor_writer import layout_defect
@@ -50,9 +50,11 @@ def forget_pages(fd: int) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def take_out(store: Store, record: EntryRecord, problem: str) -> EntryDamaged:
+def take_out(store: Store, record: EntryRecord, problem: str) -> EntryDamagedError:
     """Take a damaged entry out of use, and return the error that says what became of it."""
-    error = EntryDamaged(f"{store.entry_path(record.key)}: {problem}; {_remove(store, record)}")
+    error = EntryDamagedError(
+        f"{store.entry_path(record.key)}: {problem}; {_remove(store, record)}"
+    )
     logger.warning("%s", error)
     return error
 

@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ManifestError, NewerManifest, ParoquantStreamError, StoreError
-from ..files.atomic_file import new_file_in
+from ..errors import ManifestError, NewerManifestError, ParoquantStreamError, StoreError
 from ..files.folder import Folder
+from ..files.new_file import new_file_in
 from ..files.strict_json import strict_json
 from ..files.tensor_header import MAX_HEADER, Header, parse_header
 from .format import DTYPES, Dtype
@@ -85,7 +85,7 @@ class DropRecord:
 
     @classmethod
     def decode(cls, drop_id: str, data: bytes) -> DropRecord:
-        """The record in a file's bytes. Raises ManifestError for any defect, NewerManifest."""
+        """The record in a file's bytes. Raises ManifestError for any defect, NewerManifestError."""
         body = unseal(MAGIC, data, MAX_RECORD)
         try:
             fields = unpack(body, MAX_RECORD)
@@ -116,7 +116,7 @@ def _header_bytes(value: Any) -> bytes:
 def read_records(store: Store) -> list[DropRecord]:
     """The records of a store that can be read, from either copy, by id.
 
-    Raises NewerManifest when one is of a newer format.
+    Raises NewerManifestError when one is of a newer format.
     """
     return [record for drop_id in record_ids(store) if (record := read_record(store, drop_id))]
 
@@ -130,7 +130,7 @@ def record_ids(store: Store) -> list[str]:
 def read_record(store: Store, drop_id: str) -> DropRecord | None:
     """The record of this id, from either copy; None where neither can be read.
 
-    Raises NewerManifest when it is of a newer format.
+    Raises NewerManifestError when it is of a newer format.
     """
     for data in _sound_copies(store, drop_id).values():
         with contextlib.suppress(ManifestError):
@@ -152,7 +152,7 @@ def heal_records(store: Store) -> None:
 def _sound_copies(store: Store, drop_id: str) -> dict[str, bytes]:
     """The bytes of the copies whose hash fits; the first, which is written first, before the other.
 
-    Raises NewerManifest.
+    Raises NewerManifestError.
     """
     found = {}
     for copy in _COPIES:
@@ -160,7 +160,7 @@ def _sound_copies(store: Store, drop_id: str) -> dict[str, bytes]:
         try:
             if data is not None and unseal(MAGIC, data, MAX_RECORD):
                 found[copy] = data
-        except NewerManifest:
+        except NewerManifestError:
             raise
         except ManifestError:
             continue

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import StoreError
+from ..files import atomic_file
 from ..files.folder import Folder
 
 if TYPE_CHECKING:
@@ -32,13 +33,11 @@ def mark_as_cache(root: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free where a path lies or would lie. Raises StoreError."""
-    place = next((p for p in (path, *path.parents) if os.path.exists(p)), path)
+    """Return the bytes free where a path lies or would lie. Raises StoreError."""
     try:
-        status = os.statvfs(place)
+        return atomic_file.free_bytes(path)
     except OSError as error:
-        raise StoreError(f"{place}: cannot tell its free space: {error.strerror}") from error
-    return status.f_bavail * status.f_frsize
+        raise StoreError(f"{path}: cannot tell its free space: {error.strerror}") from error
 
 
 def step_into(folder: Folder, name: str, create: int | None) -> Folder:

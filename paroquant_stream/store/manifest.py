@@ -18,7 +18,7 @@ from typing import Any
 
 import msgpack
 
-from ..errors import ManifestError, NewerManifest
+from ..errors import ManifestError, NewerManifestError
 from ..files.tensor_header import DTYPE_BYTES, TensorSpec, check_name
 
 MAGIC = b"PAROSTRM"
@@ -99,7 +99,7 @@ class Manifest:
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """The manifest in a file's bytes. Raises ManifestError for any defect, NewerManifest for a
+        """The manifest in a file's bytes. Raises ManifestError for any defect, NewerManifestError for a
         newer major version.
         """
         body = unseal(MAGIC, data)
@@ -129,7 +129,7 @@ def seal(magic: bytes, body: bytes) -> bytes:
 
 
 def unseal(magic: bytes, data: bytes, limit: int = MAX_BYTES) -> bytes:
-    """The body of a sealed file. Raises ManifestError, NewerManifest."""
+    """The body of a sealed file. Raises ManifestError, NewerManifestError."""
     if len(data) < _HEAD.size or len(data) > limit:
         raise ManifestError(f"not a manifest: {len(data):,} bytes")
     found, version, length, sha256 = _HEAD.unpack_from(data)
@@ -137,7 +137,7 @@ def unseal(magic: bytes, data: bytes, limit: int = MAX_BYTES) -> bytes:
     if found != magic or length != len(body):
         raise ManifestError("not a manifest: wrong magic or length")
     if version >> 16 != MAJOR:
-        raise NewerManifest(f"manifest format {version >> 16}, this version reads {MAJOR}")
+        raise NewerManifestError(f"manifest format {version >> 16}, this version reads {MAJOR}")
     if hashlib.sha256(body).digest() != sha256:
         raise ManifestError("damaged: the body's SHA-256 does not fit")
     return body

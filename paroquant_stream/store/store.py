@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..errors import MalformedFile, ManifestError, StoreError
+from ..errors import MalformedFileError, ManifestError, StoreError
 from ..files import temp_files
-from ..files.atomic_file import NewFile, sync_directory
+from ..files.atomic_file import sync_directory
 from ..files.descriptor import FileStamp
 from ..files.digest_cache import Memo
 from ..files.folder import Folder
+from ..files.new_file import NewFile
 from ..trace import SILENCE, Trace
 from .location import check_owner, free_bytes, mark_as_cache, step_into, user_cache_root
 from .lock import conversion_lock, directory_lock, excludes, removal_lock
@@ -151,7 +152,8 @@ class Store:
         An entry whose manifest was lost is used only if it has this: a hash of what lies there now
         would be one of its damage.
         """
-        with contextlib.suppress(OSError, MalformedFile), self.opened("entries", key[:2]) as folder:
+        absent = contextlib.suppress(OSError, MalformedFileError)
+        with absent, self.opened("entries", key[:2]) as folder:
             with os.fdopen(folder.open_file(f"{key}.digest"), "rb") as file:
                 found = _DIGEST.fullmatch(file.read(64))
             size = folder.stat(f"{key}.safetensors").st_size
@@ -179,13 +181,13 @@ class Store:
         try:
             with self.opened("entries", key[:2]) as folder:
                 return folder.open_file(f"{key}.safetensors")
-        except (OSError, MalformedFile) as error:
+        except (OSError, MalformedFileError) as error:
             path = self.entry_path(key)
             raise StoreError(f"{path}: the entry cannot be opened: {error}") from error
 
     def read_file(self, kind: str, name: str, limit: int) -> bytes | None:
         """The first `limit` + 1 bytes of a file, or None when it is absent or unreadable."""
-        with contextlib.suppress(OSError, MalformedFile), self.opened(kind) as folder:
+        with contextlib.suppress(OSError, MalformedFileError), self.opened(kind) as folder:
             with os.fdopen(folder.open_file(name), "rb") as file:
                 return file.read(limit + 1)
         return None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import OutOfRange
+from ..errors import OutOfRangeError
 from ..plan.task import Operation, Part
 from .cast import LARGEST, cast
 from .repack import (
@@ -45,13 +45,13 @@ def run_operation(operation: Operation, source: Source) -> Chunks:
 
 
 def _cast(operation: Operation, index: int, chunk: memoryview) -> memoryview:
-    """A chunk in its output's dtype. Raises OutOfRange rather than make a finite value infinite."""
+    """A chunk in its output's dtype. Raises OutOfRangeError rather than make a finite value infinite."""
     output, made = operation.outputs[index], operation.made[index]
     if output.dtype == made:
         return chunk
     chunk, lost = cast(chunk, made, output.dtype)
     if lost:
-        raise OutOfRange(
+        raise OutOfRangeError(
             f"{output.name} of {operation.slices[0][0].shard}: {lost} values are beyond "
             f"{LARGEST[output.dtype]:g}, the largest of {output.dtype}; they are stored as {made}, "
             "so choose another --dtype"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import Cancelled, ParoquantStreamError, WorkersUnfit
+from ..errors import ParoquantStreamError, RunCancelledError, WorkersUnfitError
 from ..execution.executors import call_elsewhere, check_workers
 from ..execution.slots import Places, Worker
 from ..store.store import Store
@@ -35,7 +35,7 @@ def runner(
     """`run_task`, here or on an executor.
 
     On an executor the tick is silent and the stages inside a shard are not traced. Raises
-    WorkersUnfit, before any work, when a worker lacks something.
+    WorkersUnfitError, before any work, when a worker lacks something.
     """
     if executor is None:
         yield run_task
@@ -56,8 +56,8 @@ def runner(
 def run_elsewhere(job: Job, sign: Path, host: str) -> Outcome:
     """What `run_task` gives, in a worker of an executor that the run on `host` uses.
 
-    Raises what `run_task` raises, with the name of this host if it is another one; WorkersUnfit
-    when `sign` is not there; Cancelled soon after it went.
+    Raises what `run_task` raises, with the name of this host if it is another one; WorkersUnfitError
+    when `sign` is not there; RunCancelledError soon after it went.
     """
     here, looked = os.uname().nodename, time.monotonic()
 
@@ -66,11 +66,11 @@ def run_elsewhere(job: Job, sign: Path, host: str) -> Outcome:
         if time.monotonic() - looked >= LOOK:
             looked = time.monotonic()
             if not _is_there(sign):
-                raise Cancelled("the run that wanted this shard has ended")
+                raise RunCancelledError("the run that wanted this shard has ended")
 
     try:
         if not _is_there(sign):
-            raise WorkersUnfit(
+            raise WorkersUnfitError(
                 f"{sign}: not there for a worker on {here}; the cache must lie at the same path of "
                 "one shared file system, or the run has ended"
             )

@@ -65,17 +65,6 @@ def awq_stripes(qweight: Array, first_row: int = 0, last_row: int | None = None)
         yield stripe
 
 
-def awq_weight(qweight: Array) -> Array:
-    """MLX's whole weight, uint32 (N, K/8), of AutoAWQ's `qweight` (K, N/8); K a multiple of 8."""
-    inputs, columns = qweight.shape
-    weight = np.empty((_SIDE * columns, inputs // _SIDE), np.uint32)
-    row = 0
-    for stripe in awq_stripes(qweight):
-        weight[row : row + len(stripe)] = stripe
-        row += len(stripe)
-    return weight
-
-
 def _tile_columns(inputs: int) -> int:
     """Words in a row of a tile and columns in a stripe: an odd number of cache lines.
 
@@ -194,16 +183,6 @@ def _column_tiles(array: Array) -> Iterator[tuple[int, int]]:
     width = max(_L1_ELEMENTS // max(rows, 1) // 32, 1) * 32
     for first in range(0, columns, width):
         yield first, min(first + width, columns)
-
-
-def native_weight(qweight: Array) -> Array:
-    """MLX's weight, uint32 (N, K/8), of PARO_NATIVE's int16 (N/4, K): the same bytes, nothing
-    copied.
-
-    The four nibbles of an int16 are four consecutive inputs of one output.
-    """
-    quarter, inputs = qweight.shape
-    return qweight.reshape(-1).view(np.uint32).reshape(4 * quarter, inputs // _SIDE)
 
 
 def native_biases(scaled_zeros: Array) -> Array:

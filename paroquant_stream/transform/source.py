@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from ..checkpoint.shard import Shard
-from ..errors import Cancelled, SourceChanged, SourceDamaged
+from ..errors import RunCancelledError, SourceChangedError, SourceDamagedError
 from ..execution.slots import Worker
 from ..files.descriptor import FileStamp
 from ..files.digest_cache import Memo
@@ -150,8 +150,8 @@ class Source:
         """The SHA-256 of the shard, once it is sure that the parts read are the bytes that were
         hashed.
 
-        Raises SourceChanged when they are not, or when the file changed since it was opened;
-        SourceDamaged when the Hub's blob name claims another SHA-256.
+        Raises SourceChangedError when they are not, or when the file changed since it was opened;
+        SourceDamagedError when the Hub's blob name claims another SHA-256.
         """
         digest = self.hash()
         changed = [
@@ -161,12 +161,12 @@ class Source:
         ]
         if changed or not self._unchanged():
             what = ", ".join(changed[:3]) or "its size or times"
-            raise SourceChanged(
+            raise SourceChangedError(
                 f"{self._path()}: {what} changed during the conversion; convert it again"
             )
         claimed = self._shard.hub_sha256
         if claimed not in (None, digest.sha256):
-            raise SourceDamaged(
+            raise SourceDamagedError(
                 f"{self._path()}: expected SHA-256 {claimed} as the Hub names it, found "
                 f"{digest.sha256}; remove {os.path.realpath(self._path())} and run again"
             )
@@ -188,7 +188,7 @@ class Source:
 
     def _count(self, size: int) -> None:
         if self._stopped:
-            raise Cancelled("stopped with the conversion")
+            raise RunCancelledError("stopped with the conversion")
         self._tick(size)
 
     def _unchanged(self) -> bool:
@@ -197,4 +197,6 @@ class Source:
 
     def _note(self, seen: dict[str, bytes], part: Part, digest: bytes) -> None:
         if seen.setdefault(part.name, digest) != digest:
-            raise SourceChanged(f"{self._path(part.shard)}: {part.name} changed while it was read")
+            raise SourceChangedError(
+                f"{self._path(part.shard)}: {part.name} changed while it was read"
+            )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..errors import StoreError
 from ..execution.slots import Worker
-from ..files.atomic_file import NewFile
 from ..files.descriptor import FileStamp, closing
+from ..files.new_file import NewFile
 from ..files.tensor_header import TensorInfo
 from ..files.tensor_writer import TensorWriter, end_of, file_size, lay_out
 from ..plan.task import Operation, Task
@@ -47,7 +47,7 @@ class Outcome:
 def run_task(job: Job, worker: Worker, tick: Tick) -> Outcome:
     """Gives the entry of one shard: the one in the store if its key is there, else a new one.
 
-    Raises CheckpointError or MalformedFile for a shard that cannot be read, SourceChanged when its
+    Raises CheckpointError or MalformedFileError for a shard that cannot be read, SourceChangedError when its
     bytes changed meanwhile (nothing is stored then), StoreError when the entry cannot be written.
     """
     started = time.monotonic()

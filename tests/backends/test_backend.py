@@ -8,20 +8,20 @@ import pytest
 
 from paroquant_stream.backends.mlx_lm import MlxLm, load_config
 from paroquant_stream.backends.mlx_vlm import MlxVlm
-from paroquant_stream.errors import AssemblyError, CheckpointError, MissingExtra
+from paroquant_stream.errors import AssemblyError, CheckpointError, MissingExtraError
 from tests.helpers.builders import CONFIG
 
 
 def test_without_mlx_lm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    with pytest.raises(MissingExtra, match=r"paroquant_stream\[lm\]"):
+    with pytest.raises(MissingExtraError, match=r"paroquant_stream\[lm\]"):
         MlxLm().build({"model_type": "llama"})
 
 
 def test_without_mlx_vlm_the_extra_and_force_text_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
-    with pytest.raises(MissingExtra, match=r"paroquant_stream\[vlm\].*force_text=True"):
+    with pytest.raises(MissingExtraError, match=r"paroquant_stream\[vlm\].*force_text=True"):
         MlxVlm().build({"model_type": "qwen3_5"})
 
 

@@ -10,7 +10,7 @@ import pytest
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.model_files import hub_blob
-from paroquant_stream.errors import CheckpointError, MalformedFile
+from paroquant_stream.errors import CheckpointError, MalformedFileError
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -60,7 +60,7 @@ def test_a_directory_that_is_not_there_or_has_no_config_is_named(tmp_path):
 )  # fmt: skip
 def test_a_shard_name_that_is_no_plain_name_is_refused(model_dir, name):
     set_weight_map(model_dir, lambda weights: weights.update({"model.norm.weight": name}))
-    with pytest.raises(MalformedFile, match=r"index\.json"):
+    with pytest.raises(MalformedFileError, match=r"index\.json"):
         open_checkpoint(ModelConfig.read(model_dir))
 
 
@@ -69,13 +69,13 @@ def test_a_shard_name_that_is_no_plain_name_is_refused(model_dir, name):
 )
 def test_an_index_of_the_wrong_form_is_refused(model_dir, text):
     (model_dir / INDEX).write_bytes(text)
-    with pytest.raises(MalformedFile, match=r"index\.json"):
+    with pytest.raises(MalformedFileError, match=r"index\.json"):
         open_checkpoint(ModelConfig.read(model_dir))
 
 
 def test_a_duplicate_key_in_the_config_is_refused(model_dir):
     (model_dir / "config.json").write_text('{"a": 1, "a": 2}')
-    with pytest.raises(MalformedFile, match="stands twice"):
+    with pytest.raises(MalformedFileError, match="stands twice"):
         open_checkpoint(ModelConfig.read(model_dir))
 
 
@@ -122,7 +122,7 @@ def test_a_shard_that_is_no_file_of_the_model_is_refused_without_hanging(model_d
             path.symlink_to(FIRST)
         case "outside":
             path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises((CheckpointError, MalformedFile), match="model-00001"):
+    with pytest.raises((CheckpointError, MalformedFileError), match="model-00001"):
         open_checkpoint(ModelConfig.read(model_dir)).headers()
 
 

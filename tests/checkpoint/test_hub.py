@@ -23,7 +23,12 @@ from paroquant_stream.checkpoint.model_files import hub_blob
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.planning import survey
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import CheckpointError, MalformedFile, PlanError, SourceDamaged
+from paroquant_stream.errors import (
+    CheckpointError,
+    MalformedFileError,
+    PlanError,
+    SourceDamagedError,
+)
 from tests.helpers.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
 REPO = "owner/name"
@@ -189,7 +194,7 @@ def test_a_malformed_header_is_told_before_a_shard_is_downloaded(hub, source):
     path = source / names()[2]
     path.write_bytes(path.read_bytes()[:-4])
     hub.push(REPO, source)
-    with pytest.raises(MalformedFile, match=r"name/model-00003.*download it again"):
+    with pytest.raises(MalformedFileError, match=r"name/model-00003.*download it again"):
         convert_checkpoint(REPO)
     assert hub.downloads() == []
 
@@ -267,7 +272,7 @@ def test_a_hub_that_goes_away_is_one_error_and_the_next_run_goes_on(hub, right, 
 @pytest.mark.usefixtures("commit")
 def test_damaged_bytes_under_the_right_etag_are_told_and_not_stored(hub, right, tmp_path):
     hub.fault = lambda method, what: "corrupt" if what == names()[2] else None
-    with pytest.raises(SourceDamaged, match="as the Hub names it, found") as error:
+    with pytest.raises(SourceDamagedError, match="as the Hub names it, found") as error:
         convert_checkpoint(REPO)
     request = make_request(REPO)
     blob = hub_blob(request.source.directory / names()[2])
@@ -277,7 +282,7 @@ def test_damaged_bytes_under_the_right_etag_are_told_and_not_stored(hub, right, 
     assert "\n" not in str(error.value)
     assert digests_in(tmp_path / "user-cache") <= set(right)
     hub.fault = lambda *_: None
-    with pytest.raises(SourceDamaged):  # it is not believed the second time either
+    with pytest.raises(SourceDamagedError):  # it is not believed the second time either
         convert_checkpoint(REPO)
     blob.unlink()
     assert digests(convert_checkpoint(REPO)) == right

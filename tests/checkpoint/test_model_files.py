@@ -17,7 +17,7 @@ from paroquant_stream.checkpoint.model_files import (
     open_inside,
     read_inside,
 )
-from paroquant_stream.errors import CheckpointError, MalformedFile
+from paroquant_stream.errors import CheckpointError, MalformedFileError
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
 FIRST = "model-00001-of-00003.safetensors"
@@ -49,7 +49,7 @@ def content(path, directory=None) -> bytes:
 
 
 def refuses(path, words: str, directory=None) -> None:
-    with pytest.raises((CheckpointError, MalformedFile), match=words):
+    with pytest.raises((CheckpointError, MalformedFileError), match=words):
         os.close(open_inside(path, directory))
 
 
@@ -309,7 +309,7 @@ def test_a_directory_with_anything_but_files_is_refused_by_name(model_dir, kind,
     (model_dir / name).parent.mkdir(exist_ok=True)
     check_directory(model_dir)
     irregular(model_dir / name, kind)
-    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file") as error:
+    with pytest.raises(MalformedFileError, match=f"{name}: expected a regular file") as error:
         check_directory(model_dir)
     assert "\n" not in str(error.value)
 

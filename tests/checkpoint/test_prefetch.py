@@ -9,7 +9,7 @@ import pytest
 
 from paroquant_stream.checkpoint.prefetch import Arrivals
 from paroquant_stream.checkpoint.shard import Shard
-from paroquant_stream.errors import Cancelled, CheckpointError
+from paroquant_stream.errors import CheckpointError, RunCancelledError
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
 
@@ -128,9 +128,9 @@ def test_a_wait_ends_when_the_run_is_told_to_stop(shelf, names):
     shelf.gates[names[0]] = threading.Event()
 
     def stop() -> None:
-        raise Cancelled("stop")
+        raise RunCancelledError("stop")
 
-    with arrivals(shelf, [names[:1]]) as coming, pytest.raises(Cancelled):
+    with arrivals(shelf, [names[:1]]) as coming, pytest.raises(RunCancelledError):
         coming.wait_for(names[:1], stop)
 
 

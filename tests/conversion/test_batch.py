@@ -15,7 +15,7 @@ from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.batch import convert_all
 from paroquant_stream.conversion.report import Conversion
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import Cancelled, SomeFailed
+from paroquant_stream.errors import RunCancelledError, SomeModelsFailedError
 from paroquant_stream.transform import task_runner as transform
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 
@@ -103,7 +103,7 @@ def test_a_failure_lets_the_others_finish_and_is_told_at_the_end(models, capsys)
 
 def test_the_function_raises_once_all_others_are_done(models):
     damage(models[1])
-    with pytest.raises(SomeFailed, match=r"1 of 4 models.*\n.*model\.norm\.weight"):
+    with pytest.raises(SomeModelsFailedError, match=r"1 of 4 models.*\n.*model\.norm\.weight"):
         convert_checkpoints(models, dtype="float16", jobs=2)
     assert len(convert_checkpoints(models[2:], dtype="float16")) == 2
 
@@ -154,7 +154,7 @@ def test_a_caller_that_stops_listening_stops_every_model(models, monkeypatch):
             while True:
                 worker.check()
                 time.sleep(0.005)
-        except Cancelled:
+        except RunCancelledError:
             stopped.append(job)
             raise
 

@@ -22,12 +22,12 @@ from paroquant_stream.conversion.planning import plan_model, survey
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
     AssemblyError,
-    EntryDamaged,
-    MissingExtra,
-    OutOfRange,
+    EntryDamagedError,
+    MissingExtraError,
+    OutOfRangeError,
     ParoquantStreamError,
-    SourceChanged,
-    SourceDropped,
+    SourceChangedError,
+    SourceDroppedError,
     StoreError,
 )
 from paroquant_stream.files.folder import Folder
@@ -97,7 +97,7 @@ def test_a_model_that_was_converted_before_is_only_dropped(model_dir, whole):
 
 def test_an_entry_that_reads_back_wrong_keeps_its_source(model_dir, monkeypatch):
     monkeypatch.setattr(drop, "confirmed_defect", lambda *_: "expected this, found that")
-    with pytest.raises(EntryDamaged, match="was not removed; run again"):
+    with pytest.raises(EntryDamagedError, match="was not removed; run again"):
         run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
 
@@ -162,7 +162,7 @@ def test_a_source_that_changes_before_it_goes_is_kept(scattered_dir, monkeypatch
         return real(self, *arguments)
 
     monkeypatch.setattr(drop.Dropper, moment, first_change)
-    with pytest.raises((SourceChanged, StoreError)):
+    with pytest.raises((SourceChangedError, StoreError)):
         run(scattered_dir, drop_source=True)
     left = {path.stat().st_ino for path in scattered_dir.iterdir()}
     assert changed
@@ -175,7 +175,7 @@ def test_a_lender_that_changed_after_it_lent_is_noticed_though_its_own_hash_fits
     scattered_dir, monkeypatch
 ):
     monkeypatch.setattr(drop.SourceFile, "lent_sha256", lambda *_: "0" * 64)
-    with pytest.raises(SourceChanged, match="borrowed from it changed"):
+    with pytest.raises(SourceChangedError, match="borrowed from it changed"):
         run(scattered_dir, drop_source=True)
     assert shards(scattered_dir) == [FIRST, SECOND, THIRD]
 
@@ -186,12 +186,12 @@ def test_a_changed_config_says_that_the_source_is_gone_and_what_to_do(model_dir)
     assert {r.action for r in run(model_dir).shards} == {"reused"}
     store = make_request(model_dir).store
     store.entry_path(read_manifest(make_request(model_dir)).entries[1].key).unlink()
-    with pytest.raises(SourceDropped, match=f"{SECOND}: its entry is absent") as error:
+    with pytest.raises(SourceDroppedError, match=f"{SECOND}: its entry is absent") as error:
         run(model_dir)
     assert "put them back" in str(error.value)
-    with pytest.raises(SourceDropped, match=f"{FIRST}: forced"):
+    with pytest.raises(SourceDroppedError, match=f"{FIRST}: forced"):
         run(model_dir, force=True)
-    with pytest.raises(SourceDropped):
+    with pytest.raises(SourceDroppedError):
         survey(make_request(model_dir))
 
 
@@ -200,7 +200,7 @@ def test_another_version_of_an_operation_says_that_the_source_is_gone(model_dir,
     monkeypatch.setattr("paroquant_stream.conversion.staleness.TRANSFORM", "newer")
     assert {r.action for r in run(model_dir).shards} == {"reused"}
     monkeypatch.setitem(drop.Task.sha256.func.__globals__["OPERATION_VERSIONS"], "awq_weight", 99)
-    with pytest.raises(SourceDropped, match="transform version changed"):
+    with pytest.raises(SourceDroppedError, match="transform version changed"):
         run(model_dir)
 
 
@@ -220,7 +220,9 @@ def test_a_shard_that_came_back_with_other_content_is_not_completed_by_the_dropp
     run(scattered_dir, drop_source=True)
     shutil.copy(backup / THIRD, scattered_dir / THIRD)
     flip(scattered_dir / THIRD)
-    with pytest.raises(SourceDropped, match=f"{THIRD}: expected SHA-256 .*put back all shards"):
+    with pytest.raises(
+        SourceDroppedError, match=f"{THIRD}: expected SHA-256 .*put back all shards"
+    ):
         run(scattered_dir)
     shutil.copy(backup / THIRD, scattered_dir / THIRD)
     assert {r.action for r in run(scattered_dir).shards} == {"reused"}
@@ -367,7 +369,7 @@ def test_a_record_that_lies_about_lenders_is_not_believed(scattered_dir):
     entries = tuple(replace(entry, borrowed_sha256=()) for entry in record.manifest.entries)
     write_record(request.store, replace(record, manifest=replace(record.manifest, entries=entries)))
     (scattered_dir / "config.json").write_text(json.dumps(CONFIG | {"note": 1}))
-    with pytest.raises(SourceDropped, match="a part that it borrows changed"):
+    with pytest.raises(SourceDroppedError, match="a part that it borrows changed"):
         run(scattered_dir)
 
 
@@ -376,7 +378,7 @@ def test_where_values_are_cast_nothing_goes_before_all_is_converted(tmp_path, mo
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     tensors["model.norm.weight"][0] = 1e6  # no float16
     directory = write_checkpoint(tmp_path / "m", tensors, cut_evenly(4))
-    with pytest.raises(OutOfRange):
+    with pytest.raises(OutOfRangeError):
         run(directory, drop_source=True, dtype="float16")
     assert len(shards(directory)) == 4
     left, remove = [], drop.SourceFile.remove
@@ -407,7 +409,7 @@ def test_what_could_not_be_loaded_is_not_dropped(model_dir, config, words):
 
 def test_without_mlx_lm_nothing_is_dropped(model_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'paroquant_stream\[lm\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'paroquant_stream\[lm\]'"):
         run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.conversion.source_file import SourceFile, put_all_back, remove_dangling_link
-from paroquant_stream.errors import MalformedFile, SourceChanged, StoreError
+from paroquant_stream.errors import MalformedFileError, SourceChangedError, StoreError
 from paroquant_stream.files.folder import Folder
 
 NAME = "model.safetensors"
@@ -156,7 +156,7 @@ def test_what_is_no_file_is_an_error(tmp_path, what):
         os.mkfifo(path)
     elif what == "directory":
         path.mkdir()
-    with pytest.raises((StoreError, MalformedFile)):
+    with pytest.raises((StoreError, MalformedFileError)):
         remove(path)
     assert os.path.lexists(path) == (what != "absent")
 
@@ -188,7 +188,7 @@ def test_a_file_that_changed_since_it_was_read_stays(home, tmp_path, change, lin
     assert source.sha256() == hashlib.sha256(b"x").hexdigest()
     CHANGES[change](file)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(SourceChanged, match="changed since it was converted"):
+    with pytest.raises(SourceChangedError, match="changed since it was converted"):
         source.remove()
     source.close()
     assert sorted(tmp_path.iterdir()) == before
@@ -204,7 +204,7 @@ def test_a_file_that_changes_while_it_is_hashed_has_no_hash(home, tmp_path, monk
         return real(*arguments)
 
     monkeypatch.setattr(os, "preadv", change)
-    with pytest.raises(SourceChanged):
+    with pytest.raises(SourceChangedError):
         source.sha256()
     source.close()
     assert done
@@ -236,7 +236,7 @@ def test_a_file_that_is_replaced_in_the_very_moment_of_its_removal_stays(
         real(*names, **where)
 
     monkeypatch.setattr(os, "rename", replace_first)
-    with pytest.raises(SourceChanged):
+    with pytest.raises(SourceChangedError):
         source.remove()
     source.close()
     assert done

@@ -13,8 +13,8 @@ from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.distributed import byte_ranges as ranges
 from paroquant_stream.distributed.slices import Slice, read_slice
-from paroquant_stream.distributed.tensor_parallel import shard
-from paroquant_stream.errors import ShardingError
+from paroquant_stream.distributed.tensor_parallel import split_tensors
+from paroquant_stream.errors import SplitError
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.model import assemble as model
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
@@ -51,7 +51,7 @@ def parameters(loaded) -> dict[str, mx.array]:
 
 def cut_in_memory(directory, rank) -> dict[str, mx.array]:
     whole, _, _ = load(directory)
-    shard(whole, rank, lazy=True)
+    split_tensors(whole, rank)
     return parameters(whole)
 
 
@@ -147,9 +147,9 @@ def test_lazy_leaves_what_is_not_cut_unread(tmp_path):
 
 
 def test_a_class_that_cannot_be_cut_is_refused_before_its_weights_are_read(slices_read):
-    with pytest.raises(ShardingError, match="has none"):
+    with pytest.raises(SplitError, match="has none"):
         load(FIXTURES / "gemma3_text-awq-adversarial", group=Rank(0, 2), parallel="tensor")
-    with pytest.raises(ShardingError, match="divide"):
+    with pytest.raises(SplitError, match="divide"):
         load(FIXTURES / "qwen3-awq-size", group=Rank(0, 2), parallel="tensor")
     assert not slices_read
 

@@ -19,7 +19,12 @@ from paroquant_stream.conversion.staleness import staleness
 from paroquant_stream.distributed import partition as part
 from paroquant_stream.distributed.partition import AbsentLayer, Part, _layer_of
 from paroquant_stream.distributed.split import WHOLE, Split
-from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamaged, NoSuchPart
+from paroquant_stream.errors import (
+    AssemblyError,
+    CheckpointError,
+    EntryDamagedError,
+    MissingPartError,
+)
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.files.tensor_header import TensorSpec
@@ -96,9 +101,9 @@ def test_a_layer_outside_of_the_range_and_the_whole_model_cannot_be_called(model
     whole, first = load(model_dir)[0], load(model_dir, layers=range(1))[0]
     x = mx.ones((1, 3, 64), mx.float16)
     assert mx.array_equal(first.model.layers[0](x), whole.model.layers[0](x))
-    with pytest.raises(NoSuchPart, match="layer 1 was not loaded, only 0 to 0"):
+    with pytest.raises(MissingPartError, match="layer 1 was not loaded, only 0 to 0"):
         first.model.layers[1](x)
-    with pytest.raises(NoSuchPart, match="layer 1 was not loaded"):
+    with pytest.raises(MissingPartError, match="layer 1 was not loaded"):
         first(mx.array([[1, 2]]))
 
 
@@ -142,7 +147,7 @@ def test_layers_and_a_group_are_not_both_taken():
 
 
 def test_layers_that_the_model_has_not_are_named(model_dir):
-    with pytest.raises(NoSuchPart, match="layers 1 to 2 were asked for, the model has 2"):
+    with pytest.raises(MissingPartError, match="layers 1 to 2 were asked for, the model has 2"):
         load(model_dir, layers=range(1, 3))
 
 
@@ -156,12 +161,12 @@ def test_layers_that_the_model_has_not_are_named(model_dir):
 )
 def test_a_class_without_a_pipeline_is_an_error_that_names_what_it_offers(name, text, offers):
     convert_checkpoint(FIXTURES / name)
-    with pytest.raises(NoSuchPart, match=offers):
+    with pytest.raises(MissingPartError, match=offers):
         load(FIXTURES / name, force_text=text, group=Rank(0, 2))
 
 
 def test_more_ranks_than_layers_are_an_error():
-    with pytest.raises(NoSuchPart, match="no pipeline over 3 ranks"):
+    with pytest.raises(MissingPartError, match="no pipeline over 3 ranks"):
         load(FIXTURES / "qwen2-awq-size", group=Rank(0, 3))
 
 
@@ -297,7 +302,7 @@ def test_full_hashes_the_entries_of_the_part_and_damage_elsewhere_is_not_seen(de
     assert sorted(hashed) == sorted(str(store.entry_path(record.key)) for record in needed)
     flip_last_bit(store.entry_path(needed[1].key))
     request = make_request(deep)
-    with pytest.raises(EntryDamaged, match=needed[1].key):
+    with pytest.raises(EntryDamagedError, match=needed[1].key):
         weights.read_weights(
             convert_checkpoint(deep), request.store, Part(False, layers).reads, full=True
         )

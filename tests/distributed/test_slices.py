@@ -12,7 +12,7 @@ from mlx.nn.layers import distributed
 
 from paroquant_stream.distributed import slices
 from paroquant_stream.distributed.slices import Slice, rank_slice, read_slice
-from paroquant_stream.errors import MalformedFile, UnreadableFile
+from paroquant_stream.errors import MalformedFileError, UnreadableFileError
 from paroquant_stream.files.tensor_header import DTYPE_BYTES, TensorInfo
 
 START = 100
@@ -166,7 +166,7 @@ def test_a_short_read_is_continued(stored, monkeypatch):
 def test_a_file_that_ends_too_early_is_an_error(stored, tmp_path):
     fd, tensor, _ = stored("F16", (512, 512))
     os.truncate(tmp_path / "file", START + 1000)
-    with pytest.raises(MalformedFile, match="file: ends"):
+    with pytest.raises(MalformedFileError, match="file: ends"):
         read_slice(fd, tensor, rank_slice(tensor.shape, 0, 1, 1, 2), "file")
 
 
@@ -179,7 +179,7 @@ def test_what_the_system_cannot_read_is_an_error(stored, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(UnreadableFile, match="file: cannot be read: Input/output error"):
+    with pytest.raises(UnreadableFileError, match="file: cannot be read: Input/output error"):
         read_slice(fd, tensor, rank_slice(tensor.shape, 0, 1, 1, 2), "file")
     assert called
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from paroquant_stream.errors import Cancelled, StoreError
+from paroquant_stream.errors import RunCancelledError, StoreError
 from paroquant_stream.execution.threads import run_all
 
 
@@ -50,7 +50,7 @@ def test_the_first_error_stops_the_others_and_is_raised():
             for _ in range(1000):
                 worker.check()
                 time.sleep(0.005)
-        except Cancelled:
+        except RunCancelledError:
             stopped.append(item)
             raise
 

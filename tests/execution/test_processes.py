@@ -13,7 +13,7 @@ import pytest
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import OutOfRange, WorkersLost
+from paroquant_stream.errors import OutOfRangeError, WorkersLostError
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
 from paroquant_stream.transform import remote_runner as elsewhere
@@ -61,7 +61,7 @@ def test_an_error_of_a_worker_arrives_as_ours(tmp_path):
     tensors = llama_tensors()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("f4") * 1e6
     directory = write_checkpoint(tmp_path / "m", tensors, cut_evenly(3))
-    with processes(2) as pool, pytest.raises(OutOfRange, match=r"model\.norm\.weight"):
+    with processes(2) as pool, pytest.raises(OutOfRangeError, match=r"model\.norm\.weight"):
         convert_checkpoint(directory, executor=pool, dtype="float16")
 
 
@@ -71,7 +71,7 @@ def test_a_process_that_dies_is_one_message_and_the_next_run_goes_on(
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch, processes(1) as pool:
         patch.setattr(elsewhere, "run_elsewhere", slow_worker.deadly)
-        with pytest.raises(WorkersLost, match=r"BrokenProcessPool.*run again to go on"):
+        with pytest.raises(WorkersLostError, match=r"BrokenProcessPool.*run again to go on"):
             convert_checkpoint(model_dir, cache_dir=cache, executor=pool)
     (left,) = temps(cache)  # it died in the middle of a shard
     assert f"-{os.getpid()}-" not in left

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from paroquant_stream.errors import Cancelled
+from paroquant_stream.errors import RunCancelledError
 from paroquant_stream.execution.slots import Buffers, Places, Worker
 
 
@@ -49,7 +49,7 @@ def test_who_waits_for_a_place_hears_of_the_end():
     places = Places(1)
     Worker(places)
     threading.Timer(0.05, places.stop).start()
-    with pytest.raises(Cancelled):
+    with pytest.raises(RunCancelledError):
         Worker(places)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.errors import CheckpointError, MalformedFile
+from paroquant_stream.errors import CheckpointError, MalformedFileError
 from paroquant_stream.exports import copied_files as room
 from paroquant_stream.exports.copied_files import (
     JSON,
@@ -134,7 +134,7 @@ def test_a_directory_or_a_link_that_leads_nowhere_is_as_if_absent(model_dir, out
 
 def test_a_pipe_is_refused_and_not_opened(model_dir):
     os.mkfifo(model_dir / "merges.txt")
-    with pytest.raises(MalformedFile, match=r"merges\.txt: expected a regular file"):
+    with pytest.raises(MalformedFileError, match=r"merges\.txt: expected a regular file"):
         files_to_export(model_dir)
 
 
@@ -184,7 +184,7 @@ def test_json_of_several_chunks_arrives_whole(model_dir, out, monkeypatch):
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": NaN}', "{", '{"a": 1e999}'])
 def test_settings_that_parsers_read_differently_are_refused(model_dir, out, text):
     (model_dir / "generation_config.json").write_text(text)
-    with pytest.raises(MalformedFile, match=r"generation_config\.json: not valid JSON"):
+    with pytest.raises(MalformedFileError, match=r"generation_config\.json: not valid JSON"):
         export(model_dir, out)
 
 
@@ -223,7 +223,9 @@ def test_settings_that_are_nested_without_end_are_refused(model_dir, out):
     for depth, refused in ((90, False), (110, True), (900, True)):
         (model_dir / "generation_config.json").write_text("[" * depth + "]" * depth)
         if refused:
-            with pytest.raises(MalformedFile, match=r"generation_config\.json: nested deeper than"):
+            with pytest.raises(
+                MalformedFileError, match=r"generation_config\.json: nested deeper than"
+            ):
                 export(model_dir, out)
         else:
             export(model_dir, out)

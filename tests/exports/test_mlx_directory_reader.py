@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from paroquant_stream import load
 from paroquant_stream.checkpoint.checkpoint import Checkpoint
-from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFile
+from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFileError
 from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
 from tests.helpers.paths import FIXTURES
 
@@ -75,7 +75,7 @@ def test_a_missing_tensor_is_named(exported):
 def test_a_file_cut_short_is_refused_before_mlx_reads_it(exported):
     shard = sorted(exported.glob("model-*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(MalformedFile, match="the header describes"):
+    with pytest.raises(MalformedFileError, match="the header describes"):
         load(exported)
 
 
@@ -91,7 +91,7 @@ def test_a_file_that_changes_after_the_first_look_is_refused_before_mlx_reads_it
         return found
 
     monkeypatch.setattr(Checkpoint, "headers", headers)
-    with pytest.raises(MalformedFile, match="safetensors header"):
+    with pytest.raises(MalformedFileError, match="safetensors header"):
         load(exported)
     assert cut
 

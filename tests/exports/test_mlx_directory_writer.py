@@ -14,7 +14,12 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from paroquant_stream import convert_checkpoint, load
-from paroquant_stream.errors import CheckpointError, MalformedFile, ParoquantStreamError, StoreError
+from paroquant_stream.errors import (
+    CheckpointError,
+    MalformedFileError,
+    ParoquantStreamError,
+    StoreError,
+)
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
 from paroquant_stream.exports import standalone
 from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
@@ -143,7 +148,7 @@ def test_a_file_that_leads_out_of_the_model_is_refused_before_anything_is_conver
 def test_a_pipe_is_refused_before_anything_is_converted(model_dir, tmp_path, name):
     (model_dir / name).unlink(missing_ok=True)
     os.mkfifo(model_dir / name)
-    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file"):
+    with pytest.raises(MalformedFileError, match=f"{name}: expected a regular file"):
         export_model(model_dir, tmp_path / "out", cache_dir=tmp_path / "cache")
     assert names(tmp_path) & {"out", "cache"} == set()
 

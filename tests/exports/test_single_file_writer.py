@@ -17,7 +17,12 @@ from paroquant_stream.api import load as api
 from paroquant_stream.cli import export
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import EntryDamaged, ParoquantStreamError, StoreError, UnwritableFile
+from paroquant_stream.errors import (
+    EntryDamagedError,
+    ParoquantStreamError,
+    StoreError,
+    UnwritableFileError,
+)
 from paroquant_stream.exports import single_file_writer as single_write
 from paroquant_stream.exports.single_file import NAME
 from paroquant_stream.exports.single_file_writer import export_single_file, write_single_file
@@ -105,7 +110,7 @@ def test_the_file_follows_the_umask_as_the_rest_of_the_directory_does(model, tar
 
 def test_a_file_that_is_there_is_left_alone(model, target):
     target.write_bytes(b"mine")
-    with pytest.raises(UnwritableFile, match="is there already; remove it"):
+    with pytest.raises(UnwritableFileError, match="is there already; remove it"):
         write_single_file(*model, target)
     assert target.read_bytes() == b"mine"
 
@@ -117,7 +122,7 @@ def test_a_damaged_entry_is_taken_out_of_use_and_nothing_is_written(model, targe
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
-    with pytest.raises(EntryDamaged, match="taken out of use"):
+    with pytest.raises(EntryDamagedError, match="taken out of use"):
         write_single_file(*model, target)
     assert not path.exists()
     assert os.listdir(target.parent) == []
@@ -162,7 +167,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(
     model, target, monkeypatch, call, turn, number
 ):
     fired = fail_at(monkeypatch, call, turn, OSError(number, os.strerror(number)))
-    with pytest.raises(UnwritableFile, match=os.strerror(number)) as caught:
+    with pytest.raises(UnwritableFileError, match=os.strerror(number)) as caught:
         write_single_file(*model, target)
     monkeypatch.undo()
     assert fired
@@ -222,7 +227,7 @@ def test_the_bytes_are_durable_before_the_name_and_the_name_before_the_end(
 
 
 def test_an_absent_directory_is_one_line(model, tmp_path):
-    with pytest.raises(UnwritableFile, match="No such file or directory"):
+    with pytest.raises(UnwritableFileError, match="No such file or directory"):
         write_single_file(*model, tmp_path / "absent" / NAME)
 
 
@@ -264,7 +269,7 @@ def test_an_export_goes_into_a_directory_or_under_a_name(model_dir, tmp_path):
 
 def test_an_export_that_cannot_be_written_converts_nothing(model_dir, tmp_path):
     (model_dir / NAME).write_bytes(b"mine")
-    with pytest.raises(UnwritableFile, match="is there already"):
+    with pytest.raises(UnwritableFileError, match="is there already"):
         export_single_file(make_request(model_dir, cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
@@ -288,7 +293,7 @@ def test_an_export_of_a_conversion_beside_the_model_needs_no_source(model_dir, t
 
 def test_an_export_of_a_repository_must_be_told_where_to(hub, tmp_path):
     hub.push("owner/model", FIXTURES / "llama-awq-single")
-    with pytest.raises(UnwritableFile, match="say where"):
+    with pytest.raises(UnwritableFileError, match="say where"):
         export_single_file(make_request("owner/model"))
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from paroquant_stream.errors import UnwritableFile
+from paroquant_stream.errors import UnwritableFileError
 from paroquant_stream.files.atomic_directory import new_directory
 
 
@@ -38,7 +38,7 @@ def test_may_be_read_by_whom_the_umask_lets(tmp_path):
 
 def test_too_little_room_is_told_first(tmp_path):
     with (
-        pytest.raises(UnwritableFile, match=f"{10**18:,} bytes needed"),
+        pytest.raises(UnwritableFileError, match=f"{10**18:,} bytes needed"),
         new_directory(tmp_path / "out", 10**18),
     ):
         pytest.fail("the body ran")
@@ -47,7 +47,7 @@ def test_too_little_room_is_told_first(tmp_path):
 
 def test_what_came_under_its_name_meanwhile_is_kept(tmp_path):
     with (
-        pytest.raises(UnwritableFile, match="cannot be written"),
+        pytest.raises(UnwritableFileError, match="cannot be written"),
         new_directory(tmp_path / "out", 10),
     ):
         (tmp_path / "out").mkdir()
@@ -61,7 +61,7 @@ def test_a_name_that_was_not_made_durable_is_taken_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr("paroquant_stream.files.atomic_directory.sync_directory", refused)
     with (
-        pytest.raises(UnwritableFile, match="Input/output error"),
+        pytest.raises(UnwritableFileError, match="Input/output error"),
         new_directory(tmp_path / "out", 10),
     ):
         pass

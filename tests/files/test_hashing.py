@@ -8,7 +8,7 @@ import os
 import pytest
 import xxhash
 
-from paroquant_stream.errors import SourceChanged
+from paroquant_stream.errors import SourceChangedError
 from paroquant_stream.files.hashing import SourceHasher, hash_entry, read_chunks
 from paroquant_stream.files.tensor_header import TensorInfo
 
@@ -40,7 +40,7 @@ def test_short_reads_are_continued(fd, monkeypatch):
 
 
 def test_a_file_that_ends_early_is_an_error(fd):
-    with pytest.raises(SourceChanged, match="shorter"):
+    with pytest.raises(SourceChangedError, match="shorter"):
         list(read_chunks(fd, 0, len(DATA) + 1, "x", memoryview(bytearray(100_000))))
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from paroquant_stream.errors import MalformedFile
+from paroquant_stream.errors import MalformedFileError
 from paroquant_stream.files.strict_json import strict_json
 
 
@@ -21,7 +21,7 @@ def seconds(text: bytes, words: str | None = None) -> float:
     for _ in range(3):
         started = time.perf_counter()
         if words:
-            with pytest.raises(MalformedFile, match=words):
+            with pytest.raises(MalformedFileError, match=words):
                 strict_json(text, "x")
         else:
             strict_json(text, "x")
@@ -37,7 +37,7 @@ def test_a_key_that_stands_twice_is_found_in_the_time_that_the_object_takes():
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 400 + ".0", "NaN", "-Infinity"])
 def test_a_number_that_is_not_finite_is_refused(number):
-    with pytest.raises(MalformedFile, match=r"no finite number|no JSON number"):
+    with pytest.raises(MalformedFileError, match=r"no finite number|no JSON number"):
         strict_json(f'{{"a": [{number}]}}'.encode(), "x")
 
 
@@ -54,5 +54,5 @@ def test_a_long_number_takes_no_longer_than_its_digits():
 @pytest.mark.parametrize("text", [b"\xef\xbb\xbf{}", b"{} {}", b'{"a": 1, "a": 1}', b"1" * 21,
                                   b"[" * 100_000, b"\xff", b""])  # fmt: skip
 def test_what_parsers_disagree_on_is_refused(text):
-    with pytest.raises(MalformedFile, match="x: not valid JSON"):
+    with pytest.raises(MalformedFileError, match="x: not valid JSON"):
         strict_json(text, "x")

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from paroquant_stream.errors import MalformedFile
+from paroquant_stream.errors import MalformedFileError
 from paroquant_stream.files.descriptor import open_regular, pread_exactly
 from paroquant_stream.files.tensor_header import TensorSpec, read_header
 from paroquant_stream.files.tensor_writer import PAGE, TensorWriter, file_size, lay_out
@@ -33,25 +33,25 @@ def test_refuses(case, tmp_path):
         path.write_bytes(b"")
     else:
         file_of(path, header, data)
-    with pytest.raises(MalformedFile, match=r"x\.safetensors"):
+    with pytest.raises(MalformedFileError, match=r"x\.safetensors"):
         read(path)
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000, 2**63, 2**64 - 8])
 def test_refuses_a_header_length_of(length, tmp_path):
-    with pytest.raises(MalformedFile, match="header length"):
+    with pytest.raises(MalformedFileError, match="header length"):
         read(file_of(tmp_path / "x", {"a": tensor()}, length=length))
 
 
 def test_names_a_git_lfs_pointer(tmp_path):
     (tmp_path / "x").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
-    with pytest.raises(MalformedFile, match="git lfs pull"):
+    with pytest.raises(MalformedFileError, match="git lfs pull"):
         read(tmp_path / "x")
 
 
 def test_refuses_a_pipe_without_hanging(tmp_path):
     os.mkfifo(tmp_path / "x")
-    with pytest.raises(MalformedFile, match="regular file"):
+    with pytest.raises(MalformedFileError, match="regular file"):
         open_regular(tmp_path / "x")
 
 
@@ -65,7 +65,7 @@ def test_follows_no_link_when_told_so(tmp_path):
 def test_a_short_read_is_an_error(tmp_path):
     (tmp_path / "x").write_bytes(bytes(10))
     fd = open_regular(tmp_path / "x")
-    with pytest.raises(MalformedFile, match="ends 5 bytes before"):
+    with pytest.raises(MalformedFileError, match="ends 5 bytes before"):
         pread_exactly(fd, 5, 10, "x")
     os.close(fd)
 

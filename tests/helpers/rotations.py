@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from paroquant_stream.rotation.layers import RotatedLayer
 from paroquant_stream.rotation.tables import RotationTables
 
 
@@ -52,3 +53,19 @@ def error(y, expected):
 
 def tables_of(parameters, group_size):
     return RotationTables(*(mx.array(values) for values in parameters), group_size)
+
+
+class Rotation(RotatedLayer):
+    """A layer that only rotates: x with its channels scaled and rotated inside groups: (..., dims) to (..., dims), same dtype.
+
+    Parameters: theta (krot, dims / 2), pairs int16 (krot, dims), channel_scales (1, dims).
+    """
+
+    def __init__(self, dims: int, *, group_size: int = 128, krot: int = 8) -> None:
+        super().__init__(group_size)
+        self._add_rotation("", dims, krot)
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The rotated x."""
+        return self._rotate(x)

@@ -19,7 +19,7 @@ from paroquant.inference.base import GenerationParams
 
 import paroquant_stream
 from paroquant_stream import install, uninstall
-from paroquant_stream.errors import LoaderMoved, MissingExtra
+from paroquant_stream.errors import LoaderMovedError, MissingExtraError
 from paroquant_stream.integrations import loader_patch as dropin
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
 from tests.helpers.paths import FIXTURES, ROOT
@@ -180,7 +180,7 @@ def test_a_lazy_module_is_not_woken():
 def test_another_loader_is_an_error_that_names_the_version(found, said):
     home.load = found
     try:
-        with pytest.raises(LoaderMoved, match=r"paroquant 0\.1\.16 .*" + said):
+        with pytest.raises(LoaderMovedError, match=r"paroquant 0\.1\.16 .*" + said):
             install()
     finally:
         home.load = ORIGINAL[0]
@@ -226,7 +226,7 @@ def test_a_loader_in_another_place_is_an_error_that_names_the_version(tmp_path):
 from paroquant_stream import errors, install
 try:
     install()
-except errors.LoaderMoved as error:
+except errors.LoaderMovedError as error:
     print(error)
 """
     assert python(tmp_path, code).startswith("paroquant 9.9 does not have its MLX loader at paro")
@@ -239,7 +239,7 @@ from paroquant_stream import errors, install
 install()
 try:
     import paroquant.inference.backends.mlx.load
-except errors.LoaderMoved as error:
+except errors.LoaderMovedError as error:
     print(error)
 """
     assert "it takes (path, revision)" in python(tmp_path, code)
@@ -248,7 +248,7 @@ except errors.LoaderMoved as error:
 def test_without_paroquant_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, dropin.HOME)
     monkeypatch.setitem(sys.modules, "paroquant", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'paroquant\[mlx\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'paroquant\[mlx\]'"):
         install()
     assert dropin._finder not in sys.meta_path
 

@@ -16,7 +16,7 @@ from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import AssemblyError, MalformedFile
+from paroquant_stream.errors import AssemblyError, MalformedFileError
 from paroquant_stream.model.assemble import assemble
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
 from paroquant_stream.store.store import cache_store
@@ -148,7 +148,7 @@ def test_nothing_of_theirs_sees_a_directory_with_a_pipe(model_dir):
     manifest = convert(make_request(model_dir, jobs=1)).manifest
     store = cache_store(None)
     os.mkfifo(model_dir / "merges.txt")
-    with pytest.raises(MalformedFile, match="found a pipe"):
+    with pytest.raises(MalformedFileError, match="found a pipe"):
         assemble(ModelConfig.read(model_dir), manifest, store, lazy=True, force_text=False)
 
 

@@ -13,7 +13,7 @@ from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.api.load import load
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import AssemblyError, EntryDamaged, StoreError
+from paroquant_stream.errors import AssemblyError, EntryDamagedError, StoreError
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble as model
@@ -56,7 +56,7 @@ def test_a_flipped_bit_is_noticed_and_the_entry_taken_out_of_use(converted, posi
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
-    with pytest.raises(EntryDamaged, match=manifest.entries[0].key):
+    with pytest.raises(EntryDamagedError, match=manifest.entries[0].key):
         read_weights(manifest, store, everything)
     assert not path.exists()
 
@@ -65,7 +65,7 @@ def test_a_truncated_or_absent_entry_is_noticed(converted):
     manifest, store = converted
     path = store.entry_path(manifest.entries[0].key)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(EntryDamaged, match="bytes, found"):
+    with pytest.raises(EntryDamagedError, match="bytes, found"):
         read_weights(manifest, store, everything)
     with pytest.raises(StoreError, match="cannot be opened"):
         read_weights(manifest, store, everything)
@@ -117,7 +117,7 @@ def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
     path = store.entry_path(record.key)
     path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U16"', 1))
     remember(store.memo, path, record.digest)
-    with pytest.raises(EntryDamaged, match="the header is not the one that was written"):
+    with pytest.raises(EntryDamagedError, match="the header is not the one that was written"):
         read_weights(manifest, store, everything)
 
 

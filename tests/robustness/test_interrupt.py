@@ -25,8 +25,8 @@ KILL = (
     + """
 import os, signal, sys
 from paroquant_stream.cli import convert
-from paroquant_stream.files import atomic_file as newfile
-newfile._BLOCK = 4096
+from paroquant_stream.files import new_file
+new_file._BLOCK = 4096
 step, calls = int(sys.argv[1]), 0
 def deadly(real):
     def call(*arguments, **options):

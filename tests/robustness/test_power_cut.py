@@ -16,7 +16,7 @@ import pytest
 
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.files import atomic_file as newfile
+from paroquant_stream.files import new_file
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
 pytestmark = [
@@ -61,7 +61,7 @@ class Cuts:
     def __init__(self, image, patch) -> None:
         self.taken: list[tuple[object, set[str]]] = []
         self._image, self._done = image, set()
-        real_publish, real_replace = newfile.NewFile.publish, os.replace
+        real_publish, real_replace = new_file.NewFile.publish, os.replace
 
         def publish(file, folder, name):
             stamp = real_publish(file, folder, name)
@@ -74,7 +74,7 @@ class Cuts:
             real_replace(*names, **where)
             self._cut()
 
-        patch.setattr(newfile.NewFile, "publish", publish)
+        patch.setattr(new_file.NewFile, "publish", publish)
         patch.setattr(os, "replace", replace)
 
     def _cut(self) -> None:

@@ -15,7 +15,7 @@ from paroquant_stream.api.load import load
 from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import SourceChanged, SourceDamaged
+from paroquant_stream.errors import SourceChangedError, SourceDamagedError
 from paroquant_stream.files import descriptor, digest_cache
 from paroquant_stream.files.descriptor import FileStamp
 from paroquant_stream.files.digest_cache import _observe
@@ -98,7 +98,7 @@ def test_a_shard_that_changes_meanwhile_is_not_remembered(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(SourceHasher, "finish", finish)
-        with pytest.raises(SourceChanged):
+        with pytest.raises(SourceChangedError):
             run(directory)
     shard = Shard(NAME, directory / NAME)
     assert shard.known_sha256(make_request(directory).store.memo) is None
@@ -120,7 +120,9 @@ def test_a_blob_overwritten_in_place_is_not_believed_by_name(snapshot, again, sa
     status = blob.stat()
     flip(blob, status.st_size - 1 if sampled else uncovered(blob))
     os.utime(blob, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(SourceDamaged, match=f"expected SHA-256 {blob.name} as the Hub names it"):
+    with pytest.raises(
+        SourceDamagedError, match=f"expected SHA-256 {blob.name} as the Hub names it"
+    ):
         again(snapshot)
 
 
@@ -205,7 +207,7 @@ def test_a_hashed_blob_is_known_by_name_without_a_ctime(tmp_path, hashed):
         assert hashed == []
         (blob,) = (tmp_path / "real").iterdir()
         flip(blob, blob.stat().st_size - 1)
-        with pytest.raises(SourceDamaged):
+        with pytest.raises(SourceDamagedError):
             run(snapshot)
 
 

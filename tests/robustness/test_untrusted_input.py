@@ -18,7 +18,7 @@ from safetensors.numpy import load as second_opinion
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import CheckpointError, EntryDamaged, MalformedFile
+from paroquant_stream.errors import CheckpointError, EntryDamagedError, MalformedFileError
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.files.descriptor import open_regular
@@ -85,7 +85,7 @@ def compare(path: Path, text: bytes) -> bool:
     fd = open_regular(path)
     try:
         header = read_header(fd, "x")
-    except MalformedFile:
+    except MalformedFileError:
         return False
     finally:
         os.close(fd)
@@ -151,7 +151,7 @@ def test_a_malformed_entry_is_never_served_although_its_manifest_was_made_to_fit
         "s", "a" * 64, 1, (), "c" * 64, "d" * 64, digest, path.stat().st_size, specs
     )
     manifest = Manifest("m", "f" * 64, "t", "AUTOAWQ", 4, 32, (record,))
-    with pytest.raises(EntryDamaged):
+    with pytest.raises(EntryDamagedError):
         read_weights(manifest, store, lambda _: True)
     assert not path.exists()
 
@@ -171,7 +171,7 @@ def test_entries_under_each_others_names_are_made_again(tmp_path):
 
 BOMBS = """
 import os, resource, sys, time
-from paroquant_stream.errors import MalformedFile
+from paroquant_stream.errors import MalformedFileError
 from paroquant_stream.files.descriptor import open_regular
 from paroquant_stream.files.tensor_header import read_header
 from paroquant_stream.cli.convert import peak_rss_bytes
@@ -179,7 +179,7 @@ before, started = peak_rss_bytes(), time.monotonic()
 try:
     read_header(open_regular(sys.argv[1]), "bomb")
     print("accepted")
-except MalformedFile:
+except MalformedFileError:
     print(peak_rss_bytes() - before < 200_000_000, time.monotonic() - started < 5)
 """
 
@@ -349,7 +349,7 @@ def test_a_pipe_in_place_of_any_file_does_not_hold_a_load(tmp_path, form, name, 
     (directory / name).parent.mkdir(exist_ok=True)
     (directory / name).unlink(missing_ok=True)
     os.mkfifo(directory / name)
-    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file, found a pipe"):
+    with pytest.raises(MalformedFileError, match=f"{name}: expected a regular file, found a pipe"):
         load(directory, force_text=force_text, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()  # told before any work
 
@@ -360,7 +360,7 @@ def test_a_pipe_in_place_of_config_or_index_does_not_hold_a_conversion(tmp_path,
     directory = write_checkpoint(tmp_path / "m", cut=cut_evenly(2))
     (directory / name).unlink()
     os.mkfifo(directory / name)
-    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file"):
+    with pytest.raises(MalformedFileError, match=f"{name}: expected a regular file"):
         convert_checkpoint(directory)
 
 
@@ -371,7 +371,7 @@ def test_a_pipe_in_a_snapshot_of_the_hubs_cache_does_not_hold_a_load(hub, tmp_pa
     directory = make_request("owner/name").source.directory
     (directory / name).unlink(missing_ok=True)
     os.mkfifo(directory / name)
-    with pytest.raises(MalformedFile, match=f"{name}: expected a regular file, found a pipe"):
+    with pytest.raises(MalformedFileError, match=f"{name}: expected a regular file, found a pipe"):
         load("owner/name")
 
 

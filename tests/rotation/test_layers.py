@@ -15,8 +15,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream.rotation import layers as rotation
-from paroquant_stream.rotation.layers import RotateQuantizedLinear, RotateSwitchGLU, Rotation
-from tests.helpers.rotations import error, make_rotation, make_x, rotate_float64, to_float64
+from paroquant_stream.rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
+from tests.helpers.rotations import (
+    Rotation,
+    error,
+    make_rotation,
+    make_x,
+    rotate_float64,
+    to_float64,
+)
 
 GROUP, KROT = 64, 4
 

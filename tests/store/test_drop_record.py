@@ -16,10 +16,10 @@ from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
     CheckpointError,
-    EntryDamaged,
+    EntryDamagedError,
     ManifestError,
-    NewerManifest,
-    SourceDropped,
+    NewerManifestError,
+    SourceDroppedError,
 )
 from paroquant_stream.files.folder import Folder
 from paroquant_stream.maintenance.inventory import take_inventory
@@ -94,7 +94,7 @@ def test_a_record_comes_back_as_it_was_and_no_other_bytes_are_one(dropped):
             DropRecord.decode(record.id, bytes(flipped))
     with pytest.raises(ManifestError):
         DropRecord.decode(record.id, data[:-1])
-    with pytest.raises(NewerManifest):
+    with pytest.raises(NewerManifestError):
         DropRecord.decode(record.id, data[:10] + b"\x63" + data[11:])
 
 
@@ -182,10 +182,10 @@ def test_a_model_that_was_half_copied_over_a_dropped_one_is_not_completed_by_it(
     names = sorted(path.name for path in two.glob("*.safetensors"))
     for name in names[:2]:
         shutil.copy(two / name, one / name)
-    with pytest.raises(SourceDropped, match=f"{names[0]}: expected SHA-256"):
+    with pytest.raises(SourceDroppedError, match=f"{names[0]}: expected SHA-256"):
         load(one)
     (one / NOTE).unlink()
-    with pytest.raises(SourceDropped, match=f"{names[0]}: expected SHA-256"):
+    with pytest.raises(SourceDroppedError, match=f"{names[0]}: expected SHA-256"):
         load(one)
     shutil.copy(two / names[2], one / names[2])
     assert same(weights(one), second)
@@ -197,14 +197,14 @@ def test_a_directory_without_shards_that_says_which_drop_it_was_takes_no_other(t
     run(two, drop_source=True, cache_dir=tmp_path / "other")
     shutil.rmtree(one)
     two.rename(one)
-    with pytest.raises(SourceDropped, match=r"has no record of that for --dtype source"):
+    with pytest.raises(SourceDroppedError, match=r"has no record of that for --dtype source"):
         load(one)
     load(one, cache_dir=tmp_path / "other")
 
 
 def test_another_dtype_after_a_drop_says_what_there_is(dropped):
     directory, _ = dropped
-    with pytest.raises(SourceDropped, match=r"removed by --drop-source.*--dtype float16"):
+    with pytest.raises(SourceDroppedError, match=r"removed by --drop-source.*--dtype float16"):
         run(directory, dtype="float16")
 
 
@@ -300,7 +300,9 @@ def test_damage_of_the_only_copy_is_kept_and_the_shard_heals_it(model_dir, tmp_p
     store, record = cache_store(), manifest.entries[1]
     damage(store.entry_path(record.key))
     broken = store.entry_path(record.key).read_bytes()
-    with pytest.raises(SourceDropped, match=f"{record.shard}: its entry is damaged, and kept as"):
+    with pytest.raises(
+        SourceDroppedError, match=f"{record.shard}: its entry is damaged, and kept as"
+    ):
         load(model_dir, verify="full")
     for rules in (Rules(orphans=True), Rules(max_size=0)):
         execute(plan_prune(take_inventory(store, now=4e9), rules))
@@ -317,7 +319,7 @@ def test_damage_of_a_conversion_beside_the_model_moves_nothing(model_dir):
     store = make_request(model_dir, in_place=True).store
     damage(store.entry_path(manifest.entries[0].key))
     before = {p: p.read_bytes() for p in model_dir.rglob("*") if p.is_file()}
-    with pytest.raises(EntryDamaged, match="it stays, since nothing is written there"):
+    with pytest.raises(EntryDamagedError, match="it stays, since nothing is written there"):
         load(model_dir, verify="full")
     assert {p: p.read_bytes() for p in model_dir.rglob("*") if p.is_file()} == before
 

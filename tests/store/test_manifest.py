@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paroquant_stream.errors import ManifestError, NewerManifest
+from paroquant_stream.errors import ManifestError, NewerManifestError
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.store.manifest import EntryRecord, Manifest
 
@@ -164,8 +164,8 @@ def test_a_shard_that_is_no_file_name_is_noticed(shard):
 
 
 def test_a_newer_major_version_is_told_apart_from_damage():
-    with pytest.raises(NewerManifest):
+    with pytest.raises(NewerManifestError):
         Manifest.decode(sealed(GOOD[52:], 2 << 16))
     with pytest.raises(ManifestError) as caught:
         Manifest.decode(GOOD[:-1])
-    assert not isinstance(caught.value, NewerManifest)
+    assert not isinstance(caught.value, NewerManifestError)

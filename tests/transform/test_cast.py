@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import Request
-from paroquant_stream.errors import OutOfRange
+from paroquant_stream.errors import OutOfRangeError
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform.cast import cast
 from tests.helpers.builders import llama_tensors, write_checkpoint
@@ -194,7 +194,9 @@ def test_a_value_beyond_the_width_is_an_error_that_names_it_and_stores_nothing(t
     norm = "model.layers.1.input_layernorm.weight"
     tensors[norm] = np.full(tensors[norm].shape, 1e5, np.float32)
     model, cache = write_checkpoint(tmp_path / "model", tensors), tmp_path / "c"
-    with pytest.raises(OutOfRange, match=rf"{norm} of model\.safetensors: 64 values are beyond"):
+    with pytest.raises(
+        OutOfRangeError, match=rf"{norm} of model\.safetensors: 64 values are beyond"
+    ):
         convert_checkpoint(model, cache_dir=cache, dtype="float16")
     assert main([str(model), "--cache-dir", str(cache), "--dtype", "float16"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {norm} of model.safetensors: 64 values")

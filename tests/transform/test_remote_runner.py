@@ -22,7 +22,12 @@ from paroquant_stream import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.planning import plan_model
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import Cancelled, CheckpointError, WorkersLost, WorkersUnfit
+from paroquant_stream.errors import (
+    CheckpointError,
+    RunCancelledError,
+    WorkersLostError,
+    WorkersUnfitError,
+)
 from paroquant_stream.execution import executors as executor
 from paroquant_stream.execution.slots import Worker
 from paroquant_stream.transform import remote_runner as elsewhere
@@ -209,7 +214,7 @@ def test_a_client_that_was_closed_is_an_error_of_ours(cluster, model, tmp_path):
     with Client(cluster.address, set_as_default=False) as client:
         workers = client.get_executor(pure=False)
     for jobs in (None, 2):
-        with pytest.raises(WorkersLost, match="do not answer"):
+        with pytest.raises(WorkersLostError, match="do not answer"):
             convert_checkpoint(model, cache_dir=tmp_path / "c", executor=workers, jobs=jobs)
 
 
@@ -341,7 +346,7 @@ def test_an_error_on_another_host_names_it(model, tmp_path):
 def test_a_worker_that_does_not_see_the_sign_does_nothing(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, sign):
         pass
-    with pytest.raises(WorkersUnfit, match=re.escape(str(sign))):
+    with pytest.raises(WorkersUnfitError, match=re.escape(str(sign))):
         run_elsewhere(job, sign, os.uname().nodename)
     assert not entries(tmp_path / "cache")
 
@@ -383,7 +388,7 @@ def test_a_worker_stops_when_its_run_has_ended_and_leaves_nothing(model, tmp_pat
         return sign.exists()
 
     monkeypatch.setattr(elsewhere, "_is_there", look)
-    with sent(model, tmp_path / "cache") as (job, sign), pytest.raises(Cancelled):
+    with sent(model, tmp_path / "cache") as (job, sign), pytest.raises(RunCancelledError):
         run_elsewhere(job, sign, os.uname().nodename)
     assert len(looks) == 3
     assert not entries(tmp_path / "cache")
@@ -395,7 +400,7 @@ def test_a_forking_pool_is_refused(model):
     from multiprocessing import get_context
 
     pool, refused = ProcessPoolExecutor(1, get_context("fork")), r"get_context\('spawn'\)"
-    with pool, pytest.raises(WorkersUnfit, match=refused):
+    with pool, pytest.raises(WorkersUnfitError, match=refused):
         convert_checkpoint(model, executor=pool)
 
 

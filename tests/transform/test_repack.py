@@ -43,6 +43,11 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(1)
 
 
+def awq_weight(packed: np.ndarray) -> np.ndarray:
+    """The whole weight that the stripes join to."""
+    return np.concatenate([stripe.copy() for stripe in repack.awq_stripes(packed)])
+
+
 def codes(rng, rows, columns) -> np.ndarray:
     return rng.integers(0, 16, (rows, columns), np.uint8)
 
@@ -51,7 +56,7 @@ def codes(rng, rows, columns) -> np.ndarray:
 def test_awq_weights_come_out_as_mlx_packs_them(rng, inputs, outputs):
     raw = codes(rng, inputs, outputs)
     packed = awq_packed(raw)
-    weight = repack.awq_weight(packed)
+    weight = awq_weight(packed)
     assert np.array_equal(weight, mlx_packed(raw.T))
     assert np.array_equal(weight, public._pack_mlx(public._unpack_and_reorder(packed).T))
 
@@ -60,7 +65,7 @@ def test_awq_weights_come_out_as_mlx_packs_them(rng, inputs, outputs):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_awq_weights_of_any_eights_of_inputs_and_outputs_come_out_right(blocks, columns, seed):
     raw = codes(np.random.default_rng(seed), 8 * blocks, 8 * columns)
-    assert np.array_equal(repack.awq_weight(awq_packed(raw)), mlx_packed(raw.T))
+    assert np.array_equal(awq_weight(awq_packed(raw)), mlx_packed(raw.T))
 
 
 @pytest.mark.parametrize("inputs", [32, 1000, 32768])
@@ -69,7 +74,7 @@ def test_tiles_of_every_depth_give_the_same_words(rng, monkeypatch, inputs):
     packed = awq_packed(raw)
     for size in (1, 5000, 1 << 30):
         monkeypatch.setattr(repack, "_TILE_BYTES", size)
-        assert np.array_equal(repack.awq_weight(packed), mlx_packed(raw.T))
+        assert np.array_equal(awq_weight(packed), mlx_packed(raw.T))
 
 
 def test_stripes_are_whole_rows_in_order_in_a_buffer_that_is_used_again(rng):
@@ -83,7 +88,7 @@ def test_stripes_are_whole_rows_in_order_in_a_buffer_that_is_used_again(rng):
     assert all(stripe.shape[1] == 4096 and len(stripe) % 8 == 0 for stripe in stripes)
     assert all(stripe.flags.c_contiguous for stripe in stripes)
     assert np.shares_memory(stripes[0], stripes[1])
-    assert np.array_equal(np.concatenate(copies), repack.awq_weight(packed))
+    assert np.array_equal(np.concatenate(copies), awq_weight(packed))
 
 
 @pytest.mark.parametrize("inputs", [2048, 4096, 5120, 8192, 14336, 28672])
@@ -111,7 +116,7 @@ def test_ranges_of_rows_join_to_the_whole(rng, cuts):
         for first, last in itertools.pairwise(bounds)
         for stripe in repack.awq_stripes(packed, first, last)
     ]
-    assert np.array_equal(np.concatenate(parts), repack.awq_weight(packed))
+    assert np.array_equal(np.concatenate(parts), awq_weight(packed))
 
 
 def test_threads_over_ranges_of_one_matrix_do_not_disturb_each_other(rng):
@@ -126,13 +131,13 @@ def test_threads_over_ranges_of_one_matrix_do_not_disturb_each_other(rng):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(0, 4096, 1024)))
-    assert np.array_equal(weight, repack.awq_weight(packed))
+    assert np.array_equal(weight, awq_weight(packed))
 
 
 def test_the_packed_words_are_left_as_they_were(rng):
     packed = awq_packed(codes(rng, 64, 64))
     packed.flags.writeable = False
-    repack.awq_weight(packed)
+    awq_weight(packed)
     legacy = legacy_packed(codes(rng, 4, 64))  # one block of 64, which a reshape need not copy
     legacy.flags.writeable = False
     repack.legacy_weight(legacy)
@@ -176,15 +181,6 @@ def test_a_zero_point_of_zero_gives_minus_zero():
     scales = np.full((1, 8), 0.5, np.float16)
     assert np.signbit(repack.awq_biases(scales, np.zeros((1, 1), np.int32))).all()
     assert np.signbit(repack.native_biases(np.zeros((1, 8), np.float16))).all()
-
-
-def test_native_weights_are_the_same_bytes(rng):
-    raw = codes(rng, 16, 64)
-    packed = mlx_packed(raw).view(np.int16).reshape(4, 64)
-    weight = repack.native_weight(packed)
-    assert np.shares_memory(weight, packed)
-    assert np.array_equal(weight, mlx_packed(raw))
-    assert np.array_equal(weight, public._pack_mlx(public._unpack_int16_nibbles(packed)))
 
 
 def legacy_packed(raw: np.ndarray) -> np.ndarray:

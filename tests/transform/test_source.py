@@ -8,7 +8,7 @@ import pytest
 
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import MalformedFile, SourceChanged
+from paroquant_stream.errors import MalformedFileError, SourceChangedError
 from paroquant_stream.files import hashing
 from paroquant_stream.transform.source import Source
 from tests.benchmarks.end_to_end.checkpoint import as_saved, make_checkpoint
@@ -83,7 +83,7 @@ def test_a_source_changed_at_any_read_is_an_error_or_converted_as_it_then_is(
             calls = change_after(patch, step, change(shard))
             try:
                 convert(request)
-            except (SourceChanged, MalformedFile):
+            except (SourceChangedError, MalformedFileError):
                 assert not list((tmp_path / f"cache{step}").rglob("*.safetensors"))
                 refused += 1
         if len(calls) < step:
@@ -108,7 +108,7 @@ def test_a_change_that_stat_does_not_show_is_noticed_by_the_fingerprints(
     monkeypatch.setattr(Source, "_unchanged", lambda self: True)
     monkeypatch.setattr(Source, "may_be_known", lambda self: True)  # so it is hashed first
     monkeypatch.setattr(Source, "hash", hash_then_change)
-    with pytest.raises(SourceChanged, match="changed during the conversion"):
+    with pytest.raises(SourceChangedError, match="changed during the conversion"):
         convert(make_request(directory, cache_dir=tmp_path / "cache", jobs=threads))
     assert fired
     assert entries(tmp_path) == []

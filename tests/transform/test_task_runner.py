@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from paroquant_stream.conversion.planning import plan_model
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import Cancelled, StoreError
+from paroquant_stream.errors import RunCancelledError, StoreError
 from paroquant_stream.execution.slots import Places, Worker
 from paroquant_stream.files.tensor_writer import PAGE, lay_out
 from paroquant_stream.store.store import Store
@@ -89,9 +89,9 @@ def test_a_cancelled_task_leaves_nothing(jobs, threads, tick):
     def stop(_count):
         ticks.append(1)
         if len(ticks) >= tick:
-            raise Cancelled("stop")
+            raise RunCancelledError("stop")
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(RunCancelledError):
         run_task(jobs[0], Worker(Places(threads)), stop)
     assert not list(jobs[0].store.root.rglob("*.safetensors"))
     assert not list((jobs[0].store.root / "v1" / "tmp").iterdir())

@@ -21,8 +21,8 @@ from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.layout import Layout
 from paroquant_stream.checkpoint.quantization import Quantization
-from paroquant_stream.files.atomic_file import NewFile
 from paroquant_stream.files.digest_cache import Memo
+from paroquant_stream.files.new_file import NewFile
 from paroquant_stream.plan.planner import Plan, make_plan
 from paroquant_stream.plan.task import Operation
 from paroquant_stream.transform.operations import _quantize_rows

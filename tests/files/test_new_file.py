@@ -11,10 +11,9 @@ import pytest
 import xxhash
 
 from paroquant_stream.errors import StoreError
-from paroquant_stream.files import atomic_file as newfile
-from paroquant_stream.files import temp_files
-from paroquant_stream.files.atomic_file import NewFile
+from paroquant_stream.files import atomic_file, new_file, temp_files
 from paroquant_stream.files.folder import Folder
+from paroquant_stream.files.new_file import NewFile
 from paroquant_stream.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -56,11 +55,11 @@ def refuse(monkeypatch, name: str, times: int = 1) -> list[str]:
     real, fired = getattr(os, name), []
 
     def call(where, what, *rest, **options):
-        fd_direct = name == "write" and newfile._past_the_cache(where)
-        if (fd_direct or (name == "open" and what & newfile._DIRECT)) and len(fired) < times:
+        fd_direct = name == "write" and new_file._past_the_cache(where)
+        if (fd_direct or (name == "open" and what & new_file._DIRECT)) and len(fired) < times:
             fired.append(name)
             if name == "open":
-                os.close(real(where, what & ~newfile._DIRECT, *rest, **options))  # as Linux does
+                os.close(real(where, what & ~new_file._DIRECT, *rest, **options))  # as Linux does
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(where, what, *rest, **options)
 
@@ -75,12 +74,12 @@ def test_the_bytes_are_those_that_were_written(tmp_path, size, chunk):
     assert write(tmp_path, data, chunk) == data
 
 
-@pytest.mark.skipif(not newfile._DIRECT, reason="this system has no O_DIRECT")
+@pytest.mark.skipif(not new_file._DIRECT, reason="this system has no O_DIRECT")
 def test_whole_blocks_go_past_the_page_cache_and_the_rest_through_it(tmp_path, monkeypatch):
     real, seen = os.write, []
 
     def note(fd, data):
-        seen.append((len(data), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & newfile._DIRECT)))
+        seen.append((len(data), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & new_file._DIRECT)))
         return real(fd, data)
 
     monkeypatch.setattr(os, "write", note)
@@ -90,7 +89,7 @@ def test_whole_blocks_go_past_the_page_cache_and_the_rest_through_it(tmp_path, m
     assert seen == [(4096, True), (4096, True), (1808, False)]
 
 
-@pytest.mark.skipif(not newfile._DIRECT, reason="this system has no O_DIRECT")
+@pytest.mark.skipif(not new_file._DIRECT, reason="this system has no O_DIRECT")
 @pytest.mark.parametrize("name", ["open", "write"])
 def test_a_file_system_that_refuses_whole_blocks_is_written_through_the_cache(
     tmp_path, monkeypatch, name
@@ -137,7 +136,7 @@ def test_no_more_than_a_few_blocks_are_in_memory(tmp_path, monkeypatch):
     real, made = mmap.mmap, []
     monkeypatch.setattr(mmap, "mmap", lambda *a: made.append(a) or real(*a))
     write(tmp_path, bytes(100 * 4096))
-    assert 1 <= len(made) <= newfile._BLOCKS + 1
+    assert 1 <= len(made) <= new_file._BLOCKS + 1
 
 
 def test_a_trace_shows_the_writes(tmp_path):
@@ -150,13 +149,13 @@ def test_a_trace_shows_the_writes(tmp_path):
 
 
 def test_no_sweep_of_another_thread_can_see_a_temp_that_is_not_known_as_open(tmp_path, monkeypatch):
-    real, known = newfile._create, []
+    real, known = atomic_file._create, []
 
     def create(folder, name, *rest, **options):
         known.append(temp_files.is_open(name))
         return real(folder, name, *rest, **options)
 
-    monkeypatch.setattr(newfile, "_create", create)
+    monkeypatch.setattr(atomic_file, "_create", create)
     new(tmp_path, 10).discard()
     assert known == [True]
 
@@ -164,7 +163,7 @@ def test_no_sweep_of_another_thread_can_see_a_temp_that_is_not_known_as_open(tmp
         known.append(name)
         raise OSError(errno.EIO, "bad")
 
-    monkeypatch.setattr(newfile, "_create", fail)
+    monkeypatch.setattr(atomic_file, "_create", fail)
     with pytest.raises(StoreError):
         new(tmp_path, 10)
     assert not temp_files.is_open(known[-1])
