@@ -42,8 +42,8 @@ def age_text(seconds: float) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Give what an error says in one line of at most 500 characters, else its type."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Give an error's type and what it says in one line of at most 500 characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     return text if len(text) <= 500 else f"{text[:497]}..."
 
 

@@ -8,13 +8,14 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
-
-import mlx.core as mx
-import mlx.nn as nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import AssemblyError, CheckpointError, MissingExtraError, MissingPartError
 from ..text import one_line
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
 
 
 class Backend(ABC):

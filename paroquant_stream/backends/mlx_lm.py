@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
-
-import mlx.core as mx
-import mlx.nn as nn
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CheckpointError, MissingExtraError
 from ..text import one_line
 from .backend import Backend
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
 
 _TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 """Model types that transformers writes for a text-only save and mlx-lm knows by another name."""
@@ -39,7 +40,7 @@ class MlxLm(Backend):
 
     def _build(self, utils: Any, config: dict[str, Any]) -> nn.Module:
         model_class, arguments = self._find_class(utils, config)
-        return cast(nn.Module, model_class(arguments.from_dict(config)))
+        return cast("nn.Module", model_class(arguments.from_dict(config)))
 
     def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any:
         return utils.load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=end)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, cast
-
-import mlx.core as mx
-import mlx.nn as nn
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import MissingExtraError
 from ..text import one_line
 from .backend import Backend
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
 
 logger = logging.getLogger(__name__)
 _CONFIGS = ["text", "vision", "perceiver", "projector", "audio"]
@@ -49,7 +50,7 @@ class MlxVlm(Backend):
         module, _ = self._find_class(utils, config)
         arguments = module.ModelConfig.from_dict(config)
         arguments = utils.update_module_configs(arguments, module, config, _CONFIGS)
-        return cast(nn.Module, module.Model(arguments))
+        return cast("nn.Module", module.Model(arguments))
 
     def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any:
         try:

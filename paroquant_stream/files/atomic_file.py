@@ -36,11 +36,12 @@ class AtomicFile:
         Raises:
             OSError: It cannot be made.
         """
-        self._folder, self._name, self._published = folder, name, False
+        self._folder, self._name, self._is_temp = folder, name, False
         self.fd = -1
         temp_files.announce(name)  # before it exists: another thread may sweep just now
         try:
             self.fd = _create(folder, name, mode, direct)
+            self._is_temp = True  # else what lies there is not ours
             temp_files.hold(name, self.fd)
             _reserve(self.fd, size)
         except OSError:
@@ -66,7 +67,7 @@ class AtomicFile:
         if (reached := os.fstat(self.fd).st_size) != size:
             raise StoreError(f"{self.path}: {reached:,} bytes on disk, {size:,} expected")
         self._folder.replace(self._name, folder, name)
-        self._published = True
+        self._is_temp = False
         folder.sync()
         return FileStamp.of(os.fstat(self.fd))
 
@@ -74,7 +75,7 @@ class AtomicFile:
         """Close the file and remove the temp if it is still there."""
         fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):  # the next run's sweep finds what stays
-            if not self._published:
+            if self._is_temp:
                 self._folder.unlink(self._name)
         with contextlib.suppress(OSError):  # nothing that was not synced is ever published
             if fd >= 0:

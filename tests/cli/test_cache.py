@@ -164,7 +164,7 @@ def test_rm_without_a_terminal_asks_for_y_and_removes_nothing(home, model_dir, c
     assert run("rm", str(model_dir)) == 1
     out, err = capsys.readouterr()
     assert out.startswith("to remove, ")
-    assert err == "error: nothing removed: there is no terminal to ask on; add -y\n"
+    assert err == "error: nothing removed: remove? There is no terminal to ask on; add -y\n"
     assert tree(home) == before
 
 
@@ -270,9 +270,9 @@ def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache.command, "take_inventory", interrupted)
+    monkeypatch.setattr(cache, "take_inventory", interrupted)
     assert run("ls") == 130
-    assert capsys.readouterr().err == "interrupted; run again to go on\n"
+    assert capsys.readouterr().err == "interrupted; run again to resume\n"
 
 
 def test_looking_imports_nothing_heavy(home):

@@ -219,7 +219,7 @@ def test_drop_source_asks_before_it_removes_a_models_own_shards(
 def test_drop_source_without_a_terminal_needs_a_yes(model_dir, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert main([str(model_dir), "--drop-source"]) == 1
-    assert "There is no terminal to ask on; say so with -y" in capsys.readouterr().err
+    assert "There is no terminal to ask on; add -y" in capsys.readouterr().err
     assert shards(model_dir) == 3
     assert main([str(model_dir), "--drop-source", "--dry-run"]) == 0
     assert shards(model_dir) == 3

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.backends.mlx_lm import MlxLm
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.conversion.staleness import staleness
@@ -31,15 +32,16 @@ from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model import entries as weights
 from paroquant_stream.model.assemble import needed_entries
+from paroquant_stream.model.experts import placeholders
 from paroquant_stream.store import damage
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
+from tests.helpers.builders import write_llama
 from tests.helpers.parameters import CATALOG, EXPECTED, VISION, assert_same, name_of, parameters
 from tests.helpers.paths import FIXTURES
 from tests.helpers.pipeline_rank import read_bytes
 from tests.helpers.ranks import Rank
 from tests.helpers.single_files import as_pull_request_50
 from tests.helpers.single_files import export as write_single
-from tests.model.test_assemble import checkpoint
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TEXT = [row for row in CATALOG if row["expected_text"]]
@@ -193,8 +195,8 @@ def test_only_bytes_of_its_own_layers_are_read(deep):
         load(deep, layers=layers)
         read[layers], before = read_bytes() - before, read_bytes()
     for layers, count in read.items():
-        own = Part(False, layers).reads
-        opened = weights.entries_with(manifest, own)
+        own = Part(MlxLm(), layers).reads
+        opened = manifest.entries_with(own)
         size = sum(t.nbytes for record in opened for t in record.tensors if own(t.name))
         sampled = SAMPLES * SAMPLE_SIZE * (len(opened) + len(manifest.entries))
         assert size <= count <= size + sampled + 65_536 * len(opened) + 100_000, layers
@@ -304,13 +306,13 @@ def test_full_hashes_the_entries_of_the_part_and_damage_elsewhere_is_not_seen(de
     request = make_request(deep)
     with pytest.raises(EntryDamagedError, match=needed[1].key):
         weights.read_weights(
-            convert_checkpoint(deep), request.store, Part(False, layers).reads, full=True
+            convert_checkpoint(deep), request.store, Part(MlxLm(), layers).reads, full=True
         )
 
 
 def test_a_tensor_without_a_place_in_another_layer_is_an_error_still(tmp_path):
     """The whole model is checked, whatever is loaded of it."""
-    directory = checkpoint(
+    directory = write_llama(
         tmp_path,
         drop=["model.layers.1.input_layernorm.weight"],
         **{"model.layers.1.extra.weight": np.zeros(4, np.float16)},
@@ -362,7 +364,7 @@ def test_a_class_that_exchanges_layers_cannot_be_loaded_in_parts(model_dir, monk
     """A placeholder in a layer that was asked for would be zeros."""
     other = {".0.": ".1.", ".1.": ".0."}
 
-    def exchanged(_model, found, _is_vlm):
+    def exchanged(_model, found, _backend):
         return {re.sub(r"\.[01]\.", lambda m: other[m[0]], n): a for n, a in found.items()}
 
     monkeypatch.setattr(model, "named_for", exchanged)
@@ -372,9 +374,9 @@ def test_a_class_that_exchanges_layers_cannot_be_loaded_in_parts(model_dir, monk
 
 
 def test_only_the_part_must_not_be_made_of_placeholders():
-    unread = weights.placeholders([TensorSpec("model.layers.1.norm.weight", "BF16", (4,))])
+    unread = placeholders([TensorSpec("model.layers.1.norm.weight", "BF16", (4,))])
     array = unread["model.layers.1.norm.weight"]
-    first = Part(False, range(1))
+    first = Part(MlxLm(), range(1))
     part.check_placed(first, {"model.layers.1.norm.weight": array}, unread)
     with pytest.raises(AssemblyError, match=r"layers\.0\.norm\.weight: .* another layer's"):
         part.check_placed(first, {"model.layers.0.norm.weight": array}, unread)
@@ -386,7 +388,7 @@ def test_placeholders_have_the_recorded_shape_and_dtype_with_stacks_whole():
         TensorSpec("l.switch_mlp.up_proj.scales.experts_2_6", "F16", (5, 3)),
         TensorSpec("l.conv1d.weight", "BF16", (4, 1, 2)),
     ]
-    found = weights.placeholders(specs)
+    found = placeholders(specs)
     assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
         "l.switch_mlp.up_proj.scales": ((7, 3), mx.float16),
         "l.conv1d.weight": ((4, 1, 2), mx.bfloat16),

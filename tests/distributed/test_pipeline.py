@@ -48,7 +48,7 @@ def free_ports() -> int:
 def program(out: Path, what: str, models: list[Path]) -> list[str]:
     out.mkdir(exist_ok=True)
     arguments = [str(out), what, *map(str, models)]
-    return [sys.executable, str(ROOT / "tests" / "pipeline_rank.py"), *arguments]
+    return [sys.executable, "-m", "tests.helpers.pipeline_rank", *arguments]
 
 
 def run(command: list[str], seconds: float = 100) -> str:

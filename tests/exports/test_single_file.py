@@ -150,7 +150,7 @@ def test_an_absent_source_is_as_it_was(exported, no_conversion):
 def test_sources_and_file_are_hashed_once(exported, monkeypatch):
     load(exported)
     monkeypatch.setattr(
-        "paroquant_stream.checkpoint.checkpoint.hash_file", lambda *_: pytest.fail("source")
+        "paroquant_stream.checkpoint.shard.hash_file", lambda *_: pytest.fail("source")
     )
     monkeypatch.setattr(single_file, "hash_parts", lambda *_: pytest.fail("file"))
     load(exported)

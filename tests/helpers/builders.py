@@ -230,3 +230,9 @@ def temp_of(pid: int, **others: str | int) -> str:
 
     fields = {**vars(temp_files._here()), "pid": pid, **others}
     return "{machine}-{boot}-{space}-{pid}-{random}".format(random="0" * 32, **fields)
+
+
+def write_llama(tmp_path, config=None, drop=(), **more) -> Path:
+    """A llama of two shards without some tensors, with more of them, or with another config."""
+    tensors = {n: a for n, a in llama_tensors().items() if n not in drop} | more
+    return write_checkpoint(tmp_path / "m", tensors, cut_apart(2), CONFIG | (config or {}))

@@ -20,7 +20,7 @@ from paroquant.inference.base import GenerationParams
 import paroquant_stream
 from paroquant_stream import install, uninstall
 from paroquant_stream.errors import LoaderMovedError, MissingExtraError
-from paroquant_stream.integrations import loader_patch as dropin
+from paroquant_stream.integrations import loader_patch
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.stand_in import stand_in
@@ -104,8 +104,14 @@ def test_every_name_that_is_the_loader_is_replaced_and_put_back():
     sys.modules["early"] = early
     try:
         install()
-        assert home.load is generator.load is early.load is early.under_another_name is dropin.load
-        assert dropin.load is not ORIGINAL[0]
+        assert (
+            home.load
+            is generator.load
+            is early.load
+            is early.under_another_name
+            is loader_patch.load
+        )
+        assert loader_patch.load is not ORIGINAL[0]
         assert early.another is another
         late = types.ModuleType("late")
         late.load = home.load
@@ -114,17 +120,18 @@ def test_every_name_that_is_the_loader_is_replaced_and_put_back():
         assert home.load is early.load is early.under_another_name is late.load is ORIGINAL[0]
     finally:
         del sys.modules["early"], sys.modules["late"]
-    assert dropin._finder not in sys.meta_path
+    assert loader_patch._finder not in sys.meta_path
 
 
-def test_installs_nest_and_an_uninstall_too_many_does_nothing(monkeypatch):
+def test_installs_nest_and_an_uninstall_too_many_does_nothing():
     calls = []
-    monkeypatch.setattr(
-        dropin.api, "load", lambda *a, jobs=None, cache_dir=None: calls.append((a, jobs, cache_dir))
-    )
+
+    def loader(*a, jobs=None, cache_dir=None):
+        calls.append((a, jobs, cache_dir))
+
     uninstall()
-    install(jobs=1)
-    install(cache_dir="c")
+    loader_patch.install(loader, jobs=1)
+    loader_patch.install(loader, cache_dir="c")
     home.load("m", force_text=True)
     uninstall()
     home.load("m")
@@ -138,7 +145,7 @@ def test_a_function_kept_beyond_uninstall_is_paroquants_again(monkeypatch):
     install()
     kept = home.load
     uninstall()
-    monkeypatch.setattr(dropin, "_original", lambda *arguments: arguments)
+    monkeypatch.setattr(loader_patch, "_original", lambda *arguments: arguments)
     assert kept("m", lazy=True) == ("m", True, False)
 
 
@@ -184,7 +191,7 @@ def test_another_loader_is_an_error_that_names_the_version(found, said):
             install()
     finally:
         home.load = ORIGINAL[0]
-    assert dropin._finder not in sys.meta_path
+    assert loader_patch._finder not in sys.meta_path
 
 
 # With a small package named paroquant, in a process of its own: what happens at import.
@@ -202,18 +209,18 @@ def python(directory: Path, code: str) -> str:
 def test_a_loader_imported_later_is_ours_and_installing_imports_nothing(tmp_path):
     code = """
 import sys
-from paroquant_stream.integrations import loader_patch as dropin
+from paroquant_stream.integrations import loader_patch
 from paroquant_stream import install, uninstall
 install()
 print(*({"paroquant", "mlx", "mlx_lm", "huggingface_hub", "numpy"} & set(sys.modules)))
 from paroquant.inference.backends.mlx import load as home
-print(home.load is dropin.load, type(home.__loader__).__name__, home.__spec__.loader.name)
+print(home.load is loader_patch.load, type(home.__loader__).__name__, home.__spec__.loader.name)
 import importlib
-print(importlib.reload(home).load is dropin.load)
+print(importlib.reload(home).load is loader_patch.load)
 uninstall()
-print(home.load("m"), importlib.reload(home).load("m"), dropin._finder in sys.meta_path)
+print(home.load("m"), importlib.reload(home).load("m"), loader_patch._finder in sys.meta_path)
 """
-    wanted = f"True SourceFileLoader {dropin.HOME}\nTrue\ntheirs theirs False"
+    wanted = f"True SourceFileLoader {loader_patch.HOME}\nTrue\ntheirs theirs False"
     assert python(stand_in(tmp_path), code) == wanted
 
 
@@ -246,21 +253,21 @@ except errors.LoaderMovedError as error:
 
 
 def test_without_paroquant_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, dropin.HOME)
+    monkeypatch.delitem(sys.modules, loader_patch.HOME)
     monkeypatch.setitem(sys.modules, "paroquant", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'paroquant\[mlx\]'"):
         install()
-    assert dropin._finder not in sys.meta_path
+    assert loader_patch._finder not in sys.meta_path
 
 
 def test_a_second_import_of_the_loaders_module_is_ours_too(monkeypatch):
     install()
-    monkeypatch.delitem(sys.modules, dropin.HOME)
+    monkeypatch.delitem(sys.modules, loader_patch.HOME)
     try:
-        again = importlib.import_module(dropin.HOME)
+        again = importlib.import_module(loader_patch.HOME)
         assert again is not home
-        assert again.load is dropin.load
+        assert again.load is loader_patch.load
     finally:
-        sys.modules[dropin.HOME] = home
+        sys.modules[loader_patch.HOME] = home
         uninstall()
         home.load = generator.load = ORIGINAL[0]

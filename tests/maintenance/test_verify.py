@@ -77,7 +77,7 @@ def test_an_absent_entry_is_found(request_):
 
 
 def test_a_changed_or_absent_source_is_found_when_asked_for(request_):
-    shards = sorted(request_.directory.glob("model-*"))
+    shards = sorted(request_.source.directory.glob("model-*"))
     flip(shards[0])
     shards[1].unlink()
     assert verify_model(request_, sources=False) == (3, [])
@@ -87,7 +87,7 @@ def test_a_changed_or_absent_source_is_found_when_asked_for(request_):
 
 def test_a_model_that_was_never_converted_is_an_error(request_, tmp_path):
     with pytest.raises(StoreError, match="not converted"):
-        verify_model(make_request(request_.directory, cache_dir=tmp_path / "other"), False)
+        verify_model(make_request(request_.source.directory, cache_dir=tmp_path / "other"), False)
 
 
 def test_a_damaged_manifest_is_no_manifest(request_):

@@ -20,16 +20,17 @@ from paroquant_stream.errors import AssemblyError, MalformedFileError
 from paroquant_stream.model.assemble import assemble
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
 from paroquant_stream.store.store import cache_store
-from tests.helpers.builders import CONFIG, HIDDEN, VOCAB, cut_apart, llama_tensors, write_checkpoint
+from tests.helpers.builders import (
+    HIDDEN,
+    VOCAB,
+    llama_tensors,
+    write_checkpoint,
+    write_llama,
+)
 
 
 def parameters(module) -> dict[str, mx.array]:
     return dict(tree_flatten(module.parameters()))
-
-
-def checkpoint(tmp_path, config=None, drop=(), **more):
-    tensors = {n: a for n, a in llama_tensors().items() if n not in drop} | more
-    return write_checkpoint(tmp_path / "m", tensors, cut_apart(2), CONFIG | (config or {}))
 
 
 def test_gives_the_model_its_tokenizer_and_that_it_is_no_vision_model(model_dir):
@@ -66,7 +67,7 @@ def test_lazy_joins_no_stack(monkeypatch):
 
 def test_a_missing_an_extra_and_a_misshapen_tensor_are_one_error(tmp_path):
     norm = np.ones(HIDDEN + 32, np.float16)
-    directory = checkpoint(
+    directory = write_llama(
         tmp_path,
         drop=["model.norm.weight"],
         **{"model.layers.0.input_layernorm.weight": norm, "model.extra.weight": norm},
@@ -81,7 +82,7 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_one_error(tmp_path):
 
 
 def test_an_integer_in_the_place_of_a_float_is_an_error(tmp_path):
-    directory = checkpoint(tmp_path, **{"model.norm.weight": np.ones(HIDDEN, np.int32)})
+    directory = write_llama(tmp_path, **{"model.norm.weight": np.ones(HIDDEN, np.int32)})
     with pytest.raises(AssemblyError, match=r"model\.norm\.weight"):
         load(directory)
 
@@ -89,7 +90,7 @@ def test_an_integer_in_the_place_of_a_float_is_an_error(tmp_path):
 def test_a_bias_that_the_class_has_no_place_for_is_an_error(tmp_path):
     bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float16)}
     with pytest.raises(AssemblyError, match=r"q_proj\.bias: no such parameter"):
-        load(checkpoint(tmp_path, **bias))
+        load(write_llama(tmp_path, **bias))
 
 
 def test_a_bias_that_the_class_has_is_loaded(tmp_path):
@@ -100,25 +101,25 @@ def test_a_bias_that_the_class_has_is_loaded(tmp_path):
         for layer in (0, 1)
         for name, size in sizes.items()
     }
-    found, _, _ = load(checkpoint(tmp_path, {"attention_bias": True}, **biases))
+    found, _, _ = load(write_llama(tmp_path, {"attention_bias": True}, **biases))
     assert found.model.layers[0].self_attn.q_proj.bias.tolist() == [0.5] * 64
 
 
 def test_a_model_with_fewer_layers_than_the_checkpoint_is_an_error(tmp_path):
     with pytest.raises(AssemblyError, match=r"layers\.1\..*no such parameter"):
-        load(checkpoint(tmp_path, {"num_hidden_layers": 1}))
+        load(write_llama(tmp_path, {"num_hidden_layers": 1}))
 
 
 def test_a_tied_model_needs_no_head_and_drops_one_that_is_there(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    found, _, _ = load(checkpoint(tmp_path, {"tie_word_embeddings": True}))
+    found, _, _ = load(write_llama(tmp_path, {"tie_word_embeddings": True}))
     assert "lm_head.weight" in caplog.text
     assert not [name for name in parameters(found) if name.startswith("lm_head")]
 
 
 def test_an_unknown_model_type_is_an_error(tmp_path):
     with pytest.raises(AssemblyError, match="no_such_model"):
-        load(checkpoint(tmp_path, {"model_type": "no_such_model"}))
+        load(write_llama(tmp_path, {"model_type": "no_such_model"}))
 
 
 def test_bfloat16_embeddings_keep_their_dtype_and_bits(tmp_path):

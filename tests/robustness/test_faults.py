@@ -42,7 +42,7 @@ import concurrent.futures.thread, filelock  # what a run imports when it finds w
 from paroquant_stream.cli import convert
 from paroquant_stream.conversion import pipeline as shards
 from paroquant_stream.transform import source, task_runner as transform
-from paroquant_stream.execution import executors as executor
+from paroquant_stream.execution import threads
 """
 )
 END = "\nsys.exit(convert.main(sys.argv[1:]))"
@@ -366,7 +366,7 @@ def test_a_disk_without_inodes_is_a_store_error_and_goes_on_with_more(model, cac
 
 def test_a_failure_while_shards_still_wait_for_a_worker_ends_the_run():
     script = "\nimport time\ndef job(item, _):\n    time.sleep(item + 0.1)\n    raise OSError"
-    script += "\nfor _ in executor.run_all(job, range(4), 2):\n    pass"
+    script += "\nfor _ in threads.run_all(job, range(4), 2):\n    pass"
     with process(script) as waiting:
         try:
             assert "OSError" in ended(waiting, 5)[1]

@@ -300,7 +300,7 @@ def test_short_writes_are_continued(store, monkeypatch):
 
 def test_a_lost_write_is_noticed_before_the_rename(store, monkeypatch):
     monkeypatch.setattr(os, "write", lambda _fd, data: len(data))
-    with pytest.raises(StoreError, match="0 bytes on disk"):
+    with pytest.raises(StoreError, match="0 bytes written"):
         publish(store, b"hello")
 
 

@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.checkpoint.model_source import ModelSource
 from paroquant_stream.cli.convert import main
-from paroquant_stream.conversion.request import Request
+from paroquant_stream.conversion.request import Target
 from paroquant_stream.errors import OutOfRangeError
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform.cast import cast
@@ -114,12 +115,12 @@ def test_the_keys_of_what_is_stored_as_in_the_source_never_change(name, tmp_path
 
 
 def test_the_name_of_a_manifest_changes_with_the_dtype_alone():
-    request = Request("m", Path("/nowhere/model"), Store(Path("/nowhere/c")))
-    assert request.manifest_name == (
+    source, target = ModelSource("m", Path("/nowhere/model")), Target(Store(Path("/nowhere/c")))
+    assert target.manifest_name(source) == (
         "9844b94985e8fec619c10bebf7eacf786d3b4111d63da9488f48b43d05c36a89"
     )
-    assert replace(request, in_place=True).manifest_name == "model-a0a1c83eca430d48"
-    names = {replace(request, dtype=dtype).manifest_name for dtype in ("source", *WIDTHS)}
+    assert replace(target, in_place=True).manifest_name(source) == "model-a0a1c83eca430d48"
+    names = {replace(target, dtype=d).manifest_name(source) for d in ("source", *WIDTHS)}
     assert len(names) == 3
 
 
