@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream import cache
+from paroquant_stream.cli import cache as cli_cache
 from paroquant_stream.cli import convert
 from tests.helpers.builders import write_checkpoint
 
@@ -270,7 +271,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "take_inventory", interrupted)
+    monkeypatch.setattr(cli_cache, "take_inventory", interrupted)
     assert run("ls") == 130
     assert capsys.readouterr().err == "interrupted; run again to resume\n"
 
