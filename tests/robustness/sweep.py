@@ -42,7 +42,8 @@ for name in os.listdir("/proc"):
             state = open("/proc/" + name + "/stat").read().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(state[1]) == os.getpid():
+        tracker = b"resource_tracker" in open("/proc/" + name + "/cmdline", "rb").read()
+        if int(state[1]) == os.getpid() and not tracker:  # no worker; prints a traceback when lost
             os.kill(int(name), signal.SIGKILL)
 """
 FAULTS: dict[str, Fault] = {
