@@ -163,8 +163,9 @@ def _new_file(path: Path, size: int) -> Iterator[int]:
     """
     try:
         with Folder.open(path.parent) as folder:
-            _sweep(folder, path.name)
-            temp = f".{path.name}.{temp_files.temp_name()}"
+            with contextlib.suppress(OSError):
+                temp_files.sweep_beside(folder, path.name, excludes(folder))
+            temp = temp_files.name_beside(path.name)
             file = AtomicFile(folder, temp, size, 0o666, direct=False)
             try:
                 yield file.fd
@@ -173,18 +174,3 @@ def _new_file(path: Path, size: int) -> Iterator[int]:
                 file.discard()
     except OSError as error:  # reads of entries raise errors of their own kinds
         raise UnwritableFileError(write_problem(path, size, error)) from error
-
-
-def _sweep(folder: Folder, target: str) -> None:
-    """Removes what killed runs left beside a target."""
-    prefix = f".{target}."
-    with contextlib.suppress(OSError):
-        locks = excludes(folder)
-        for name, _ in folder.files():
-            temp = name.removeprefix(prefix)
-            if (
-                name != temp
-                and temp_files.is_temp(temp)
-                and temp_files.is_dead(folder, name, locks)
-            ):
-                folder.unlink(name)

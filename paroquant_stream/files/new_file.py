@@ -19,6 +19,7 @@ from ..trace import SILENCE, Trace
 from .atomic_file import AtomicFile, write_error
 from .descriptor import FileStamp
 from .folder import Folder
+from .temp_files import name_beside
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -170,7 +171,7 @@ def new_file_at(path: Path, size: int) -> Iterator[NewFile]:
 @contextlib.contextmanager
 def new_file_in(folder: Folder, name: str, size: int) -> Iterator[NewFile]:
     """As `new_file_at`, in an open directory."""
-    file = NewFile(folder, f"{name}.part", size, 0o666)
+    file = NewFile(folder, name_beside(name), size, 0o666)
     try:
         yield file
         file.publish(folder, name)

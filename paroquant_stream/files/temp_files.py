@@ -149,6 +149,29 @@ def sweep(folder: Folder, locks: bool, own: bool) -> int:
     return freed
 
 
+def name_beside(target: str) -> str:
+    """Return the name of a temp beside a file, hidden, by which `sweep_beside` finds it."""
+    return f".{target}.{temp_name()}"
+
+
+def sweep_beside(folder: Folder, target: str, locks: bool) -> None:
+    """Remove the temps that killed runs left beside a file.
+
+    Args:
+        folder: Where the file lies or will lie.
+        target: Its name.
+        locks: Whether locks are known to work on its file system.
+
+    Raises:
+        OSError: The directory cannot be read or written.
+    """
+    prefix = f".{target}."
+    for name, _ in folder.files():
+        temp = name.removeprefix(prefix)
+        if temp != name and is_temp(temp) and is_dead(folder, name, locks):
+            folder.unlink(name)
+
+
 def is_held(folder: Folder, name: str) -> bool:
     """Whether a writer holds the lock of a temp. Raises OSError."""
     try:

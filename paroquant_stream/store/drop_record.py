@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ManifestError, NewerManifestError, ParoquantStreamError, StoreError
+from ..files import temp_files
 from ..files.folder import Folder
 from ..files.new_file import new_file_in
 from ..files.strict_json import strict_json
@@ -200,11 +201,29 @@ def read_note(directory: Path) -> str | None:
 def write_note(home: Folder, drop_id: str) -> None:
     """Leave in a model directory which record it needs, durable.
 
-    A note that cannot be written is only logged, for the path finds the record as well.
+    A note that cannot be written is only logged, for the path finds the record as well; but then
+    none must be there, for a note is believed before a path.
+
+    Raises:
+        StoreError: A note of another drop can be neither replaced nor removed.
     """
     text = json.dumps({"id": drop_id, "text": _NOTE_TEXT}, indent=2) + "\n"
     try:
+        temp_files.sweep_beside(home, NOTE, locks=True)  # a drop is refused where they do nothing
         with new_file_in(home, NOTE, len(text)) as file:
             file.write(memoryview(text.encode()))
     except (OSError, StoreError) as error:
+        _remove_note(home, error)
         logger.warning("%s: not written: %s", home.path / NOTE, error)
+
+
+def _remove_note(home: Folder, reason: Exception) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            home.unlink(NOTE)
+            home.sync()
+    except OSError as error:
+        raise StoreError(
+            f"{home.path / NOTE}: names another drop and can be neither replaced ({reason}) nor "
+            f"removed ({error.strerror}); remove it and run again"
+        ) from error

@@ -101,6 +101,38 @@ def test_whatever_comes_between_the_next_run_completes(name, between, capsys):
     assert_completed([tally], 20)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["by size", "a cycle"])
+def test_killed_twice_at_any_calls_the_next_run_completes(name):
+    """First at a removal, then at each call of the next run."""
+    setting, wrong, fired = Setting(name), [], 0
+    with scratch() as place:
+        right = undisturbed(setting.model(place / "whole"))
+        model, log = setting.model(place / "log"), place / "log.txt"
+        assert model.drop(model.watched(do="log", log=log)).code == 0
+        calls = [line.split("\t")[1:3] for line in log.read_text().splitlines()]
+        removals = [n for n, (call, path) in enumerate(calls, 1) if removes(call, path)]
+        assert len(removals) >= 3
+        for first in removals[:3]:
+            for second in every():
+                model = setting.model(place / f"{first} {second}")
+                assert model.drop(model.watched(do="kill", at=first)).fired
+                if not model.drop(model.watched(do="kill", at=second)).fired:
+                    break
+                fired += 1
+                if not (verdict := completes(model, right)):
+                    wrong.append(f"{first}, {second}: {verdict.why}")
+                shutil.rmtree(model.directory.parent)
+    assert fired > 100
+    assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong[:10])
+
+
+def removes(call: str, path: str) -> bool:
+    """Whether a call takes a shard's name away."""
+    return call in ("rename", "unlink") and ".safetensors" in path and "/model/" in path
+
+
 def show(tallies, capsys) -> None:
     """Prints the table also where the test passes."""
     with capsys.disabled():

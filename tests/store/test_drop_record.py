@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
@@ -20,6 +23,7 @@ from paroquant_stream.errors import (
     ManifestError,
     NewerManifestError,
     SourceDroppedError,
+    StoreError,
 )
 from paroquant_stream.files.folder import Folder
 from paroquant_stream.maintenance.inventory import take_inventory
@@ -336,3 +340,37 @@ def test_healing_is_of_the_copy_that_was_written_last(dropped):
     heal_records(store)
     assert first.read_bytes() == newest
     assert [record.id for record in read_records(store)] == [drop_id]
+
+
+def test_a_note_replaces_what_a_killed_run_left_of_one(tmp_path):
+    code = "from paroquant_stream.files.temp_files import name_beside; print(name_beside('{}'))"
+    command = [sys.executable, "-c", code.format(NOTE)]
+    left = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    (tmp_path / left).touch()
+    note(tmp_path, "a" * 64)
+    assert read_note(tmp_path) == "a" * 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == [NOTE]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """No note can be written."""
+
+    @contextmanager
+    def fail(*_):
+        raise StoreError("no space")
+        yield
+
+    monkeypatch.setattr("paroquant_stream.store.drop_record.new_file_in", fail)
+
+
+def test_a_note_of_another_drop_goes_when_it_cannot_be_replaced(tmp_path, full_disk):
+    (tmp_path / NOTE).write_text(json.dumps({"id": "a" * 64}))
+    note(tmp_path, "b" * 64)
+    assert read_note(tmp_path) is None
+
+
+def test_a_note_that_cannot_go_either_is_an_error(tmp_path, full_disk):
+    (tmp_path / NOTE).mkdir()  # unlink fails
+    with pytest.raises(StoreError, match="names another drop and can be neither replaced"):
+        note(tmp_path, "b" * 64)
