@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Unpack
 from ..conversion.batch import convert_all, some_failed
 from ..conversion.converter import convert
 from ..conversion.report import Conversion
-from ..conversion.request import ConvertKeywords, Request, make_request
+from ..conversion.request import Request, make_request
 from ..errors import ParoquantStreamError
 from ..store.manifest import Manifest
 from ..trace import written_to
 
 if TYPE_CHECKING:
     from ..conversion.progress import Progress
+    from ..conversion.request import ConvertKeywords
 
 
 def convert_checkpoint(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +123,8 @@ class Watch:
 
     def stop(self) -> None:
         """Give the call up: no further request, and the end of the one that is answered."""
+        import socket  # 4 ms, for models from the Hub alone
+
         self.stopped = True
         response = self._response
         if response is not None and not response.is_closed:  # else its connection serves others

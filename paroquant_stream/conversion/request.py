@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import locate
 from ..checkpoint.model_source import ModelSource
@@ -18,21 +18,21 @@ from ..store.store import Store, cache_store
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
+    from typing import TypedDict, Unpack
 
     from ..execution.slots import Places
 
+    class ConvertKeywords(TypedDict, total=False):
+        """The fields of `ConvertOptions`, as keyword arguments."""
 
-class ConvertKeywords(TypedDict, total=False):
-    """The fields of `ConvertOptions`, as keyword arguments."""
-
-    cache_dir: str | Path | None
-    in_place: bool
-    force: bool
-    jobs: int | None
-    revision: str | None
-    drop_source: bool
-    dtype: Dtype
-    executor: Executor | None
+        cache_dir: str | Path | None
+        in_place: bool
+        force: bool
+        jobs: int | None
+        revision: str | None
+        drop_source: bool
+        dtype: Dtype
+        executor: Executor | None
 
 
 @dataclass(frozen=True)

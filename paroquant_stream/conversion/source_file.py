@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,7 +159,7 @@ class SourceFile:
 
     def _remove_file(self, found: _Name) -> None:
         folder, name, status = found
-        aside = f".{name}.{secrets.token_hex(8)}{_ASIDE}"
+        aside = f".{name}.{os.urandom(8).hex()}{_ASIDE}"
         os.rename(name, aside, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
         same = FileStamp.of_fd(self.fd, str(self.path)).has_content_of(self.stamp)
         if not same or identity(folder.stat(aside)) != identity(status):

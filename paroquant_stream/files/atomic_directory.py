@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ def new_directory(target: Path, needed: int) -> Iterator[Path]:
     `needed`: bytes that the body is going to write. The body makes its files durable itself. Raises
     UnwritableFileError.
     """
-    temp = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    temp = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
     try:
         temp.mkdir()
     except OSError as error:

@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import os
 import re
-import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ _renewer = threading.Lock()
 def temp_name() -> str:
     """A name that no other run, process or machine uses, and by which `is_dead` can judge."""
     here = _here()
-    random = secrets.token_hex(16)
+    random = os.urandom(16).hex()
     return f"{here.machine}-{here.boot}-{here.space}-{os.getpid()}-{random}"
 
 

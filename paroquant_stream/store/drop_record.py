@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +52,7 @@ _NOTE_TEXT = (
 
 def new_id() -> str:
     """An id that no other record has."""
-    return secrets.token_hex(32)
+    return os.urandom(32).hex()
 
 
 @dataclass(frozen=True)

@@ -321,7 +321,7 @@ def test_a_link_planted_for_an_entry_is_not_followed(store, tmp_path):
 def test_what_is_planted_at_a_temp_name_is_neither_followed_nor_written(
     store, tmp_path, monkeypatch, plant
 ):
-    monkeypatch.setattr(temp_files.secrets, "token_hex", lambda _: "0" * 32)
+    monkeypatch.setattr(temp_files.os, "urandom", bytes)
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     temp = store.folder("tmp") / temp_of(os.getpid())
