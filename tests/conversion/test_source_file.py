@@ -102,7 +102,7 @@ def test_a_blob_that_the_hubs_client_shares_goes_with_its_last_user(tmp_path, us
         )  # fmt: skip
         paths.append(snapshot / "model.safetensors")
         paths[-1].symlink_to(f"../../blobs/{sha256}")
-    shared = shared.shared_blob_path(cache, xet)
+    blob = shared.shared_blob_path(cache, xet)
     assert (cache / "models--owner--m0" / "blobs" / sha256).is_symlink()
     remove(paths[0])
     assert not os.path.lexists(paths[0])
