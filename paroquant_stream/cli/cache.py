@@ -1,4 +1,4 @@
-"""The command: its arguments in, what it found and did out."""
+"""COMMAND cache: list, verify and remove converted models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _inventory(arguments: argparse.Namespace) -> Inventory:
 
 
 def _find(inventory: Inventory, names: Sequence[str]) -> list[Model]:
-    """The models of these names. Raises StoreError for a name that none has."""
+    """Return the models of these names. Raises StoreError for a name that none has."""
     found: dict[str, Model] = {}
     for name in names:
         path = Path(os.path.realpath(os.path.expanduser(name)))
@@ -111,7 +111,7 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
-    """Shows the plan, asks, and removes. Raises StoreError without a yes."""
+    """Show the plan, ask, and remove. Raises StoreError without a yes."""
     if not arguments.json:
         size = bytes_text(plan.freed)
         head = f"to remove, {size}:" if not plan.is_empty else "nothing to remove"
@@ -152,7 +152,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
-    """Converts the models of these entries again, if asked to, else says how that is done."""
+    """Convert the models of these entries again, if asked to, else say how that is done."""
     if arguments.model is not None:
         requests = [_request_to_verify(arguments)]
     else:

@@ -1,4 +1,4 @@
-"""How a store's content and a plan of removals are shown: as a table for people, as JSON."""
+"""How a store's content and a plan of removals are shown: as a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ class Row:
 
 
 def make_row(inventory: Inventory, model: Model) -> Row:
-    """What there is to say of a model; looks at its directory."""
+    """Describe a model; reads its directory."""
     return Row(model, _freshness(inventory.store, model), inventory.entry_bytes(model))
 
 
 def _freshness(store: Store, model: Model) -> Freshness:
     manifest, directory = model.manifest, model.directory
     if model.moved and manifest:
-        why = "its directory was moved or holds another model, and loads where it is now"
+        why = "its directory was moved or holds another model, and the model loads where it is now"
         return Freshness("orphan", why, entries_alone(store, manifest, why))
     if model.is_record and manifest:
-        why = "a conversion that removes sources was cut off; run it again"
+        why = "a conversion with --drop-source was interrupted; run it again"
         return Freshness(STALE, why, entries_alone(store, manifest, why))
     if manifest is None:
         if model.newer:
             return Freshness(UNKNOWN, "of a newer version, or not readable", ())
         if model.records:
             return Freshness(
-                STALE, "a conversion that dropped sources was cut off; run it again", ()
+                STALE, "a conversion with --drop-source was interrupted; run it again", ()
             )
-        return Freshness("damaged", "the next conversion makes it anew", ())
+        return Freshness("damaged", "the next conversion replaces it", ())
     if directory is None:
         why = "made by an older version, which did not record where the model lies"
         return Freshness(UNKNOWN, why, entries_alone(store, manifest, why))
@@ -70,7 +70,7 @@ def _freshness(store: Store, model: Model) -> Freshness:
 
 
 def table(inventory: Inventory, rows: Sequence[Row], verbose: bool) -> list[str]:
-    """The lines of the table: models, with `verbose` their shards, and paroquant's own cache."""
+    """Return the lines of the table: models, and with `verbose` their shards."""
     cells: list[Sequence[str]] = [_HEADS]
     for row in rows:
         cells.append(_cells(inventory, row))
@@ -95,7 +95,7 @@ def _cells(inventory: Inventory, row: Row) -> Sequence[str]:
 
 
 def foreign_table(inventory: Inventory) -> list[str]:
-    """The lines of the directories that paroquant's own cache left."""
+    """Return the lines of the directories that paroquant's own cache left."""
     cells: list[Sequence[str]] = [("DIRECTORY", "SIZE", "WRITTEN")]
     for foreign in inventory.foreign:
         age = age_text(inventory.time - foreign.last_used)
@@ -116,7 +116,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def footer(inventory: Inventory) -> list[str]:
-    """How much it is in all, and what could go."""
+    """Return the total, and what could be removed."""
     shared = [k for k, ids in inventory.claims.items() if len(ids) > 1 and k in inventory.entries]
     lines = [
         f"{_count(len(inventory.models), 'model')}, {_count(len(inventory.entries), 'entry')}, "
@@ -128,12 +128,12 @@ def footer(inventory: Inventory) -> list[str]:
     if unclaimed := inventory.unclaimed:
         lines.append(
             f"{_count(len(unclaimed), 'unclaimed entry')} ({_bytes_of(unclaimed.values())}): of a "
-            "conversion that is not done; run it again, or remove them with `prune --orphans`"
+            "conversion that is not complete; run it again, or remove them with `prune --orphans`"
         )
     if idle := [*inventory.dead_temps, *(file for file, _ in inventory.removed)]:
         lines.append(
-            f"{_count(len(idle), 'file')} of dead runs, damaged entries and removals that were cut "
-            f"off ({_bytes_of(idle)}): `prune` removes them"
+            f"{_count(len(idle), 'file')} of dead runs and interrupted "
+            f"removals ({_bytes_of(idle)}): `prune` removes them"
         )
     if damaged := inventory.damaged.values():
         lines.append(
@@ -151,7 +151,7 @@ def footer(inventory: Inventory) -> list[str]:
 
 
 def plan_lines(plan: PrunePlan) -> list[str]:
-    """What goes, how much that frees, and what stays."""
+    """Return what is removed, how much that frees, and what stays."""
     lines = [f"  {_removal_of(plan, model)}" for model in plan.models]
     lines += [f"  {f.path}  {bytes_text(f.size)}  paroquant's own cache" for f in plan.foreign]
     unclaimed = [plan.entries[key] for key in plan.unclaimed]
@@ -189,7 +189,7 @@ def _count(count: int, noun: str) -> str:
 
 
 def as_json(inventory: Inventory, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The models, the directories of paroquant's own cache, and what nobody names."""
+    """Return the models, the directories of paroquant's own cache, and what no model uses."""
     listed = [_model_json(row) for row in rows]
     listed += [_foreign_json(foreign) for foreign in inventory.foreign]
     idle = {"unclaimed": [*inventory.unclaimed.values()], "temps": [*inventory.dead_temps]}
@@ -223,7 +223,7 @@ def _foreign_json(foreign: Foreign) -> dict[str, Any]:
 
 
 def plan_json(plan: PrunePlan, dry_run: bool) -> dict[str, Any]:
-    """What goes or went."""
+    """Return what is removed, or was."""
     files = [*plan.entries.values(), *plan.small]
     return {
         "dry_run": dry_run,
@@ -236,5 +236,5 @@ def plan_json(plan: PrunePlan, dry_run: bool) -> dict[str, Any]:
 
 
 def _text(path: object) -> str:
-    """A path as JSON can hold it; bytes that are no UTF-8 as `?`."""
+    """Return a path as JSON can hold it; bytes that are no UTF-8 as `?`."""
     return os.fsencode(str(path)).decode("utf-8", "replace")

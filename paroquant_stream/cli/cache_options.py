@@ -1,4 +1,4 @@
-"""What the cache command understands: its subcommands, their options and their help."""
+"""The cache command's subcommands, options and help."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ MODEL = "a model directory (also one that is gone), a Hub id, or a name as `ls` 
 LS = """\
 The converted models: layout, shards converted of all, size, when last used, and whether a load
 would convert anything and why. Looks at headers, stat and remembered digests only: a shard that was
-never read where it is now is `unknown`, and `convert --dry-run` reads it."""
+never hashed where it lies now is `unknown`, and `convert --dry-run` reads it."""
 LS_JSON = """\
 print one JSON list. Of kind `model`: name, directory, manifest, layout, size, last_used (seconds
 since 1970), state (fresh, stale, unknown, broken, orphan, damaged), why, shards_converted, shards
 (each with shard, state, why, key, bytes_in, bytes_out, dropped). Of kind `paroquant` (directories
 of its own cache): path, size, last_used. Of kind `unclaimed` and `temps`: size, files"""
-PATH = "The cache's directory, or the manifest and the entries of MODEL, one path a line."
+PATH = "The cache's directory, or the manifest and the entries of MODEL, one path per line."
 RM = """\
 Remove the conversions of these models. Entries that another model uses stay. Nothing in the model
 directories is touched. Refused while a conversion is running in this cache."""
 PRUNE = """\
-Remove what is surely useless: what dead runs were writing, damaged entries and manifests, what an
-earlier removal left, remembered digests of files that are gone. The options remove more. A model
-whose source shards were dropped is never pruned."""
+Remove what is surely useless: temporary files of dead runs, damaged entries and manifests,
+leftovers of an earlier removal, remembered digests of files that are gone. The options remove more.
+A model whose source shards were dropped is never pruned."""
 REMOVE_JSON = """\
 print one JSON object: dry_run, models, files, foreign, stays (each with what and why), size"""
 VERIFY = """\
@@ -36,7 +36,7 @@ failed, 2 wrong usage."""
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
+    """Add the command's arguments."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, summary: str) -> argparse.ArgumentParser:
@@ -50,7 +50,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     ls.add_argument("-v", "--verbose", action="store_true", help="list each shard, as with MODEL")
     form = ls.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help=LS_JSON)
-    form.add_argument("-q", "--quiet", action="store_true", help="print the names only, one a line")
+    form.add_argument(
+        "-q", "--quiet", action="store_true", help="print the names only, one per line"
+    )
     path = add("path", PATH, "print where the cache or a model lies")
     path.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
     rm = add("rm", RM, "remove models")
@@ -58,10 +60,12 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     prune = add("prune", PRUNE, "remove what is useless, old or too much")
     _add_rules(prune)
     for command in (rm, prune):
-        command.add_argument("--dry-run", action="store_true", help="show what would go, no more")
+        command.add_argument(
+            "--dry-run", action="store_true", help="show what would be removed, remove nothing"
+        )
         command.add_argument("-y", "--yes", action="store_true", help="do not ask")
         command.add_argument("--json", action="store_true", help=REMOVE_JSON)
-    _configure_verify(add("verify", VERIFY, "read the cache through"))
+    _configure_verify(add("verify", VERIFY, "read every byte of the cache"))
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +85,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         "--orphans",
         action="store_true",
         help="remove models whose directory is gone, and entries that no model names and that are "
-        "an hour old (perhaps of a conversion that was cut off, which could go on with them)",
+        "an hour old (perhaps of an interrupted conversion, which could resume with them)",
     )
     parser.add_argument(
         "--foreign",

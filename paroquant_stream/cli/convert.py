@@ -56,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
-    """Where shards are converted; None for threads of this process."""
+    """Return where shards are converted; None for threads of this process."""
     if arguments.executor == "process":
         from ..execution.processes import processes  # here, as the other two need none of it
 
@@ -69,7 +69,7 @@ def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor 
 
 
 def _prepare(model: str, executor: Executor | None, arguments: argparse.Namespace) -> Request:
-    """The request for one model; a dry run prints what it would do."""
+    """Make the request for one model; a dry run prints what it would do."""
     given = {name: getattr(arguments, name) for name in OPTIONS}
     request = make_request(model, **given, executor=executor)
     if arguments.dry_run:
@@ -82,7 +82,7 @@ def _prepare(model: str, executor: Executor | None, arguments: argparse.Namespac
 def _convert(
     requests: Sequence[Request], arguments: argparse.Namespace
 ) -> dict[str, ParoquantStreamError]:
-    """Converts the models and prints each as it is done; returns why others were not."""
+    """Convert the models and print each as it is done; returns why others were not."""
     failed = {}
     with written_to(arguments.trace) as trace, Progress(arguments.quiet) as progress:
         try:
@@ -115,7 +115,7 @@ def _results(
 
 
 def _confirm_drop(request: Request) -> None:
-    """Raises CheckpointError unless a person agrees to remove the model's own shards."""
+    """Raise CheckpointError unless a person agrees to remove the model's own shards."""
     question = (
         f"{request.source.directory}: remove each shard once it is converted? "
         f"Only the conversion in {request.store.root} will be left."
@@ -134,7 +134,7 @@ def _as_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process held so far."""
+    """Return the most memory that this process held so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux's ru_maxrss counts the parent's memory before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

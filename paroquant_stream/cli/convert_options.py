@@ -1,4 +1,4 @@
-"""What the convert command understands: its options, their help, and which go together."""
+"""The convert command's options, their help, and which belong together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .common import add_cache_dir, add_jobs
 
 DESCRIPTION = """\
 Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are
-converted; an interrupted conversion goes on where it was. Several models share the workers, and one
+converted; an interrupted conversion resumes. Several models share the workers, and one
 that fails lets the others finish. Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143
 interrupted."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; ends the process with 2 when it is wrong."""
+    """Parse the command line; ends the process with 2 when it is wrong."""
     parser = argparse.ArgumentParser("paroquant-stream convert", description=DESCRIPTION)
     _configure(parser)
     arguments = parser.parse_args(argv)
@@ -62,7 +62,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="say what would be converted and why; write nothing"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print a JSON object a model instead of the summary"
+        "--json", action="store_true", help="print one JSON object per model instead of the summary"
     )
     parser.add_argument(
         "--trace", metavar="FILE", help="write the stages of every worker, for chrome://tracing"
@@ -73,7 +73,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _configure_workers(parser: argparse.ArgumentParser) -> None:
     add_jobs(
         parser,
-        "shards in work at once (default: one a core, at most 8; all threads of a cluster)",
+        "shards converted at once (default: one per core, at most 8; all threads of a cluster)",
     )
     parser.add_argument(
         "--executor",

@@ -22,7 +22,7 @@ or 143 interrupted."""
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
     parser.add_argument(
         "out",
@@ -47,12 +47,12 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         type=option_type(parse_size),
         default="5GB",
         metavar="SIZE",
-        help="the most a file holds, like 500MB (default: 5GB); a larger tensor has its own file",
+        help="the largest file, like 500MB (default: 5GB); a larger tensor has its own file",
     )
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
     )
-    add_jobs(parser, "workers (default: one a core, at most 8)")
+    add_jobs(parser, "workers (default: one per core, at most 8)")
     add_cache_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 

@@ -13,7 +13,7 @@ COMMANDS = ("cache", "convert", "export", "run")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command named first and returns its exit code."""
+    """Run the command named first and return its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    """How it is used: each command with the first line of its module's docstring."""
+    """Return the help: each command with the first line of its module's docstring."""
     lines = []
     for name in COMMANDS:
         text = (import_module(f".{name}", __package__).__doc__ or "").partition("\n")[0]
@@ -46,5 +46,5 @@ def _help() -> str:
 
 
 def console() -> NoReturn:
-    """The console script `paroquant-stream`."""
+    """Run the console script `paroquant-stream`."""
     end_with(main)

@@ -1,4 +1,4 @@
-"""How far a conversion is, for people: bars on a terminal, a line a shard in a log."""
+"""How far a conversion is: bars on a terminal, one line per shard in a log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..text import bytes_text, shown
 
 
 class Progress:
-    """Called with a shard's name, the source bytes of it that are done, and its size; from any
-    thread, and first with 0 for every shard that needs work.
+    """Show progress; called with a shard's name, its finished source bytes and its size.
 
-    On a terminal a bar for all shards, with rate and time left, and one below it for each that is
-    being converted; elsewhere a line on stderr when a shard is done; nothing when `quiet`.
+    May be called from any thread, and is first called with 0 for every shard that needs work. On a
+    terminal it shows a bar for all shards, with rate and time left, and below it one for each shard
+    that is being converted; elsewhere a line on stderr when a shard is done; nothing when `quiet`.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -32,7 +32,7 @@ class Progress:
         return self
 
     def __call__(self, shard: str, done: int, size: int) -> None:
-        """Shows that `done` of the `size` bytes of a shard are done."""
+        """Show that `done` of the `size` bytes of a shard are done."""
         with self._lock:
             before = self._done.get(shard, 0)
             self._done[shard], self._sizes[shard] = max(done, before), size
@@ -44,7 +44,7 @@ class Progress:
                 self._write_line(shard)
 
     def say(self, line: str) -> None:
-        """Prints a line on stdout, on a terminal above the bars."""
+        """Print a line on stdout, on a terminal above the bars."""
         with self._lock:
             for bar in (*self._bars.values(), self._total):
                 if bar is not None:

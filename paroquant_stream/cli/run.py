@@ -1,4 +1,4 @@
-"""COMMAND run: another program with our loader in the place of paroquant's, like `coverage run`."""
+"""COMMAND run: run a program with this loader in the place of paroquant's own."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ examples:
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
+    """Add the command's arguments."""
     add_cache_dir(parser)
-    add_jobs(parser, "workers (default: one a core, at most 8)")
+    add_jobs(parser, "workers (default: one per core, at most 8)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="source", help="the width of floating tensors"
     )
@@ -41,7 +41,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program and returns 0; its SystemExit and its other exceptions pass through."""
+    """Run the program and return 0; its SystemExit and its other exceptions pass through."""
     parser = argparse.ArgumentParser(
         usage=USAGE,
         description=DESCRIPTION,
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(program: list[str], arguments: argparse.Namespace) -> None:
-    """Raises ProgramNotFoundError, LoaderMovedError, and whatever the program raises."""
+    """Raise ProgramNotFoundError, LoaderMovedError, and what the program raises."""
     name, as_module = program[0], bool(arguments.module)
     _set_path(name, as_module)  # first: the program's own paroquant, if it has one, is the one
     try:
@@ -82,7 +82,7 @@ def _run(program: list[str], arguments: argparse.Namespace) -> None:
 
 
 def _set_path(name: str, as_module: bool) -> None:
-    """The first place of imports: the current directory for a module, the script's for a script."""
+    """Set the first place of imports: the current directory for a module, else the script's."""
     if sys.flags.safe_path:  # python -P put none there
         return
     if as_module:
@@ -92,7 +92,7 @@ def _set_path(name: str, as_module: bool) -> None:
 
 
 def _find_module(name: str) -> None:
-    """Raises ProgramNotFoundError where `python -m` would say `No module named ...`."""
+    """Raise ProgramNotFoundError where `python -m` would say `No module named ...`."""
     try:
         spec = find_spec(name)
         package = spec is not None and spec.submodule_search_locations is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ..errors import ParoquantStreamError, SomeModelsFailedError
 from ..execution.slots import Places, Worker
@@ -16,14 +15,11 @@ from .progress import Progress
 from .report import Conversion
 from .request import Request
 
-if TYPE_CHECKING:
-    pass
-
 Result = Conversion | ParoquantStreamError
 
 
 def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeModelsFailedError:
-    """The error for these of `count` models."""
+    """Return the error for these of `count` models."""
     listed = "\n".join(f"  {model}: {error}" for model, error in failed.items())
     return SomeModelsFailedError(f"{len(failed)} of {count} models were not converted:\n{listed}")
 
@@ -31,10 +27,15 @@ def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeM
 def convert_all(
     requests: Sequence[Request], progress: Progress | None = None, trace: Trace = SILENCE
 ) -> Iterator[tuple[Request, Result]]:
-    """What became of each model, as they finish; at most the requests' `jobs` shards in work.
+    """Convert several models at once and yield what became of each, as they finish.
 
-    As many models as jobs are in work at once, since each may be a single shard; with
-    `drop_source` one after another, since the room that it saves is counted for one model.
+    As many models as jobs are converted at once, since each may be a single shard; with
+    `drop_source` one after another, since the space that it saves is counted for one model.
+
+    Args:
+        requests: At most the largest of their `jobs` shards are converted at once, of all together.
+        progress: Called with `<model>/<shard>`, its finished bytes and its size.
+        trace: Gets the time of each stage.
     """
     if not requests:
         return
@@ -46,14 +47,14 @@ def convert_all(
     shards = Places(jobs, 0, above=models)
 
     def work(request: Request, _worker: Worker) -> tuple[Request, Result]:
-        tell = partial(_tell, progress, request.source.name) if progress else None
+        report = partial(_report, progress, request.source.name) if progress else None
         try:
-            return request, convert(replace(request, places=shards), tell, trace)
+            return request, convert(replace(request, places=shards), report, trace)
         except ParoquantStreamError as error:
             return request, error
 
     yield from run_all(work, requests, together, trace, models)
 
 
-def _tell(progress: Progress, model: str, shard: str, done: int, size: int) -> None:
+def _report(progress: Progress, model: str, shard: str, done: int, size: int) -> None:
     progress(f"{model}/{shard}", done, size)

@@ -2,9 +2,9 @@
 
     directory -> Checkpoint -> Layout -> Plan   headers only; defects are reported before any work
               -> jobs -> EntryRecords           a shard whose key is in the store is not converted
-              -> Manifest, published last       so it never names an entry that is not there
+              -> Manifest, published last       so it never names an entry that does not exist
 
-When nothing changed none of this runs: the manifest, the memo and a sample of each file tell so.
+When nothing changed none of this runs: manifest, digest cache and a sample of each file show it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,18 @@ def convert(
     trace: Trace = SILENCE,
     needed: Needed | None = None,
 ) -> Conversion:
-    """Brings the store up to date with the model and publishes the manifest.
+    """Bring the store up to date with the model and publish the manifest.
 
-    Where what is `needed` of it is up to date nothing is done; else everything is converted.
-    Raises CheckpointError before anything is written; SourceChangedError, SourceDamagedError,
-    StoreError, or CheckpointError for a shard that cannot be fetched, leave what was published.
+    Args:
+        request: Model, target and options.
+        progress: Called with a shard's name, its finished bytes and its size.
+        trace: Gets the time of each stage.
+        needed: Where these entries are up to date nothing is done; else everything is converted.
+
+    Raises:
+        CheckpointError: The model cannot be used; before anything is written. Later only for a
+            shard that changed or cannot be downloaded.
+        StoreError: The cache cannot be written; what was published before stays.
     """
     started = time.monotonic()
     request.store.check_owner()
@@ -64,7 +71,7 @@ def _convert_alone(
     needed: Needed | None,
     started: float,
 ) -> Conversion:
-    """Converts while no other run removes sources of this model."""
+    """Convert while no other run removes sources of this model."""
     from .pipeline import convert_shards  # half of the start of a run without work
     from .planning import plan_model
     from .source_file import put_all_back
@@ -110,7 +117,7 @@ def _unchanged(request: Request, current: Manifest, started: float) -> Conversio
 
 
 def _current(request: Request, needed: Needed | None) -> Manifest | None:
-    """The manifest that still holds, if there is one and nothing is to be done again."""
+    """Return the manifest that still holds, or None when there is work."""
     manifest = None if request.options.force else read_manifest(request)
     # for a part all is hashed that is there: a plan of the whole model may be out of reach
     read_unknown = needed is not None

@@ -1,19 +1,19 @@
-"""Source shards that are removed once what replaces them is safe, and what is known of them later.
+"""Source shards that are removed once their replacement is safe, and the record that remains.
 
-The states of a shard, each durable before the next; whatever ends the run, the next one goes on:
+The states of a shard, each durable before the next; after any interrupt the next run resumes:
 
-    1 source               there; its task is not done
+    1 source               present; its task is not done
     2 source, entry        its entry is published, with its digest beside it
     3 source, entry, record    both copies of the drop record name every finished entry and hold
                            the headers of this shard and of those removed before, all marked dropped
     4 entry, record        removed; a shard that is marked counts as dropped only while it is absent
 
-A shard passes from 2 to 3 when no other shard can need it any more: when the tasks of its
-`neighbours`, those that lend parts to it or borrow parts from it, are done too, their entries were
-read back from the disk, and the very files that lent were read again and hold what was borrowed.
-So a record never lacks a neighbour: if a later run finds a shard whose lender is gone, its own
-finished entry is in the record, and is used as it is. Where values are cast one of them may be out
-of range, and then another dtype needs the sources: nothing goes before all is converted.
+A shard passes from 2 to 3 when no other shard can need it any more: when the tasks of its related
+shards, those that lend parts to it or borrow parts from it, are done too, their entries were read
+back from the disk, and the lending files were read again and hold the borrowed bytes. So a record
+never lacks a related shard: if a later run finds a shard whose lender was removed, its own finished
+entry is in the record, and is used as it is. Where values are cast, one of them may be out of
+range, and then another dtype needs the sources: no shard is removed before all are converted.
 
 The removal itself is `SourceFile.remove`: of the file that was hashed in this run, through the
 descriptor that it was hashed through, while its name still leads to it.
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Dropper(AbstractContextManager["Dropper"]):
-    """Removes the shards of a run as they become free."""
+    """Remove the shards of a run as they become free."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._request, self._manifest_of, self._trace = request, manifest_of, trace
         self._home = home
         self._tasks = {task.shard: task for task in model.plan.tasks}
-        self._neighbours = _neighbours(model.plan.tasks)
+        self._related = _related(model.plan.tasks)
         self._before = model.drop
         self._record = model.drop or DropRecord(new_id(), request.target.dtype, manifest_of([]))
         self._sound: set[str] = set()
@@ -101,7 +101,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._finished[record.shard] = record
         if not self._request.options.drop_source or self._home is None:
             return
-        for shard in (record.shard, *sorted(self._near(record.shard))):
+        for shard in (record.shard, *sorted(self._related_to(record.shard))):
             if shard not in self.dropped and self._is_free(shard):
                 with self._trace.span("drop", shard):
                     self._drop(shard, self._home)
@@ -128,19 +128,19 @@ class Dropper(AbstractContextManager["Dropper"]):
                 raise
             logger.warning("%s", error)
 
-    def _near(self, shard: str) -> set[str]:
-        """The shards that may have become free by this one's task."""
+    def _related_to(self, shard: str) -> set[str]:
+        """Return the shards that this one's task may have made free."""
         if self._request.target.dtype == "source":
-            return self._neighbours[shard]
+            return self._related[shard]
         return self._tasks.keys() - {shard}
 
     def _is_free(self, shard: str) -> bool:
-        needed = {shard} | self._near(shard)
+        needed = {shard} | self._related_to(shard)
         return needed <= self._finished.keys()
 
     def _drop(self, shard: str, home: Folder) -> None:
         lenders = self._tasks[shard].borrowed.keys()
-        borrowers = [n for n in self._neighbours[shard] if shard in self._tasks[n].borrowed]
+        borrowers = [n for n in self._related[shard] if shard in self._tasks[n].borrowed]
         for name in (shard, *borrowers):
             self._read_back(name)
         for lender in lenders:
@@ -157,7 +157,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._proved.pop(shard).close()
 
     def _source(self, home: Folder, shard: str) -> SourceFile:
-        """A source that was read through, once, and is the one that was converted."""
+        """Open a source, once, and hash it: it must be the one that was converted."""
         if shard not in self._proved:
             record, path = self._finished[shard], self._request.source.directory / shard
             source = SourceFile(home, shard)
@@ -170,8 +170,8 @@ class Dropper(AbstractContextManager["Dropper"]):
         return self._proved[shard]
 
     def _check_lent(self, home: Folder, lender: str, borrower: str) -> None:
-        """Raises SourceChangedError unless a lender holds what the borrower's entry was made from."""
-        if lender in self.dropped:  # checked when it went
+        """Raise SourceChangedError unless a lender holds what the borrower's entry was made of."""
+        if lender in self.dropped:  # checked when it was removed
             return
         parts = self._tasks[borrower].borrowed
         before = dict(zip(parts, self._finished[borrower].borrowed_sha256, strict=True))[lender]
@@ -200,7 +200,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._sound.add(shard)
 
     def _write_record(self, shard: str, header: bytes) -> None:
-        """Make durable, twice, that a shard may go."""
+        """Make durable, twice, that a shard may be removed."""
         gone = {*self.dropped, shard}
         entries = [replace(r, dropped=r.shard in gone) for r in self._finished.values()]
         headers = {**self._record.headers, shard: header}
@@ -209,8 +209,10 @@ class Dropper(AbstractContextManager["Dropper"]):
         write_record(self._request.store, self._record)
 
     def _needs_note(self) -> bool:
-        """Whether the path alone may lead to another record one day: not beside a model, and not
-        at a commit of the Hub; but an older note, or an older conversion beside it, would.
+        """Tell whether the path alone may lead to another record later.
+
+        Not beside a model, and not at a commit of the Hub, unless an older note or an older
+        conversion beside the model would.
         """
         directory, request = self._request.source.directory, self._request
         if request.target.in_place or request.source.remote is not None:
@@ -219,8 +221,8 @@ class Dropper(AbstractContextManager["Dropper"]):
         return True
 
 
-def _neighbours(tasks: Sequence[Task]) -> dict[str, set[str]]:
-    """For each shard those that lend parts to it or borrow parts from it."""
+def _related(tasks: Sequence[Task]) -> dict[str, set[str]]:
+    """Return for each shard those that lend parts to it or borrow parts from it."""
     found: dict[str, set[str]] = {task.shard: set() for task in tasks}
     for task in tasks:
         for lender in task.borrowed:

@@ -1,8 +1,8 @@
-"""Which drop took a model's absent shards, told by what is left of the model.
+"""Which drop removed a model's absent shards, found by what is left of the model.
 
-The note in its directory comes first, then its path, then the revision of the Hub that it is, then
-its config and index. A record holds only if no shard that is there contradicts it: else a model
-that was half copied over another one would be completed with the other's weights.
+The note in its directory comes first, then its path, then its revision on the Hub, then its config
+and index. A record holds only if no present shard contradicts it: else a model that was half copied
+over another one would be completed with the other's weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .staleness import source_staleness
 
 
 def find_dropped(request: Request) -> DropRecord | None:
-    """Find the record of the drop that shards of this model are absent by, if it was one.
+    """Find the record of the drop that removed absent shards of this model, if it was one.
 
     Raises:
-        SourceDroppedError: A shard that is there has other content than the one that was removed.
-        CheckpointError: Records of two models fit, or what there is cannot be read.
+        SourceDroppedError: A present shard has other content than the record says.
+        CheckpointError: Records of two models fit, or a file cannot be read.
     """
     absent = {n for n in request.source.config.shard_names if not _is_there(request, n)}
     if not absent:
@@ -56,9 +56,10 @@ def find_dropped(request: Request) -> DropRecord | None:
 
 
 def find_manifest(request: Request) -> Manifest | None:
-    """The manifest of a model, or of one that was dropped its record where the manifest is lost.
+    """Return a model's manifest, or the one in its drop record where the manifest was lost.
 
-    Raises NewerManifestError when a record is of a newer format.
+    Raises:
+        NewerManifestError: A record is of a newer format.
     """
     if manifest := read_manifest(request):
         return manifest
@@ -74,8 +75,7 @@ def find_manifest(request: Request) -> Manifest | None:
 
 
 def is_superseded(request: Request, beside: Request, manifest: Manifest) -> bool:
-    """Whether a conversion inside the model directory is of other shards than those that a later
-    drop removed, which the note in the directory tells.
+    """Tell whether a later drop removed other shards than an in-place conversion was made from.
 
     Args:
         request: A request for the model in the cache.
@@ -92,8 +92,9 @@ def is_superseded(request: Request, beside: Request, manifest: Manifest) -> bool
 
 
 def agrees(request: Request, manifest: Manifest) -> bool:
-    """Whether a manifest that was found by its path is of the model that lies there: a directory
-    without shards may have been moved there since, and has a note then.
+    """Tell whether a manifest found by its path is of the model that lies there now.
+
+    A directory without shards may have been moved there since; then it has a note.
     """
     dropped = {(e.shard, e.source_sha256) for e in manifest.entries if e.dropped}
     noted = read_note(request.source.directory) if dropped and not request.target.in_place else None
@@ -106,7 +107,7 @@ def agrees(request: Request, manifest: Manifest) -> bool:
 
 
 def _by_evidence(request: Request, records: Sequence[DropRecord]) -> Iterator[list[DropRecord]]:
-    """The records that something speaks for, the best evidence first."""
+    """Yield the records that something speaks for, the best evidence first."""
     if request.target.in_place:  # the tree beside the model holds no other's
         yield list(records)
         return
@@ -123,7 +124,7 @@ def _by_evidence(request: Request, records: Sequence[DropRecord]) -> Iterator[li
 
 
 def _revision(directory: str) -> tuple[str, str] | None:
-    """Repository and commit of a snapshot in a Hub cache, wherever that cache lies."""
+    """Return repository and commit of a snapshot in a Hub cache, wherever that cache lies."""
     path = Path(directory)
     repository = path.parent.parent.name
     snapshot = path.parent.name == "snapshots" and repository.startswith("models--")
@@ -131,7 +132,7 @@ def _revision(directory: str) -> tuple[str, str] | None:
 
 
 def _only(request: Request, fitting: Sequence[DropRecord]) -> DropRecord:
-    """The record where all that fit are of one model: the one that knows most."""
+    """Return the most complete record where all that fit are of one model."""
     best = max(fitting, key=lambda record: len(record.manifest.entries))
     known = {(e.shard, e.source_sha256) for e in best.manifest.entries}
     for record in fitting:
@@ -146,7 +147,7 @@ def _only(request: Request, fitting: Sequence[DropRecord]) -> DropRecord:
 
 
 def _contradiction(request: Request, record: DropRecord) -> str | None:
-    """Which shard that is there is not the one that the record knows."""
+    """Tell which present shard is not the one that the record knows."""
     for entry in record.manifest.entries:
         shard = Shard(entry.shard, request.source.directory / entry.shard)
         if not _is_there(request, entry.shard):
@@ -161,7 +162,7 @@ def _contradiction(request: Request, record: DropRecord) -> str | None:
 
 
 def _from_manifest(request: Request, absent: set[str]) -> DropRecord | None:
-    """A record, not stored yet, of what an older version dropped."""
+    """Make a record, not stored yet, of what an older version dropped."""
     manifest = read_manifest(request)
     if manifest is None or manifest.config_sha256 != request.source.config.sha256:
         return None

@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 def converted(
     request: Request, progress: Progress | None = None, trace: Trace = SILENCE
 ) -> tuple[Manifest, Store]:
-    """The model's conversion and the store it lies in: the one inside the model directory, if it
-    fits the sources, else the cache's, made complete first.
+    """Return the model's conversion and its store, made complete first.
+
+    That is the one inside the model directory if it fits the sources, else the cache's.
     """
     with trace.span("check the sources"):
         found = shipped(request)
@@ -38,11 +39,14 @@ def inside_model(request: Request) -> Request:
 
 
 def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
-    """The conversion inside the model directory, if there is one and it fits the sources, with all
-    entries or those that are `needed`.
+    """Return the conversion inside the model directory, if it exists and fits the sources.
 
-    Whoever made the directory may have made it: it is only read. So what its own conversion did not
-    remember of its files is hashed at every load.
+    Somebody else may have made it: it is only read, and files whose hashes are not remembered are
+    hashed at every load.
+
+    Args:
+        request: The model.
+        needed: Only these entries must be present.
     """
     if not os.path.lexists(request.source.directory / IN_PLACE):
         return None

@@ -1,4 +1,4 @@
-"""The shards that need work, converted as they arrive, and the manifest that names the entries."""
+"""The tasks of a model: converted as shards arrive, then the manifest that names their entries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,16 @@ def convert_shards(
     trace: Trace,
     started: float,
 ) -> Conversion:
-    """Converts what is missing, publishes the manifest, and says what became of each shard."""
+    """Convert what is missing, publish the manifest, and report what became of each shard.
+
+    Args:
+        request: Model, target and options.
+        model: The plan.
+        home: The locked model directory, None where no shard is to be removed.
+        progress: Called with a shard's name, its finished bytes and its size.
+        trace: Gets the time of each stage.
+        started: `time.monotonic()` at the start of the conversion.
+    """
     before = read_manifest(request)
     known = _known_records(model, before)
     work = work_of(request, model)
@@ -80,7 +89,7 @@ def _report(
 
 
 def _known_records(model: ModelPlan, before: Manifest | None) -> dict[str, EntryRecord]:
-    """The records of earlier runs by shard; of one that was cut off they are in the drop's."""
+    """Return the records of earlier runs by shard, also of an interrupted drop."""
     dropped = model.drop.manifest.entries if model.drop else ()
     return {record.shard: record for record in (*dropped, *(before.entries if before else ()))}
 
@@ -93,7 +102,7 @@ def _run(
     tally: Tally,
     trace: Trace,
 ) -> Iterator[Outcome]:
-    """The outcomes of the tasks as they finish, each begun when its shards are there."""
+    """Yield the outcomes of tasks as they finish, each begun when its shards are present."""
     jobs = [
         Job(
             task,
@@ -121,9 +130,9 @@ def _run(
 
 
 def _check_space(request: Request, tasks: Sequence[Task]) -> None:
-    """Raises StoreError when what will surely be converted has no room: shards of unknown size.
+    """Raise StoreError when what will surely be converted has no room.
 
-    When sources are dropped their room is used again, so only what is made at once counts.
+    Counts shards of unknown size; when sources are dropped, only what is made at once.
     """
     memo = request.store.memo
     sure = [task for task in tasks if request.options.force or not memo.knows_size(task.size)]

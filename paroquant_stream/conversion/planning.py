@@ -1,6 +1,4 @@
-"""What there is to do for a model, before any of it is done: its plan, which shards need work, and
-why.
-"""
+"""What there is to do for a model: its plan, which shards need work, and why."""
 
 from __future__ import annotations
 
@@ -65,10 +63,13 @@ class Work:
 
 
 def plan_model(request: Request) -> ModelPlan:
-    """The plan of a model; reads config, index and headers.
+    """Plan a model; reads config, index and headers.
 
-    The headers of shards that the directory lacks are those that were kept when they were dropped,
-    or come from the Hub.
+    The headers of absent shards are those that were kept when the shards were dropped, or come from
+    the Hub.
+
+    Raises:
+        CheckpointError: The model cannot be used; nothing was written.
     """
     remote, drop = request.source.remote, find_dropped(request)
     gone = {r.shard for r in drop.manifest.entries if r.dropped} if drop else set()
@@ -104,7 +105,7 @@ def _kept_headers(drop: DropRecord, absent: Sequence[str]) -> dict[str, Header]:
 
 
 def _experts(checkpoint: Checkpoint) -> int | None:
-    """Experts of a layer as the config gives them, for text models and inside `text_config`."""
+    """Return how many experts a layer has by the config, also inside `text_config`."""
     text = checkpoint.config.values.get("text_config")
     for config in (checkpoint.config.values, text if isinstance(text, dict) else {}):
         for key in ("num_experts", "num_local_experts", "n_routed_experts"):
@@ -114,9 +115,10 @@ def _experts(checkpoint: Checkpoint) -> int | None:
 
 
 def work_of(request: Request, model: ModelPlan) -> Work:
-    """What is to be done for each shard.
+    """Find what is to be done for each shard.
 
-    Raises SourceDroppedError when a shard must be read that nothing can bring.
+    Raises:
+        SourceDroppedError: A shard must be read that is absent and cannot be downloaded.
     """
     dropped, reasons = _usable(request, model.plan.tasks, model.dropped)
     tasks = [task for task in model.plan.tasks if task.shard not in dropped]
@@ -143,7 +145,7 @@ def work_of(request: Request, model: ModelPlan) -> Work:
 def _usable(
     request: Request, tasks: Sequence[Task], dropped: Mapping[str, EntryRecord]
 ) -> tuple[dict[str, EntryRecord], dict[str, str]]:
-    """The records of dropped shards that hold for these tasks, and why the others do not."""
+    """Return the records of dropped shards that hold for these tasks, and why others do not."""
     usable: dict[str, EntryRecord] = {}
     reasons: dict[str, str] = {}
     for task in tasks:
@@ -156,7 +158,7 @@ def _usable(
 
 
 def _why_unusable(request: Request, task: Task, record: EntryRecord) -> str | None:
-    """Why an entry does not hold for a task, as far as that can be told without its source."""
+    """Tell why an entry does not hold for a task, as far as that shows without its source."""
     if request.options.force:
         return "forced"
     if record.task_sha256 != task.sha256:
@@ -176,8 +178,9 @@ def _why_unusable(request: Request, task: Task, record: EntryRecord) -> str | No
 def _settled(
     request: Request, tasks: Sequence[Task], drop: DropRecord | None
 ) -> dict[str, EntryRecord]:
-    """The records of shards that are there and whose key cannot be formed again, as a lender was
-    removed since they were converted; their own bytes are compared instead.
+    """Return the records of present shards whose key needs a lender that was removed since.
+
+    Their own bytes are compared instead.
     """
     finished = {record.shard: record for record in drop.manifest.entries} if drop else {}
     gone = {shard for shard, record in finished.items() if record.dropped}
@@ -199,7 +202,7 @@ def _settled(
 
 
 def _borrows_otherwise(request: Request, task: Task, record: EntryRecord) -> bool:
-    """Whether a lender that is still there has other bytes now than the entry was made from."""
+    """Tell whether a present lender has other bytes now than the entry was made from."""
     if len(task.borrowed) != len(record.borrowed_sha256):
         return True
     lenders = zip(task.borrowed.items(), record.borrowed_sha256, strict=True)
@@ -220,7 +223,12 @@ def _part_digest(request: Request, part: Part) -> bytes:
 
 
 def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDroppedError:
-    """The error for shards that must be read and were dropped; `shards`: why, by name."""
+    """Return the error for shards that must be read and were dropped.
+
+    Args:
+        request: Names the model.
+        shards: Why each must be read, by name.
+    """
     listed = "\n  ".join(f"{shard}: {why}" for shard, why in shards.items())
     return SourceDroppedError(
         f"{request.source.directory}: {len(shards)} shards must be read again and were removed by "
@@ -229,7 +237,7 @@ def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDroppedEr
 
 
 def survey(request: Request) -> tuple[ShardReport, ...]:
-    """What `convert` would do for each shard and why; reads what it must and writes nothing."""
+    """Report what `convert` would do for each shard and why; writes nothing."""
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
     model = plan_model(request)

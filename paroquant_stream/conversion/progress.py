@@ -1,4 +1,4 @@
-"""How far each shard is: bytes downloaded, hashed and converted, told to the caller."""
+"""How far each shard is: bytes downloaded, hashed and converted, reported to the caller."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ Progress = Callable[[str, int, int], None]
 
 
 class Tally:
-    """Turns ticks into progress: every source byte is ticked twice, hashed and converted, and once
-    more if it is downloaded.
+    """Turn counts of bytes into progress.
+
+    Every source byte is counted twice, hashed and converted, and once more if it is downloaded.
     """
 
     def __init__(
@@ -27,13 +28,13 @@ class Tally:
         self._lock = threading.Lock()  # download, hash and conversion tick from their threads
 
     def announce(self) -> None:
-        """Names every shard and its size, so that all is known before the first is done."""
+        """Name every shard and its size, so that all are known before the first is done."""
         if self._progress:
             for shard, size in self._sizes.items():
                 self._progress(shard, 0, size)
 
     def add(self, shard: str, count: int) -> None:
-        """`count` more bytes of a shard are downloaded, hashed or converted."""
+        """Count bytes of a shard that were downloaded, hashed or converted."""
         if self._progress and shard in self._sizes:
             with self._lock:
                 self._ticked[shard] += count

@@ -47,7 +47,7 @@ def why_converted(
     task_sha256: str,
     forced: bool,
 ) -> str:
-    """Why a shard is converted, told by its record in the manifest before."""
+    """Tell why a shard is converted, from its record in the previous manifest."""
     if forced:
         return "forced"
     if before is None:
@@ -64,7 +64,7 @@ def why_converted(
 def report_reused(
     record: EntryRecord, before: EntryRecord | None, seconds: float = 0.0
 ) -> ShardReport:
-    """The report of a shard whose entry was there."""
+    """Report a shard whose entry existed."""
     same = before is not None and before.key == record.key
     return _report(record, "reused", UNCHANGED if same else IN_CACHE, seconds)
 
@@ -72,7 +72,7 @@ def report_reused(
 def report_converted(
     record: EntryRecord, before: EntryRecord | None, forced: bool, seconds: float
 ) -> ShardReport:
-    """The report of a shard that was converted."""
+    """Report a shard that was converted."""
     why = why_converted(
         before, record.source_sha256, record.borrowed_sha256, record.task_sha256, forced
     )

@@ -164,6 +164,6 @@ def _jobs(options: ConvertOptions) -> int:
 
 
 def _dtype_json(dtype: Dtype) -> bytes:
-    """What the user chose that changes an entry."""
+    """Return the options that change an entry, as JSON."""
     cast = {} if dtype == "source" else {"cast": CAST_VERSION}
     return json.dumps({"dtype": dtype, **cast}, sort_keys=True).encode()

@@ -1,10 +1,9 @@
-"""A source file that may be removed: read through one descriptor, and removed only while its name
-leads to the very file that was read.
+"""A source file that may be removed, while its name leads to the very file that was read.
 
 A shard is a file of the model directory, a link to another file in it, or a link into the `blobs`
 of the Hub cache that the directory is a snapshot of: `models--o--n/snapshots/<commit>/x` to
 `models--o--n/blobs/<etag>`, which may itself be a link to a file that repositories share. Where a
-link truly leads is told by descriptors, never by its spelling; to anything else nothing is done.
+link leads is found by descriptors, never by its spelling; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from ..plan.task import Part
 logger = logging.getLogger(__name__)
 _ASIDE = ".removing"
 _ASIDE_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.removing")
-"""A file on its way out; the name that it had stands between the first dot and the last two."""
+"""A file about to be removed; its former name stands between the first dot and the last two."""
 _Name = tuple[Folder, str, os.stat_result]
 """A name in a directory, and what `lstat` said of it."""
-_HOPS = 8  # links on the way to a file; a loop has more
+_HOPS = 8  # links that may lead to a file; a loop has more
 
 
 class SourceFile:
@@ -57,7 +56,7 @@ class SourceFile:
             self.stamp = FileStamp.of_fd(self.fd, str(self.path))
         except OSError as error:
             self.close()
-            raise StoreError(f"{self.path}: cannot be looked at: {error.strerror}") from error
+            raise StoreError(f"{self.path}: cannot be read: {error.strerror}") from error
         except BaseException:
             self.close()
             raise
@@ -67,7 +66,7 @@ class SourceFile:
         self._stack.close()
 
     def _locate(self, home: Folder, shard: str) -> list[_Name]:
-        """Each name on the way to the file, its own first, the file's last, with its `lstat`."""
+        """Return each name that leads to the file, with its `lstat`; the file's own is the last."""
         folder, name = home, shard
         own, names = identity(folder.status()), list[_Name]()
         for _ in range(_HOPS):
@@ -90,7 +89,7 @@ class SourceFile:
         raise StoreError(f"{self.path}: more than {_HOPS} links lead to it; it is not removed")
 
     def sha256(self) -> str:
-        """SHA-256 of every byte of the file, read now, through the descriptor.
+        """Hash every byte of the file, read now, through the descriptor.
 
         Raises:
             SourceChangedError: It changed while it was read.
@@ -102,7 +101,7 @@ class SourceFile:
         return digest
 
     def lent_sha256(self, parts: Sequence[Part]) -> str:
-        """What a borrower's record says of these parts of the file, read now. See `Task`."""
+        """Hash these parts of the file, read now, as `Task.borrowed_sha256` does."""
         digests = []
         for part in parts:
             data = memoryview(bytearray(part.stop - part.start))
@@ -111,13 +110,15 @@ class SourceFile:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def header(self) -> bytes:
-        """The bytes of its header, length and JSON."""
+        """Read the bytes of its header, length and JSON."""
         length = 8 + int.from_bytes(pread_exactly(self.fd, 0, 8, str(self.path)), "little")
         return pread_exactly(self.fd, 0, length, str(self.path))
 
     def check(self) -> None:
-        """Raises SourceChangedError unless the open file is as it was when it was opened, and its names
-        still lead to it.
+        """Check that the open file is as it was when it was opened, and its names still lead to it.
+
+        Raises:
+            SourceChangedError: It is not.
         """
         same = FileStamp.of_fd(self.fd, str(self.path)) == self.stamp
         try:
@@ -128,11 +129,10 @@ class SourceFile:
             raise SourceChangedError(f"{self.path}: changed since it was converted; run again")
 
     def remove(self) -> None:
-        """Remove the file, and then the names that lead to it, if they lead to the file that was
-        read; a blob of the Hub's cache that another revision uses stays.
+        """Remove the file, then the names that lead to it, if they lead to the file that was read.
 
-        The file is renamed first, looked at again, and put back if it is another one, for between
-        a look and an unlink somebody could replace it.
+        A blob of the Hub's cache that another revision uses stays. The file is renamed first,
+        checked again, and put back if it is another one: it could be replaced before an unlink.
 
         Raises:
             SourceChangedError: It was replaced or changed.
@@ -197,7 +197,9 @@ def put_all_back(directory: Path) -> None:
                     if _ASIDE_NAME.fullmatch(name):
                         put_back(folder, name)
         except OSError as error:
-            raise StoreError(f"{path}: cannot be put in order: {error.strerror}") from error
+            raise StoreError(
+                f"{path}: leftovers of an interrupted run cannot be renamed: {error.strerror}"
+            ) from error
 
 
 def remove_dangling_link(home: Folder, shard: str) -> None:

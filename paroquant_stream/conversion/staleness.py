@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
 from ..checkpoint.shard import Shard
 from ..errors import ParoquantStreamError
@@ -13,10 +12,6 @@ from ..files.digest_cache import Memo
 from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
 from .request import Request
-
-if TYPE_CHECKING:
-    pass
-
 
 Needed = Callable[[Manifest], Collection[EntryRecord]]
 """The entries of a manifest from which a part of the model is read."""
@@ -28,11 +23,14 @@ def staleness(
     read_unknown: bool = False,
     needed: Needed | None = None,
 ) -> str | None:
-    """Why the manifest does not hold for the model as it is now, or None when it surely does.
+    """Tell why a manifest does not hold for the model as it is now, or None when it surely does.
 
-    A shard whose digest no memo knows counts as changed, unless `read_unknown`: then it is hashed.
-    Of an entry that is not `needed` neither it nor its shard has to be there; a shard that is must
-    be the one it was made from, for it may have lent parts.
+    Args:
+        request: The model.
+        manifest: Of an earlier conversion.
+        read_unknown: Hash a shard whose digest is not remembered; else it counts as changed.
+        needed: Of an entry that is not needed, neither it nor its shard must be present; a present
+            shard must be the one it was made from, for it may have lent parts.
     """
     if manifest.transform != TRANSFORM:
         return "made by another version"
@@ -54,17 +52,17 @@ def staleness(
 def source_staleness(
     memo: Memo, shard: Shard, expected: str, read_unknown: bool = False
 ) -> str | None:
-    """Why a shard's SHA-256 is not the `expected` one, or None when it surely is."""
+    """Tell why a shard's SHA-256 is not the expected one, or None when it surely is."""
     if not os.path.exists(shard.path):
         return f"{shard.name} is absent"
     try:
         fd = shard.open()
     except ParoquantStreamError as error:
-        return f"{shard.name} cannot be looked at: {error}"
+        return f"{shard.name} cannot be read: {error}"
     with closing(fd):
         sha256 = shard.known_sha256(memo, fd)
         if sha256 is None and read_unknown:
             sha256 = shard.sha256(memo)
     if sha256 != expected:
-        return f"{shard.name} changed, or was never read where it is now"
+        return f"{shard.name} changed, or was never hashed where it lies now"
     return None

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any, Literal, get_args
 
 Parallel = Literal["pipeline", "tensor"]
 

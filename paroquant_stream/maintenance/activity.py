@@ -1,9 +1,9 @@
-"""Whether a conversion is running in a store, and may be about to name what nobody names yet.
+"""Whether a conversion is running in a store, and may be about to name unclaimed entries.
 
 A conversion holds its model's lock from before its first entry to after its manifest, and while it
-writes an entry a temp of it grows. Removal asks before every entry. Where locks do nothing, a
-conversion between two entries cannot be seen; `Store.locks_work` tells, and then what is unclaimed
-stays.
+writes an entry its temporary file grows. Removal checks this before every entry. Where locks do
+nothing, a conversion between two entries is not visible; `Store.locks_work` detects that, and then
+unclaimed entries stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def running(store: Store) -> str | None:
-    """What shows that a conversion is running in the store, for people; None when nothing does."""
+    """Tell by what a conversion is seen to run in the store; None when none is."""
     for path in _files(store.folder("locks")):
         if path.suffix == ".lock" and _is_held(path):
             return f"{path} is held"
@@ -40,7 +40,7 @@ def running(store: Store) -> str | None:
 
 
 def demand_quiet(store: Store) -> None:
-    """Raises StoreError when a conversion is running in the store."""
+    """Raise StoreError when a conversion is running in the store."""
     if reason := running(store):
         raise StoreError(
             f"a conversion is running ({reason}); wait for it or stop it, and run this again"

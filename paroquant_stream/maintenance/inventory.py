@@ -1,8 +1,7 @@
-"""What lies in a store: models, the entries they share, and what nobody names.
+"""What a store holds: models, the entries they share, and files that no model uses.
 
-Only names, `lstat` and manifests are read. Nothing below the store's own directories is followed:
-a link, a directory or a pipe where a file belongs is none of ours and is neither counted nor
-removed.
+Only names, `lstat` and manifests are read. Nothing below the store's own directories is followed: a
+link, a directory or a pipe in the place of a file is neither counted nor removed.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ class Inventory:
     entries: dict[str, Found]
     """Every entry by key."""
     removed: tuple[tuple[Found, frozenset[str]], ...]
-    """Manifests of models whose removal was cut off, with the keys that they named."""
+    """Manifests of models whose removal was interrupted, with the keys that they named."""
     dead_temps: tuple[Found, ...]
-    """What dead runs were writing, and entries that were found damaged and taken out of use."""
+    """Temporary files of dead runs."""
     headers: tuple[Found, ...]
     """Headers of dropped shards, as older versions kept them, that no manifest names."""
     damaged: dict[str, Found]
     """Damaged entries that nothing could make again when they were found, by file name."""
     digests: dict[str, Found]
-    """What lies beside the entries: the digest that its writer made of each, by key."""
+    """The digest that its writer took of each entry, by key."""
     memos: tuple[Found, ...]
-    """Digests of files that are neither an entry nor a shard of a model."""
+    """Remembered digests of files that are neither an entry nor a shard of a model."""
     foreign: tuple[Foreign, ...]
 
     @property
@@ -62,7 +61,7 @@ class Inventory:
 
     @property
     def unclaimed(self) -> dict[str, Found]:
-        """Entries that no manifest names: of a conversion that is not done, or was cut off."""
+        """Entries that no manifest names: of a conversion that is running or was interrupted."""
         claims = self.claims
         return {key: file for key, file in self.entries.items() if key not in claims}
 
@@ -92,7 +91,12 @@ class Inventory:
 
 
 def take_inventory(store: Store, now: float | None = None) -> Inventory:
-    """What lies in the store; an absent store is empty, and nothing is written."""
+    """List what a store holds; an absent store is empty, and nothing is written.
+
+    Args:
+        store: The store.
+        now: Seconds since 1970; None for the clock's time.
+    """
     now = time.time() if now is None else now
     models, removed = read_models(store)
     entries, digests = _entries(store)
@@ -112,7 +116,7 @@ def take_inventory(store: Store, now: float | None = None) -> Inventory:
 
 
 def claimed_keys(store: Store) -> set[str] | None:
-    """The keys that manifests name now; None when some manifest cannot tell."""
+    """Return the keys that manifests name now; None when some manifest is of a newer version."""
     models, _ = read_models(store)
     if any(model.newer for model in models):
         return None
@@ -120,7 +124,7 @@ def claimed_keys(store: Store) -> set[str] | None:
 
 
 def _entries(store: Store) -> tuple[dict[str, Found], dict[str, Found]]:
-    """The entries, and the digests beside them, by key."""
+    """Return the entries, and the digests beside them, by key."""
     entries: dict[str, Found] = {}
     digests: dict[str, Found] = {}
     with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""The converted models that a store's manifests and records of removed sources tell of.
+"""The converted models that a store's manifests and records of removed sources describe.
 
-A manifest and the record of a drop are one model where the manifest goes on from the record.
+A manifest and the record of a drop are one model where the manifest continues the record.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ID = r"(?P<id>[0-9a-f]{64}|model-[0-9a-f]{16})"
 _MANIFEST = re.compile(_ID + r"(?P<journal>\.dropped)?\.msgpack(?P<removed>\.removed)?")
 _RECORD = re.compile(r"(?P<id>[0-9a-f]{64})\.(first|second)\.msgpack(?P<removed>\.removed)?")
 Removed = tuple[tuple[Found, frozenset[str]], ...]
-"""Manifests and records whose removal was cut off, with the keys that they named."""
+"""Manifests and records whose removal was interrupted, with the keys that they named."""
 
 
 @dataclass(frozen=True)
@@ -63,29 +63,29 @@ class Model:
 
     @property
     def names(self) -> set[str]:
-        """What it may be called: as shown, escaped or not, and without the Hub's revision."""
+        """Its names: as shown, escaped or not, and without the Hub's revision."""
         repository = {self.name.partition("@")[0]} if _snapshot(self.directory) else set()
         named = {str(self.directory)} if self.directory else set()
         return {self.name, shown(self.name)} | repository | named
 
     @property
     def is_orphan(self) -> bool:
-        """Whether the model directory is known and is not there."""
+        """Whether the model directory is known and absent."""
         return self.directory is not None and not os.path.isdir(self.directory)
 
     @property
     def is_damaged(self) -> bool:
-        """Whether nobody can read it: a miss for every load, with no entry that it names."""
+        """Whether its manifest cannot be read: no load uses it, and it names no entry."""
         return not self.records and not self.newer
 
     @property
     def only_copy(self) -> bool:
-        """Whether source shards were dropped, so that their entries are all that is left."""
+        """Whether source shards were dropped, so that their entries are the only copy."""
         return any(record.dropped for record in self.records)
 
 
 def read_models(store: Store) -> tuple[list[Model], Removed]:
-    """The models of a store, and what is left of removals that were cut off."""
+    """Return the models of a store, and the leftovers of interrupted removals."""
     groups: dict[str, list[Found]] = {}
     removed: list[tuple[Found, frozenset[str]]] = []
     for file in regular_files(store.folder("manifests")):
@@ -103,7 +103,7 @@ def read_models(store: Store) -> tuple[list[Model], Removed]:
 
 
 def _records(store: Store) -> tuple[dict[str, list[Found]], Removed]:
-    """The files of the records of removed sources by id, and those whose removal was cut off."""
+    """Return the files of drop records by id, and those whose removal was interrupted."""
     groups: dict[str, list[Found]] = {}
     removed: list[tuple[Found, frozenset[str]]] = []
     for file in regular_files(store.folder("dropped")):
@@ -117,7 +117,7 @@ def _records(store: Store) -> tuple[dict[str, list[Found]], Removed]:
 
 
 def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) -> None:
-    """Adds a record to the model whose manifest goes on from it, else as a model of its own."""
+    """Add a record to the model whose manifest continues it, else as a model of its own."""
     read = [_read_record(drop_id, file.path) for file in files]
     record = next((record for record, _ in read if record), None)
     last_used = max(file.mtime_ns for file in files) / 1e9
@@ -158,14 +158,14 @@ def _model(name: str, files: list[Found]) -> Model:
     read = {file.path.name: _read(file.path) for file in files}
     manifests = [manifest for manifest, _ in read.values() if manifest]
     main = read.get(f"{name}.msgpack", (None, False))[0]
-    told = main or (manifests[0] if manifests else None)
-    directory, dtype = _directory(name, told) if told else (None, SOURCE)
+    known = main or (manifests[0] if manifests else None)
+    directory, dtype = _directory(name, known) if known else (None, SOURCE)
     everything = [record for manifest in manifests for record in manifest.entries]
-    # the last of two wins: the one that knows that the source is gone
+    # of two the last one counts: it says that the source was dropped
     records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
     return Model(
         name,
-        _shown_name(name, told, directory) + ("" if dtype == SOURCE else f" ({dtype})"),
+        _shown_name(name, known, directory) + ("" if dtype == SOURCE else f" ({dtype})"),
         directory,
         dtype,
         main,
@@ -177,12 +177,12 @@ def _model(name: str, files: list[Found]) -> Model:
 
 
 def _read(path: Path) -> tuple[Manifest | None, bool]:
-    """The manifest in a file, and whether it may be sound all the same: newer, or unreadable."""
+    """Read a manifest, and tell whether it may be sound though unread: newer, or unreadable."""
     return _decoded(path, MAX_BYTES, Manifest.decode)
 
 
 def _read_record(drop_id: str, path: Path) -> tuple[DropRecord | None, bool]:
-    """As `_read`, of a record of removed sources."""
+    """Read a record of removed sources, as `_read` does."""
     return _decoded(path, MAX_RECORD, partial(DropRecord.decode, drop_id))
 
 
@@ -206,9 +206,7 @@ def _decoded(
 
 
 def _directory(name: str, manifest: Manifest) -> tuple[Path | None, Dtype]:
-    """The model directory and the dtype, if the manifest's name is their hash; before 1.1 as the
-    user named it.
-    """
+    """Return model directory and dtype, if the manifest's name is their hash."""
     candidates = [Path(manifest.directory)] if manifest.directory else []
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of links, no home, NUL
         candidates.append(Path(manifest.model).expanduser().resolve())
@@ -227,7 +225,7 @@ def _shown_name(name: str, manifest: Manifest | None, directory: Path | None) ->
 
 
 def _snapshot(directory: Path | None) -> str | None:
-    """`owner/name` of a directory `models--owner--name/snapshots/<commit>` of the Hub's cache."""
+    """Return `owner/name` of a directory `models--owner--name/snapshots/<commit>`."""
     if directory is None or directory.parent.name != "snapshots":
         return None
     name = directory.parent.parent.name

@@ -1,8 +1,8 @@
-"""What paroquant's own MLX cache (its pull request 50) leaves under the same root.
+"""The directories that paroquant's own MLX cache (its pull request 50) leaves under the same root.
 
     <root>/<16 hex>/converted_mlx.safetensors
 
-Only directories of exactly this form are looked at: 16 hex digits, no link, in it that file and at
+Only directories of exactly this form are listed: 16 hex digits, no link, in it that file and at
 most some JSON, all of them regular files. Anything else in the root is the user's own.
 """
 
@@ -40,7 +40,7 @@ class Foreign:
 
 
 def foreign_directories(root: Path) -> Iterator[Foreign]:
-    """The directories of that cache under a root, by name."""
+    """List the directories of that cache under a root, by name."""
     with contextlib.suppress(OSError):
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
             if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
@@ -60,10 +60,15 @@ def _foreign_at(path: Path) -> Foreign | None:
 
 
 def remove_foreign(foreign: Foreign) -> int:
-    """Removes the directory if it still has the form and the files it was found with.
+    """Remove the directory if it still has the form and the files it was found with.
 
     Works on a descriptor of the directory, so a link put in its place meanwhile is not followed.
-    Returns the bytes freed. Raises OSError.
+
+    Returns:
+        The bytes freed.
+
+    Raises:
+        OSError: It cannot be removed.
     """
     if _foreign_at(foreign.path) != foreign:
         return 0

@@ -1,7 +1,7 @@
-"""What is to be removed from a store: a plan that can be shown, for `removal` to carry out.
+"""What is to be removed from a store: a plan that can be shown, for `removal` to execute.
 
-An entry that a model shares with one that stays is not in the plan. What no manifest names may be
-the work of a conversion: it goes only when none is running, locks work, and it is an hour old.
+An entry that a model shares with one that stays is not in the plan. An entry that no manifest names
+may belong to a conversion: it is removed only when none runs, locks work, and it is an hour old.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Rules:
     """What `prune` removes beside what is surely useless."""
 
     max_size: int | None = None
-    """Bytes; the least recently used models go until the rest fits."""
+    """Bytes; the least recently used models are removed until the rest fits."""
     older_than: float | None = None
-    """Seconds; models not used for so long go."""
+    """Seconds; models not used for so long are removed."""
     orphans: bool = False
     """Models whose directory is gone, and entries that no manifest names."""
     foreign: bool = False
@@ -36,22 +36,22 @@ class Rules:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What goes, and what was asked for and stays."""
+    """What is removed, and what was asked for and stays."""
 
     inventory: Inventory
     models: tuple[Model, ...] = ()
     entries: dict[str, Found] = field(default_factory=dict)
-    """By key; of the models, of removals that were cut off, and unclaimed ones."""
+    """By key; of the models, of interrupted removals, and unclaimed ones."""
     unclaimed: frozenset[str] = frozenset()
     """Which of the entries no manifest names."""
     remains: tuple[Found, ...] = ()
-    """Manifests of removals that were cut off."""
+    """Manifests of interrupted removals."""
     dead_temps: tuple[Found, ...] = ()
     headers: tuple[Found, ...] = ()
     healed: tuple[Found, ...] = ()
     """Damaged entries that were made again."""
     digests: tuple[Found, ...] = ()
-    """Such beside which no entry lies."""
+    """Of entries that do not exist."""
     memos: tuple[Found, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
@@ -65,7 +65,7 @@ class PrunePlan:
 
     @property
     def entry_digests(self) -> tuple[Found, ...]:
-        """The digests that lie beside the entries that go."""
+        """The digests beside the entries that are removed."""
         known = self.inventory.digests
         return tuple(known[key] for key in self.entries if key in known)
 
@@ -76,27 +76,28 @@ class PrunePlan:
 
     @property
     def needs_quiet(self) -> bool:
-        """Whether anything goes that a running conversion may be about to use."""
+        """Whether anything is removed that a running conversion may be about to use."""
         small = (*self.headers, *self.healed, *self.digests, *self.memos)
         return bool(self.models or self.entries or small)
 
     @property
     def freed(self) -> int:
-        """Bytes that go."""
+        """Bytes that are freed."""
         files = [*self.entries.values(), *self.entry_digests, *self.small]
         files += [file for model in self.models for file in model.files]
         return sum(f.size for f in files) + sum(foreign.size for foreign in self.foreign)
 
     def freed_by(self, model: Model) -> int:
-        """Bytes of the model's entries that go; what it shares with a model that stays is none."""
+        """Return the bytes of the model's entries that are freed; shared ones count nothing."""
         keys = {record.key for record in model.records}
         return sum(file.size for key, file in self.entries.items() if key in keys)
 
 
 def plan_removal(inventory: Inventory, models: Iterable[Model]) -> PrunePlan:
-    """The removal of these models, and the rest of removals that were cut off.
+    """Plan the removal of these models, and the rest of interrupted removals.
 
-    Raises StoreError when a conversion is running, and when a manifest cannot tell what it names.
+    Raises:
+        StoreError: A conversion is running, or a manifest is of a newer version.
     """
     demand_quiet(inventory.store)
     going = tuple(models)
@@ -122,8 +123,12 @@ def plan_removal(inventory: Inventory, models: Iterable[Model]) -> PrunePlan:
 
 
 def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
-    """What is surely useless and what the rules name; while a conversion is running, only what is
-    none of its business. Raises StoreError when a manifest cannot tell what it names.
+    """Plan the removal of what is surely useless and of what the rules name.
+
+    While a conversion runs, only what it cannot use is in the plan.
+
+    Raises:
+        StoreError: A manifest is of a newer version.
     """
     foreign = inventory.foreign if rules.foreign else ()
     base = PrunePlan(inventory, dead_temps=inventory.dead_temps, foreign=foreign)
@@ -153,7 +158,7 @@ def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
 
 
 def _with_models(base: PrunePlan, models: Iterable[Model]) -> PrunePlan:
-    """The plan with the removal of these models in it."""
+    """Add the removal of these models to the plan."""
     removal = plan_removal(base.inventory, models)
     return replace(removal, dead_temps=base.dead_temps, foreign=base.foreign)
 
@@ -171,7 +176,7 @@ def _choose(inventory: Inventory, rules: Rules) -> tuple[list[Model], dict[str, 
 
 
 def _stays(model: Model, rules: Rules, kept: dict[str, str]) -> bool:
-    """Whether a model that a rule names stays all the same; notes why."""
+    """Tell whether a model that a rule names stays all the same, and note why."""
     if model.id in rules.keep:
         kept[model.name] = "--keep"
     elif model.only_copy:
@@ -184,7 +189,7 @@ def _stays(model: Model, rules: Rules, kept: dict[str, str]) -> bool:
 
 
 def _shrink(base: PrunePlan, rules: Rules, kept: dict[str, str]) -> PrunePlan:
-    """The plan with the least recently used models added until the rest fits."""
+    """Add the least recently used models to the plan until the rest fits."""
     inventory, limit = base.inventory, rules.max_size or 0
     for model in sorted(inventory.models, key=lambda model: model.last_used):
         if inventory.size - base.freed <= limit:
@@ -192,12 +197,14 @@ def _shrink(base: PrunePlan, rules: Rules, kept: dict[str, str]) -> PrunePlan:
         if model not in base.models and not _stays(model, rules, kept):
             base = _with_models(base, (*base.models, model))
     if (over := inventory.size - base.freed - limit) > 0:
-        kept["what is left"] = f"{bytes_text(over)} more than --max-size, and no model that may go"
+        kept["what is left"] = (
+            f"{bytes_text(over)} more than --max-size, and no other model may be removed"
+        )
     return base
 
 
 def _idle_entries(base: PrunePlan, kept: dict[str, str]) -> dict[str, Found]:
-    """The entries that no manifest names and no conversion can be about to name."""
+    """Return the entries that no manifest names and no conversion can be about to name."""
     inventory = base.inventory
     found = {key: f for key, f in inventory.unclaimed.items() if key not in base.entries}
     if not found:
@@ -217,8 +224,9 @@ def _idle_entries(base: PrunePlan, kept: dict[str, str]) -> dict[str, Found]:
 
 
 def _idle_memos(plan: PrunePlan) -> tuple[Found, ...]:
-    """Memos of files that are gone: told only when every model that stays is in sight, and when no
-    conversion that was cut off could go on with them.
+    """Return the remembered digests of files that are gone.
+
+    Only known when every staying model is readable, and no interrupted conversion could use them.
     """
     inventory = plan.inventory
     staying = [model for model in inventory.models if model not in plan.models]
@@ -229,7 +237,7 @@ def _idle_memos(plan: PrunePlan) -> tuple[Found, ...]:
 
 
 def _headers(inventory: Inventory, ids: set[str]) -> tuple[Found, ...]:
-    """The kept headers of dropped shards that only these models name."""
+    """Return the kept headers of dropped shards that only these models name."""
     named: dict[bool, set[str]] = {True: set(), False: set()}
     for model in inventory.models:
         named[model.id in ids] |= {r.source_sha256 for r in model.records if r.dropped}
@@ -242,6 +250,6 @@ def _demand_readable(inventory: Inventory, lost: set[str]) -> None:
         if model.newer and model.id not in lost:
             raise StoreError(
                 f"{model.files[0].path}: of a newer version of paroquant_stream, or not readable: "
-                "which entries it names cannot be told, so none is removed; use that version"
+                "the entries that it names are unknown, so none is removed; use that version"
                 + (f", or first `cache rm '{model.name}'`" if model.is_record else "")
             )

@@ -1,11 +1,11 @@
-"""Carries out a plan of `prune`.
+"""Executes a plan of `prune`.
 
     manifest, records renamed to <name>.removed -> entries that no other names -> those files
 
-So a manifest never names entries that are going, and a removal that was cut off is finished by the
-next one. That no conversion is running is asked again before every entry: one that begins
-meanwhile takes seconds until it names its first. Where locks do nothing, an entry may go that it is
-about to name; the next load then finds it absent and converts that shard again.
+So a manifest never names entries that are being removed, and an interrupted removal is finished by
+the next one. Before every entry it is checked again that no conversion runs: one that begins
+meanwhile takes seconds until it names its first. Where locks do nothing, an entry may be removed
+that it is about to name; the next load then finds it absent and converts that shard again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from .scan import Found
 
 
 def execute(plan: PrunePlan) -> int:
-    """Removes what the plan names and is still as the plan found it; returns the bytes freed.
+    """Remove what the plan names and is still as the plan found it.
 
-    Raises StoreError when a conversion is running or begins meanwhile, and for what cannot be
-    removed. What went before stays gone, and the same call again goes on.
+    Returns:
+        The bytes freed.
+
+    Raises:
+        StoreError: A conversion is running or begins meanwhile, or a file cannot be removed. What
+            was removed before stays removed, and the same call again resumes.
     """
     store = plan.inventory.store
     store.check_owner()
@@ -43,7 +47,7 @@ def execute(plan: PrunePlan) -> int:
 
 
 def _remove_files(plan: PrunePlan) -> int:
-    """Removes entries and small files while no conversion can begin; returns the bytes freed."""
+    """Remove entries and small files while no conversion can begin; returns the bytes freed."""
     store, freed = plan.inventory.store, 0
     if plan.needs_quiet:
         demand_quiet(store)
@@ -65,7 +69,7 @@ def _remove_files(plan: PrunePlan) -> int:
 
 
 def _set_aside(plan: PrunePlan) -> list[Found]:
-    """Renames the manifests of the models, so that nobody loads them; gives what they are now.
+    """Rename the manifests of the models, so that no load uses them; returns the new names.
 
     A model that was used since the plan was made keeps its manifest, and so its entries.
     """
@@ -87,7 +91,7 @@ def _set_aside(plan: PrunePlan) -> list[Found]:
 
 
 def _unlink(file: Found) -> int:
-    """Removes a file if it is the one that was found; a link put in its place loses nothing."""
+    """Remove a file if it is the one that was found, and return its bytes."""
     try:
         status = os.stat(file.path, follow_symlinks=False)
     except FileNotFoundError:

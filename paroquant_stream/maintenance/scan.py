@@ -1,4 +1,4 @@
-"""Files as they are found in a directory: what `lstat` says, no link followed, none opened."""
+"""Files found in a directory: what `lstat` says, no link followed, none opened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Found:
 
 
 def regular_files(directory: Path) -> Iterator[Found]:
-    """The regular files in a directory by name; an absent directory has none."""
+    """List the regular files in a directory by name; an absent directory has none."""
     with contextlib.suppress(OSError):
         for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
             with contextlib.suppress(OSError):  # removed meanwhile

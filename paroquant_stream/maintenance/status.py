@@ -1,6 +1,6 @@
-"""Whether a converted model still holds, shard by shard, told from headers, stat and memo alone.
+"""Whether a converted model still holds, shard by shard, from headers, stat and digest cache.
 
-No shard is read through: one whose digest no memo knows is `unknown`. The words are those of
+No shard is read: one whose digest is not remembered is `unknown`. The words are those of
 `convert --dry-run`, which reads what it must.
 """
 
@@ -36,13 +36,13 @@ class ShardState:
     bytes_in: int
     """Bytes of the shard."""
     bytes_out: int
-    """Bytes of the entry; 0 when it is not there."""
+    """Bytes of the entry; 0 when it is absent."""
     dropped: bool
     """Whether the shard was removed on purpose."""
 
     @property
     def is_converted(self) -> bool:
-        """Whether its entry is there and is not known to be out of date."""
+        """Whether its entry exists and is not known to be out of date."""
         return self.state != STALE and self.bytes_out > 0
 
 
@@ -58,7 +58,7 @@ class Freshness:
 
 
 def examine(request: Request, manifest: Manifest) -> Freshness:
-    """The freshness of a model against its manifest; one that cannot be read is broken."""
+    """Compare a model with its manifest; a model that cannot be read is `broken`."""
     known = {record.shard: record for record in manifest.entries}
     try:
         reason = staleness(request, manifest)
@@ -69,15 +69,13 @@ def examine(request: Request, manifest: Manifest) -> Freshness:
     except ParoquantStreamError as error:
         why = str(error).partition("\n")[0]
         return Freshness(BROKEN, why, entries_alone(request.store, manifest, "see its model"))
-    sight = _Sight(request, known)
-    shards = tuple(sight.look(task) for task in plan.tasks)
+    known_shards = _KnownShards(request, known)
+    shards = tuple(known_shards.look(task) for task in plan.tasks)
     return Freshness(*_sum_up(shards, reason), shards)
 
 
 def entries_alone(store: Store, manifest: Manifest, why: str) -> tuple[ShardState, ...]:
-    """The states of a model whose directory cannot be looked at: entries that are not there are
-    stale.
-    """
+    """Return the states of a model whose directory cannot be read: absent entries are stale."""
     return tuple(
         _state(store, record, UNKNOWN, why)
         if store.entry_size(record.key) == record.size
@@ -102,15 +100,15 @@ def _state(store: Store, record: EntryRecord, state: str, why: str) -> ShardStat
     )
 
 
-class _Sight:
-    """What can be seen of a model's shards without reading them."""
+class _KnownShards:
+    """What is known of a model's shards without reading them."""
 
     def __init__(self, request: Request, known: Mapping[str, EntryRecord]) -> None:
         self._request, self._known = request, known
         self._digests: dict[str, str | None] = {}
 
     def look(self, task: Task) -> ShardState:
-        """The state of the task's shard."""
+        """Return the state of the task's shard."""
         record, store = self._known.get(task.shard), self._request.store
         sha256, borrowed = self._sha256(task.shard), self._borrowed(task)
         if sha256 and borrowed is not None:
@@ -142,7 +140,7 @@ class _Sight:
         return STALE, why_converted(record, sha256, now, task.sha256, forced=False)
 
     def _sha256(self, shard: str) -> str | None:
-        """SHA-256 of the shard as it is now, if that can be told; of a dropped one as it was."""
+        """Return the shard's SHA-256 if it is known; of a dropped one as it was."""
         if shard not in self._digests:
             self._digests[shard] = self._look_up(shard)
         return self._digests[shard]
@@ -158,7 +156,7 @@ class _Sight:
             return None
 
     def _borrowed(self, task: Task) -> tuple[str, ...] | None:
-        """SHA-256 of what the task borrows, if its lenders are what they were."""
+        """Return the SHA-256 of what the task borrows, if its lenders are unchanged."""
         record = self._known.get(task.shard)
         if not task.borrowed:
             return ()

@@ -1,4 +1,4 @@
-"""Whether the store holds what was written, and the model what was converted."""
+"""Whether a store holds what was written, and a model what was converted."""
 
 from __future__ import annotations
 
@@ -34,14 +34,17 @@ class Problem:
     """Of the entry; None for a source shard."""
 
     def __str__(self) -> str:
-        """`path: expected X, got Y`."""
+        """Return `path: expected X, got Y`."""
         return f"{self.path}: expected {self.expected}, got {self.found}"
 
 
 def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
-    """What is wrong with an entry, every byte of it read; safetensors gives a second opinion.
+    """Read every byte of an entry; a second opinion comes from the safetensors library.
 
     A damaged entry is taken out of use.
+
+    Returns:
+        What is wrong with it, or None.
     """
     path = store.entry_path(record.key)
     try:
@@ -59,7 +62,7 @@ def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
 
 
 def _second_opinion(fd: int, record: EntryRecord) -> tuple[str, str] | None:
-    """Expected and found where the safetensors library does not see the record's tensors."""
+    """Return expected and found where the safetensors library sees other tensors."""
     try:
         with safetensors.safe_open(f"/dev/fd/{fd}", framework="numpy") as file:  # the header alone
             found = set(file.keys())
@@ -70,7 +73,11 @@ def _second_opinion(fd: int, record: EntryRecord) -> tuple[str, str] | None:
 
 
 def verify_source(directory: Path, record: EntryRecord, memo: Memo) -> Problem | None:
-    """What is wrong with a source shard, every byte of it read; a dropped one is absent rightly."""
+    """Read every byte of a source shard; a dropped one may be absent.
+
+    Returns:
+        What is wrong with it, or None.
+    """
     shard = Shard(record.shard, directory / record.shard)
     if record.dropped and not os.path.lexists(shard.path):
         return None
@@ -84,16 +91,20 @@ def verify_source(directory: Path, record: EntryRecord, memo: Memo) -> Problem |
 
 
 def manifests_of(store: Store) -> Iterator[Manifest]:
-    """Every readable manifest of a store."""
+    """Yield every readable manifest of a store."""
     for name in store.manifest_names():
         if manifest := store.load_manifest(name):
             yield manifest
 
 
 def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
-    """The number of files read of one converted model, and what is wrong with them.
+    """Verify the entries of one converted model, and its shards if asked to.
 
-    Raises StoreError when the model was never converted into this store.
+    Returns:
+        The number of files read, and what is wrong with them.
+
+    Raises:
+        StoreError: The model was never converted into this store.
     """
     manifest = find_manifest(request)
     if manifest is None:
@@ -108,7 +119,11 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
 
 
 def verify_store(store: Store) -> tuple[int, list[Problem]]:
-    """The number of entries that some manifest names, and what is wrong with them."""
+    """Verify every entry that a manifest names.
+
+    Returns:
+        The number of entries read, and what is wrong with them.
+    """
     with suppress(StoreError):  # a cache that cannot be written is read all the same
         heal_records(store)
     manifests = [*manifests_of(store), *(record.manifest for record in read_records(store))]

@@ -1,4 +1,4 @@
-"""What each shard gives: tasks made of operations, from headers and config alone.
+"""Decide what each shard gives: tasks made of operations, from headers and config alone.
 
 Imports checkpoint, store and files.
 """

@@ -1,4 +1,4 @@
-"""Experts of a layer, stacked."""
+"""Experts of a layer, and the pieces of stacked tensors that their shards make."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..files.tensor_header import TensorSpec
 from .task import Operation
 
 _SHARED_LEAVES = ("theta", "pairs", "channel_scales")
-
-
-_NAMED = 10  # experts of one stack among them
-
-
+_NAMED = 10  # missing experts of one stack that a message names
 _Stacks = dict[str, dict[int, Operation]]
 
 
 def split_experts(operations: Iterator[Operation]) -> tuple[list[Operation], _Stacks]:
-    """Operations of plain linears, and those of experts by stacked name and expert."""
+    """Separate the operations of plain linears from those of experts.
+
+    Returns:
+        The plain ones, and the experts' by stacked name and number of the expert.
+    """
     plain: list[Operation] = []
     stacks: _Stacks = defaultdict(dict)
     for operation in operations:
@@ -41,7 +41,7 @@ def layer_of(stack: str) -> str:
 
 
 def counted_experts(stacks: _Stacks) -> dict[str, int]:
-    """Experts of each layer when the config does not say: one more than the largest number seen."""
+    """Count the experts of each layer where the config does not: the largest number plus one."""
     widest: dict[str, int] = defaultdict(int)
     for name, members in stacks.items():
         widest[layer_of(name)] = max(widest[layer_of(name)], 1 + max(members))
@@ -49,7 +49,15 @@ def counted_experts(stacks: _Stacks) -> dict[str, int]:
 
 
 def shared_rotation_issues(stacks: _Stacks, operations: list[Operation]) -> Iterator[str]:
-    """Rotations that a layer's experts need and lack, or have in a shape that does not fit."""
+    """Find rotations that a layer's experts need and lack, or have in a shape that does not fit.
+
+    Args:
+        stacks: Operations of experts, by stacked name and number.
+        operations: All other operations.
+
+    Returns:
+        One line for each defect.
+    """
     found = {op.outputs[0].name: op for op in operations if "_rot_" in op.outputs[0].name}
     for name, members in stacks.items():
         layer, _, leaf = name.partition(".switch_mlp.")
@@ -72,7 +80,17 @@ def shared_rotation_issues(stacks: _Stacks, operations: list[Operation]) -> Iter
 def runs(
     name: str, members: dict[int, Operation], count: int, issues: list[str]
 ) -> Iterator[Operation]:
-    """One operation for each run of consecutive experts that a shard holds of a stacked tensor."""
+    """Join consecutive experts of one shard to a piece of the stacked tensor.
+
+    Args:
+        name: Of the stacked tensor.
+        members: The operation of each expert.
+        count: Experts that the layer must have.
+        issues: Gets one line for each defect.
+
+    Returns:
+        One operation for each run of consecutive experts.
+    """
     issues += _missing(name, members, count)
     shapes = {operation.outputs[0].shape for operation in members.values()}
     if len(shapes) > 1 or max(members) >= count:
@@ -90,9 +108,9 @@ def runs(
 
 
 def _missing(name: str, members: dict[int, Operation], count: int) -> Iterator[str]:
-    """The experts that are in no shard: the first ones, and how many more.
+    """List the first experts that are in no shard, and how many more.
 
-    `count` and the largest number are somebody's word for it: no loop goes over them.
+    Loops over no number that a config or a name gives.
     """
     layer, _, leaf = name.partition(".switch_mlp.")
     known = sorted(members)
@@ -101,7 +119,7 @@ def _missing(name: str, members: dict[int, Operation], count: int) -> Iterator[s
         after = bisect.bisect(known, expert)
         near = min(known[max(after - 1, 0) : after + 1], key=lambda number: abs(number - expert))
         shard = _shard(members[near])
-        yield f"{layer}: expert {expert} has no {leaf}; its nearest neighbour lies in {shard}"
+        yield f"{layer}: expert {expert} has no {leaf}; the nearest expert lies in {shard}"
     more = count - bisect.bisect_left(known, count) - _NAMED
     if more > 0:
         yield f"{layer}: {more:,} more of its {count:,} experts have no {leaf}"

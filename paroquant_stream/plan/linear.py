@@ -1,5 +1,4 @@
-"""One quantized linear: whether its parts are all there and fit, and the operations that convert
-it.
+"""One quantized linear: whether its parts are complete and fit, and the operations that convert it.
 
 N outputs, K inputs, G the group size:
 
@@ -39,22 +38,22 @@ class Linear:
 
     @cached_property
     def inputs(self) -> int:
-        """K."""
+        """K, the number of inputs."""
         return self.parts["qweight"].shape[0 if self.layout.is_awq else 1]
 
     @cached_property
     def outputs(self) -> int:
-        """N."""
+        """N, the number of outputs."""
         rows, columns = self.parts["qweight"].shape
         return columns * 8 if self.layout.is_awq else rows * 4
 
     @property
     def groups(self) -> int:
-        """K/G."""
+        """K/G, the number of groups of inputs."""
         return self.inputs // self.quantization.group_size
 
     def issues(self) -> list[str]:
-        """What is wrong with the parts, one line each with tensor, shard, expected and found."""
+        """List what is wrong with the parts, a line each with tensor, shard, expected and found."""
         required = {"qweight", "scales", "zeros"} | (set() if self.is_expert else set(_ROTATION))
         where = ", ".join(sorted({part.shard for part in self.parts.values()}))
         missing = [
@@ -85,7 +84,7 @@ class Linear:
         ]
 
     def _expected(self) -> dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]:
-        """The dtypes and shapes that each part may have."""
+        """Return the dtypes and shapes that each part may have."""
         inputs, outputs, groups = self.inputs, self.outputs, self.groups
         awq = self.layout.is_awq
         grids: tuple[tuple[int, ...], ...] = ((groups, outputs),)
@@ -109,7 +108,7 @@ class Linear:
         return expected
 
     def operations(self) -> Iterator[Operation]:
-        """What converts this linear; `issues()` must be empty."""
+        """Return the operations that convert this linear; `issues()` must be empty."""
         module, outputs, inputs = self.module, self.outputs, self.inputs
         grid = (outputs, self.groups)
         weight = TensorSpec(f"{module}.weight", "U32", (outputs, inputs // 8))

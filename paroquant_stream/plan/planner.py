@@ -1,7 +1,7 @@
-"""The plan: for every shard one task, for every task its operations; from headers and config alone.
+"""The plan: one task per shard, made of operations, from headers and config alone.
 
 Ownership makes each shard independent: an output belongs to the shard of its first part, and
-whatever else it needs is borrowed. Every defect of the checkpoint is found here, before a byte is
+what else it needs is borrowed. Every defect of the checkpoint is found here, before a byte is
 converted.
 """
 
@@ -15,12 +15,12 @@ from ..checkpoint.layout import EXPERT, Layout, shared_rotation
 from ..checkpoint.quantization import Quantization
 from ..errors import PlanError
 from ..files.tensor_header import Header, TensorSpec
+from ..text import listed
 from .experts import counted_experts, layer_of, runs, shared_rotation_issues, split_experts
 from .linear import Linear
 from .task import Operation, Part, Task
 
 _IO_LAYERS = ("embed_tokens", "lm_head")  # stored quantized, whatever `tie_word_embeddings` says
-_SHOWN = 50  # defects that a message lists
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,20 @@ def make_plan(
     experts: int | None = None,
     dtype: str | None = None,
 ) -> Plan:
-    """The plan of a checkpoint with these headers by shard name.
+    """Plan a checkpoint, in time linear in the number of tensors.
 
-    `experts`: how many experts a layer has, if the config says so. `dtype`: "F16" or "BF16" for
-    floating tensors in that width, None for the source's. Linear in the number of tensors.
-    Raises PlanError listing everything that is missing, left over or does not fit.
+    Args:
+        headers: By shard name.
+        layout: How quantized linears are spelled.
+        quantization: Bits and group size.
+        experts: How many experts a layer has, if the config says so.
+        dtype: "F16" or "BF16" for floating tensors in that width, None for the source's.
+
+    Raises:
+        PlanError: Lists everything that is missing, left over or does not fit.
     """
     collecting = gc.isenabled()
-    gc.disable()  # nothing here is cyclic, and collecting half a million objects took 1.2 of 2.3 s
+    gc.disable()  # nothing here is cyclic, and collecting takes half of the time
     try:
         return _make_plan(headers, layout, quantization, experts, dtype)
     finally:
@@ -94,17 +100,15 @@ def _make_plan(
 
 
 def _error(issues: list[str]) -> PlanError:
-    shown = issues[:_SHOWN]
-    shown += [f"... and {len(issues) - _SHOWN} more"] if len(issues) > _SHOWN else []
     return PlanError(
-        f"{len(issues)} defects in the checkpoint, nothing was converted:\n  " + "\n  ".join(shown)
+        f"{len(issues)} defects in the checkpoint, nothing was converted:{listed(issues)}"
     )
 
 
 def _group(
     parts: list[Part], layout: Layout, quantization: Quantization
 ) -> tuple[dict[str, Linear], list[Part]]:
-    """The quantized linears by module path, and the tensors that belong to none."""
+    """Group parts into quantized linears by module path, and tensors that belong to none."""
     linears: dict[str, Linear] = {}
     splits = [layout.split(part.name) for part in parts]
     for split in splits:
@@ -121,7 +125,7 @@ def _group(
 
 
 def _left_over(rest: list[Part], layout: Layout) -> Iterator[str]:
-    """Parts of a linear whose qweight is in no shard."""
+    """List parts of linears whose qweight is in no shard."""
     for part in rest:
         split = layout.split(part.name)
         if split and split[1] != "bias" and not shared_rotation(part.name):
@@ -131,7 +135,7 @@ def _left_over(rest: list[Part], layout: Layout) -> Iterator[str]:
 
 
 def _operation_of_rest(part: Part, quantization: Quantization, issues: list[str]) -> Operation:
-    """A copy byte for byte, or the quantization of an embedding or head."""
+    """Copy a tensor byte for byte, or quantize an embedding or head."""
     module = part.name.removesuffix(".weight")
     floating = part.dtype in ("F16", "BF16", "F32")
     if not (

@@ -1,4 +1,4 @@
-"""Parts, operations and tasks: what one shard gives, and the key of the entry that comes of it.
+"""Parts, operations and tasks: what one shard makes, and the key of its entry.
 
 An entry's key is a SHA-256 over everything that decides its bytes: the format, the shard's SHA-256,
 the bytes borrowed from other shards, and the task's canonical description. No file name and no path
@@ -55,7 +55,10 @@ class Operation:
     """The dtypes that the kind itself gives, where outputs are cast from them; else nothing."""
 
     def cast_to(self, dtype: str) -> Operation:
-        """The same with its floating outputs in `dtype`, "F16" or "BF16", where width is free."""
+        """Return the same operation with its floating outputs in `dtype`, "F16" or "BF16".
+
+        Outputs whose width is not free, like theta, keep theirs.
+        """
         outputs = tuple(
             TensorSpec(output.name, dtype, output.shape)
             if output.dtype in _FLOATS and not output.name.endswith(_KEPT)
@@ -68,11 +71,11 @@ class Operation:
 
     @property
     def start(self) -> int:
-        """Where in its shard all that it needs first has been passed but the last of its parts.
+        """The offset in the shard at which all of its first slice has begun.
 
         The safetensors library saves by falling item size, so an AutoAWQ zero point lies gigabytes
-        before its scales; at the zeros' turn the shard would be hashed up to the scales, and what
-        lies between be read twice.
+        before its scales: at the zeros' turn the shard would be hashed up to the scales and read
+        twice.
         """
         owned = self.slices[0][0].shard
         return max(part.start for part in self.slices[0] if part.shard == owned)
@@ -122,10 +125,12 @@ class Task:
         return _sha256_of([describe(operation) for operation in self.operations])
 
     def borrowed_sha256(self, part_digests: Mapping[str, bytes]) -> list[str]:
-        """One SHA-256 per lending shard over the SHA-256 of each part borrowed from it, in order.
+        """Hash what is borrowed: a SHA-256 per lending shard over that of each part, in order.
 
-        `part_digests`: SHA-256 of every borrowed part's bytes by tensor name. Hashing digests and
-        not the bytes themselves lets the parts be read in any order.
+        Hashing digests instead of bytes lets the parts be read in any order.
+
+        Args:
+            part_digests: SHA-256 of every borrowed part's bytes, by tensor name.
         """
         return [
             hashlib.sha256(b"".join(part_digests[part.name] for part in parts)).hexdigest()
@@ -133,7 +138,12 @@ class Task:
         ]
 
     def key(self, source_sha256: str, borrowed_sha256: list[str]) -> str:
-        """The entry's key, 64 hex digits."""
+        """Return the entry's key, 64 hex digits.
+
+        Args:
+            source_sha256: Of the shard.
+            borrowed_sha256: As `Task.borrowed_sha256` returns it.
+        """
         return _sha256_of([ENTRY_FORMAT, source_sha256, borrowed_sha256, self.sha256])
 
 

@@ -107,7 +107,7 @@ def test_a_blob_that_the_hubs_client_shares_goes_with_its_last_user(tmp_path, us
     remove(paths[0])
     assert not os.path.lexists(paths[0])
     assert not os.path.lexists(cache / "models--owner--m0" / "blobs" / sha256)
-    assert shared.exists() == (users == 2)
+    assert blob.exists() == (users == 2)
     assert all(path.read_bytes() == b"12345" for path in paths[1:])
 
 
