@@ -220,7 +220,7 @@ print(importlib.reload(home).load is loader_patch.load)
 uninstall()
 print(home.load("m"), importlib.reload(home).load("m"), loader_patch._finder in sys.meta_path)
 """
-    wanted = f"True SourceFileLoader {loader_patch.HOME}\nTrue\ntheirs theirs False"
+    wanted = f"True SourceFileLoader {loader_patch.LOADER_MODULE}\nTrue\ntheirs theirs False"
     assert python(stand_in(tmp_path), code) == wanted
 
 
@@ -253,7 +253,7 @@ except errors.LoaderMovedError as error:
 
 
 def test_without_paroquant_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, loader_patch.HOME)
+    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
     monkeypatch.setitem(sys.modules, "paroquant", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'paroquant\[mlx\]'"):
         install()
@@ -262,12 +262,12 @@ def test_without_paroquant_the_error_says_what_to_install(monkeypatch):
 
 def test_a_second_import_of_the_loaders_module_is_ours_too(monkeypatch):
     install()
-    monkeypatch.delitem(sys.modules, loader_patch.HOME)
+    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
     try:
-        again = importlib.import_module(loader_patch.HOME)
+        again = importlib.import_module(loader_patch.LOADER_MODULE)
         assert again is not home
         assert again.load is loader_patch.load
     finally:
-        sys.modules[loader_patch.HOME] = home
+        sys.modules[loader_patch.LOADER_MODULE] = home
         uninstall()
         home.load = generator.load = ORIGINAL[0]

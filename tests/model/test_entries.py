@@ -160,11 +160,11 @@ def test_an_entry_that_changed_meanwhile_is_hashed_again(converted, monkeypatch)
 
 def defect(record, store, full: bool) -> str | None:
     """What is found wrong with the entry as it lies there now."""
-    from paroquant_stream.model.entries import _defect
+    from paroquant_stream.model.entries import _find_defect
 
     fd = os.open(store.entry_path(record.key), os.O_RDONLY)
     try:
-        return _defect(record, store, fd, full)
+        return _find_defect(record, store, fd, full)
     finally:
         os.close(fd)
 
