@@ -34,7 +34,7 @@ def test_two_threads_convert_a_model_once(model_dir, monkeypatch):
     assert len(converted) == 3
 
 
-def test_several_manifests_are_returned_in_the_order_of_the_models(tmp_path):
+def test_manifests_are_returned_in_the_order_of_the_models(tmp_path):
     first, second = (write_checkpoint(tmp_path / name) for name in "ab")
     (second / "config.json").write_text((second / "config.json").read_text() + " ")
     manifests = convert_checkpoints([second, first, second], jobs=1)
@@ -42,7 +42,7 @@ def test_several_manifests_are_returned_in_the_order_of_the_models(tmp_path):
     assert manifests[0] != manifests[1]
 
 
-def test_a_model_that_cannot_be_found_lets_the_others_be_converted(tmp_path, monkeypatch):
+def test_the_others_are_converted_when_a_model_is_missing(tmp_path, monkeypatch):
     good, absent = write_checkpoint(tmp_path / "good"), tmp_path / "absent"
     with pytest.raises(SomeModelsFailedError, match=f"1 of 2 models were .*\n  {absent}: "):
         convert_checkpoints([absent, good], jobs=1)

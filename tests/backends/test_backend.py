@@ -105,7 +105,7 @@ def test_more_pipeline_ranks_than_layers_are_an_error():
         keep_pipeline_layers(Pipelined(), Rank(0, 5))
 
 
-def test_a_class_without_a_pipeline_is_an_error_with_alternatives():
+def test_without_a_pipeline_the_error_names_alternatives():
     model = nn.Module()
     with pytest.raises(MissingPartError) as caught:
         keep_pipeline_layers(model, Rank(0, 2))

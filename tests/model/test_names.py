@@ -62,7 +62,7 @@ def test_a_changed_and_renamed_tensor_counts_as_kept():
     }
 
 
-def test_a_tensor_with_the_tail_of_an_old_one_is_not_the_dropped_one():
+def test_an_old_tensor_with_the_same_tail_does_not_hide_a_drop():
     """Only a new array can be the changed form of a dropped tensor."""
     weights = {"a.layers.0.norm.weight": mx.zeros(1), "b.layers.0.norm.weight": mx.zeros(1)}
     dropping = Renaming(lambda name: None if name.startswith("b") else name)

@@ -67,7 +67,7 @@ def test_fifty_differences_are_listed_and_the_others_counted(tmp_path):
     assert lines[-1] == "  ... and 2 more"
 
 
-def test_weights_that_lead_to_no_layer_are_an_error_that_names_the_model(tmp_path):
+def test_weights_that_fit_no_layer_are_an_error_with_the_path(tmp_path):
     model = nn.Module()
     model.proj = nn.Linear(100, 8)
     weights = {"proj.theta": mx.zeros((8, 50))}
