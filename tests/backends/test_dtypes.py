@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from paroquant_stream.backends.dtypes import MLX_DTYPES
-from paroquant_stream.files.tensor_header import TensorSpec
+from paroquant_stream.files.tensor_header import DTYPE_BYTES, TensorSpec
 
 
 @pytest.mark.parametrize("name", MLX_DTYPES)
@@ -22,3 +22,7 @@ def test_mx_load_returns_these_dtypes(tmp_path):
     mx.save_safetensors(str(tmp_path / "x.safetensors"), arrays)
     loaded = mx.load(str(tmp_path / "x.safetensors"))
     assert {name: array.dtype for name, array in loaded.items()} == MLX_DTYPES
+
+
+def test_every_dtype_that_a_file_may_have_is_known():
+    assert MLX_DTYPES.keys() == DTYPE_BYTES.keys()

@@ -72,4 +72,4 @@ def simulate_cuda(monkeypatch, launches):
         return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
 
     monkeypatch.setattr(cuda, "on_cuda", lambda: True)
-    monkeypatch.setattr(cuda, "_kernel", lambda: launch)
+    monkeypatch.setattr(cuda, "_kernel", lambda: launch)  # private: compiles the kernel

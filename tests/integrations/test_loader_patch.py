@@ -68,6 +68,7 @@ def forbidden(name):
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_generator_writes_the_same_text_from_the_cache(tmp_path, monkeypatch):
+    # Private names of paroquant: its rotation needs a Mac, and its conversion must not run.
     monkeypatch.setattr(modules, "_apply_rotation", rotate_on_the_cpu)
     theirs = answer(MODEL)
     for name in ("_convert_autoawq", "_convert_paro_native", "_pack_mlx", "_create_model"):

@@ -17,6 +17,7 @@ from paroquant_stream.backends.selection import TOWER_PREFIXES
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
+from paroquant_stream.distributed.split import WHOLE, Split
 from paroquant_stream.errors import AssemblyError, MalformedFileError
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
@@ -27,6 +28,7 @@ from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import VOCAB, llama_tensors, write_checkpoint, write_llama
 from tests.helpers.parameters import parameters
 from tests.helpers.paths import FIXTURES
+from tests.helpers.ranks import Rank
 
 
 def test_a_text_model_its_tokenizer_and_its_kind_are_returned(model_dir):
@@ -171,3 +173,49 @@ def test_weights_beyond_the_memory_are_refused_unless_lazy(model_dir, monkeypatc
     with pytest.raises(AssemblyError, match=r"this machine has 1,000; lazy=True"):
         load(model_dir)
     load(model_dir, lazy=True)
+
+
+@pytest.mark.parametrize(
+    ("split", "lazy"), [(Split(group=Rank(0, 2), parallel="tensor"), True), (WHOLE, False)]
+)
+def test_stacks_that_ranks_cut_are_joined_lazily(model_dir, monkeypatch, split, lazy):
+    manifest, config, asked = convert_checkpoint(model_dir), ModelConfig.read(model_dir), []
+
+    def record(*_, **options):
+        asked.append(options["lazy"])
+        raise InterruptedError
+
+    monkeypatch.setattr(assembling, "read_weights", record)
+    with pytest.raises(InterruptedError):
+        assemble(config, manifest, cache_store(None), lazy=False, force_text=False, split=split)
+    assert asked == [lazy]
+
+
+def test_ranks_wait_for_each_other_after_the_load(model_dir, monkeypatch):
+    waited, group = [], Rank(0, 1)
+    monkeypatch.setattr(assembling, "meet", waited.append)
+    load(model_dir)
+    assert waited == []
+    load(model_dir, group=group, parallel="tensor")
+    assert waited == [group]
+
+
+def test_each_stage_of_a_load_is_traced(model_dir, tmp_path):
+    load(model_dir, trace=tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    stages = {"open the entries", "build the model", "tokenizer", "place the weights", "read"}
+    assert {event["name"] for event in events} >= stages
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [({"model_type": "nosuch"}, "nosuch"), ({"num_hidden_layers": 3}, r"layers\.2\..*no stored"),
+     ({"num_hidden_layers": 1}, r"layers\.1\..*no such parameter")],
+)  # fmt: skip
+def test_a_plan_that_fits_no_model_is_an_error(tmp_path, config, error):
+    """`drop_source` checks this before it removes a shard."""
+    directory = write_llama(tmp_path, config)
+    request = make_request(directory, drop_source=True, jobs=1)
+    with pytest.raises(AssemblyError, match=error):
+        convert(request)
+    assert len(list(directory.glob("*.safetensors"))) == 2

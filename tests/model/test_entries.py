@@ -131,7 +131,7 @@ def test_an_entry_that_changes_while_hashed_is_hashed_again(converted, monkeypat
 
 @pytest.mark.parametrize("stride", [101, pytest.param(1, marks=pytest.mark.long)])
 def test_every_flipped_bit_of_an_entry_is_found(converted, stride):
-    """Checks each `stride`-th bit of the length, header and data, and fewer of the padding.
+    """Check each `stride`-th bit of the length, header and data, and fewer of the padding.
 
     Without a known digest the default check finds them too.
     """

@@ -40,7 +40,7 @@ def make_experts(switch_layers, **options):
 
 
 def experts_float64(module, x, indices, activate):
-    """Every token through each of its experts, one by one."""
+    """Compute every token through each of its experts, one by one."""
     gate, up, down = (dense(module[name]) for name in ("gate_proj", "up_proj", "down_proj"))
     bias = {
         name: to_float64(module[name].bias) if "bias" in module[name] else np.zeros(6)
@@ -131,5 +131,5 @@ def test_experts_report_both_tables_and_follow_new_parameters(switch_layers):
 
 
 def test_experts_have_no_attribute_that_mlx_vlm_takes_apart(switch_layers):
-    """mlx-vlm's verifier takes a module with three projections and `activation` apart."""
+    """mlx-vlm calls the projections of a module with `activation` directly, without rotations."""
     assert not hasattr(make_experts(switch_layers), "activation")

@@ -39,7 +39,7 @@ def test_rotation_is_within_its_bound_of_float64(group_size, krot):
 
 
 def test_wrong_rotations_are_far_outside_the_bounds():
-    """The bounds can tell: each wrong kernel is off by 0.1 or more, the loosest bound is 0.008."""
+    """Each wrong rotation is off by at least 0.1; the loosest bound is 0.008."""
     theta, pairs, scales = make_rotation(384, 128, 8)
     x = make_x((64, 384))
     y = kernels.rotate(x, tables_of((theta, pairs, scales), 128))

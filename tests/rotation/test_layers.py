@@ -53,7 +53,7 @@ def test_a_linear_has_exactly_the_stored_parameters():
 
 
 def test_a_rotated_layer_is_no_plain_quantized_layer():
-    """`nn.quantize` asks for to_quantized; mlx-vlm multiplies by a QuantizedLinear's weight."""
+    """`nn.quantize` looks for to_quantized; mlx-vlm reads the weight of a QuantizedLinear."""
     for layer in (Rotation(64, group_size=64), make_linear()):
         assert not hasattr(layer, "to_quantized")
         assert not isinstance(layer, (nn.Linear, nn.QuantizedLinear))
@@ -196,7 +196,7 @@ def test_threads_that_call_first_at_once_get_the_same_result():
 
 
 def test_tables_built_in_a_thread_outlive_it():
-    """MLX ties lazy arrays to their thread; tables are complete."""
+    """MLX ties lazy arrays to the thread that made them; tables are evaluated."""
     layer, x = make_linear(), make_x((4, 192), mx.float16)
     mx.eval(layer.parameters())
     thread = threading.Thread(target=build_tables, args=(layer,))
@@ -207,7 +207,7 @@ def test_tables_built_in_a_thread_outlive_it():
 
 
 def test_importing_the_layers_imports_no_model_library():
-    """A dense text model must not pay for mlx-vlm, nor a run without models for mlx-lm."""
+    """These imports take seconds, which a run may not need."""
     code = (
         "import sys, paroquant_stream.rotation.layers;"
         "sys.exit(bool({'mlx_lm', 'mlx_vlm', 'paroquant'} & sys.modules.keys()))"

@@ -62,7 +62,7 @@ def test_tables_report_their_bytes_and_their_build_time():
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_tables_follow_the_device_of_each_call(monkeypatch):
-    """Moving to another device after the first call adds that kernel's form."""
+    """A call on another device adds the tables of its kernel."""
     tables = tables_of(make_rotation(256, 64, 4), 64)
     x = make_x((2, 256))
     before = kernels.rotate(x, tables)
