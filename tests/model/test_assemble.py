@@ -90,7 +90,6 @@ def test_bfloat16_embeddings_keep_their_dtype_and_bits(tmp_path):
     assert found["model.embed_tokens.weight"].shape[0] == VOCAB
 
 
-@pytest.mark.timeout(20)
 def test_a_directory_with_a_pipe_is_refused_before_any_library(model_dir):
     manifest = convert(make_request(model_dir, jobs=1)).manifest
     store = cache_store(None)
@@ -219,3 +218,9 @@ def test_a_plan_that_fits_no_model_is_an_error(tmp_path, config, error):
     with pytest.raises(AssemblyError, match=error):
         convert(request)
     assert len(list(directory.glob("*.safetensors"))) == 2
+
+
+def test_a_checkpoint_without_a_tower_loads_without_a_warning(tmp_path, caplog):
+    _, _, is_vlm = load(write_llama(tmp_path, {"vision_config": {"depth": 1}}))
+    assert not is_vlm
+    assert "vision tower" not in caplog.text

@@ -217,3 +217,12 @@ def test_a_removed_entry_that_is_still_open_is_no_truncated_one(converted):
     with pytest.raises(EntryDamagedError, match="became shorter while it was read"):
         check_sizes(manifest.entries, store)
     assert not path.exists()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_damaged_entry_does_not_enter_the_digest_cache(converted):
+    manifest, store = converted
+    record = manifest.entries[0]
+    flip(store.entry_path(record.key), record.size - 1)
+    for _ in range(2):
+        assert "expected XXH3" in find_defect(record, store, full=False)
