@@ -66,3 +66,12 @@ def test_a_config_without_a_type_is_read(model_dir):
     without = {key: value for key, value in CONFIG.items() if key != "model_type"}
     (model_dir / "config.json").write_text(json.dumps(without))
     assert load_config(model_dir)["model_type"] is None
+
+
+def test_code_of_a_tokenizer_is_refused_without_a_question(model_dir, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked the user"))
+    (model_dir / "mine.py").write_text("raise SystemExit('the code was run')")
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (model_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        MlxLm().load_tokenizer(model_dir, CONFIG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,3 +51,27 @@ def test_a_part_without_sanitize_changes_nothing():
     model.vision_tower = nn.Module()
     weights = {"x": mx.zeros(1)}
     assert MlxVlm().sanitize(model, weights) == weights
+
+
+def test_the_configs_end_tokens_reach_the_tokenizer(model_dir):
+    tokenizer = MlxVlm().load_tokenizer(model_dir, {"eos_token_id": [7]})
+    assert tokenizer.stopping_criteria(7)
+    assert not tokenizer.stopping_criteria(5)
+
+
+@pytest.mark.parametrize("own", [None, "image processor"])
+def test_a_processor_gets_the_end_tokens_and_its_image_processor(tmp_path, monkeypatch, own):
+    calls = []
+
+    def load_processor(directory, **options):
+        calls.append((directory, options))
+        return SimpleNamespace(image_processor="default")
+
+    utils = SimpleNamespace(
+        load_processor=load_processor, load_image_processor=lambda *_, **options: own
+    )
+    # Private, as no fixture has the files of a processor.
+    monkeypatch.setattr(MlxVlm, "_utils", lambda _: utils)
+    processor = MlxVlm().load_tokenizer(tmp_path, {"eos_token_id": [1, 7]})
+    assert processor.image_processor == (own or "default")
+    assert calls == [(tmp_path, {"eos_token_ids": [1, 7], "trust_remote_code": False})]

@@ -226,3 +226,15 @@ def test_a_damaged_entry_does_not_enter_the_digest_cache(converted):
     flip(store.entry_path(record.key), record.size - 1)
     for _ in range(2):
         assert "expected XXH3" in find_defect(record, store, full=False)
+
+
+@pytest.mark.usefixtures("settled")
+def test_after_a_failure_of_mlx_every_entry_is_hashed(converted):
+    manifest, store = converted
+    record = manifest.entries[0]
+    path = store.entry_path(record.key)
+    flip(path, record.size - 1)
+    remember(store.memo, path, record.digest)
+    assert find_defect(record, store, full=False) is None
+    with pytest.raises(EntryDamagedError, match="expected XXH3"), guard_reads([record], store):
+        raise RuntimeError("cannot read")

@@ -103,3 +103,15 @@ def test_stacked_experts_move_to_the_models_own_module():
         "layers.1.mlp.switch_mlp.up_proj.weight",
         "layers.2.switch_mlp.up_proj.weight",
     ]
+
+
+@pytest.mark.parametrize("order", [("switch_mlp", "other"), ("other", "switch_mlp")])
+def test_stacked_experts_stay_where_the_model_has_them(order):
+    class SwitchGLU(nn.Module):
+        pass
+
+    layer = nn.Module()
+    for name in order:
+        layer[name] = SwitchGLU()
+    weights = {"layer.switch_mlp.up_proj.weight": mx.zeros(1)}
+    assert rename_weights(model_with(layer=layer), weights, Renaming(keep)).keys() == weights.keys()
