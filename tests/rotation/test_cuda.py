@@ -19,7 +19,7 @@ from tests.helpers.rotations import (
 
 
 @pytest.mark.parametrize(("group_size", "krot"), [(32, 1), (64, 8), (128, 16)])
-@pytest.mark.parametrize("batch", [1, 7, 64, 513])
+@pytest.mark.parametrize("batch", [1, 7, 32, 64, 513])
 def test_tables_and_launch_compute_the_rotation(monkeypatch, group_size, krot, batch):
     """Simulated: tables, constants and grid are right; the kernel itself needs an NVIDIA GPU."""
     launches = []
@@ -31,7 +31,7 @@ def test_tables_and_launch_compute_the_rotation(monkeypatch, group_size, krot, b
     assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-3
     tile = 1 if batch < 32 else 4
     warps = min(4, -(-batch // tile))
-    blocks = {1: 1, 7: 2, 64: 4, 513: 8}[batch]  # from 8 on each warp takes up to four tiles
+    blocks = {1: 1, 7: 2, 32: 2, 64: 4, 513: 8}[batch]  # from 8 on each warp takes up to four tiles
     assert launches == [(tile, (32 * 3, warps * blocks, 1))]
 
 

@@ -133,3 +133,18 @@ def test_experts_report_both_tables_and_follow_new_parameters(switch_layers):
 def test_experts_have_no_attribute_that_mlx_vlm_takes_apart(switch_layers):
     """mlx-vlm calls the projections of a module with `activation` directly, without rotations."""
     assert not hasattr(make_experts(switch_layers), "activation")
+
+
+@pytest.mark.parametrize(("rows", "in_order"), [(31, False), (32, True)])
+def test_rows_are_sorted_by_expert_from_64_routed_ones_on(switch_layers, rows, in_order):
+    module, asked = make_experts(switch_layers), []
+
+    class Recorder(nn.Module):
+        def __call__(self, x, chosen, sorted_indices):
+            asked.append(sorted_indices)
+            return up(x, chosen, sorted_indices=sorted_indices)
+
+    up = module.up_proj
+    module.up_proj = Recorder()
+    module(make_x((rows, 128)), mx.zeros((rows, 2), mx.uint32))
+    assert asked == [in_order]

@@ -75,6 +75,8 @@ def test_a_new_rotation_changes_nothing():
 def test_dims_that_do_not_divide_into_groups_are_refused():
     with pytest.raises(ValueError, match="100 channels do not divide into groups of 64"):
         RotateQuantizedLinear(100, 8, group_size=64)
+    with pytest.raises(ValueError, match="96 channels do not divide into groups of 3"):
+        RotateQuantizedLinear(96, 8, group_size=3)
 
 
 def test_a_rotation_alone_computes_the_definition():

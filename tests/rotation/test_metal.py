@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import mlx.core as mx
 import pytest
@@ -34,10 +35,18 @@ def test_tables_and_launch_compute_the_rotation(monkeypatch, group_size, krot, b
     assert launches == [(tile, (-(-batch // tile) * group_size // 2, 3, 1))]
 
 
+class WithoutSource(types.ModuleType):
+    """A build of the package that lacks the kernel's source file."""
+
+    def __getattr__(self, name):
+        raise FileNotFoundError(name)
+
+
 @pytest.mark.usefixtures("on_the_cpu")
-def test_without_the_paroquant_package_the_reference_runs(monkeypatch):
+@pytest.mark.parametrize("package", [None, WithoutSource("paroquant.kernels.metal")])
+def test_without_the_packages_kernel_the_reference_runs(monkeypatch, package):
     monkeypatch.setattr(metal, "on_metal", lambda: True)
-    monkeypatch.setitem(sys.modules, "paroquant.kernels.metal", None)
+    monkeypatch.setitem(sys.modules, "paroquant.kernels.metal", package)
     metal.package_kernel.cache_clear()
     try:
         tables = tables_of(make_rotation(256, 64, 4), 64)

@@ -27,6 +27,8 @@ def test_shapes_that_contradict_each_other_are_refused():
         RotationTables(theta, pairs, scales[:, :128], 64)
     with pytest.raises(ValueError, match="groups of 96"):
         RotationTables(theta, pairs, scales, 96)
+    with pytest.raises(ValueError, match=r"groups of 1$"):
+        RotationTables(theta, pairs, scales, 1)
 
 
 def test_a_round_with_a_channel_twice_is_refused_with_its_place():
