@@ -148,3 +148,8 @@ def test_rows_are_sorted_by_expert_from_64_routed_ones_on(switch_layers, rows, i
     module.up_proj = Recorder()
     module(make_x((rows, 128)), mx.zeros((rows, 2), mx.uint32))
     assert asked == [in_order]
+
+
+def test_no_rotation_is_trainable(switch_layers):
+    trainable = make_experts(switch_layers).trainable_parameters()
+    assert not [name for name in trainable if "_rot_" in name]

@@ -215,3 +215,24 @@ def test_importing_the_layers_imports_no_model_library():
         "sys.exit(bool({'mlx_lm', 'mlx_vlm', 'paroquant'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_parameter_is_trainable():
+    """Gradients are not defined for quantized weights."""
+    assert make_linear(bias=True).trainable_parameters() == {}
+    assert make_linear(bias=True).parameters()
+
+
+def test_the_bias_is_added_once_to_the_sum_over_ranks(monkeypatch):
+    layer, x, group = make_linear(bias=True), make_x((2, 192), mx.float32), object()
+    alone = layer(x)
+
+    def all_sum(y, group):
+        summed.append(group)
+        return 2 * y
+
+    summed = []
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    layer.ranks = group
+    assert mx.allclose(layer(x), 2 * alone - layer.bias, rtol=1e-3, atol=1e-3)
+    assert summed == [group]
