@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import paroquant_stream
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api import load as loading
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import CheckpointError
+from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamagedError
+from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble, entries
-from tests.helpers.builders import remember
+from tests.helpers.builders import flip, remember, write_llama
 from tests.helpers.paths import FIXTURES
+from tests.helpers.ranks import Rank
 
 pytestmark = pytest.mark.usefixtures("settled")
 VISION = FIXTURES / "qwen3_5-awq-adversarial"
@@ -162,3 +166,62 @@ def test_text_and_vision_parts_load_from_the_same_entries(monkeypatch):
     load(VISION, force_text=True)
     load(VISION)
     assert convert_checkpoint(VISION) == before
+
+
+def forbid(monkeypatch, name):
+    """Fail at a call of a function that the module `api.load` uses."""
+    monkeypatch.setattr(loading, name, lambda *_: pytest.fail(f"{name} was called"))
+
+
+def test_a_directory_with_a_pipe_is_refused_before_a_conversion(model_dir, monkeypatch):
+    forbid(monkeypatch, "convert")
+    os.mkfifo(model_dir / "merges.txt")
+    with pytest.raises(CheckpointError, match="found a pipe"):
+        load(model_dir)
+
+
+def test_damage_that_no_shard_can_repair_is_an_error(model_dir):
+    manifest = convert_checkpoint(model_dir, in_place=True, drop_source=True)
+    store = make_request(model_dir, in_place=True).store
+    assert list(model_dir.glob("*.safetensors")) == []
+    flip(store.entry_path(manifest.entries[0].key), manifest.entries[0].size - 1)
+    with pytest.raises(EntryDamagedError, match=manifest.entries[0].key):
+        load(model_dir)
+
+
+def test_without_shards_the_error_names_no_unused_file(model_dir):
+    for shard in model_dir.glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load(model_dir)
+    assert "not used" not in str(caught.value)
+
+
+def test_the_single_file_serves_the_source_dtype_alone(model_dir, tmp_path, monkeypatch):
+    export_single_file(make_request(model_dir))
+    load(model_dir, dtype="float16", cache_dir=tmp_path / "float16")
+    assert list((tmp_path / "float16").rglob("*.safetensors"))
+    forbid(monkeypatch, "convert")
+    load(model_dir)
+
+
+def test_a_current_single_file_that_fits_no_model_is_an_error(tmp_path, monkeypatch):
+    directory = write_llama(tmp_path, **{"model.extra.weight": np.ones(4, np.float16)})
+    export_single_file(make_request(directory))
+    forbid(monkeypatch, "convert")
+    with pytest.raises(AssemblyError, match=r"model\.extra\.weight: no such parameter"):
+        load(directory)
+
+
+def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
+    asked = []
+
+    def record(request, progress, trace, needed):
+        asked.append(needed)
+        raise CheckpointError("no conversion")
+
+    monkeypatch.setattr(loading, "convert", record)
+    for options in ({}, {"layers": range(1)}, {"group": Rank(0, 2), "parallel": "tensor"}):
+        with pytest.raises(CheckpointError, match="no conversion"):
+            load(model_dir, **options)
+    assert [needed is None for needed in asked] == [True, False, True]
