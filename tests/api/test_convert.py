@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from paroquant_stream import Manifest, convert_checkpoint, convert_checkpoints
+from paroquant_stream.api import convert as converting
 from paroquant_stream.errors import SomeModelsFailedError
 from paroquant_stream.transform import task_runner
 from tests.helpers.builders import write_checkpoint
@@ -66,3 +67,15 @@ def test_progress_and_trace_cover_every_shard(model_dir, tmp_path):
     assert seen == {path.name for path in model_dir.glob("*.safetensors")}
     text = (tmp_path / "trace.json").read_text()
     assert all(shard in text for shard in seen)
+
+
+def test_a_model_that_is_named_twice_is_requested_once(model_dir, monkeypatch):
+    real, requested = converting.convert_all, []
+
+    def record(requests, *rest):
+        requested.extend(request.source.name for request in requests)
+        return real(requests, *rest)
+
+    monkeypatch.setattr(converting, "convert_all", record)
+    assert len(convert_checkpoints([model_dir, str(model_dir)])) == 2
+    assert requested == [str(model_dir)]
