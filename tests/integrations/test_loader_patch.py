@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def test_installs_nest_and_an_extra_uninstall_does_nothing():
     uninstall()
     assert calls == [(("m", False, True), None, "c"), (("m", False, False), 1, None)]
     assert home.load is ORIGINAL[0]
+    assert loader_patch._finder not in sys.meta_path
 
 
 def test_a_function_kept_after_uninstall_calls_paroquants_loader(monkeypatch):
@@ -185,7 +187,11 @@ def test_a_lazy_module_is_not_imported():
 
 @pytest.mark.parametrize(
     ("found", "reason"),
-    [(lambda model_path, revision: 0, r"takes \(model_path, revision\)"), (None, r"no load\(\)")],
+    [
+        (lambda model_path, revision: 0, r"takes \(model_path, revision\)"),
+        (lambda model_path, lazy, tower: 0, r"takes \(model_path, lazy, tower\)"),
+        (None, r"no load\(\)"),
+    ],
 )
 def test_another_loader_is_an_error_with_the_version(found, reason):
     home.load = found
@@ -271,3 +277,20 @@ def test_a_second_import_of_the_module_is_replaced_too(monkeypatch):
         sys.modules[loader_patch.LOADER_MODULE] = home
         uninstall()
         home.load = generator.load = ORIGINAL[0]
+
+
+def test_an_import_that_ends_after_the_uninstall_is_not_replaced():
+    install()
+    folder = [str(Path(home.__file__).parent)]
+    spec = loader_patch._finder.find_spec(loader_patch.LOADER_MODULE, folder)
+    uninstall()
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.load.__module__ == loader_patch.LOADER_MODULE
+
+
+def test_a_paroquant_module_without_a_spec_counts_as_absent(monkeypatch):
+    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
+    monkeypatch.setitem(sys.modules, "paroquant", types.ModuleType("paroquant"))
+    with pytest.raises(MissingExtraError, match="paroquant is not installed"):
+        install()
