@@ -75,3 +75,18 @@ def test_a_processor_gets_the_end_tokens_and_its_image_processor(tmp_path, monke
     processor = MlxVlm().load_tokenizer(tmp_path, {"eos_token_id": [1, 7]})
     assert processor.image_processor == (own or "default")
     assert calls == [(tmp_path, {"eos_token_ids": [1, 7], "trust_remote_code": False})]
+
+
+def test_a_tokenizer_without_a_processor_gets_the_end_tokens(tmp_path, monkeypatch):
+    def load_processor(*_, **options):
+        raise OSError("no processor")
+
+    utils = SimpleNamespace(
+        load_processor=load_processor,
+        load_tokenizer=lambda _: SimpleNamespace(),
+        StoppingCriteria=lambda tokens, tokenizer: tokens,
+    )
+    # Private, as the fixtures' end token is also their tokenizer's.
+    monkeypatch.setattr(MlxVlm, "_utils", lambda _: utils)
+    tokenizer = MlxVlm().load_tokenizer(tmp_path, {"eos_token_id": [1, 7]})
+    assert tokenizer.stopping_criteria == [1, 7]
