@@ -140,10 +140,10 @@ def test_installs_nest_and_an_extra_uninstall_does_nothing():
     uninstall()
     home.load("m")
     uninstall()
+    assert loader_patch._finder not in sys.meta_path
     uninstall()
     assert calls == [(("m", False, True), None, "c"), (("m", False, False), 1, None)]
     assert home.load is ORIGINAL[0]
-    assert loader_patch._finder not in sys.meta_path
 
 
 def test_a_function_kept_after_uninstall_calls_paroquants_loader(monkeypatch):
@@ -279,12 +279,13 @@ def test_a_second_import_of_the_module_is_replaced_too(monkeypatch):
         home.load = generator.load = ORIGINAL[0]
 
 
-def test_an_import_that_ends_after_the_uninstall_is_not_replaced():
+def test_an_import_that_ends_after_the_uninstall_is_not_replaced(monkeypatch):
     install()
     folder = [str(Path(home.__file__).parent)]
     spec = loader_patch._finder.find_spec(loader_patch.LOADER_MODULE, folder)
     uninstall()
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, loader_patch.LOADER_MODULE, module)
     spec.loader.exec_module(module)
     assert module.load.__module__ == loader_patch.LOADER_MODULE
 
