@@ -1,4 +1,4 @@
-"""The public functions.
+"""The public functions of paroquant_stream.
 
-Imports integrations, exports, maintenance, conversion and model.
+Imports integrations, exports, maintenance, conversion and model, and what is below them.
 """

@@ -1,4 +1,4 @@
-"""convert_checkpoint() and convert_checkpoints(): models into the cache, without loading them."""
+"""`convert_checkpoint` and `convert_checkpoints`: convert models without loading them."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ def convert_checkpoint(
     trace: str | Path | None = None,
     **options: Unpack[ConvertKeywords],
 ) -> Manifest:
-    """Convert a model; shards whose entries are in the cache are not converted again.
+    """Convert a model, except for shards whose entries are in the cache.
 
     Args:
-        model_path: A model directory, or a Hub repository id; its shards are converted while the
-            next ones download.
-        progress: Called by the workers as `progress(shard, bytes done, bytes in all)`.
-        trace: A file for the stages of every worker, as chrome://tracing and ui.perfetto.dev show
-            them. Of an executor's workers it has only the stage `shard`.
+        model_path: A model directory or a Hub repository id. The shards of a repository are
+            converted while the next ones download.
+        progress: Called by the workers as `progress(shard, bytes done, total bytes)`.
+        trace: A file to write the stages of every worker to, for chrome://tracing and
+            ui.perfetto.dev. Of an executor's workers it has the stage `shard` alone.
         **options: The fields of `ConvertOptions`: cache_dir, in_place, force, jobs, revision,
             drop_source, dtype, executor.
 
     Returns:
-        The manifest, which names the entries.
+        The manifest, which lists the entries.
 
     Raises:
         ValueError: An option has a value that is not allowed.
         CheckpointError: The model cannot be used, or a shard cannot be downloaded.
         StoreError: The cache cannot be read or written.
-        ExecutionError: Workers are unfit or lost. What was published before any of these stays, and
-            the next call resumes there.
+        ExecutionError: Workers lack something or were lost.
+
+    After an error the entries that were published stay, and the next call resumes there.
     """
     request = make_request(model_path, **options)
     with written_to(trace) as timed:
@@ -59,21 +60,21 @@ def convert_checkpoints(
     trace: str | Path | None = None,
     **options: Unpack[ConvertKeywords],
 ) -> list[Manifest]:
-    """Convert several models in one call; they share the workers.
+    """Convert several models, which share the workers.
 
     Args:
         model_paths: Model directories or Hub repository ids.
         progress: As for `convert_checkpoint`; a shard is named `<model>/<shard>`.
         trace: As for `convert_checkpoint`.
-        **options: The fields of `ConvertOptions`; `jobs` bounds the shards in work of all models
-            together.
+        **options: The fields of `ConvertOptions`; `jobs` limits the shards of all models that are
+            converted at the same time.
 
     Returns:
         The manifests, in the order of the models.
 
     Raises:
-        SomeModelsFailedError: Some models were not converted; all others are, and
-            `convert_checkpoint` gives their manifests without work.
+        SomeModelsFailedError: Some models were not converted; lists them. The others are converted,
+            and `convert_checkpoint` returns their manifests at once.
         ValueError: An option has a value that is not allowed.
     """
     requests: list[Request] = []

@@ -1,4 +1,4 @@
-"""install() and uninstall(): load() in the place of paroquant's own loader."""
+"""`install` and `uninstall`: replace paroquant's loader by `load`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from .load import load
 def install(**options: Any) -> None:
     """Replace paroquant's MLX loader by `load` in this process.
 
-    Whoever imports the loader later gets ours too. Calls nest: each needs its `uninstall()`, and
-    the options of the innermost count. What holds the function elsewhere than in a module's name
-    (a class attribute, `functools.partial`) keeps the old one.
+    This includes modules that import the loader later. Calls nest: each needs its own
+    `uninstall()`, and the options of the last one apply. References outside of a module's names (a
+    class attribute, a `functools.partial`) keep the old loader.
 
     Args:
         **options: Keyword options of `load` for every call (`cache_dir`, `jobs`, `verify`, ...).
 
     Raises:
         MissingExtraError: paroquant is not installed.
-        LoaderMovedError: The installed version has no such loader, or gives it other arguments.
+        LoaderMovedError: The installed version has no such loader, or one with other arguments.
         TypeError: `load` has no such option.
     """
     loader_patch.install(load, **options)
 
 
 def uninstall() -> None:
-    """Undo the last `install()`; the outermost puts paroquant's loader back.
+    """Undo the last `install()`; after the first one is undone, paroquant's loader is back.
 
-    Without an `install()` it does nothing.
+    Does nothing without an `install()`.
     """
     loader_patch.uninstall()

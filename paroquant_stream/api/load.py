@@ -1,4 +1,15 @@
-"""load(): the MLX model of a checkpoint."""
+"""`load`: the MLX model of a checkpoint.
+
+The model comes from the first of these that there is and that fits the checkpoint: a directory that
+`export_model` wrote, used as it is; the conversion inside the model directory, `mlx/`; the single
+file in it, `converted_mlx.safetensors`; the cache, after a conversion of what it lacks. A damaged
+entry of the cache is taken out of use and converted again, once. Code of a model is never run.
+
+Of a part of a model (`layers`, `group`) every tensor is checked, by the manifest, but only entries
+with tensors of the part are opened and have to exist, and of tensors that are cut only this rank's
+byte ranges are read. A single file or an export is read whole. `model.layers[i]` keeps its number.
+With a `group`, `load` returns on every rank once all have loaded.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +26,7 @@ from ..conversion.in_place import shipped
 from ..conversion.request import Request, make_request
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
-from ..errors import (
-    AssemblyError,
-    CheckpointError,
-    EntryDamagedError,
-)
+from ..errors import AssemblyError, CheckpointError, EntryDamagedError
 from ..store.format import Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
@@ -46,30 +53,32 @@ def load(
     group: Any = None,
     parallel: Parallel = "pipeline",
 ) -> tuple[Any, Any, bool]:
-    """`(model, tokenizer or processor, is_vlm)`, converting first what is not in the cache.
+    """Load a model as MLX modules, converting first what is not in the cache.
 
-    The model is an `mlx.nn.Module` in eval mode; `lazy=True` leaves its parameters unevaluated.
-    `force_text=True` loads a vision model's text part through mlx-lm. A directory that `export`
-    wrote is read as it is: it has no hashes, and code in it is never run. Else a conversion inside
-    the model directory is used first: `mlx/`, then `converted_mlx.safetensors`, if they fit.
-    `dtype` is that of `convert_checkpoint`; conversions in two dtypes stand side by side.
-    `verify="header"` checks size, names, dtypes and shapes of every entry, and its hash unless its
-    stat is as the writer left it; `"full"` hashes every entry. A damaged entry is taken out of use
-    and converted again, once.
+    Args:
+        model_path: A model directory, one that `export_model` wrote, or a Hub repository id.
+        lazy: Leave the parameters unevaluated, so that MLX reads each at its first use.
+        force_text: Load the text part of a vision model, by mlx-lm.
+        cache_dir: As in `ConvertOptions`.
+        jobs: As in `ConvertOptions`.
+        revision: As in `ConvertOptions`.
+        dtype: As in `ConvertOptions`; conversions in two dtypes are kept side by side.
+        progress: As for `convert_checkpoint`.
+        verify: "header" hashes an entry only if it may have changed since it was written; "full"
+            hashes every entry. Size, names, dtypes and shapes are always checked.
+        trace: As for `convert_checkpoint`.
+        layers: Load only these layers, and what belongs to none (embeddings, final norm, head,
+            towers). Another layer has no parameters; calling it raises MissingPartError.
+        group: An `mx.distributed.Group` whose ranks each load their part of the model.
+        parallel: "pipeline" splits by layers, "tensor" splits each layer.
 
-    `layers=range(a, b)`: only those transformer layers are loaded, and what belongs to no layer
-    (embeddings, final norm, head, towers). `model.layers[i]` keeps its number; a layer outside of
-    the range has no parameters, and calling it or the whole model raises MissingPartError.
-    `group`, an `mx.distributed.Group`: what this rank has of a model that all ranks call together;
-    load returns when all have loaded. `parallel="pipeline"`: the layers that the class's own
-    `pipeline(group)` gives the rank; `"tensor"`: its part of every layer, as `shard(group)` cuts.
-    The whole model is checked, by the manifest. Only entries with a tensor of the layers are opened
-    or have to be there, and of what is cut only the rank's byte ranges are read; of a single file
-    or an export, all.
+    Returns:
+        The model in eval mode, its tokenizer or processor, and whether it is a vision model.
 
-    Raises what `convert_checkpoint` raises, AssemblyError when stored tensors and parameters do not
-    match one to one, MissingPartError for layers that the model has not and for a class without a
-    pipeline, SplitError for one that cannot be cut so, ValueError for options that are none.
+    Raises:
+        ValueError: An option has a value that is not allowed.
+        ModelError: Tensors and parameters do not match, or the model has no such part.
+        CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
     split = Split(layers, group, parallel)
     request = make_request(
@@ -77,14 +86,12 @@ def load(
     )
     with written_to(trace) as timed:
         options = _Options(lazy, force_text, verify == "full", timed, split)
-        with contextlib.suppress(EntryDamagedError):  # logged; leaving the block drops every array
-            return _load(request, options, progress)
-        return _load(request, options, progress)
+        return _load_repairing(request, options, progress)
 
 
 @dataclass(frozen=True)
 class _Options:
-    """How to load, whatever is loaded."""
+    """How a model is loaded, wherever its tensors are read from."""
 
     lazy: bool
     force_text: bool
@@ -92,29 +99,38 @@ class _Options:
     trace: Trace
     split: Split
 
-    def of_stored(self, force_text: bool) -> dict[str, Any]:
-        """Those that count when no entries are read."""
-        found = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
-        return {**found, "force_text": force_text}
+    def without_entries(self, force_text: bool) -> dict[str, Any]:
+        """Return the options of `assemble_from`, which reads no entries."""
+        options = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
+        return {**options, "force_text": force_text}
 
 
 _Loaded = tuple[Any, Any, bool]
 
 
+def _load_repairing(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
+    """Load the model; after a damaged entry load again, which converts it again."""
+    with contextlib.suppress(EntryDamagedError):  # was logged; leaving the block frees all arrays
+        return _load(request, options, progress)
+    return _load(request, options, progress)
+
+
 def _load(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
-    """The model from the first of: an export, `mlx/`, the single file, the cache, a conversion."""
-    check_directory(request.source.directory)  # before hours of conversion
+    """Load from an export, `mlx/`, the single file or the cache, whichever there is first."""
+    check_directory(request.source.directory)  # fail before a long conversion
     with options.trace.span("import MLX"):
-        from ..exports.mlx_directory_reader import stored_in_export  # conversion may not need it
+        from ..exports.mlx_directory_reader import stored_in_export
         from ..model.assemble import assemble, assemble_from, needed_entries
     if request.source.config.is_export:
         stored = stored_in_export(request.source.config)
-        return assemble_from(stored, request.source.config, **options.of_stored(force_text=True))
+        return assemble_from(
+            stored, request.source.config, **options.without_entries(force_text=True)
+        )
 
-    def of_part(manifest: Manifest) -> Collection[EntryRecord]:
+    def entries_of_part(manifest: Manifest) -> Collection[EntryRecord]:
         return needed_entries(options.split, request.source.config, manifest, options.force_text)
 
-    needed = of_part if options.split.by_layers else None
+    needed = entries_of_part if options.split.by_layers else None
     loaded, damage = _load_shipped(request, options, needed)
     if loaded is None:
         loaded, reason = _load_single(request, options)
@@ -134,7 +150,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
 def _load_shipped(
     request: Request, options: _Options, needed: Needed | None
 ) -> tuple[_Loaded | None, EntryDamagedError | None]:
-    """The model from the conversion inside its directory, or the damage by which it cannot be."""
+    """Load from the conversion inside the model directory; return the damage if it has any."""
     with options.trace.span("check the sources"):
         found = shipped(request, needed)
     if found is None:
@@ -144,15 +160,12 @@ def _load_shipped(
     manifest, store = found
     try:
         return assemble(request.source.config, manifest, store, **vars(options)), None
-    except EntryDamagedError as error:  # logged; nobody repairs what somebody else may have made
+    except EntryDamagedError as error:  # was logged; not repaired, as others may have written it
         return None, error
 
 
 def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, str | None]:
-    """The model from the single file in its directory, else why that is not used, if it is there.
-
-    A file of ours that fits its sources and not the model is an error, as an entry would be.
-    """
+    """Load from the single file in the model directory; return the reason if it is not used."""
     if request.target.dtype != "source":
         return None, None
     from ..checkpoint.quantization import read_quantization
@@ -170,10 +183,10 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
                 file, read_quantization(request.source.config.values), lazy=options.lazy
             )
             try:
-                settings = options.of_stored(options.force_text)
+                settings = options.without_entries(options.force_text)
                 return assemble_from(stored, request.source.config, **settings), None
             except AssemblyError as error:
-                if file.origin:
+                if file.origin:  # written by this package for these sources, so like an entry
                     raise
                 reason = f"{file.path}: {error}"
     except CheckpointError as error:

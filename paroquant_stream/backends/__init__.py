@@ -1,4 +1,4 @@
-"""All that touches mlx-lm and mlx-vlm.
+"""The only code that calls mlx-lm and mlx-vlm.
 
-Imports checkpoint and files.
+Imports errors and text.
 """

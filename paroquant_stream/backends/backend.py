@@ -1,4 +1,4 @@
-"""What every library that runs models does for us: classes, parameter names, tokenizers."""
+"""The interface to a library with model classes: classes, parameter names, tokenizers."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 
 class Backend(ABC):
-    """A library with model classes; the only code that calls it."""
+    """A library with model classes: mlx-lm or mlx-vlm."""
 
     package: ClassVar[str]
-    """Its name as a module."""
+    """The name of its module."""
     extra: ClassVar[str]
-    """The extra of this package that installs it."""
+    """The extra of paroquant_stream that installs it."""
     is_vlm: ClassVar[bool]
     """Whether it runs vision models."""
 
     @property
     def library(self) -> str:
-        """Its name as a distribution."""
+        """Return the name of its distribution."""
         return self.package.replace("_", "-")
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build the model of a config, at its lazy random start.
+        """Build the model of a config, its random parameters unevaluated.
 
         Args:
-            config: As `load_config` gives it; `check_config` has bounded its numbers before.
+            config: As `load_config` returns it, its numbers checked by `check_config`.
 
         Raises:
             AssemblyError: The library does not know the model type, or its class cannot use the
@@ -47,43 +47,59 @@ class Backend(ABC):
         utils = self._utils()
         try:
             return self._build(utils, dict(config))
-        except Exception as error:  # a missing key, a zero, a number beyond MLX's: of any kind
+        except Exception as error:  # a class may raise any type
             raise AssemblyError(
                 f"model_type {config.get('model_type')!r}: {one_line(error)}"
             ) from error
 
     @abstractmethod
     def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rename weights to the model's own names, by the library's own functions.
+        """Rename weights to the model's own names, by the library's functions.
 
-        Some of them change arrays in place, so `weights` must not be shared with another load.
+        Args:
+            model: An instance of the model's class.
+            weights: The arrays by their names in the checkpoint. Some functions change arrays in
+                place, so they must not be shared with another load.
+
+        Returns:
+            The arrays by the names of the model's parameters, without those that the class drops.
         """
 
     def load_tokenizer(self, directory: Path, config: Mapping[str, Any]) -> Any:
         """Load the tokenizer of a text model, or the processor of a vision model.
 
-        A vision model without processor files gets its tokenizer. No code of the model is ever
-        run, and transformers is told so, else it would ask the user.
+        A vision model without processor files gets its tokenizer. `trust_remote_code` is always
+        False: no code of the model is run, and transformers does not ask the user.
+
+        Args:
+            directory: A model directory that `check_directory` accepted.
+            config: As `load_config` returns it.
 
         Raises:
-            CheckpointError: It cannot be loaded.
+            CheckpointError: transformers cannot load it.
             MissingExtraError: The library is not installed.
         """
         utils = self._utils()
         try:
             return self._load_tokenizer(utils, directory, config.get("eos_token_id"))
-        except Exception as error:  # transformers has two dozen kinds
+        except Exception as error:  # transformers raises many types
             raise CheckpointError(
                 f"{directory}: transformers cannot load the tokenizer: {one_line(error)}"
             ) from error
 
     def why_unknown(self, config: Mapping[str, Any]) -> str | None:
-        """Say why the installed library cannot load a model, and what to do; None if it can.
+        """Explain why the installed library cannot load a model; None if it can.
 
-        Looks for the file of the model's class. Only where there is none is the library asked,
+        Looks for the file of the model's class. Only if there is none is the library imported,
         which takes seconds: it knows some types by other names.
+
+        Args:
+            config: config.json.
+
+        Returns:
+            The reason and the remedy.
         """
-        kind = config.get("model_type")
+        model_type = config.get("model_type")
         try:
             spec = find_spec(self.package)
         except (ImportError, ValueError):
@@ -93,7 +109,7 @@ class Backend(ABC):
                 f"{self.library} is not installed; to load it: "
                 f"pip install 'paroquant_stream[{self.extra}]'"
             )
-        name = self.type_name(str(kind))
+        name = self.type_name(str(model_type))
         for directory in spec.submodule_search_locations or ():
             models = Path(directory, "models")
             with suppress(OSError):
@@ -106,15 +122,16 @@ class Backend(ABC):
         except PackageNotFoundError:
             installed = "(of unknown version)"
         return (
-            f"{self.library} {installed} has no class for model_type {kind!r}, so it cannot be "
-            f"loaded here; a newer one may have: pip install -U {self.library}"
+            f"{self.library} {installed} has no class for model_type {model_type!r}, so it cannot "
+            f"be loaded here; a newer version may have one: pip install -U {self.library}"
         )
 
     def type_name(self, model_type: str) -> str:
-        """Give the library's name for a model type."""
+        """Return the library's name for a model type."""
         return model_type
 
     def _has_class(self, config: dict[str, Any]) -> bool:
+        """Return whether the library, once imported, finds a class for a config."""
         try:
             self._find_class(self._utils(), config)
         except (MissingExtraError, TypeError, ValueError, KeyError):
@@ -123,38 +140,45 @@ class Backend(ABC):
 
     @abstractmethod
     def _utils(self) -> Any:
-        """The library's module of functions; raises MissingExtraError."""
+        """Import the library's `utils` module, or raise MissingExtraError."""
 
     @abstractmethod
-    def _find_class(self, utils: Any, config: dict[str, Any]) -> Any: ...
+    def _find_class(self, utils: Any, config: dict[str, Any]) -> Any:
+        """Find the model's class by the library's function."""
 
     @abstractmethod
-    def _build(self, utils: Any, config: dict[str, Any]) -> nn.Module: ...
+    def _build(self, utils: Any, config: dict[str, Any]) -> nn.Module:
+        """Make an instance of the model's class."""
 
     @abstractmethod
-    def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any: ...
+    def _load_tokenizer(self, utils: Any, directory: Path, eos_ids: Any) -> Any:
+        """Load the tokenizer or processor by the library's function."""
 
 
 def keep_pipeline_layers(model: nn.Module, group: Any) -> range:
-    """Leave a model the layers that this rank of `group` runs, by the class's own split.
+    """Remove the layers that other ranks run, by the `pipeline` method of the model's class.
 
-    mlx-lm's classes leave None in the place of earlier layers, and end with the last of this rank.
+    mlx-lm's classes put None in place of earlier layers and end their list with this rank's last.
+
+    Args:
+        model: Changed in place.
+        group: The `mx.distributed` group whose ranks run the model together.
 
     Returns:
-        The numbers of those layers.
+        The numbers of this rank's layers.
 
     Raises:
-        MissingPartError: The class offers no pipeline, or there are more ranks than layers.
+        MissingPartError: The class has no `pipeline`, or there are more ranks than layers.
     """
     owner: Any = getattr(model, "model", None)
     if not hasattr(owner, "pipeline"):
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
-        others = ["layers=range(first, beyond the last) for a loop of your own"]
+        others = ["layers=range(first, last + 1), to call the layers yourself"]
         if hasattr(model, "shard"):
             others.append('parallel="tensor", which splits each layer')
         if kind.startswith("mlx_vlm."):
-            others.append("perhaps a pipeline of its text part, with force_text=True")
-        raise MissingPartError(f"{kind} offers no pipeline; there is {'; '.join(others)}")
+            others.append("force_text=True, as its text part may have a pipeline")
+        raise MissingPartError(f"{kind} has no pipeline; alternatives: {'; '.join(others)}")
     try:
         owner.pipeline(group)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Text models, by mlx-lm."""
+"""The backend for text models: mlx-lm."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 _TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
-"""Model types that transformers writes for a text-only save and mlx-lm knows by another name."""
+"""Model types of text-only saves by transformers -> the names that mlx-lm has for them."""
 
 
 class MlxLm(Backend):
-    """mlx-lm."""
+    """mlx-lm, for text models."""
 
     package = "mlx_lm"
     extra = "lm"
@@ -29,7 +29,7 @@ class MlxLm(Backend):
         return model.sanitize(weights) if hasattr(model, "sanitize") else weights
 
     def type_name(self, model_type: str) -> str:
-        """Give mlx-lm's name for a model type."""
+        """Return mlx-lm's name for a model type."""
         return _TYPES.get(model_type, model_type)
 
     def _utils(self) -> Any:
@@ -42,24 +42,27 @@ class MlxLm(Backend):
         model_class, arguments = self._find_class(utils, config)
         return cast("nn.Module", model_class(arguments.from_dict(config)))
 
-    def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any:
-        return utils.load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=end)
+    def _load_tokenizer(self, utils: Any, directory: Path, eos_ids: Any) -> Any:
+        return utils.load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=eos_ids)
 
 
 def load_config(directory: Path) -> dict[str, Any]:
-    """Read config.json as mlx-lm does, with the end-of-text tokens of generation_config.json.
+    """Read config.json by mlx-lm, with the end-of-text tokens of generation_config.json.
 
     Args:
-        directory: A model directory that `check_directory` has looked over.
+        directory: A model directory that `check_directory` accepted.
+
+    Returns:
+        The config, with mlx-lm's own name of the model type.
 
     Raises:
-        CheckpointError: One of the files is not what mlx-lm expects.
+        CheckpointError: mlx-lm cannot use one of the files.
         MissingExtraError: mlx-lm is not installed.
     """
     utils = import_utils()
     try:
         config: dict[str, Any] = utils.load_config(directory)
-    except Exception as error:  # of any kind: they are another library's ideas of a JSON file
+    except Exception as error:  # another library may raise any type
         raise CheckpointError(
             f"{directory}: mlx-lm cannot read config.json or generation_config.json: "
             f"{one_line(error)}"
@@ -69,7 +72,11 @@ def load_config(directory: Path) -> dict[str, Any]:
 
 
 def import_utils() -> Any:
-    """Import mlx_lm.utils. Raises MissingExtraError."""
+    """Import `mlx_lm.utils`.
+
+    Raises:
+        MissingExtraError: mlx-lm is not installed.
+    """
     try:
         import mlx_lm.utils
     except ImportError as error:

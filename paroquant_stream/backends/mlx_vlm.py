@@ -1,4 +1,4 @@
-"""Vision models, by mlx-vlm."""
+"""The backend for vision models: mlx-vlm."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PARTS = ("vision_tower", "language_model", "audio_tower")
 
 
 class MlxVlm(Backend):
-    """mlx-vlm."""
+    """mlx-vlm, for vision models."""
 
     package = "mlx_vlm"
     extra = "vlm"
     is_vlm = True
 
     def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rename weights to the model's own names, by each part's function once."""
+        """Rename weights to the model's own names, by the `sanitize` of the model and its parts."""
         for part in (model, *(getattr(model, name, None) for name in _PARTS)):
             if part is not None and hasattr(part, "sanitize"):
                 weights = part.sanitize(weights)
@@ -52,18 +52,20 @@ class MlxVlm(Backend):
         arguments = utils.update_module_configs(arguments, module, config, _CONFIGS)
         return cast("nn.Module", module.Model(arguments))
 
-    def _load_tokenizer(self, utils: Any, directory: Path, end: Any) -> Any:
+    def _load_tokenizer(self, utils: Any, directory: Path, eos_ids: Any) -> Any:
         try:
-            processor = utils.load_processor(directory, eos_token_ids=end, trust_remote_code=False)
+            processor = utils.load_processor(
+                directory, eos_token_ids=eos_ids, trust_remote_code=False
+            )
             image_processor = utils.load_image_processor(directory, trust_remote_code=False)
             if image_processor is not None:
                 processor.image_processor = image_processor
             return processor
         except (ImportError, TypeError, AttributeError, OSError, ValueError) as error:
             logger.warning(
-                "no processor for %s, only its tokenizer: %s", directory, one_line(error)
+                "%s: no processor, using its tokenizer alone: %s", directory, one_line(error)
             )
         tokenizer = utils.load_tokenizer(directory)
         if not hasattr(tokenizer, "stopping_criteria"):
-            tokenizer.stopping_criteria = utils.StoppingCriteria(end, tokenizer)
+            tokenizer.stopping_criteria = utils.StoppingCriteria(eos_ids, tokenizer)
         return tokenizer

@@ -1,4 +1,4 @@
-"""Which library runs a model: mlx-vlm one with a tower, mlx-lm any other."""
+"""Chooses the library that runs a model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ TOWER_PREFIXES = (
     "embed_audio.",
     "audio_tower.",
 )
-"""Tensors of vision and audio towers, by the checkpoint's names and by mlx-vlm's; a text model
-reads none of them.
+"""Prefixes of the tensors of vision and audio towers, in checkpoints and in mlx-vlm's models.
+
+A text load reads none of these tensors.
 """
 
 
@@ -32,12 +33,12 @@ def select_backend(config: Mapping[str, Any], names: Collection[str], force_text
     """Choose the library that loads a model.
 
     Args:
-        config: config.json.
+        config: The values of config.json.
         names: The names of the model's stored tensors.
         force_text: Load the text part of a vision model.
 
     Returns:
-        mlx-vlm for a model with a vision config and a tower's tensor, else mlx-lm.
+        mlx-vlm for a model with a vision config and tensors of a tower, else mlx-lm.
     """
     tower = any(name.startswith(TOWER_PREFIXES) for name in names)
     return MlxVlm() if config.get("vision_config") and tower and not force_text else MlxLm()

@@ -64,7 +64,7 @@ def part_of(
         class_config: Gives the config for the model's class; called for a pipeline alone.
 
     Raises:
-        MissingPartError: The model has not these layers, its class offers no pipeline, or there are
+        MissingPartError: The model has not these layers, its class has no pipeline, or there are
             more ranks than layers.
         AssemblyError: The config has larger numbers than the tensors allow.
     """

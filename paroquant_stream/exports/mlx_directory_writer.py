@@ -25,7 +25,7 @@ from ..files.new_file import new_file_at
 from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
-from ..model.entries import reading
+from ..model.entries import guard_reads
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from ..store.manifest import Manifest
 from ..store.store import Store
@@ -126,7 +126,7 @@ def _write_directory(
     with new_directory(target, total) as directory:
         export_files(request.source.directory, files_to_export(request.source.directory), directory)
         shards = _cut(specs, shard_size)
-        with reading(manifest.entries, store):
+        with guard_reads(manifest.entries, store):
             for name, held in shards.items():
                 _write_shard(directory / name, held, tensors)
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}

@@ -59,7 +59,7 @@ def _check_size(file: SingleFile) -> None:
 
 @contextlib.contextmanager
 def _reading_file(file: SingleFile) -> Iterator[None]:
-    """As `reading`, for a single file."""
+    """As `guard_reads`, for a single file."""
     try:
         yield
     except ParoquantStreamError:

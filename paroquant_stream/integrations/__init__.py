@@ -1,1 +1,4 @@
-"""The loader of this package in the place of other packages' loaders."""
+"""Replaces the loaders of other packages by the one of paroquant_stream.
+
+Imports errors.
+"""

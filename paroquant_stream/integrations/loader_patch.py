@@ -1,9 +1,9 @@
-"""install(): paroquant's own MLX loader replaced by ours for this process, and put back.
+"""Replaces the MLX loader of the `paroquant` package for this process, and restores it.
 
-Programs hold the loader in two ways: they ask its module when they load, or they took the function
-when they were imported. So the name in the module is replaced, and every module's name that *is*
-that function. paroquant is not imported for this (its loader takes 2.7 s and brings mlx-lm, which
-a program may want to prepare first): a finder waits until somebody else imports it.
+Programs look the loader up in its module at each load, or imported the function once. So the name
+in the module is replaced, and every name in another module that refers to the same function.
+paroquant is not imported for this, as that is slow and imports mlx-lm, which a program may want to
+configure first: an import hook replaces the loader when its module is imported.
 """
 
 from __future__ import annotations
@@ -22,27 +22,31 @@ from typing import Any
 
 from ..errors import LoaderMovedError, MissingExtraError
 
-HOME = "paroquant.inference.backends.mlx.load"
-"""The module with the loader, as of paroquant 0.1.16; oMLX and the package's own generator, chat
-and serve commands take it from there."""
+LOADER_MODULE = "paroquant.inference.backends.mlx.load"
+"""The module that defines the loader, as of paroquant 0.1.16.
+
+oMLX and the package's own generator, chat and serve commands import it from there.
+"""
 _installed: list[Callable[..., Any]] = []
-"""Our loader with the options of every install() that has had no uninstall(); the last counts."""
+"""The loader with the options of each install() that is not undone; the last one is used."""
 _original: Callable[..., Any] | None = None
+"""paroquant's own loader, once its module was patched."""
 
 
 def install(loader: Callable[..., Any], **options: Any) -> None:
-    """Replaces paroquant's MLX loader by `paroquant_stream.load` in this process.
+    """Replace paroquant's MLX loader in this process, as `paroquant_stream.install` describes.
 
-    `loader`: our own `load`. `options`: its keyword options for every call.
-    Whoever imports the loader later gets ours too. Calls nest: each needs its `uninstall()`, and
-    the options of the innermost count. What holds the function elsewhere than in a module's name
-    (a class attribute, `functools.partial`) keeps the old one.
+    Args:
+        loader: `paroquant_stream.load`.
+        **options: Keyword options of `loader` for every call.
 
-    Raises MissingExtraError without paroquant, LoaderMovedError when the installed version has no such
-    loader or gives it other arguments, TypeError for options that `load()` does not have.
+    Raises:
+        MissingExtraError: paroquant is not installed.
+        LoaderMovedError: The installed version has no such loader, or one with other arguments.
+        TypeError: `loader` has no such option.
     """
     inspect.signature(loader).bind("a model", False, False, **options)
-    home = sys.modules.get(HOME)
+    home = sys.modules.get(LOADER_MODULE)
     if home is not None:
         _replace(home)
     else:
@@ -53,9 +57,7 @@ def install(loader: Callable[..., Any], **options: Any) -> None:
 
 
 def uninstall() -> None:
-    """Undoes the last `install()`; the outermost puts paroquant's loader back. Without one it does
-    nothing.
-    """
+    """Undo the last `install()`; after the first one is undone, paroquant's loader is back."""
     if _installed:
         _installed.pop()
     if not _installed:
@@ -66,37 +68,43 @@ def uninstall() -> None:
 
 
 def load(model_path: str, lazy: bool = False, force_text: bool = False) -> tuple[Any, Any, bool]:
-    """`paroquant_stream.load` with the options of `install()`, under paroquant's signature.
+    """Load a model by the installed loader; after `uninstall()` by paroquant's own.
 
-    Whoever kept it beyond `uninstall()` gets paroquant's own.
+    Args:
+        model_path: A model directory or a Hub repository id.
+        lazy: Leave the parameters unevaluated.
+        force_text: Load the text part of a vision model.
+
+    Returns:
+        The model, its tokenizer or processor, and whether it is a vision model.
     """
     current = _installed[-1] if _installed else _original
-    assert current is not None  # whoever has this function had it from a module that was patched
+    assert current is not None  # only a patched module refers to this function
     loaded: tuple[Any, Any, bool] = current(model_path, lazy, force_text)
     return loaded
 
 
 def _check_installed() -> None:
-    """Raises unless paroquant is there and has the loader's file; imports nothing of it."""
+    """Check that paroquant has the loader's file, without importing it."""
     try:
         package = find_spec("paroquant")
-    except ValueError:  # a module of that name without a spec, as tests make them
+    except ValueError:  # a module without a spec, made by a program
         package = None
     if package is None:
         raise MissingExtraError(
             "paroquant is not installed, so there is no loader to replace: "
             "pip install 'paroquant[mlx]', or call paroquant_stream.load() yourself"
         )
-    below = os.path.join(*HOME.split(".")[1:])
+    below = os.path.join(*LOADER_MODULE.split(".")[1:])
     for directory in package.submodule_search_locations or ():
         path = os.path.join(directory, below)
         if os.path.isfile(f"{path}.py") or os.path.isfile(os.path.join(path, "__init__.py")):
             return
-    raise LoaderMovedError(_moved("it is not there"))
+    raise LoaderMovedError(_moved("there is no such module"))
 
 
 def _replace(home: ModuleType) -> None:
-    """Our loader in `home` and wherever its loader was imported by name."""
+    """Replace the loader in its module and in every module that imported it by name."""
     global _original  # noqa: PLW0603 (a process has one loader)
     found = vars(home).get("load")
     if found is load:
@@ -112,23 +120,25 @@ def _replace(home: ModuleType) -> None:
 
 
 def _moved(found: str) -> str:
+    """Write the message of a LoaderMovedError."""
     try:
         installed = version("paroquant")
     except PackageNotFoundError:
         installed = "(of unknown version)"
     return (
-        f"paroquant {installed} does not have its MLX loader at {HOME}.load as 0.1.16 has: "
-        f"{found}; install paroquant 0.1.16, or call paroquant_stream.load() yourself"
+        f"paroquant {installed} does not have its MLX loader at {LOADER_MODULE}.load, as 0.1.16 "
+        f"has: {found}; install paroquant 0.1.16, or call paroquant_stream.load() yourself"
     )
 
 
 def _swap(old: object, new: object) -> None:
+    """Replace an object by another one in the names of every module but this."""
     for module in list(sys.modules.values()):
-        try:  # past __getattribute__: a lazy module would import itself here
+        try:  # not by getattr, at which a lazy module would import itself
             names = object.__getattribute__(module, "__dict__")
-        except AttributeError:  # sys.modules may hold anything
+        except AttributeError:  # sys.modules may hold any object
             continue
-        if names is globals():  # this room has to know both
+        if names is globals():  # this module needs both
             continue
         for name, value in list(names.items()):
             if value is old:
@@ -136,33 +146,36 @@ def _swap(old: object, new: object) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Notices the import of the loader's module."""
+    """Wraps the import of the loader's module, to patch it right after."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != HOME:
+        """Find the module by the other finders, and wrap its import loader."""
+        if name != LOADER_MODULE:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Replacing(spec.loader)
+                spec.loader = _PatchingLoader(spec.loader)
             if spec is not None:
                 return spec
         return None
 
 
-class _Replacing(Loader):
-    """Runs the module as its own loader would, then replaces what it defined."""
+class _PatchingLoader(Loader):
+    """Executes the module by its own import loader, then replaces the function it defined."""
 
     def __init__(self, inner: Loader) -> None:
         self._inner = inner
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module by its own import loader."""
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._inner  # nothing of ours stays in the module
+        """Execute the module, then patch it unless everything was uninstalled meanwhile."""
+        module.__loader__ = self._inner  # leave no trace of the hook in the module
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
         self._inner.exec_module(module)

@@ -1,4 +1,4 @@
-"""The MLX model, assembled from stored tensors.
+"""Assembles the MLX model from stored tensors.
 
-Imports distributed, backends, rotation, store and what is below; never conversion.
+Imports distributed, backends, rotation, plan, store, checkpoint and files; never conversion.
 """

@@ -1,6 +1,4 @@
-"""assemble(): the MLX model of a manifest, every parameter from a stored tensor and every tensor
-used.
-"""
+"""Assembles the MLX model: every parameter has a stored tensor, every tensor a parameter."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ from ..plan.planner import Plan
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 from ..trace import SILENCE, Trace
-from .entries import check_sizes, read_weights, reading
+from .entries import check_sizes, guard_reads, read_weights
 from .experts import placeholders
-from .names import named_for
+from .names import rename_weights
 from .placement import place_weights
 from .tensor_source import TensorSource
 
@@ -52,20 +50,20 @@ def assemble(
     trace: Trace = SILENCE,
     split: Split = WHOLE,
 ) -> Loaded:
-    """Assemble a converted model, or a part of it, from its entries.
+    """Assemble a converted model, or a part of it, from its cache entries.
 
     Args:
         config: Of the model directory.
-        manifest: Names the entries.
-        store: Holds them.
-        lazy: Read nothing before it is used.
+        manifest: Lists the entries.
+        store: Holds the entries.
+        lazy: Leave the parameters unevaluated, so that MLX reads each at its first use.
         force_text: Load the text part of a vision model.
         full: Hash every entry before it is used.
-        trace: Gets the time of each stage.
+        trace: Records the time of each stage.
         split: Which part is loaded.
 
     Raises:
-        EntryDamagedError: An entry is not what was written.
+        EntryDamagedError: An entry's bytes are not those that were written.
         AssemblyError: As `assemble_from` raises.
         MissingPartError: As `assemble_from` raises.
     """
@@ -74,7 +72,7 @@ def assemble(
         lambda wanted: read_weights(
             manifest, store, wanted, full=full, lazy=lazy or split.by_tensors
         ),
-        lambda wanted: reading(manifest.entries_with(wanted), store),
+        lambda wanted: guard_reads(manifest.entries_with(wanted), store),
         lambda wanted: check_sizes(manifest.entries_with(wanted), store),
         manifest.bits,
         manifest.group_size,
@@ -97,15 +95,15 @@ def assemble_from(
     Args:
         stored: The tensors.
         config: Of the model directory.
-        lazy: Read nothing before it is used.
+        lazy: Leave the parameters unevaluated, so that MLX reads each at its first use.
         force_text: Load the text part of a vision model.
-        trace: Gets the time of each stage.
+        trace: Records the time of each stage.
         split: Which part is loaded.
 
     Raises:
-        AssemblyError: Lists every tensor that the whole model has no place for, every parameter
-            without a tensor, and every shape that does not fit.
-        MissingPartError: The model does not have the part.
+        AssemblyError: Tensors and parameters of the whole model do not match; lists each.
+        MissingPartError: The model has no such part.
+        CheckpointError: The directory or its tokenizer cannot be used.
     """
     directory, tensors = config.directory, stored.tensors
     check_directory(directory)
@@ -113,7 +111,7 @@ def assemble_from(
     part = part_of(split, config, tensors, force_text, class_config)
     is_vlm = part.backend.is_vlm
     if stored.model_names and config.values.get("vision_config") and not (is_vlm or force_text):
-        logger.warning("%s: saved without its vision tower, so a text model", directory)
+        logger.warning("%s: saved without its vision tower, so loaded as a text model", directory)
     weights = _start_reading(stored, part, split, lazy, trace)
     slices = stored.slices(weights) if split.by_tensors else nullcontext()
     with trace.span("build the model"):
@@ -123,7 +121,7 @@ def assemble_from(
         tokenizer = part.backend.load_tokenizer(directory, class_config())
     with trace.span("place the weights"):
         _place(model, stored, part, weights, directory)
-    del weights  # else what `cut` replaces would stay
+    del weights  # or the arrays that `cut` replaces would stay in memory
     with stored.guard(part.reads):
         with trace.span("cut"), slices as take:
             cut(model, split, part, take)
@@ -138,7 +136,7 @@ def assemble_from(
 def _start_reading(
     stored: TensorSource, part: Part, split: Split, lazy: bool, trace: Trace
 ) -> dict[str, mx.array]:
-    """Open what the part needs and let MLX read it while seconds of imports go by."""
+    """Open the tensors of the part, and have MLX read them during the slow imports."""
     if not lazy:
         parts = split.group.size() if split.by_tensors else 1
         _check_memory(sum(t.nbytes for t in stored.tensors if part.reads(t.name)) // parts)
@@ -157,17 +155,17 @@ def _place(
     weights: dict[str, mx.array],
     directory: Path,
 ) -> None:
-    """Puts what was read into the model, and placeholders in the place of the rest."""
+    """Put the tensors of the part into the model, and placeholders for all others."""
     unread = placeholders(t for t in stored.tensors if part.has(t.name) and not part.reads(t.name))
     weights = weights | unread
     if not stored.model_names:
-        weights = named_for(model, weights, part.backend)
+        weights = rename_weights(model, weights, part.backend)
     check_placed(part, weights, unread)
     place_weights(model, weights, stored.bits, stored.group_size, directory)
 
 
 def _read(model: nn.Module, stored: TensorSource, part: Part, split: Split) -> None:
-    """Has MLX read what is left of the parameters, from files that are as they were opened."""
+    """Have MLX read the parameters that the part kept, then check the sizes of the files."""
     if split.by_tensors:
         read_by_layer(model)
     else:
@@ -178,18 +176,33 @@ def _read(model: nn.Module, stored: TensorSource, part: Part, split: Split) -> N
 def needed_entries(
     split: Split, config: ModelConfig, manifest: Manifest, force_text: bool
 ) -> Collection[EntryRecord]:
-    """Find the entries from which a part of a model is read; raises what `part_of` raises."""
+    """Find the entries from which a part of a model is read.
+
+    Args:
+        split: Which part is loaded.
+        config: Of the model directory.
+        manifest: Lists the entries.
+        force_text: Load the text part of a vision model.
+
+    Raises:
+        AssemblyError: As `part_of` raises.
+        MissingPartError: As `part_of` raises.
+    """
     tensors = [tensor for record in manifest.entries for tensor in record.tensors]
     class_config = partial(load_config, config.directory)
     return manifest.entries_with(part_of(split, config, tensors, force_text, class_config).reads)
 
 
 def check_assembly(config: ModelConfig, plan: Plan) -> None:
-    """Build the model's class and find the place of every tensor that a plan makes; reads none.
+    """Check that a model can be assembled from the tensors of a plan, without reading any.
+
+    Args:
+        config: Of the model directory.
+        plan: Lists the tensors that a conversion would write.
 
     Raises:
-        AssemblyError: No class is known for the model, or a tensor has no place in it, or a
-            parameter no tensor.
+        AssemblyError: The library has no class for the model, or tensors and parameters do not
+            match.
         MissingExtraError: mlx-lm or mlx-vlm is not installed.
     """
     directory = config.directory
@@ -199,16 +212,16 @@ def check_assembly(config: ModelConfig, plan: Plan) -> None:
     part = part_of(WHOLE, config, specs, force_text=False, class_config=class_config)
     model = part.backend.build(class_config())
     weights = placeholders(spec for spec in specs if part.has(spec.name))
-    weights = named_for(model, weights, part.backend)
+    weights = rename_weights(model, weights, part.backend)
     bits, group_size = plan.quantization.bits, plan.quantization.group_size
     place_weights(model, weights, bits, group_size, directory)
 
 
 def _check_memory(needed: int) -> None:
-    """Raises AssemblyError when the weights cannot fit: out of memory, MLX crashes the process."""
+    """Check that the weights fit into memory: beyond it, MLX would crash the process."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise AssemblyError(
-            f"the weights take {needed:,} bytes, this machine has {memory:,}; lazy=True loads them "
-            "all the same, as they are used"
+            f"the weights need {needed:,} bytes, this machine has {memory:,}; lazy=True loads them "
+            "anyway, each at its first use"
         )

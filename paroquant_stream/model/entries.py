@@ -1,4 +1,4 @@
-"""The tensors of a manifest's entries, as one dict of lazy MLX arrays, stacks whole."""
+"""Reads the tensors of cache entries as lazy MLX arrays and takes damaged entries out of use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .experts import join_pieces, stack_experts
 
 logger = logging.getLogger(__name__)
 IO_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
-"""Ends of the names of weights that are quantized here and were not in the checkpoint."""
+"""Suffixes of the embedding and head weights, which the conversion quantizes."""
 
 
 def read_weights(
@@ -31,16 +31,30 @@ def read_weights(
     full: bool = False,
     lazy: bool = False,
 ) -> dict[str, mx.array]:
-    """Name -> lazy array of every wanted tensor; stacks whole, shape (experts, ...).
+    """Read the wanted tensors as lazy arrays, with stacked experts joined to (experts, ...).
 
-    Size and header of an entry are always checked, its digest when its stat is not known or `full`.
-    `lazy`: stacks are not joined before they are used.
-    An entry without a wanted tensor is not opened. Raises EntryDamagedError, after taking the entry out
-    of use, when its bytes are not those that were written; StoreError when it is absent.
+    Size and header of each entry are checked, and its digest unless the digest cache knows it. An
+    entry without a wanted tensor is not opened.
+
+    Args:
+        manifest: Lists the entries.
+        store: Holds the entries.
+        wanted: Decides by the name of a tensor whether it is read.
+        full: Hash every entry, whatever the digest cache knows.
+        lazy: Leave joined stacks unevaluated too.
+
+    Returns:
+        The arrays by the names of their tensors.
+
+    Raises:
+        EntryDamagedError: An entry's bytes are not those that were written; it was taken out of
+            use.
+        StoreError: An entry is absent or cannot be opened.
+        AssemblyError: MLX cannot read an entry, or experts are missing in a stack.
     """
     weights: dict[str, mx.array] = {}
     records = manifest.entries_with(wanted)
-    with reading(records, store):
+    with guard_reads(records, store):
         for record in records:
             arrays = _read_entry(record, store, full)
             names = [tensor.name for tensor in record.tensors if wanted(tensor.name)]
@@ -49,11 +63,18 @@ def read_weights(
 
 
 @contextlib.contextmanager
-def reading(records: Collection[EntryRecord], store: Store) -> Iterator[None]:
-    """Guards a body in which MLX reads these entries: after a failure no array of it may be used,
-    for a second eval would give zeros.
+def guard_reads(records: Collection[EntryRecord], store: Store) -> Iterator[None]:
+    """Guard a block in which MLX evaluates arrays of these entries.
 
-    Raises EntryDamagedError, the entry taken out of use, when an entry is the cause, else AssemblyError.
+    After a failure none of the arrays may be used: a second evaluation would return zeros.
+
+    Args:
+        records: The entries that the arrays are read from.
+        store: Holds the entries.
+
+    Raises:
+        EntryDamagedError: MLX failed and an entry is damaged; it was taken out of use.
+        AssemblyError: MLX failed for another reason.
     """
     try:
         yield
@@ -67,29 +88,33 @@ def reading(records: Collection[EntryRecord], store: Store) -> Iterator[None]:
 
 
 def check_sizes(records: Collection[EntryRecord], store: Store) -> None:
-    """Take out of use an entry that was cut off since it was opened.
+    """Check that no entry was truncated since it was opened.
 
-    MLX before 0.32.4 gives zeros for what it cannot read any more.
+    MLX before 0.32.4 returns zeros for what it can no longer read.
+
+    Args:
+        records: The entries that were read.
+        store: Holds the entries.
 
     Raises:
-        EntryDamagedError: There is one.
+        EntryDamagedError: An entry was truncated; it was taken out of use.
     """
     for record in records:
-        if store.entry_size(record.key) not in (None, record.size):  # None: removed, and still open
+        if store.entry_size(record.key) not in (None, record.size):  # None: removed but still open
             raise take_out(store, record, "became shorter while it was read")
 
 
 def _read_entry(record: EntryRecord, store: Store, full: bool) -> dict[str, mx.array]:
-    """The entry's arrays, through the very descriptor that was checked."""
+    """Load the arrays of an entry through the descriptor that was checked."""
     with closing(_open_checked(record, store, full)) as fd:
         return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
 
 
 def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
-    """A descriptor of a sound entry; a damaged one is taken out of use."""
+    """Open an entry and check it; take a damaged one out of use."""
     fd = store.open_entry(record.key)
     try:
-        if not _defect(record, store, fd, full):
+        if not _find_defect(record, store, fd, full):
             return fd
     except BaseException:
         os.close(fd)
@@ -97,12 +122,15 @@ def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
     os.close(fd)
     if problem := confirmed_defect(record, store):
         raise take_out(store, record, problem)
-    logger.warning("%s: read wrong once, and right again", store.entry_path(record.key))
+    logger.warning(
+        "%s: one read returned wrong bytes, the next one the right ones",
+        store.entry_path(record.key),
+    )
     return store.open_entry(record.key)
 
 
-def _defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
-    """What is wrong with an entry: size and header, and the digest unless its stat is known."""
+def _find_defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
+    """Check size and header of an entry, and its digest unless the digest cache knows it."""
     label = str(store.entry_path(record.key))
     if not full and store.memo.lookup(fd) == record.digest:
         return layout_defect(fd, record.tensors, label)

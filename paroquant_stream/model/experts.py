@@ -1,4 +1,4 @@
-"""Stacks of experts, joined from pieces and from single experts."""
+"""Joins stacked experts from pieces and from single experts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,53 @@ _EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>\w+_proj
 
 
 def placeholders(specs: Iterable[TensorSpec]) -> dict[str, mx.array]:
-    """Name -> an array of the tensor's shape and dtype that must never be evaluated; stacks whole.
+    """Make unevaluated arrays for tensors that are not read, with experts stacked.
 
-    For tensors that are not read here: `sanitize` judges tensors by others, so it must see them
-    all. Unevaluated, they take no memory.
+    A class's `sanitize` needs all tensors, since it decides about some by the presence of others.
+    The arrays take no memory, and their values are not the tensors': never evaluate them.
+
+    Args:
+        specs: Name, dtype and shape of the tensors.
+
+    Returns:
+        The arrays by name.
     """
-    found = {spec.name: mx.zeros(spec.shape, MLX_DTYPES[spec.dtype]) for spec in specs}
-    return stack_experts(join_pieces(found, lazy=True))
+    zeros = {spec.name: mx.zeros(spec.shape, MLX_DTYPES[spec.dtype]) for spec in specs}
+    return stack_experts(join_pieces(zeros, lazy=True))
 
 
 def join_pieces(weights: dict[str, mx.array], lazy: bool) -> dict[str, mx.array]:
-    """Pieces `X.experts_<first>_<last>` become one X, in the order of the experts."""
+    """Replace the pieces `X.experts_<first>_<last>` in `weights` by one X, ordered by expert.
+
+    Args:
+        weights: Changed in place.
+        lazy: Leave the joined arrays unevaluated.
+
+    Returns:
+        `weights`.
+
+    Raises:
+        AssemblyError: Experts are missing between the pieces.
+    """
     for stack, pieces in stacks_in_pieces(weights).items():
         weights[stack] = mx.concatenate([weights.pop(name) for name in pieces], axis=0)
         if not lazy:
-            mx.eval(weights[stack])  # one at a time: its pieces are freed before the next is read
+            mx.eval(weights[stack])  # one by one: frees its pieces before the next is read
     return weights
 
 
 def stack_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Experts that were left unquantized, one tensor each, become stacks."""
+    """Replace the tensors of unquantized single experts in `weights` by stacks.
+
+    Args:
+        weights: Changed in place.
+
+    Returns:
+        `weights`.
+
+    Raises:
+        AssemblyError: The experts of a stack are not numbered from 0 without gaps.
+    """
     members: dict[str, dict[int, str]] = defaultdict(dict)
     for name in weights:
         if match := _EXPERT.fullmatch(name):

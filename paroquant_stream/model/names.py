@@ -1,4 +1,4 @@
-"""The names that the model's own class has for stored tensors, and which it may drop."""
+"""Renames stored tensors to the parameters of the model's class, and checks what it drops."""
 
 from __future__ import annotations
 
@@ -18,20 +18,27 @@ logger = logging.getLogger(__name__)
 Weights = dict[str, mx.array]
 
 
-def named_for(model: nn.Module, weights: Weights, backend: Backend) -> Weights:
-    """The weights under the model's names; raises AssemblyError when `sanitize` drops a tensor of
-    no known kind. No array is evaluated.
+def rename_weights(model: nn.Module, weights: Weights, backend: Backend) -> Weights:
+    """Rename weights to the model's parameters, without evaluating any.
+
+    Args:
+        model: An instance of the model's class.
+        weights: The arrays by their names in the checkpoint.
+        backend: The library that the class is from.
+
+    Returns:
+        The arrays by the names of the model's parameters.
+
+    Raises:
+        AssemblyError: `sanitize` drops a tensor that no class is known to drop.
     """
     return _align_experts(model, _sanitize(model, weights, backend))
 
 
 def _sanitize(model: nn.Module, weights: Weights, backend: Backend) -> Weights:
-    """The weights under the model's names, each quantized embedding's scales and biases beside it.
-
-    Of a quantized embedding or head only the weight passes through `sanitize`, which knows
-    unquantized ones; where that array went, its scales and biases follow. Dropped, or of no use to
-    the model, all three go.
-    """
+    """Run the class's `sanitize`, and keep each quantized embedding's scales and biases with it."""
+    # `sanitize` knows unquantized embeddings and heads only, so it gets their weight alone; scales
+    # and biases follow to where that array went, or are dropped with it.
     companions: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
     for name in [name for name in weights if name.endswith(IO_WEIGHTS)]:
         module = name.removesuffix(".weight")
@@ -57,19 +64,17 @@ def _sanitize(model: nn.Module, weights: Weights, backend: Backend) -> Weights:
     return weights
 
 
-_DROPPED = re.compile(
+_MAY_DROP = re.compile(
     r"(^|.*\.)(mtp\.|rotary_emb|input_(min|max)$|output_(min|max)$|lm_head\.weight$)"
     r"|.*\.layers\.\d+\.self_attn\.([kv]_proj|[kv]_norm)\."  # of layers that share K and V
 )
-"""What a model class may drop of a checkpoint; a tower in text mode is not read at all."""
+"""Tensors that a model class may drop; the tower of a text load is not read at all."""
 
 
 def _check_dropped(before: Weights, after: Weights) -> None:
-    """Raises AssemblyError when `sanitize` dropped a tensor of no known kind; logs the others.
-
-    A tensor that is not in `after` was dropped, unless a new one in `after` has its tail: then it
-    was changed (a norm shifted, a convolution transposed).
-    """
+    """Log what `sanitize` dropped; raise AssemblyError for tensors that must not be dropped."""
+    # A new array with the tail of an old name is that one, changed: a norm shifted, a convolution
+    # transposed.
     kept = {id(array) for array in after.values()}
     known = {id(array) for array in before.values()}
     changed = {_tail(name) for name, array in after.items() if id(array) not in known}
@@ -78,32 +83,28 @@ def _check_dropped(before: Weights, after: Weights) -> None:
         for name, array in before.items()
         if id(array) not in kept and _tail(name) not in changed
     ]
-    unknown = [name for name in dropped if not _DROPPED.match(name)]
+    unknown = [name for name in dropped if not _MAY_DROP.match(name)]
     if unknown:
-        raise AssemblyError("the model class has no use for these tensors:" + listed(unknown))
+        raise AssemblyError("the model class drops these tensors:" + listed(unknown))
     if dropped:
-        logger.info("not used by the model class: %s", ", ".join(dropped))
+        logger.info("dropped by the model class: %s", ", ".join(dropped))
 
 
 def _tail(name: str) -> str:
-    """A name from its layer's number on, or its last two words."""
+    """Return a name from its layer number on, or its last two components."""
     match = re.search(r"\.(layers|blocks)\.\d+\..*", name)
     return match[0] if match else ".".join(name.split(".")[-2:])
 
 
 def _align_experts(model: nn.Module, weights: Weights) -> Weights:
-    """Stacked experts under the path of the model's own MoE module (`switch_mlp`,
-    `experts.switch_glu`).
-    """
+    """Move stacked experts to the model's own SwitchGLU (`switch_mlp` or `experts.switch_glu`)."""
     paths = [path for path, module in model.named_modules() if type(module).__name__ == "SwitchGLU"]
-    homes = {
-        path.rsplit(".switch_mlp", 1)[0] if path.endswith(".switch_mlp") else None for path in paths
-    }
+    parents = {path.removesuffix(".switch_mlp") for path in paths if path.endswith(".switch_mlp")}
     aligned: Weights = {}
     for name, array in weights.items():
         base, marker, rest = name.partition(".switch_mlp.")
-        home = f"{base}.switch_mlp"
-        if marker and base not in homes:
-            home = next((path for path in paths if path.startswith(base + ".")), home)
-        aligned[f"{home}.{rest}" if marker else name] = array
+        target = f"{base}.switch_mlp"
+        if marker and base not in parents:
+            target = next((path for path in paths if path.startswith(base + ".")), target)
+        aligned[f"{target}.{rest}" if marker else name] = array
     return aligned

@@ -1,4 +1,4 @@
-"""Stored tensors in their parameters: rotated layers swapped in, every difference an error."""
+"""Puts stored tensors into the model's parameters; every difference is an error."""
 
 from __future__ import annotations
 
@@ -18,12 +18,23 @@ from .names import Weights
 def place_weights(
     model: nn.Module, weights: Weights, bits: int, group_size: int, directory: Path
 ) -> None:
-    """Puts the weights into the model, each in its place, or raises AssemblyError."""
+    """Replace layers by rotated and quantized ones, load the weights and set eval mode.
+
+    Args:
+        model: An instance of the model's class, changed in place.
+        weights: The arrays by the names of the model's parameters.
+        bits: Bits per quantized weight.
+        group_size: Channels per group, of the quantization and of the rotations.
+        directory: The model directory, for messages.
+
+    Raises:
+        AssemblyError: Weights and parameters do not match in name, shape or kind of dtype.
+    """
     try:
         _swap_layers(model, weights, bits, group_size)
     except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
-        raise AssemblyError(  # what shapes and names lead to that no conversion has
-            f"{directory}: the stored tensors are no rotated layers of this model: {error}"
+        raise AssemblyError(  # names and shapes that no conversion writes
+            f"{directory}: the stored tensors do not fit the layers of this model: {error}"
         ) from error
     _check(model, weights)
     model.load_weights(list(weights.items()))
@@ -31,7 +42,7 @@ def place_weights(
 
 
 def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int) -> None:
-    """Puts rotated and quantized layers where the weights have their parameters."""
+    """Replace the layers whose weights are rotated or quantized."""
     modules = dict(model.named_modules())
     swaps: list[tuple[str, nn.Module]] = []
     for path, module in modules.items():
@@ -57,7 +68,7 @@ def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int)
 
 
 def _check(model: nn.Module, weights: Weights) -> None:
-    """Raises AssemblyError unless weights and parameters match in name, shape and kind."""
+    """Check that weights and parameters match in name, shape and kind of dtype."""
     parameters = dict(tree_flatten(model.parameters()))
     issues = [f"{name}: no stored tensor" for name in parameters.keys() - weights.keys()]
     issues += [f"{name}: no such parameter" for name in weights.keys() - parameters.keys()]
@@ -74,5 +85,5 @@ def _check(model: nn.Module, weights: Weights) -> None:
 
 
 def _kind(array: mx.array) -> Any:
-    """Floats may differ in width, since a class starts in float32; integers must agree."""
+    """Return the dtype, one for all floats: a class starts in float32, whatever is stored."""
     return mx.floating if mx.issubdtype(array.dtype, mx.floating) else array.dtype

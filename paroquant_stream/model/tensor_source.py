@@ -1,4 +1,4 @@
-"""Where the tensors of a model come from: entries, a single file, an export."""
+"""Where the tensors of a model are read from: cache entries, a single file or an export."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from ..files.tensor_header import TensorSpec
 
 @dataclass(frozen=True)
 class TensorSource:
-    """The tensors of a converted model, wherever they lie."""
+    """The tensors of a converted model, and how they are read."""
 
     tensors: Sequence[TensorSpec]
+    """Name, dtype and shape of every tensor."""
     read: Callable[[Callable[[str], bool]], dict[str, mx.array]]
-    """The arrays of the wanted names, as `read_weights` gives them."""
+    """Returns the arrays of the wanted names, as `read_weights` does."""
     guard: Callable[[Callable[[str], bool]], contextlib.AbstractContextManager[None]]
-    """For a body in which MLX reads the wanted names, as `reading` is."""
+    """Guards a block in which MLX reads the wanted names, as `guard_reads` does."""
     check: Callable[[Callable[[str], bool]], None]
-    """Raises when a file of the wanted names changed its size since it was opened."""
+    """Raises if a file with wanted names changed its size since it was opened."""
     bits: int
+    """Bits per quantized weight."""
     group_size: int
+    """Channels per group."""
     model_names: bool = False
-    """Names are the model's, not the checkpoint's: `sanitize` has been there already."""
+    """Whether the names are the model's parameters: then `sanitize` must not run again."""
     slices: Callable[[dict[str, mx.array]], contextlib.AbstractContextManager[Take | None]] = (
         lambda _: contextlib.nullcontext()
     )
-    """For a body in which slices of the arrays that were read are taken; None: cut them."""
+    """Opens the arrays' files to read slices of them; yields None where arrays are read whole."""

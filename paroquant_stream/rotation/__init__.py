@@ -1,4 +1,4 @@
-"""The rotated layers of a ParoQuant model, and the kernels that rotate.
+"""The rotated layers of a ParoQuant model and the kernels that compute the rotation.
 
-Imports nothing else of this package.
+Imports no other package of paroquant_stream.
 """

@@ -1,4 +1,4 @@
-"""The rotation as a CUDA kernel of one warp for each group of channels and tile of rows."""
+"""The rotation as a CUDA kernel: one warp per group of channels and tile of rows."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from typing import Any
 
 import mlx.core as mx
 
-from .packed import Form
+from .packed import Tables
 from .tables import RotationTables
 
 MAX_GROUP_SIZE = 128
 MAX_KROT = 16
-"""A lane holds the coefficients of its pairs of all rounds in registers: here 96 of its 255."""
+"""A lane keeps the coefficients of its pairs of every round in registers."""
 _WARPS = 4
-"""Of a block, at most; each has rows of its own and waits for no other."""
+"""Most warps per block; each works on rows of its own, so none waits for another."""
 _TILE = 4
-"""Rows that a warp turns at once, from 32 rows on: on an H100, 2048 rows of 8192 take 139 us, one
-by one 145, eight at a time 250."""
+"""Rows that a warp rotates at once, for inputs of 32 rows or more; other values were slower."""
 _BLOCKS = 8
-"""From this many blocks on a warp does four tiles in a row, with the coefficients it has."""
+"""Above this many blocks a warp rotates four tiles in a row, to reuse its coefficients."""
 _SOURCE = """
   constexpr int LANES = 32;
-  constexpr int SHARE = (GROUP / 2 + LANES - 1) / LANES;  // pairs of a round that a lane turns
-  using Column = AlignedVector<float, ROWS>;              // one channel of the rows of a tile
+  constexpr int SHARE = (GROUP / 2 + LANES - 1) / LANES;  // pairs of a round that a lane rotates
+  using Column = AlignedVector<float, ROWS>;              // one channel of every row of a tile
   __shared__ Column area[WARPS][GROUP];
   Column* y = area[threadIdx.y];
   const int lane = threadIdx.x;
@@ -67,14 +66,14 @@ _SOURCE = """
         if (lane + n * LANES < GROUP / 2) {
           const int i = word[k][n] & 0xffff, j = word[k][n] >> 16;
           const Column a = y[i], b = y[j];
-          Column a_turned, b_turned;
+          Column a_rotated, b_rotated;
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            a_turned[r] = a[r] * c[k][n] + b[r] * s[k][n];
-            b_turned[r] = b[r] * c[k][n] - a[r] * s[k][n];
+            a_rotated[r] = a[r] * c[k][n] + b[r] * s[k][n];
+            b_rotated[r] = b[r] * c[k][n] - a[r] * s[k][n];
           }
-          y[i] = a_turned;
-          y[j] = b_turned;
+          y[i] = a_rotated;
+          y[j] = b_rotated;
         }
       }
       __syncwarp();  // the next round pairs the channels differently
@@ -94,17 +93,18 @@ _SOURCE = """
 
 
 def usable(tables: RotationTables) -> bool:
-    """Whether the kernel can run this rotation on the default device."""
+    """Return whether the kernel can run this rotation on the default device."""
     return on_cuda() and tables.group_size <= MAX_GROUP_SIZE and tables.krot <= MAX_KROT
 
 
 def on_cuda() -> bool:
-    """Whether the default device is an NVIDIA GPU."""
+    """Return whether the default device is an NVIDIA GPU."""
     return mx.cuda.is_available() and mx.default_device() == mx.gpu
 
 
 @cache
 def _kernel() -> Any:
+    """Compile the kernel, once per process."""
     return mx.fast.cuda_kernel(
         name="rotation",
         input_names=["x", "pairs", "cos_theta", "sin_theta", "channel_scales"],
@@ -114,12 +114,20 @@ def _kernel() -> Any:
 
 
 def rotate(x: mx.array, tables: RotationTables) -> mx.array:
-    """`x` scaled and rotated, in its own shape and dtype; only where `usable(tables)`."""
+    """Scale and rotate the channels of `x` on the GPU; requires `usable(tables)`.
+
+    Args:
+        x: (..., dims) in float16, bfloat16 or float32.
+        tables: Of the rotation.
+
+    Returns:
+        An array in the shape and dtype of `x`.
+    """
     rows = x.reshape(-1, tables.dims)
     count = rows.shape[0]
-    if count == 0:  # an empty grid is no valid launch
+    if count == 0:  # a launch needs a grid that is not empty
         return x
-    form = tables.form(Form)
+    packed = tables.for_kernel(Tables)
     tile = 1 if count < 32 else _TILE
     warps = min(_WARPS, math.ceil(count / tile))
     blocks = math.ceil(count / (tile * warps))
@@ -133,7 +141,7 @@ def rotate(x: mx.array, tables: RotationTables) -> mx.array:
         "WARPS": _WARPS,
     }
     (out,) = _kernel()(
-        inputs=[rows, form.pairs, form.cos, form.sin, form.channel_scales],
+        inputs=[rows, packed.pairs, packed.cos, packed.sin, packed.channel_scales],
         template=list(constants.items()),
         output_shapes=[rows.shape],
         output_dtypes=[rows.dtype],

@@ -1,4 +1,4 @@
-"""The rotation of activations: one chooser over a plain MLX reference and device kernels.
+"""The rotation of activations: chooses between the plain MLX reference and the GPU kernels.
 
 On a row x, first multiplied by `channel_scales`, inside each group of `group_size` channels, for
 k = 0 .. krot - 1 and for each pair (i, j) of round k:
@@ -6,9 +6,8 @@ k = 0 .. krot - 1 and for each pair (i, j) of round k:
     x_i' = x_i cos(theta) + x_j sin(theta)
     x_j' = x_j cos(theta) - x_i sin(theta)
 
-The reference is the truth; each kernel is tested against it and has its own room. A further kernel
-is a room with a `Form` (its tables), `usable(tables)` and `rotate(x, tables)`, and its place in
-`_KERNELS`.
+Each kernel is a module of its own and tested against the reference. To add one, write a module with
+`Tables` (a `KernelTables`), `usable(tables)` and `rotate(x, tables)`, and add it to `_KERNELS`.
 """
 
 from __future__ import annotations
@@ -25,11 +24,17 @@ _KERNELS = (metal, cuda)
 
 
 def rotate(x: mx.array, tables: RotationTables) -> mx.array:
-    """`x` with its channels scaled and rotated, in the shape and dtype of `x`.
+    """Scale and rotate the channels of `x`, in float32, by the kernel of the default device.
 
-    `x` is (..., dims) in float16, bfloat16 or float32; the arithmetic is float32. The default
-    device at the time of the call decides which kernel runs. Raises ValueError when the last axis
-    is not `tables.dims` long.
+    Args:
+        x: (..., dims) in float16, bfloat16 or float32.
+        tables: Of the rotation.
+
+    Returns:
+        An array in the shape and dtype of `x`.
+
+    Raises:
+        ValueError: The last axis of `x` is not `tables.dims` long, or the pairs are invalid.
     """
     if x.shape[-1] != tables.dims:
         raise ValueError(f"the rotation is over {tables.dims} channels, x has shape {x.shape}")
@@ -38,10 +43,10 @@ def rotate(x: mx.array, tables: RotationTables) -> mx.array:
 
 
 def prepare(tables: RotationTables) -> None:
-    """Builds now what `rotate()` would build at its first call on the default device."""
-    tables.form(_kernel_for(tables).Form)
+    """Build the tables that `rotate` would build at its first call on the default device."""
+    tables.for_kernel(_kernel_for(tables).Tables)
 
 
 def _kernel_for(tables: RotationTables) -> ModuleType:
-    """The room whose kernel runs this rotation on the default device."""
+    """Choose the module whose kernel runs this rotation on the default device."""
     return next((kernel for kernel in _KERNELS if kernel.usable(tables)), reference)

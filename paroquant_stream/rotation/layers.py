@@ -1,8 +1,8 @@
-"""Layers of a ParoQuant model: RotateQuantizedLinear, RotateSwitchGLU.
+"""The layers of a ParoQuant model: RotateQuantizedLinear and RotateSwitchGLU.
 
-Parameters have the names of the stored tensors. The rotation's tables are derived from them at the
-first call, are no parameters, and are made anew after theta, pairs or channel_scales were replaced
-(`load_weights`, `update`); writing into one of these arrays in place is not noticed.
+Parameters have the names of the stored tensors. The tables of a rotation are not parameters: they
+are built from theta, pairs and channel_scales at the first call, and again after one of these was
+replaced (`load_weights`, `update`). A write into such an array in place is not noticed.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import mlx.nn as nn
 from . import kernels
 
 _SORT_FROM = 64
-"""Routed rows from which experts are visited in order, as mlx-lm and mlx-vlm do."""
+"""Number of routed rows from which they are sorted by expert, as in mlx-lm and mlx-vlm."""
 
 
 class RotatedLayer(nn.Module):
-    """A module with rotations of its own, flat among its parameters, each under a prefix."""
+    """A module that holds the parameters of one or more rotations, each under a name prefix."""
 
     readers: ClassVar[dict[str, str]] = {"": ""}
-    """Prefix -> the projection in it that reads what this rotation gives; "": itself."""
+    """Prefix -> the projection inside the module that takes the rotated activations; "": itself."""
 
     def __init__(self, group_size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # mlx has no annotation here
         self.group_size = group_size
 
     def _add_rotation(self, prefix: str, dims: int, krot: int) -> None:
-        """Adds the rotation that changes nothing, unevaluated, for stored values to replace."""
+        """Add the parameters of an identity rotation, unevaluated, for stored values to replace."""
         if self.group_size % 2 or dims % self.group_size:
             raise ValueError(f"{dims} channels do not divide into groups of {self.group_size}")
         pairs = (mx.arange(dims) % self.group_size).astype(mx.int16)
@@ -40,43 +40,54 @@ class RotatedLayer(nn.Module):
         self[f"{prefix}channel_scales"] = mx.ones((1, dims))
 
     def _tables(self, prefix: str = "") -> kernels.RotationTables:
-        """The tables of the current parameters.
-
-        Threads that meet here make equal ones and one assignment stays: a lock would save nothing
-        but work that happens once.
-        """
+        """Return the tables of the current parameters, built if one was replaced."""
+        # No lock: threads that come at the same time build equal tables, and one assignment stays.
         theta, pairs = self[f"{prefix}theta"], self[f"{prefix}pairs"]
         channel_scales = self[f"{prefix}channel_scales"]
-        tables: kernels.RotationTables | None = getattr(self, f"_{prefix}made", None)
+        tables: kernels.RotationTables | None = getattr(self, f"_{prefix}built", None)
         if tables is None or not tables.built_from(theta, pairs, channel_scales):
             tables = kernels.RotationTables(theta, pairs, channel_scales, self.group_size)
-            setattr(self, f"_{prefix}made", tables)
+            setattr(self, f"_{prefix}built", tables)
         return tables
 
-    def _made_tables(self) -> list[kernels.RotationTables]:
-        """The tables made so far."""
-        made = (getattr(self, f"_{prefix}made", None) for prefix in self.readers)
-        return [tables for tables in made if tables is not None]
+    def _built_tables(self) -> list[kernels.RotationTables]:
+        """List the tables built so far."""
+        built = (getattr(self, f"_{prefix}built", None) for prefix in self.readers)
+        return [tables for tables in built if tables is not None]
 
     def build(self) -> None:
-        """Builds its tables for the default device now, not at the first call."""
+        """Build the tables for the default device now instead of at the first call."""
         for prefix in self.readers:
             kernels.prepare(self._tables(prefix))
 
     def _rotate(self, x: mx.array, prefix: str = "") -> mx.array:
+        """Rotate x by the rotation under a prefix."""
         return kernels.rotate(x, self._tables(prefix))
 
 
 class RotateQuantizedLinear(RotatedLayer):
-    """y = quantized_matmul(rotated x) + bias: (..., input_dims) to (..., output_dims).
+    """y = quantized_matmul(rotate(x)) + bias, from (..., input_dims) to (..., output_dims).
 
-    Parameters: theta (krot, input_dims / 2), pairs int16 (krot, input_dims), channel_scales
-    (1, input_dims), weight uint32 (output_dims, input_dims * bits / 32), scales and
-    biases (output_dims, input_dims / group_size), and bias (output_dims,) if asked for. The dtype
-    of y is MLX's promotion of x and scales: float16 stays float16; bfloat16 x with ParoQuant's
-    float16 scales gives float32, as in the `paroquant` package, whose tokens a rounding back to
-    bfloat16 would change. It must not become a subclass of nn.QuantizedLinear: mlx-vlm takes the
-    weights of those past their `__call__`, and past the rotation.
+    Parameters of the module: theta (krot, input_dims / 2), pairs int16 (krot, input_dims),
+    channel_scales (1, input_dims), weight uint32 (output_dims, input_dims * bits / 32), scales and
+    biases (output_dims, input_dims / group_size), and bias (output_dims,) if there is one.
+
+    The dtype of y is MLX's promotion of x and scales: bfloat16 x with float16 scales returns
+    float32, as in the `paroquant` package, since rounding back to bfloat16 would change its tokens.
+
+    It must not become a subclass of nn.QuantizedLinear: mlx-vlm reads the weights of those without
+    calling them, which would skip the rotation.
+
+    Args:
+        input_dims: Number of input channels.
+        output_dims: Number of output channels.
+        bias: Whether there is a bias.
+        group_size: Channels per group, of the quantization and of the rotation.
+        bits: Bits per weight.
+        krot: Rounds of the rotation.
+
+    Raises:
+        ValueError: `input_dims` is no multiple of `group_size`.
     """
 
     def __init__(
@@ -92,7 +103,7 @@ class RotateQuantizedLinear(RotatedLayer):
         super().__init__(group_size)
         self.bits = bits
         self.ranks: Any = None
-        """The `mx.distributed` group that holds the other inputs, if `shard` cut them off."""
+        """The `mx.distributed` group whose ranks hold the other input channels, or None."""
         self._add_rotation("", input_dims, krot)
         self.weight = mx.zeros((output_dims, input_dims * bits // 32), dtype=mx.uint32)
         self.scales = mx.zeros((output_dims, input_dims // group_size))
@@ -102,7 +113,7 @@ class RotateQuantizedLinear(RotatedLayer):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        """The layer's output."""
+        """Return the output for x, summed over the ranks that share the input channels."""
         y = mx.quantized_matmul(
             self._rotate(x),
             self.weight,
@@ -122,11 +133,21 @@ class RotateQuantizedLinear(RotatedLayer):
 
 
 class RotateSwitchGLU(RotatedLayer):
-    """The routed experts of a layer, x rotated before gate and up, their product before down.
+    """The routed experts of a layer, with one rotation before gate and up and one before down.
 
-    Called with x (..., dims) and expert numbers (..., k), gives (..., k, dims), like the
-    `SwitchGLU` of mlx-lm and mlx-vlm. All experts share two rotations, `gate_up_rot_*` and
-    `down_rot_*`; gate_proj, up_proj and down_proj are of that library's quantized class.
+    Called like the `SwitchGLU` of mlx-lm and mlx-vlm. All experts share the two rotations,
+    `gate_up_rot_*` and `down_rot_*`.
+
+    Args:
+        gate_proj: A quantized switch layer of mlx-lm or mlx-vlm, like the next two.
+        up_proj: From the same inputs as `gate_proj`.
+        down_proj: From their product to the outputs.
+        activation: Called as `activation(up, gate)`.
+        group_size: Channels per group, of the quantization and of the rotations.
+        krot: Rounds of each rotation.
+
+    Raises:
+        ValueError: A projection's inputs are no multiple of `group_size`.
     """
 
     readers: ClassVar[dict[str, str]] = {"gate_up_rot_": "gate_proj", "down_rot_": "down_proj"}
@@ -146,15 +167,22 @@ class RotateSwitchGLU(RotatedLayer):
         self._add_rotation("down_rot_", down_proj.input_dims, krot)
         self.freeze()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        # Not `activation`: mlx-vlm's speculative verifier calls the projections of any module
-        # that has all four attributes by itself, and would leave out the rotations.
+        # Not `activation`: mlx-vlm's speculative decoding calls the projections of a module with
+        # these four attributes directly, which would skip the rotations.
         self._activation = activation
 
     @classmethod
     def from_switch_glu(cls, glu: nn.Module, group_size: int, krot: int, bits: int) -> Self:
-        """The module that takes the place of a `SwitchGLU` of mlx-lm or mlx-vlm, all weights zero.
+        """Make the module that replaces a `SwitchGLU`, with all weights zero and unevaluated.
 
-        Raises ValueError when a projection's inputs do not divide by `group_size`.
+        Args:
+            glu: A `SwitchGLU` of mlx-lm or mlx-vlm.
+            group_size: Channels per group, of the quantization and of the rotations.
+            krot: Rounds of each rotation.
+            bits: Bits per weight.
+
+        Raises:
+            ValueError: A projection's inputs are no multiple of `group_size`.
         """
         return cls(
             _quantized(glu.gate_proj, group_size, bits),
@@ -166,8 +194,16 @@ class RotateSwitchGLU(RotatedLayer):
         )
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """The output of each chosen expert, not yet weighted."""
-        # Before rows are repeated for their k experts: the same bits for 1/k of the work.
+        """Compute the output of each chosen expert, without the router's weights.
+
+        Args:
+            x: (..., dims).
+            indices: (..., k), the numbers of the experts of each row.
+
+        Returns:
+            (..., k, dims).
+        """
+        # Rotated before the rows are repeated for their k experts: same bits, 1/k of the work.
         x = self._rotate(x, "gate_up_rot_")
         chosen, inverse = indices, None
         if indices.size >= _SORT_FROM:
@@ -183,7 +219,7 @@ class RotateSwitchGLU(RotatedLayer):
 
 
 def _by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """One row of x per routed expert, sorted by expert; the experts; the way back."""
+    """Return a row of x per routed expert, sorted by expert; the experts; the inverse order."""
     experts = indices.reshape(-1)
     order = mx.argsort(experts)
     rows = x.reshape(-1, 1, x.shape[-1])[order // indices.shape[-1]]
@@ -191,11 +227,7 @@ def _by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.a
 
 
 def _quantized(projection: nn.Module, group_size: int, bits: int) -> nn.Module:
-    """The quantized class that lies beside this SwitchLinear's own, with nothing allocated.
-
-    Its constructor draws and quantizes random weights, unevaluated; zeros replace them here, so
-    that they never are: 256 experts of 768 x 2048 would take 1.6 GB.
-    """
+    """Make an unevaluated QuantizedSwitchLinear of the library that this SwitchLinear is from."""
     if projection.input_dims % group_size:
         raise ValueError(
             f"{projection.input_dims} channels do not divide into groups of {group_size}"
@@ -204,6 +236,7 @@ def _quantized(projection: nn.Module, group_size: int, bits: int) -> nn.Module:
     inputs, outputs = projection.input_dims, projection.output_dims
     experts, has_bias = projection.num_experts, "bias" in projection
     layer: nn.Module = quantized_class(inputs, outputs, experts, has_bias, group_size, bits)
+    # The constructor leaves random weights unevaluated; replaced by zeros, they never take memory.
     layer.weight = mx.zeros((experts, outputs, inputs * bits // 32), dtype=mx.uint32)
     layer.scales = mx.zeros((experts, outputs, inputs // group_size))
     layer.biases = mx.zeros((experts, outputs, inputs // group_size))
@@ -211,23 +244,25 @@ def _quantized(projection: nn.Module, group_size: int, bits: int) -> nn.Module:
 
 
 def _rotated_layers(model: nn.Module) -> Iterator[RotatedLayer]:
-    """The rotated layers of a model, a shared one once."""
+    """Iterate over the rotated layers of a model, a shared one once."""
     return iter({id(m): m for m in model.modules() if isinstance(m, RotatedLayer)}.values())
 
 
 def build_tables(model: nn.Module) -> None:
-    """Builds the tables of all rotated layers for the default device, before any first call."""
+    """Build the tables of all rotated layers for the default device, before the first call."""
     for layer in _rotated_layers(model):
         layer.build()
 
 
 def table_bytes(model: nn.Module) -> int:
-    """Bytes of all layers' rotation tables, which no parameter counts; 0 before they are built."""
-    return sum(made.nbytes for layer in _rotated_layers(model) for made in layer._made_tables())
+    """Count the bytes of all rotation tables built so far; the parameters do not include them."""
+    return sum(
+        tables.nbytes for layer in _rotated_layers(model) for tables in layer._built_tables()
+    )
 
 
 def table_seconds(model: nn.Module) -> float:
-    """Seconds that building the rotation tables of all layers took so far."""
+    """Return the seconds that were spent on building rotation tables so far."""
     return sum(
-        made.build_seconds for layer in _rotated_layers(model) for made in layer._made_tables()
+        tables.build_seconds for layer in _rotated_layers(model) for tables in layer._built_tables()
     )

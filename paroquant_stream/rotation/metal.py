@@ -9,16 +9,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from .packed import Form
+from .packed import Tables
 from .tables import RotationTables
 
 MAX_GROUP_SIZE = 128
 MAX_KROT = 16
-"""Sizes of the kernel's own arrays, in threadgroup memory and registers."""
+"""The kernel declares its arrays in threadgroup memory and registers with these sizes."""
 
 
 def usable(tables: RotationTables) -> bool:
-    """Whether the kernel can run this rotation on the default device."""
+    """Return whether the kernel can run this rotation on the default device."""
     return (
         on_metal()
         and tables.group_size <= MAX_GROUP_SIZE
@@ -28,34 +28,42 @@ def usable(tables: RotationTables) -> bool:
 
 
 def on_metal() -> bool:
-    """Whether the default device is a Metal GPU."""
+    """Return whether the default device is a Metal GPU."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
 @cache
 def package_kernel() -> Callable[[int], Any] | None:
-    """The package's `get_rotation_kernel`, or None without the package."""
+    """Return the `get_rotation_kernel` of `paroquant`, or None if that is not installed."""
     try:
-        from paroquant.kernels.metal import get_rotation_kernel  # optional, only of use on a Mac
-    except (ImportError, OSError):  # OSError: a build of the package without the kernel's source
+        from paroquant.kernels.metal import get_rotation_kernel  # optional: only a Mac uses it
+    except (ImportError, OSError):  # OSError: built without the kernel's source
         return None
     kernel: Callable[[int], Any] = get_rotation_kernel
     return kernel
 
 
 def rotate(x: mx.array, tables: RotationTables) -> mx.array:
-    """`x` scaled and rotated, in its own shape and dtype; only where `usable(tables)`."""
+    """Scale and rotate the channels of `x` on the GPU; requires `usable(tables)`.
+
+    Args:
+        x: (..., dims) in float16, bfloat16 or float32.
+        tables: Of the rotation.
+
+    Returns:
+        An array in the shape and dtype of `x`.
+    """
     get_kernel = package_kernel()
     rows = x.reshape(-1, tables.dims)
     count = rows.shape[0]
-    if get_kernel is None or count == 0:  # an empty grid is no valid launch
+    if get_kernel is None or count == 0:  # a launch needs a grid that is not empty
         return x
-    form = tables.form(Form)
-    tile = 1 if count == 1 else 4  # rows a threadgroup takes; the two that the package itself uses
-    threads = tables.group_size // 2  # one for each pair of a group
+    packed = tables.for_kernel(Tables)
+    tile = 1 if count == 1 else 4  # rows per threadgroup: the package uses these two
+    threads = tables.group_size // 2  # one per pair of a group
     sizes = mx.array([count, tables.dims, tables.krot, tables.group_size], dtype=mx.int32)
     (out,) = get_kernel(tile)(
-        inputs=[rows, form.pairs, form.cos, form.sin, form.channel_scales, sizes],
+        inputs=[rows, packed.pairs, packed.cos, packed.sin, packed.channel_scales, sizes],
         output_shapes=[rows.shape],
         output_dtypes=[rows.dtype],
         grid=(math.ceil(count / tile) * threads, tables.dims // tables.group_size, 1),

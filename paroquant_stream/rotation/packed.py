@@ -1,4 +1,4 @@
-"""The tables of kernels that turn the pairs of a round in parallel, on Metal and on CUDA."""
+"""The tables of the Metal and CUDA kernels, which rotate the pairs of a round in parallel."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .tables import Rounds
 
 
 @dataclass(frozen=True)
-class Form:
-    """Per pair and round one word and two coefficients: 12 bytes, 48 a channel for krot 8."""
+class Tables:
+    """One word and two coefficients per pair and round: 12 bytes, so 48 per channel for krot 8."""
 
     channel_scales: mx.array
     """float32 (dims,)."""
     pairs: mx.array
-    """int32 (krot, dims / 2): i in the low half of the word, j in the high; local to the group."""
+    """int32 (krot, dims / 2): i in the low 16 bits, j in the high; both count inside the group."""
     cos: mx.array
     """float32 (krot, dims / 2)."""
     sin: mx.array
@@ -26,7 +26,7 @@ class Form:
 
     @classmethod
     def build(cls, rounds: Rounds) -> Self:
-        """These tables, as arrays that need no stream."""
+        """Build the tables from numpy arrays, so that they are evaluated and work in any thread."""
         return cls(
             channel_scales=mx.array(rounds.channel_scales),
             pairs=mx.array((rounds.first | rounds.second << 16).astype(np.int32)),
@@ -36,5 +36,5 @@ class Form:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All of its arrays."""
+        """List all arrays."""
         return [self.channel_scales, self.pairs, self.cos, self.sin]

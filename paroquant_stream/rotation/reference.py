@@ -1,8 +1,8 @@
-"""The rotation in plain MLX ops: the truth for every kernel, on CPU, CUDA and Metal.
+"""The rotation in plain MLX operations: the reference that every kernel is tested against.
 
-Each round is y * cos + y[partner] * sin over all channels. The other exact form, the rounds of a
-group composed to one group_size x group_size matrix, was slower on the CPU in every shape measured
-(tests/benchmarks/micro/rotation.py); its float32 tables take 6 times as much, 3.2 GB for a 70B.
+Each round is y * cos + y[partner] * sin over all channels. Multiplying by the rounds of a group
+composed to one group_size x group_size matrix is as exact, but slower on a CPU and needs larger
+tables (tests/benchmarks/micro/rotation.py).
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from numpy.typing import NDArray
 from .tables import RotationTables, Rounds
 
 CPU_TILE_ROWS = 32
-"""Rows per pass on a CPU, to stay in its cache: 512 rows of 8192 take 54 ms, in one pass 164 ms."""
+"""Rows per pass on a CPU, so that the intermediate arrays stay in its cache."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """Per channel and round a partner and two coefficients: 10 bytes, 80 a channel for krot 8."""
+class Tables:
+    """One partner and two coefficients per channel and round: 10 bytes, so 80 for krot 8."""
 
     channel_scales: mx.array
     """float32 (dims,)."""
     partner: tuple[mx.array, ...]
-    """krot arrays (dims,): which channel this one is paired with.
+    """krot arrays (dims,), uint16 or uint32: the channel that each channel is paired with.
 
-    One array a round: a batch of 1 takes a quarter longer if it slices a (krot, dims) table.
+    One array per round, since slicing a (krot, dims) table would slow down a batch of 1.
     """
     cos: tuple[mx.array, ...]
     """krot float32 arrays (dims, 1)."""
     sin: tuple[mx.array, ...]
-    """krot float32 arrays (dims, 1): +sin for i, -sin for j of a pair."""
+    """krot float32 arrays (dims, 1): +sin for channel i of a pair, -sin for channel j."""
 
     @classmethod
     def build(cls, rounds: Rounds) -> Self:
-        """These tables, as arrays that need no stream."""
+        """Build the tables from numpy arrays, so that they are evaluated and work in any thread."""
         first, second = rounds.first + rounds.group_start, rounds.second + rounds.group_start
         dims = rounds.channel_scales.size
         index = np.uint16 if dims <= 1 << 16 else np.uint32
@@ -51,7 +51,7 @@ class Form:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All of its arrays."""
+        """List all arrays."""
         return [self.channel_scales, *self.partner, *self.cos, *self.sin]
 
 
@@ -61,7 +61,7 @@ def _per_round(
     for_first: NDArray[np.generic],
     for_second: NDArray[np.generic],
 ) -> tuple[mx.array, ...]:
-    """One array a round over all channels, from the values for the i and the j of each pair."""
+    """Make one array per round over all channels, from the values of each pair's i and j."""
     arrays = []
     for i, j, value_i, value_j in zip(first, second, for_first, for_second, strict=True):
         table = np.empty((2 * len(i), *value_i.shape[1:]), value_i.dtype)
@@ -72,26 +72,31 @@ def _per_round(
 
 
 def rotate(x: mx.array, tables: RotationTables) -> mx.array:
-    """`x` scaled and rotated, in its own shape and dtype."""
-    form = tables.form(Form)
+    """Scale and rotate the channels of `x`, in float32.
+
+    Args:
+        x: (..., dims) in float16, bfloat16 or float32.
+        tables: Of the rotation.
+
+    Returns:
+        An array in the shape and dtype of `x`.
+    """
+    own = tables.for_kernel(Tables)
     rows = x.reshape(-1, tables.dims)
     count = rows.shape[0]
     if count <= CPU_TILE_ROWS or mx.default_device() != mx.cpu:
-        return _rotate_rows(rows, form).reshape(x.shape)
+        return _rotate_rows(rows, own).reshape(x.shape)
     tiles = [
-        _rotate_rows(rows[start : start + CPU_TILE_ROWS], form)
+        _rotate_rows(rows[start : start + CPU_TILE_ROWS], own)
         for start in range(0, count, CPU_TILE_ROWS)
     ]
     return mx.concatenate(tiles).reshape(x.shape)
 
 
-def _rotate_rows(rows: mx.array, form: Form) -> mx.array:
-    """The rotated (n, dims) rows.
-
-    Channels come first inside, so that a gather copies runs of n values: at 64 rows 2.7 times as
-    fast as a gather along the last axis.
-    """
-    y = (rows * form.channel_scales).T  # float32 from here on, as the scales are
-    for partner, cos, sin in zip(form.partner, form.cos, form.sin, strict=True):
+def _rotate_rows(rows: mx.array, tables: Tables) -> mx.array:
+    """Rotate (n, dims) rows."""
+    # Transposed, so that a gather copies runs of n values; float32 from here on, as the scales are.
+    y = (rows * tables.channel_scales).T
+    for partner, cos, sin in zip(tables.partner, tables.cos, tables.sin, strict=True):
         y = y * cos + mx.take(y, partner, axis=0) * sin
     return y.T.astype(rows.dtype)

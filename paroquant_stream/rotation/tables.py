@@ -1,4 +1,4 @@
-"""A rotation's parameters, checked and turned into the tables of a kernel, once per module."""
+"""The parameters of a rotation, checked and converted to the tables of a kernel once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Rounds:
-    """The rounds of a rotation in numpy: what every form of tables is made from."""
+    """The rounds of a rotation in numpy, from which the tables of every kernel are built."""
 
     first: NDArray[np.int64]
     """(krot, dims / 2): channel i of each pair, counted inside its group."""
@@ -28,13 +28,20 @@ class Rounds:
     group_size: int
 
     @classmethod
-    def read(
+    def from_parameters(
         cls, theta: mx.array, pairs: mx.array, channel_scales: mx.array, group_size: int
     ) -> Self:
-        """The rounds of a module's parameters; raises ValueError unless each is a perfect matching.
+        """Convert the parameters of a layer.
 
-        A round that names a channel twice would leave the result to the order of the pairs, and
-        kernels turn the pairs of a round in parallel.
+        Args:
+            theta: (krot, dims / 2), the angles in radians.
+            pairs: int16 (krot, dims): i, j, i, j, ... counted inside the group.
+            channel_scales: dims values in any shape.
+            group_size: Channels per group.
+
+        Raises:
+            ValueError: A round does not pair every channel of a group exactly once. Kernels rotate
+                the pairs of a round in parallel, so the result would depend on their order.
         """
         krot, dims = pairs.shape
         local = _numpy(pairs).astype(np.int64)
@@ -45,7 +52,7 @@ class Rounds:
             raise ValueError(
                 f"pairs of round {k}, group {group}: expected each of {group_size} channels once"
             )
-        angles = _numpy(theta).astype(np.float64)  # float16 cosines would cost 2e-4 of accuracy
+        angles = _numpy(theta).astype(np.float64)  # float16 cosines would be too coarse
         return cls(
             first=local[:, 0::2],
             second=local[:, 1::2],
@@ -57,32 +64,39 @@ class Rounds:
 
     @property
     def group_start(self) -> NDArray[np.int64]:
-        """(dims / 2,): the first channel of the group that each pair lies in."""
+        """Return the first channel of the group of each pair, shape (dims / 2,)."""
         half = self.group_size // 2
         return np.arange(self.first.shape[1]) // half * self.group_size
 
 
-class TableForm(Protocol):
-    """The tables of one kernel, as it wants them."""
+class KernelTables(Protocol):
+    """The tables of a rotation in the arrangement that one kernel reads."""
 
     @classmethod
     def build(cls, rounds: Rounds) -> Self:
-        """These tables, evaluated: a lazy array could not leave the thread that made it."""
+        """Build the tables, evaluated: a lazy array could not leave the thread that made it."""
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All of its arrays, to count their bytes."""
+        """List all arrays, to count their bytes."""
 
 
-F = TypeVar("F", bound=TableForm)
+T = TypeVar("T", bound=KernelTables)
 
 
 class RotationTables:
-    """The tables of one rotation, each kernel's form built at its first use and kept.
+    """The tables of one rotation, built for each kernel at its first use and kept.
 
-    `theta` is (krot, dims / 2), `pairs` int16 (krot, dims) with i, j, i, j, ... local to the group,
-    `channel_scales` holds dims values in any shape. Raises ValueError where these disagree. Several
-    threads may use it at once: forms are equal whoever builds them, and are stored complete.
+    Several threads may use it at once: each would build equal tables, and they are stored complete.
+
+    Args:
+        theta: (krot, dims / 2), the angles in radians.
+        pairs: int16 (krot, dims): i, j, i, j, ... counted inside the group.
+        channel_scales: dims values in any shape.
+        group_size: Channels per group; even.
+
+    Raises:
+        ValueError: The shapes contradict each other, or dims is no multiple of `group_size`.
     """
 
     def __init__(
@@ -99,30 +113,38 @@ class RotationTables:
             raise ValueError(f"{self.dims} channels do not divide into groups of {group_size}")
         self.build_seconds = 0.0
         self._source = (theta, pairs, channel_scales)
-        self._forms: dict[type[Any], Any] = {}
+        self._built: dict[type[Any], Any] = {}
 
     def built_from(self, theta: mx.array, pairs: mx.array, channel_scales: mx.array) -> bool:
-        """Whether these very arrays are the ones the tables were made from."""
-        mine = self._source
-        return mine[0] is theta and mine[1] is pairs and mine[2] is channel_scales
+        """Return whether the tables were built from these array objects, not from equal ones."""
+        source = self._source
+        return source[0] is theta and source[1] is pairs and source[2] is channel_scales
 
-    def form(self, kind: type[F]) -> F:
-        """The tables as `kind`; raises ValueError when the pairs are no perfect matchings."""
-        form: F | None = self._forms.get(kind)
-        if form is None:
+    def for_kernel(self, kind: type[T]) -> T:
+        """Return the tables of one kernel, built at the first call.
+
+        Args:
+            kind: The kernel's own class of tables.
+
+        Raises:
+            ValueError: As `Rounds.from_parameters` raises.
+        """
+        tables: T | None = self._built.get(kind)
+        if tables is None:
             start = time.perf_counter()
-            form = kind.build(Rounds.read(*self._source, self.group_size))
+            tables = kind.build(Rounds.from_parameters(*self._source, self.group_size))
             self.build_seconds += time.perf_counter() - start
-            self._forms[kind] = form
-        return form
+            self._built[kind] = tables
+        return tables
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all forms built so far."""
-        return sum(array.nbytes for form in list(self._forms.values()) for array in form.arrays)
+        """Count the bytes of all tables built so far."""
+        return sum(array.nbytes for tables in list(self._built.values()) for array in tables.arrays)
 
 
 def _numpy(array: mx.array) -> NDArray[Any]:
+    """Convert an array to numpy, bfloat16 to float32."""
     if array.dtype == mx.bfloat16:  # numpy has none
         array = array.astype(mx.float32, stream=mx.cpu)
     return np.array(array)

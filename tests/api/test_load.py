@@ -1,41 +1,44 @@
-"""convert_checkpoint() and load()."""
+"""`load`: what is converted, from where the model is read, and which damage is repaired."""
 
 from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 import paroquant_stream
-from paroquant_stream import Manifest, convert_checkpoint, load
+from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api import load as loading
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import AssemblyError, CheckpointError
-from tests.helpers.builders import remember
+from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamagedError
+from paroquant_stream.exports.single_file_writer import export_single_file
+from paroquant_stream.model import assemble, entries
+from tests.helpers.builders import flip, remember, write_llama
+from tests.helpers.paths import FIXTURES
+from tests.helpers.ranks import Rank
 
 pytestmark = pytest.mark.usefixtures("settled")
+VISION = FIXTURES / "qwen3_5-awq-adversarial"
 
 
-def no_conversion(monkeypatch):
+def forbid_conversion(monkeypatch):
+    """Fail at the private function that converts a shard, the work that the cache saves."""
     monkeypatch.setattr(
         "paroquant_stream.transform.task_runner._convert", lambda *_: pytest.fail("converted again")
     )
 
 
-def test_gives_the_manifest(model_dir):
-    manifest = convert_checkpoint(model_dir)
-    assert isinstance(manifest, Manifest)
-    assert manifest.layout == "AUTOAWQ"
-    assert len(manifest.entries) == 3
-
-
 def test_load_converts_what_is_missing_and_nothing_else(model_dir, monkeypatch):
     load(model_dir)
-    no_conversion(monkeypatch)
+    forbid_conversion(monkeypatch)
     load(model_dir)
 
 
-def test_a_load_notes_that_the_model_was_used(model_dir):
+def test_a_load_records_that_the_model_was_used(model_dir):
     load(model_dir)
     made = make_request(model_dir)
     path = made.store.manifest_path(made.manifest_name)
@@ -44,20 +47,20 @@ def test_a_load_notes_that_the_model_was_used(model_dir):
     assert path.stat().st_mtime > 1e9
 
 
-def test_load_uses_the_cache_that_it_is_told(model_dir, tmp_path, monkeypatch):
+def test_the_given_cache_is_used(model_dir, tmp_path, monkeypatch):
     convert_checkpoint(model_dir, cache_dir=tmp_path / "elsewhere")
-    no_conversion(monkeypatch)
+    forbid_conversion(monkeypatch)
     load(model_dir, cache_dir=tmp_path / "elsewhere")
 
 
-def test_a_conversion_beside_the_model_is_used_first(model_dir, tmp_path, monkeypatch):
+def test_a_conversion_inside_the_model_is_used_first(model_dir, tmp_path, monkeypatch):
     convert_checkpoint(model_dir, in_place=True)
-    no_conversion(monkeypatch)
+    forbid_conversion(monkeypatch)
     load(model_dir, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_stale_conversion_beside_the_model_is_skipped_with_the_reason(model_dir, caplog):
+def test_a_stale_conversion_inside_the_model_is_not_used(model_dir, caplog):
     convert_checkpoint(model_dir, in_place=True)
     shard = model_dir / "model-00003-of-00003.safetensors"
     data = bytearray(shard.read_bytes())
@@ -68,7 +71,7 @@ def test_a_stale_conversion_beside_the_model_is_skipped_with_the_reason(model_di
     assert "model-00003-of-00003.safetensors changed" in caplog.text
 
 
-def test_a_damaged_entry_is_converted_again_and_the_right_weights_are_loaded(model_dir):
+def test_a_damaged_entry_is_converted_again(model_dir):
     manifest = convert_checkpoint(model_dir)
     path = make_request(model_dir).store.entry_path(manifest.entries[1].key)
     good = path.read_bytes()
@@ -84,32 +87,15 @@ def test_a_missing_model_is_an_error(tmp_path):
         load(tmp_path / "absent")
 
 
-def test_the_public_names_are_there_and_no_other():
+def test_the_public_names_exist_and_no_other():
     for name in paroquant_stream.__all__:
         assert getattr(paroquant_stream, name)
     with pytest.raises(AttributeError, match="nothing"):
         _ = paroquant_stream.nothing
 
 
-def test_two_threads_that_load_one_cold_model_convert_it_once(model_dir, monkeypatch):
-    from concurrent.futures import ThreadPoolExecutor
-
-    from paroquant_stream.transform import task_runner as transform
-
-    real, converted = transform._convert, []
-
-    def counted(job, *rest):
-        converted.append(job.task.shard)
-        return real(job, *rest)
-
-    monkeypatch.setattr(transform, "_convert", counted)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: convert_checkpoint(model_dir, jobs=1), range(2)))
-    assert len(converted) == 3
-
-
 def test_full_verification_finds_what_the_stat_does_not_show(model_dir, monkeypatch):
-    """The memo made to fit, as after a write through a mapping that no time shows."""
+    """The digest cache knows the changed file, as after a write that changed no time."""
     manifest = convert_checkpoint(model_dir)
     store = make_request(model_dir).store
     path = store.entry_path(manifest.entries[0].key)
@@ -122,24 +108,20 @@ def test_full_verification_finds_what_the_stat_does_not_show(model_dir, monkeypa
     assert path.read_bytes() == good
 
 
-def test_an_entry_cut_short_while_it_is_loaded_is_converted_again(model_dir, monkeypatch):
-    """MLX reads lazily: the second eval of an array whose first failed would give zeros."""
-    import os
-
-    from paroquant_stream.model import assemble as model
-
+def test_an_entry_truncated_during_a_load_is_converted_again(model_dir, monkeypatch):
+    """MLX reads lazily; after a failed evaluation a second one would return zeros."""
     manifest = convert_checkpoint(model_dir)
     path = make_request(model_dir).store.entry_path(manifest.entries[0].key)
-    good, real, cut = path.read_bytes(), model.read_weights, []
+    good, real, cut = path.read_bytes(), assemble.read_weights, []
 
-    def read_then_cut(*arguments, **options):
+    def read_then_truncate(*arguments, **options):
         weights = real(*arguments, **options)
         if not cut:
             cut.append(path)
             os.truncate(path, len(good) // 2)
         return weights
 
-    monkeypatch.setattr(model, "read_weights", read_then_cut)
+    monkeypatch.setattr(assemble, "read_weights", read_then_truncate)
     loaded, _, _ = load(model_dir)
     assert cut
     assert path.read_bytes() == good
@@ -147,50 +129,99 @@ def test_an_entry_cut_short_while_it_is_loaded_is_converted_again(model_dir, mon
     assert loaded.model.norm.weight.tolist() == wanted.tolist()
 
 
-def test_an_entry_cut_short_while_stacks_are_joined_is_converted_again(tmp_path, monkeypatch):
-    """Pieces of experts are evaluated before the rest: the same guard must hold there."""
-    import os
-
-    from paroquant_stream.model import entries as weights
-    from tests.helpers.paths import FIXTURES
-
+def test_an_entry_truncated_while_joined_is_converted_again(tmp_path, monkeypatch):
+    """Joined pieces are evaluated before all else, under the same guard."""
     directory, cache = FIXTURES / "qwen3_moe-awq-adversarial", tmp_path / "cache"
     manifest = convert_checkpoint(directory, cache_dir=cache)
     store = make_request(directory, cache_dir=cache).store
     pieces = [r for r in manifest.entries if any(".experts_" in t.name for t in r.tensors)]
     path = store.entry_path(pieces[0].key)
-    good, real, cut = path.read_bytes(), weights.join_pieces, []
+    good, real, cut = path.read_bytes(), entries.join_pieces, []
 
-    def cut_then_join(found, lazy):
+    def truncate_then_join(found, lazy):
         if not cut:
             cut.append(path)
             os.truncate(path, 20_000)
         return real(found, lazy)
 
-    monkeypatch.setattr(weights, "join_pieces", cut_then_join)
+    monkeypatch.setattr(entries, "join_pieces", truncate_then_join)
     load(directory, cache_dir=cache)
     assert cut
     assert path.read_bytes() == good
 
 
-def test_a_failure_of_mlx_with_sound_entries_is_raised(model_dir, monkeypatch):
-    import mlx.core as mx
+def test_a_text_load_never_imports_mlx_vlm():
+    code = (
+        "import sys; from paroquant_stream import load; load(sys.argv[1], force_text=True);"
+        "print({'mlx_lm', 'mlx_vlm'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, str(VISION)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "{'mlx_lm'}\n"
 
-    convert_checkpoint(model_dir)
 
-    def fail(*_):
-        raise RuntimeError("[read] Unable to read from file.")
+def test_text_and_vision_parts_load_from_the_same_entries(monkeypatch):
+    before = convert_checkpoint(VISION)
+    forbid_conversion(monkeypatch)
+    load(VISION, force_text=True)
+    load(VISION)
+    assert convert_checkpoint(VISION) == before
 
-    monkeypatch.setattr(mx, "eval", fail)
-    with pytest.raises(AssemblyError, match="MLX could not read the weights"):
+
+def forbid(monkeypatch, name):
+    """Fail at a call of a function that the module `api.load` uses."""
+    monkeypatch.setattr(loading, name, lambda *_: pytest.fail(f"{name} was called"))
+
+
+def test_a_directory_with_a_pipe_is_refused_before_a_conversion(model_dir, monkeypatch):
+    forbid(monkeypatch, "convert")
+    os.mkfifo(model_dir / "merges.txt")
+    with pytest.raises(CheckpointError, match="found a pipe"):
         load(model_dir)
 
 
-def test_weights_that_the_machine_cannot_hold_are_refused_before_they_are_read(
-    model_dir, monkeypatch
-):
-    convert_checkpoint(model_dir)
-    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}[name])
-    with pytest.raises(AssemblyError, match=r"this machine has 1,000; lazy=True"):
+def test_damage_that_no_shard_can_repair_is_an_error(model_dir):
+    manifest = convert_checkpoint(model_dir, in_place=True, drop_source=True)
+    store = make_request(model_dir, in_place=True).store
+    assert list(model_dir.glob("*.safetensors")) == []
+    flip(store.entry_path(manifest.entries[0].key), manifest.entries[0].size - 1)
+    with pytest.raises(EntryDamagedError, match=manifest.entries[0].key):
         load(model_dir)
-    load(model_dir, lazy=True)
+
+
+def test_without_shards_the_error_names_no_unused_file(model_dir):
+    for shard in model_dir.glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load(model_dir)
+    assert "not used" not in str(caught.value)
+
+
+def test_the_single_file_serves_the_source_dtype_alone(model_dir, tmp_path, monkeypatch):
+    export_single_file(make_request(model_dir))
+    load(model_dir, dtype="float16", cache_dir=tmp_path / "float16")
+    assert list((tmp_path / "float16").rglob("*.safetensors"))
+    forbid(monkeypatch, "convert")
+    load(model_dir)
+
+
+def test_a_current_single_file_that_fits_no_model_is_an_error(tmp_path, monkeypatch):
+    directory = write_llama(tmp_path, **{"model.extra.weight": np.ones(4, np.float16)})
+    export_single_file(make_request(directory))
+    forbid(monkeypatch, "convert")
+    with pytest.raises(AssemblyError, match=r"model\.extra\.weight: no such parameter"):
+        load(directory)
+
+
+def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
+    asked = []
+
+    def record(request, progress, trace, needed):
+        asked.append(needed)
+        raise CheckpointError("no conversion")
+
+    monkeypatch.setattr(loading, "convert", record)
+    for options in ({}, {"layers": range(1)}, {"group": Rank(0, 2), "parallel": "tensor"}):
+        with pytest.raises(CheckpointError, match="no conversion"):
+            load(model_dir, **options)
+    assert [needed is None for needed in asked] == [True, False, True]

@@ -1,35 +1,24 @@
-"""The boundary to mlx-lm and mlx-vlm."""
+"""The interface to mlx-lm and mlx-vlm: their errors, and models that they cannot load."""
 
 from __future__ import annotations
 
-import sys
+import importlib.util
+import json
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError
 
+import mlx.nn as nn
 import pytest
 
-from paroquant_stream.backends.mlx_lm import MlxLm, load_config
+from paroquant_stream.backends import backend
+from paroquant_stream.backends.backend import keep_pipeline_layers
+from paroquant_stream.backends.mlx_lm import MlxLm
 from paroquant_stream.backends.mlx_vlm import MlxVlm
-from paroquant_stream.errors import AssemblyError, CheckpointError, MissingExtraError
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
+from paroquant_stream.errors import AssemblyError, CheckpointError, MissingPartError
 from tests.helpers.builders import CONFIG
-
-
-def test_without_mlx_lm_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    with pytest.raises(MissingExtraError, match=r"paroquant_stream\[lm\]"):
-        MlxLm().build({"model_type": "llama"})
-
-
-def test_without_mlx_vlm_the_extra_and_force_text_are_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlx_vlm", None)
-    monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
-    with pytest.raises(MissingExtraError, match=r"paroquant_stream\[vlm\].*force_text=True"):
-        MlxVlm().build({"model_type": "qwen3_5"})
-
-
-def test_end_of_text_tokens_of_the_generation_config_reach_the_tokenizer(model_dir):
-    (model_dir / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
-    config = load_config(model_dir)
-    tokenizer = MlxLm().load_tokenizer(model_dir, config)
-    assert {1, 7} <= set(tokenizer.eos_token_ids)
+from tests.helpers.ranks import Rank
 
 
 @pytest.mark.parametrize(
@@ -37,21 +26,11 @@ def test_end_of_text_tokens_of_the_generation_config_reach_the_tokenizer(model_d
     [{"num_attention_heads": 0}, {"vocab_size": -1}, {"vocab_size": 2**40}, {"hidden_size": "x"},
      {"model_type": "base"}, {"model_type": None}, {"rope_scaling": 7}],
 )  # fmt: skip
-def test_a_config_that_a_class_cannot_use_is_one_error_that_names_the_model_type(change):
+def test_a_config_that_a_class_cannot_use_is_one_error(change):
     config = {**CONFIG, **change}
     with pytest.raises(AssemblyError, match=f"model_type {config['model_type']!r}: ") as error:
         MlxLm().build(config)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, '"text"', "[1]", "\udcff"])
-def test_a_generation_config_that_mlx_lm_cannot_use_is_one_error(model_dir, text):
-    data = text.encode("utf-8", "surrogateescape")
-    (model_dir / "generation_config.json").write_bytes(data)
-    with pytest.raises(
-        CheckpointError, match=r"mlx-lm cannot read config\.json or generation_config"
-    ):
-        load_config(model_dir)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +44,100 @@ def test_a_tokenizer_that_transformers_cannot_load_is_one_error(model_dir, name,
         MlxLm().load_tokenizer(model_dir, CONFIG)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+def test_a_type_that_the_library_renames_is_known():
+    assert MlxLm().why_unknown({"model_type": "mistral"}) is None  # llama's class
+    assert MlxVlm().why_unknown({"model_type": "qwen3_5"}) is None
+
+
+def test_an_unknown_type_names_the_version_and_the_remedy():
+    reason = MlxLm().why_unknown({"model_type": "nosuch"})
+    assert "mlx-lm 0." in reason
+    assert "no class for model_type 'nosuch'" in reason
+    assert "pip install -U mlx-lm" in reason
+
+
+@pytest.mark.parametrize(("library", "extra"), [(MlxLm(), "lm"), (MlxVlm(), "vlm")])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, library, extra):
+    monkeypatch.setattr(backend, "find_spec", lambda _: None)
+    assert f"paroquant_stream[{extra}]" in library.why_unknown({"model_type": "llama"})
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_conversion_warns_once_and_converts_anyway(model_dir, caplog):
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | {"model_type": "nosuch"}))
+    convert(make_request(model_dir, jobs=1))
+    warnings = [record.message for record in caplog.records if "nosuch" in record.message]
+    assert len(warnings) == 1
+    caplog.clear()
+    convert(make_request(model_dir, jobs=1))  # without work
+    assert "nosuch" not in caplog.text
+
+
+def test_the_warning_needs_no_library(model_dir, caplog, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(backend, "find_spec", lambda n: None if n == "mlx_lm" else real(n))
+    convert(make_request(model_dir, jobs=1))
+    assert "mlx-lm is not installed" in caplog.text
+
+
+class Pipelined(nn.Module):
+    """A model whose class splits four layers into two pipeline ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.pipeline = self._pipeline
+
+    def _pipeline(self, group):
+        if group.size() > 4:
+            raise ValueError("more ranks than layers")
+        self.model.start_idx, self.model.end_idx = 2, 4
+
+
+def test_a_pipeline_rank_has_the_layers_that_the_class_says():
+    assert keep_pipeline_layers(Pipelined(), Rank(0, 2)) == range(2, 4)
+
+
+def test_more_pipeline_ranks_than_layers_are_an_error():
+    with pytest.raises(MissingPartError, match="over 5 ranks: more ranks than layers"):
+        keep_pipeline_layers(Pipelined(), Rank(0, 5))
+
+
+def test_without_a_pipeline_the_error_names_alternatives():
+    model = nn.Module()
+    with pytest.raises(MissingPartError) as caught:
+        keep_pipeline_layers(model, Rank(0, 2))
+    assert "Module has no pipeline; alternatives: layers=range" in str(caught.value)
+    assert "parallel=" not in str(caught.value)
+    model.shard = lambda group: None
+    with pytest.raises(MissingPartError, match='parallel="tensor"'):
+        keep_pipeline_layers(model, Rank(0, 2))
+
+
+@pytest.mark.parametrize("error", [ImportError, ValueError])
+def test_a_library_that_cannot_be_found_counts_as_not_installed(monkeypatch, error):
+    def fail(_name):
+        raise error
+
+    monkeypatch.setattr(backend, "find_spec", fail)
+    assert "mlx-lm is not installed" in MlxLm().why_unknown({"model_type": "llama"})
+
+
+def test_a_library_without_metadata_is_named_without_its_version(monkeypatch):
+    def fail(_name):
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(backend, "version", fail)
+    assert "mlx-lm (of unknown version)" in MlxLm().why_unknown({"model_type": "nosuch"})
+
+
+def test_a_type_in_a_package_of_its_own_is_known(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "__init__.py").touch()
+    spec = ModuleSpec("mlx_lm", None)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(backend, "find_spec", lambda _: spec)
+    assert MlxLm().why_unknown({"model_type": "mine"}) is None
+    assert "no class for model_type 'other'" in MlxLm().why_unknown({"model_type": "other"})

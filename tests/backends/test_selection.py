@@ -1,4 +1,4 @@
-"""Which library runs a model."""
+"""The choice of the library that runs a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,5 @@ from paroquant_stream.backends.selection import select_backend
         ({"vision_config": None}, ["model.visual.x"], False, False),
     ],
 )
-def test_a_vision_model_has_a_config_a_tower_and_is_not_forced_to_text(
-    config, names, force_text, expected
-):
+def test_a_vision_model_has_a_vision_config_and_a_tower(config, names, force_text, expected):
     assert select_backend(config, names, force_text).is_vlm is expected

@@ -156,9 +156,9 @@ def test_layers_that_the_model_has_not_are_named(model_dir):
 @pytest.mark.parametrize(
     ("name", "text", "offers"),
     [
-        ("llama-awq-adversarial", True, r"llama\.Model offers no pipeline; .*layers=.*parallel="),
-        ("gemma4-awq-size", True, r"gemma4\.Model offers no pipeline; .*layers="),
-        ("qwen3_5-awq-adversarial", False, "mlx_vlm.* offers no pipeline; .*force_text=True"),
+        ("llama-awq-adversarial", True, r"llama\.Model has no pipeline; .*layers=.*parallel="),
+        ("gemma4-awq-size", True, r"gemma4\.Model has no pipeline; .*layers="),
+        ("qwen3_5-awq-adversarial", False, "mlx_vlm.* has no pipeline; .*force_text=True"),
     ],
 )
 def test_a_class_without_a_pipeline_is_an_error_that_names_what_it_offers(name, text, offers):
@@ -367,7 +367,7 @@ def test_a_class_that_exchanges_layers_cannot_be_loaded_in_parts(model_dir, monk
     def exchanged(_model, found, _backend):
         return {re.sub(r"\.[01]\.", lambda m: other[m[0]], n): a for n, a in found.items()}
 
-    monkeypatch.setattr(model, "named_for", exchanged)
+    monkeypatch.setattr(model, "rename_weights", exchanged)
     load(model_dir)
     with pytest.raises(AssemblyError, match=r"layers\.0\..* another layer's tensor"):
         load(model_dir, layers=range(1))

@@ -1,16 +1,18 @@
-"""Random rotations, and the definition in float64."""
+"""Random rotations, and the definition in float64 that results are compared with."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 
-from paroquant_stream.rotation.layers import RotatedLayer
 from paroquant_stream.rotation.tables import RotationTables
+
+BOUNDS = {mx.float16: 1e-3, mx.bfloat16: 8e-3, mx.float32: 1e-6}
+"""The largest error of a rotation of each dtype."""
 
 
 def make_rotation(dims, group_size, krot, seed=0):
-    """Random theta, pairs and channel_scales of a checkpoint, as numpy arrays."""
+    """Make random theta, pairs and channel_scales, as numpy arrays."""
     random = np.random.default_rng(seed)
     groups = dims // group_size
     pairs = [
@@ -22,7 +24,7 @@ def make_rotation(dims, group_size, krot, seed=0):
 
 
 def rotate_float64(x, theta, pairs, channel_scales, group_size, rounds=None):
-    """The definition, pair by pair; `rounds` is the order of the rounds if not the stored one."""
+    """Rotate x by the definition, pair by pair; `rounds`: the order of the rounds, if another."""
     y = np.array(x, np.float64) * channel_scales.astype(np.float64).reshape(-1)
     angles = theta.astype(np.float64)
     for k in range(len(theta)) if rounds is None else rounds:
@@ -36,36 +38,23 @@ def rotate_float64(x, theta, pairs, channel_scales, group_size, rounds=None):
 
 
 def make_x(shape, dtype=mx.float32, seed=1):
+    """Make random activations."""
     return mx.array(np.random.default_rng(seed).standard_normal(shape), dtype=mx.float32).astype(
         dtype
     )
 
 
 def to_float64(array):
+    """Convert an MLX array to numpy."""
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def error(y, expected):
-    """norm(y - expected) / norm(expected)."""
+    """Compute norm(y - expected) / norm(expected)."""
     found = to_float64(y) if isinstance(y, mx.array) else y
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 def tables_of(parameters, group_size):
+    """Make the tables of a rotation from numpy arrays."""
     return RotationTables(*(mx.array(values) for values in parameters), group_size)
-
-
-class Rotation(RotatedLayer):
-    """A layer that only rotates: x with its channels scaled and rotated inside groups: (..., dims) to (..., dims), same dtype.
-
-    Parameters: theta (krot, dims / 2), pairs int16 (krot, dims), channel_scales (1, dims).
-    """
-
-    def __init__(self, dims: int, *, group_size: int = 128, krot: int = 8) -> None:
-        super().__init__(group_size)
-        self._add_rotation("", dims, krot)
-        self.freeze()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """The rotated x."""
-        return self._rotate(x)

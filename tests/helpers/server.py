@@ -1,4 +1,4 @@
-"""Questions to a server of completions."""
+"""Requests to a server of completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROMPT = "w5 w9 w17 w42 w3"
 
 
 def ask(port: int, body: dict) -> str | None:
-    """The text of a completion, or None if the server does not answer within 60 s."""
+    """Return the text of a completion, or None if the server does not answer within 60 s."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body).encode(),

@@ -1,4 +1,4 @@
-"""A package named paroquant that stands in for the real one."""
+"""A stub package named paroquant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ STAND_IN = "def load(model_path, lazy=False, force_text=False):\n    return 'the
 
 
 def stand_in(directory: Path, path="inference/backends/mlx/load.py", text=STAND_IN) -> Path:
-    """A package named paroquant with this loader."""
+    """Write a package named paroquant with this loader."""
     file = directory / "paroquant" / path
     file.parent.mkdir(parents=True)
     file.write_text(text)

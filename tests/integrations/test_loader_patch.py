@@ -1,10 +1,11 @@
-"""paroquant's own programs use our loader while it is installed, and theirs afterwards."""
+"""paroquant's own programs use `load` while it is installed, and their own loader afterwards."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.stand_in import stand_in
 
 MODEL = FIXTURES / "llama-awq-adversarial"
-ORIGINAL = (home.load,)  # in a tuple, for a plain name here would be replaced like any other
+ORIGINAL = (home.load,)  # in a tuple: a name in this module would be replaced too
 PROMPT = "w5 w9 w17 w42 w3"
 
 
@@ -38,8 +39,8 @@ def _undone():
     assert home.load is generator.load is ORIGINAL[0]
 
 
-def rotated_on_the_cpu(x, packed_pairs, cos, sin, scales, dim, krot, group_size):
-    """What paroquant's Metal kernel computes, so that its own model runs on any machine."""
+def rotate_on_the_cpu(x, packed_pairs, cos, sin, scales, dim, krot, group_size):
+    """Compute what paroquant's Metal kernel does, so that its model runs on any machine."""
     rows = x.astype(mx.float32) * scales
     offsets = mx.repeat(mx.arange(dim // group_size) * group_size, group_size // 2)
     for k in range(krot):
@@ -51,13 +52,15 @@ def rotated_on_the_cpu(x, packed_pairs, cos, sin, scales, dim, krot, group_size)
 
 
 def answer(model) -> str:
-    """What paroquant's generator writes, greedily."""
+    """Return what paroquant's generator writes without sampling."""
     writer = generator.MlxGenerator(str(model))
     params = GenerationParams(max_tokens=24, temperature=0.0)
     return asyncio.run(writer.generate(PROMPT, params)).output_text
 
 
-def never(name):
+def forbidden(name):
+    """Make a function that fails when it is called."""
+
     def called(*_args, **_kwargs):
         raise AssertionError(f"paroquant's {name} was called")
 
@@ -65,14 +68,15 @@ def never(name):
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_paroquants_generator_writes_the_same_text_from_our_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(modules, "_apply_rotation", rotated_on_the_cpu)
+def test_the_generator_writes_the_same_text_from_the_cache(tmp_path, monkeypatch):
+    # Private names of paroquant: its rotation needs a Mac, and its conversion must not run.
+    monkeypatch.setattr(modules, "_apply_rotation", rotate_on_the_cpu)
     theirs = answer(MODEL)
     for name in ("_convert_autoawq", "_convert_paro_native", "_pack_mlx", "_create_model"):
-        monkeypatch.setattr(home, name, never(name))
-    monkeypatch.setattr(modules, "_apply_rotation", never("rotation"))
+        monkeypatch.setattr(home, name, forbidden(name))
+    monkeypatch.setattr(modules, "_apply_rotation", forbidden("rotation"))
     with pytest.raises(AssertionError, match="_create_model was called"):
-        answer(MODEL)  # so a call would show
+        answer(MODEL)  # so a call is noticed
     paroquant_stream.install(cache_dir=tmp_path / "c")
     first = answer(MODEL)
     entries = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -91,13 +95,13 @@ def test_the_replacement_returns_what_paroquants_loader_returns(tmp_path):
     assert is_vlm is False
 
 
-def test_a_defect_of_the_model_is_our_error(tmp_path):
+def test_a_model_that_cannot_be_used_is_an_error_of_this_package(tmp_path):
     paroquant_stream.install(cache_dir=tmp_path / "c")
     with pytest.raises(paroquant_stream.ParoquantStreamError, match="nothing: neither a model"):
         generator.MlxGenerator(str(tmp_path / "nothing"))
 
 
-def test_every_name_that_is_the_loader_is_replaced_and_put_back():
+def test_every_name_of_the_loader_is_replaced_and_restored():
     early = types.ModuleType("early")
     early.load = early.under_another_name = ORIGINAL[0]
     early.another = another = functools.partial(ORIGINAL[0])
@@ -123,7 +127,7 @@ def test_every_name_that_is_the_loader_is_replaced_and_put_back():
     assert loader_patch._finder not in sys.meta_path
 
 
-def test_installs_nest_and_an_uninstall_too_many_does_nothing():
+def test_installs_nest_and_an_extra_uninstall_does_nothing():
     calls = []
 
     def loader(*a, jobs=None, cache_dir=None):
@@ -136,12 +140,13 @@ def test_installs_nest_and_an_uninstall_too_many_does_nothing():
     uninstall()
     home.load("m")
     uninstall()
+    assert loader_patch._finder not in sys.meta_path
     uninstall()
     assert calls == [(("m", False, True), None, "c"), (("m", False, False), 1, None)]
     assert home.load is ORIGINAL[0]
 
 
-def test_a_function_kept_beyond_uninstall_is_paroquants_again(monkeypatch):
+def test_a_function_kept_after_uninstall_calls_paroquants_loader(monkeypatch):
     install()
     kept = home.load
     uninstall()
@@ -149,15 +154,15 @@ def test_a_function_kept_beyond_uninstall_is_paroquants_again(monkeypatch):
     assert kept("m", lazy=True) == ("m", True, False)
 
 
-def test_an_option_that_load_does_not_have_is_an_error_at_once():
-    with pytest.raises(TypeError, match="colour"):
-        install(colour="red")
+def test_an_option_that_load_does_not_have_is_an_error():
+    with pytest.raises(TypeError, match="color"):
+        install(color="red")
     with pytest.raises(TypeError, match="lazy"):
-        install(lazy=True)  # the caller's business
+        install(lazy=True)  # the caller passes it
     assert home.load is ORIGINAL[0]
 
 
-def test_somebody_elses_later_replacement_is_left_alone():
+def test_a_later_replacement_by_another_program_stays():
     install()
     home.load = other = lambda: None
     uninstall()
@@ -166,7 +171,7 @@ def test_somebody_elses_later_replacement_is_left_alone():
     assert generator.load is ORIGINAL[0]
 
 
-def test_a_lazy_module_is_not_woken():
+def test_a_lazy_module_is_not_imported():
     class Lazy(types.ModuleType):
         def __getattribute__(self, name):
             raise AssertionError(f"asked for {name}")
@@ -181,24 +186,25 @@ def test_a_lazy_module_is_not_woken():
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
-    [(lambda model_path, revision: 0, r"takes \(model_path, revision\)"), (None, r"no load\(\)")],
+    ("found", "reason"),
+    [
+        (lambda model_path, revision: 0, r"takes \(model_path, revision\)"),
+        (lambda model_path, lazy, tower: 0, r"takes \(model_path, lazy, tower\)"),
+        (None, r"no load\(\)"),
+    ],
 )
-def test_another_loader_is_an_error_that_names_the_version(found, said):
+def test_another_loader_is_an_error_with_the_version(found, reason):
     home.load = found
     try:
-        with pytest.raises(LoaderMovedError, match=r"paroquant 0\.1\.16 .*" + said):
+        with pytest.raises(LoaderMovedError, match=r"paroquant 0\.1\.16 .*" + reason):
             install()
     finally:
         home.load = ORIGINAL[0]
     assert loader_patch._finder not in sys.meta_path
 
 
-# With a small package named paroquant, in a process of its own: what happens at import.
-
-
 def python(directory: Path, code: str) -> str:
-    """What `code` prints in a process that finds packages in `directory` first."""
+    """Return what `code` prints in a process that finds packages in `directory` first."""
     environment = os.environ | {"PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -206,7 +212,7 @@ def python(directory: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_loader_imported_later_is_ours_and_installing_imports_nothing(tmp_path):
+def test_a_loader_imported_later_is_replaced(tmp_path):
     code = """
 import sys
 from paroquant_stream.integrations import loader_patch
@@ -220,11 +226,11 @@ print(importlib.reload(home).load is loader_patch.load)
 uninstall()
 print(home.load("m"), importlib.reload(home).load("m"), loader_patch._finder in sys.meta_path)
 """
-    wanted = f"True SourceFileLoader {loader_patch.HOME}\nTrue\ntheirs theirs False"
+    wanted = f"True SourceFileLoader {loader_patch.LOADER_MODULE}\nTrue\ntheirs theirs False"
     assert python(stand_in(tmp_path), code) == wanted
 
 
-def test_a_loader_in_another_place_is_an_error_that_names_the_version(tmp_path):
+def test_a_moved_loader_is_an_error_with_the_version(tmp_path):
     stand_in(tmp_path, "mlx/loading.py")
     info = tmp_path / "paroquant-9.9.dist-info"
     info.mkdir()
@@ -239,7 +245,7 @@ except errors.LoaderMovedError as error:
     assert python(tmp_path, code).startswith("paroquant 9.9 does not have its MLX loader at paro")
 
 
-def test_a_loader_of_another_signature_fails_the_import_of_its_module(tmp_path):
+def test_another_signature_fails_the_import_of_the_module(tmp_path):
     stand_in(tmp_path, text="def load(path, revision): ...\n")
     code = """
 from paroquant_stream import errors, install
@@ -252,22 +258,40 @@ except errors.LoaderMovedError as error:
     assert "it takes (path, revision)" in python(tmp_path, code)
 
 
-def test_without_paroquant_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, loader_patch.HOME)
+def test_without_paroquant_the_error_names_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
     monkeypatch.setitem(sys.modules, "paroquant", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'paroquant\[mlx\]'"):
         install()
     assert loader_patch._finder not in sys.meta_path
 
 
-def test_a_second_import_of_the_loaders_module_is_ours_too(monkeypatch):
+def test_a_second_import_of_the_module_is_replaced_too(monkeypatch):
     install()
-    monkeypatch.delitem(sys.modules, loader_patch.HOME)
+    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
     try:
-        again = importlib.import_module(loader_patch.HOME)
+        again = importlib.import_module(loader_patch.LOADER_MODULE)
         assert again is not home
         assert again.load is loader_patch.load
     finally:
-        sys.modules[loader_patch.HOME] = home
+        sys.modules[loader_patch.LOADER_MODULE] = home
         uninstall()
         home.load = generator.load = ORIGINAL[0]
+
+
+def test_an_import_that_ends_after_the_uninstall_is_not_replaced(monkeypatch):
+    install()
+    folder = [str(Path(home.__file__).parent)]
+    spec = loader_patch._finder.find_spec(loader_patch.LOADER_MODULE, folder)
+    uninstall()
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, loader_patch.LOADER_MODULE, module)
+    spec.loader.exec_module(module)
+    assert module.load.__module__ == loader_patch.LOADER_MODULE
+
+
+def test_a_paroquant_module_without_a_spec_counts_as_absent(monkeypatch):
+    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
+    monkeypatch.setitem(sys.modules, "paroquant", types.ModuleType("paroquant"))
+    with pytest.raises(MissingExtraError, match="paroquant is not installed"):
+        install()

@@ -1,24 +1,17 @@
-"""Entries as arrays: only what was written, pieces of stacks joined in the order of the experts."""
+"""Reading entries: every damage is noticed, and nothing is hashed that is known."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
-from paroquant_stream.api.convert import convert_checkpoint
-from paroquant_stream.api.load import load
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import AssemblyError, EntryDamagedError, StoreError
-from paroquant_stream.exports.mlx_directory_writer import export_model
-from paroquant_stream.exports.single_file_writer import export_single_file
-from paroquant_stream.model import assemble as model
-from paroquant_stream.model.entries import read_weights
-from paroquant_stream.model.experts import join_pieces, stack_experts
+from paroquant_stream.errors import EntryDamagedError, StoreError
+from paroquant_stream.model import entries
+from paroquant_stream.model.entries import check_sizes, guard_reads, read_weights
 from paroquant_stream.store import damage
 from tests.helpers.builders import flip, remember
 
@@ -31,6 +24,15 @@ def converted(model_dir):
 
 def everything(_name: str) -> bool:
     return True
+
+
+def find_defect(record, store, full: bool) -> str | None:
+    """Check the entry by the private function, as loading a model each time would be slow."""
+    fd = os.open(store.entry_path(record.key), os.O_RDONLY)
+    try:
+        return entries._find_defect(record, store, fd, full)
+    finally:
+        os.close(fd)
 
 
 def test_every_tensor_of_the_manifest_is_read(converted):
@@ -79,39 +81,8 @@ def test_an_entry_as_its_writer_left_it_is_not_hashed_again(converted, monkeypat
     assert read_weights(manifest, store, everything)
 
 
-def test_pieces_are_joined_in_the_order_of_the_experts():
-    def piece(*experts: int) -> mx.array:
-        return mx.array(np.array([[e] for e in experts], np.uint32))
-
-    joined = join_pieces(
-        {
-            "x.experts_10_10": piece(10),
-            "x.experts_0_1": piece(0, 1),
-            "x.experts_2_9": piece(*range(2, 10)),
-        },
-        lazy=False,
-    )
-    assert list(joined) == ["x"]
-    assert joined["x"].flatten().tolist() == list(range(11))
-
-
-def test_a_missing_run_of_experts_is_named():
-    with pytest.raises(AssemblyError, match="x: experts 0 to 1 are in no entry"):
-        join_pieces({"x.experts_2_3": mx.zeros((2, 1))}, lazy=False)
-
-
-def test_unquantized_experts_are_stacked():
-    weights = {f"l.experts.{e}.up_proj.weight": mx.full((2, 2), e) for e in range(12)}
-    stacked = stack_experts(weights)
-    assert stacked["l.switch_mlp.up_proj.weight"].shape == (12, 2, 2)
-    assert stacked["l.switch_mlp.up_proj.weight"][10, 0, 0].item() == 10
-    with pytest.raises(AssemblyError, match="experts are missing between 0 and 2"):
-        stack_experts({f"l.experts.{e}.up_proj.weight": mx.zeros(1) for e in (0, 2)})
-
-
 @pytest.mark.usefixtures("settled")
-def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
-
+def test_a_changed_header_is_noticed_despite_a_known_digest(converted):
     manifest, store = converted
     record = manifest.entries[0]
     path = store.entry_path(record.key)
@@ -122,26 +93,26 @@ def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_entry_that_nothing_is_known_of_is_hashed_once(converted, monkeypatch):
+def test_an_entry_without_a_known_digest_is_hashed_once(converted, monkeypatch):
     manifest, store = converted
     for memo in store.folder("memo").iterdir():
         memo.unlink()
     real, hashed = damage.hash_entry, []
     monkeypatch.setattr(damage, "hash_entry", lambda *a: hashed.append(1) or real(*a))
     for _ in range(3):
-        assert defect(manifest.entries[0], store, full=False) is None
+        assert find_defect(manifest.entries[0], store, full=False) is None
     assert len(hashed) == 1
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_digest_that_is_known_must_be_that_of_the_record(converted):
+def test_a_known_digest_must_be_the_one_of_the_record(converted):
     manifest, store = converted
     other = replace(manifest.entries[0], digest="0" * 32)
-    assert f"expected XXH3 {other.digest}" in defect(other, store, full=False)
+    assert f"expected XXH3 {other.digest}" in find_defect(other, store, full=False)
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_entry_that_changed_meanwhile_is_hashed_again(converted, monkeypatch):
+def test_an_entry_that_changes_while_hashed_is_hashed_again(converted, monkeypatch):
     manifest, store = converted
     path = store.entry_path(manifest.entries[0].key)
     real, hashed = damage.hash_entry, []
@@ -154,25 +125,15 @@ def test_an_entry_that_changed_meanwhile_is_hashed_again(converted, monkeypatch)
         return digest
 
     monkeypatch.setattr(damage, "hash_entry", hash_then_change)
-    assert defect(manifest.entries[0], store, full=True) is None
-    assert "expected XXH3" in defect(manifest.entries[0], store, full=False)
+    assert find_defect(manifest.entries[0], store, full=True) is None
+    assert "expected XXH3" in find_defect(manifest.entries[0], store, full=False)
 
 
-def defect(record, store, full: bool) -> str | None:
-    """What is found wrong with the entry as it lies there now."""
-    from paroquant_stream.model.entries import _defect
-
-    fd = os.open(store.entry_path(record.key), os.O_RDONLY)
-    try:
-        return _defect(record, store, fd, full)
-    finally:
-        os.close(fd)
-
-
-@pytest.mark.parametrize("stride", [15, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [101, pytest.param(1, marks=pytest.mark.long)])
 def test_every_flipped_bit_of_an_entry_is_found(converted, stride):
-    """Each bit, or each fifth, of the length, the header's text and the data; of the padding each
-    77th. Without a remembered stat the default check finds them too.
+    """Check each `stride`-th bit of the length, header and data, and fewer of the padding.
+
+    Without a known digest the default check finds them too.
     """
     manifest, store = converted
     record = min(manifest.entries, key=lambda record: record.size)
@@ -180,66 +141,100 @@ def test_every_flipped_bit_of_an_entry_is_found(converted, stride):
     good = path.read_bytes()
     text = 8 + good[8:].index(b"}}") + 2
     bits = [*range(text * 8), *range(text * 8, 16_384 * 8, 77), *range(16_384 * 8, len(good) * 8)]
-    assert defect(record, store, full=True) is None
+    assert find_defect(record, store, full=True) is None
     fd = os.open(path, os.O_WRONLY)
     missed = []
     for bit in bits[::stride]:
         os.pwrite(fd, bytes([good[bit // 8] ^ 1 << bit % 8]), bit // 8)
-        if defect(record, store, full=True) is None or defect(record, store, full=False) is None:
+        if (
+            find_defect(record, store, full=True) is None
+            or find_defect(record, store, full=False) is None
+        ):
             missed.append(bit)
         os.pwrite(fd, good[bit // 8 : bit // 8 + 1], bit // 8)
     os.close(fd)
     assert missed == []
-    assert defect(record, store, full=True) is None
+    assert find_defect(record, store, full=True) is None
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.long)])
 def test_every_truncation_and_an_appended_byte_are_found(converted, stride):
     manifest, store = converted
     record = manifest.entries[0]
     path = store.entry_path(record.key)
     with path.open("ab") as file:
         file.write(b"\0")
-    assert "bytes, found" in defect(record, store, full=False)
+    assert "bytes, found" in find_defect(record, store, full=False)
     for size in range(record.size - 1, -1, -stride):
         os.truncate(path, size)
-        assert "bytes, found" in defect(record, store, full=False)
+        assert "bytes, found" in find_defect(record, store, full=False)
 
 
-@pytest.mark.parametrize("size", [0, -1])
-def test_an_entry_that_was_cut_after_it_was_opened_is_no_weights(
-    model_dir, monkeypatch, size, caplog
-):
-    """As MLX before 0.32.4, which gives zeros for what it cannot read any more."""
-    manifest = convert_checkpoint(model_dir, jobs=1)
-    store, record = make_request(model_dir).store, manifest.entries[1]
-    real, cut = model.mx.eval, []
-
-    def cut_then_give_zeros(arrays):
-        if not cut:
-            cut.append(record.key)
-            os.truncate(store.entry_path(record.key), record.size + size if size else 0)
-            return
-        real(arrays)
-
-    monkeypatch.setattr(model.mx, "async_eval", lambda _: None)
-    monkeypatch.setattr(model.mx, "eval", cut_then_give_zeros)
-    load(model_dir, jobs=1)
-    assert cut
-    assert "became shorter while it was read" in caplog.text
-    assert store.entry_size(record.key) == record.size  # made again
+def test_one_wrong_read_is_repeated_and_the_entry_stays(converted, monkeypatch, caplog):
+    manifest, store = converted
+    real, reads = entries.defect_of, []
+    monkeypatch.setattr(
+        entries, "defect_of", lambda *a: reads.append(1) or (real(*a) or "wrong bytes")
+    )
+    assert read_weights(manifest, store, everything, full=True)
+    assert len(reads) == len(manifest.entries)
+    assert "the next one the right ones" in caplog.text
+    assert all(store.entry_path(record.key).exists() for record in manifest.entries)
 
 
-@pytest.mark.parametrize("form", ["export", "single file"])
-def test_a_file_that_was_cut_after_it_was_opened_is_an_error(
-    model_dir, tmp_path, monkeypatch, form
-):
-    if form == "export":
-        export_model(model_dir, tmp_path / "out")
-        place, path = tmp_path / "out", tmp_path / "out" / "model.safetensors"
-    else:
-        place, (path, _) = model_dir, export_single_file(make_request(model_dir))
-    monkeypatch.setattr(model.mx, "async_eval", lambda _: None)
-    monkeypatch.setattr(model.mx, "eval", lambda _: os.truncate(path, path.stat().st_size - 1))
-    with pytest.raises(AssemblyError, match=f"{path}: its size changed while it was read"):
-        load(place)
+def test_an_error_of_a_check_closes_the_descriptor(converted, monkeypatch):
+    manifest, store = converted
+    opened, real = [], store.open_entry
+    monkeypatch.setattr(
+        type(store), "open_entry", lambda _, key: opened.append(real(key)) or opened[-1]
+    )
+
+    def fail(*_):
+        raise StoreError("cannot be read")
+
+    monkeypatch.setattr(entries, "layout_defect", fail)
+    with pytest.raises(StoreError, match="cannot be read"):
+        read_weights(manifest, store, everything)
+    assert opened
+    for fd in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_a_guarded_error_of_this_package_is_not_wrapped(converted):
+    manifest, store = converted
+    with pytest.raises(StoreError, match="no space"), guard_reads(manifest.entries, store):
+        raise StoreError("no space")
+
+
+def test_a_removed_entry_that_is_still_open_is_no_truncated_one(converted):
+    manifest, store = converted
+    check_sizes(manifest.entries, store)
+    path = store.entry_path(manifest.entries[0].key)
+    path.unlink()
+    check_sizes(manifest.entries, store)
+    path.write_bytes(b"short")
+    with pytest.raises(EntryDamagedError, match="became shorter while it was read"):
+        check_sizes(manifest.entries, store)
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_damaged_entry_does_not_enter_the_digest_cache(converted):
+    manifest, store = converted
+    record = manifest.entries[0]
+    flip(store.entry_path(record.key), record.size - 1)
+    for _ in range(2):
+        assert "expected XXH3" in find_defect(record, store, full=False)
+
+
+@pytest.mark.usefixtures("settled")
+def test_after_a_failure_of_mlx_every_entry_is_hashed(converted):
+    manifest, store = converted
+    record = manifest.entries[0]
+    path = store.entry_path(record.key)
+    flip(path, record.size - 1)
+    remember(store.memo, path, record.digest)
+    assert find_defect(record, store, full=False) is None
+    with pytest.raises(EntryDamagedError, match="expected XXH3"), guard_reads([record], store):
+        raise RuntimeError("cannot read")

@@ -1,4 +1,4 @@
-"""The model generates, and generates what its weights say: the rotation is where it belongs."""
+"""The model generates what dense weights with the rotation multiplied in generate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def rotation_matrix(theta, pairs, channel_scales, group: int) -> np.ndarray:
-    """The (K, K) matrix of a rotation after the channel scales, float64, pair by pair."""
+    """Compute the (K, K) matrix of channel scales and rotation in float64, pair by pair."""
     theta, pairs, scales = (np.array(a, np.float64) for a in (theta, pairs, channel_scales))
     size = scales.size
     matrix = np.diag(scales.reshape(-1))
@@ -40,7 +40,7 @@ def rotation_matrix(theta, pairs, channel_scales, group: int) -> np.ndarray:
 
 
 def folded_weight(layer, matrix: np.ndarray, group: int) -> mx.array:
-    """The dense weight (..., N, K) of a quantized layer with its rotation folded in, float32."""
+    """Multiply a layer's dense weight (..., N, K) by its rotation, to float32."""
     dense = mx.dequantize(
         layer.weight,
         layer.scales.astype(mx.float32),
@@ -81,7 +81,7 @@ def folded_experts(layer: RotateSwitchGLU) -> SwitchGLU:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """The model with dense float32 layers in the place of rotated ones."""
+    """Replace the rotated layers of a model by dense float32 ones."""
     swaps = []
     for path, module in model.named_modules():
         if isinstance(module, RotateQuantizedLinear):
@@ -98,7 +98,7 @@ def logits_of(model, tokens: list[int]) -> np.ndarray:
 
 
 def greedy(model, tokens: list[int], count: int) -> list[int]:
-    """The `count` likeliest next tokens, one by one with a cache, as a server decodes."""
+    """Decode `count` tokens without sampling, one by one with a cache, as a server does."""
     cache = make_prompt_cache(model)
     out, step = [], mx.array([tokens])
     for _ in range(count):
@@ -109,7 +109,7 @@ def greedy(model, tokens: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("directory", [DENSE, MOE, HYBRID_MOE, GEMMA], ids=lambda d: d.name)
-def test_the_same_tokens_as_dense_weights_with_the_rotation_folded_in(directory):
+def test_tokens_equal_those_of_dense_weights_with_the_rotation(directory):
     model, _, _ = load(directory, force_text=True)
     tokens = [5, 9, 17, 42, 3]
     model.set_dtype(mx.float32)
@@ -122,8 +122,8 @@ def test_the_same_tokens_as_dense_weights_with_the_rotation_folded_in(directory)
 
 
 @pytest.mark.parametrize("directory", [DENSE, MOE], ids=lambda d: d.name)
-def test_a_wrong_rotation_gives_other_logits(directory):
-    """That the comparison can fail: angles of the other sign are far off."""
+def test_a_wrong_rotation_changes_the_logits(directory):
+    """So the comparison with dense weights can fail."""
     model, tokenizer, _ = load(directory)
     tokens = tokenizer.encode(PROMPT)
     right = logits_of(model, tokens)
@@ -149,7 +149,6 @@ mx.set_default_device(mx.cpu)
 import mlx_lm.server
 from mlx_lm.utils import load_config
 from pathlib import Path
-from paroquant_stream.rotation import kernels
 from paroquant_stream import load
 def load_model(path, **_):
     model, tokenizer, _ = load(path)
@@ -159,8 +158,8 @@ mlx_lm.server.main()
 """
 
 
-@pytest.mark.parametrize("directory", [DENSE, MOE], ids=lambda d: d.name)
-def test_mlx_lm_serves_the_model(directory):
+def test_mlx_lm_serves_the_model():
+    directory = MOE
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -177,8 +176,8 @@ def test_mlx_lm_serves_the_model(directory):
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_moe-awq-adversarial", "gemma4_moe-awq-adversarial"])
-def test_the_text_part_of_a_vision_model_gives_the_text_models_logits(name):
-    """Two libraries, two sets of MoE classes, the same entries."""
+def test_text_logits_of_mlx_vlm_equal_those_of_mlx_lm(name):
+    """The two libraries have their own classes of experts; the entries are the same."""
     tokens = mx.array([[5, 9, 17, 42, 3]])
     vision, _, is_vlm = load(FIXTURES / name)
     text, _, _ = load(FIXTURES / name, force_text=True)
@@ -205,10 +204,8 @@ def test_the_text_part_of_a_vision_model_gives_the_text_models_logits(name):
         ),
     ],
 )
-def test_an_nvidia_gpu_gives_the_logits_of_the_cpu(family, monkeypatch):
-    """As far as float16 goes: on a CPU these random models are 0.3 to 2.2 % from float32's, not
-    rotated 100 %. The fixture `on_the_cpu` gives the default device back.
-    """
+def test_an_nvidia_gpu_has_the_logits_of_the_cpu(family, monkeypatch):
+    """Within the error of float16; the fixture `on_the_cpu` restores the default device."""
     directory = min(FIXTURES.glob(f"{family}-awq-*"))
 
     def logits_on(device) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Defects of MLX that the package works around. Each test passes while the defect is there.
+"""Defects of MLX that the package works around. Each test passes as long as MLX has the defect.
 
-When one fails, MLX was mended: see whether the guard named in the test can go, and pin the version.
+When one fails, check whether the workaround that it names is still needed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def malformed(header: dict, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def test_mx_load_accepts_a_file_with_a_hole_that_safetensors_refuses(tmp_path):
-    """Guard: tensorfile.read_header before every mx.load."""
+def test_mx_load_accepts_a_file_with_a_hole(tmp_path):
+    """Workaround: files.tensor_header checks the header before every mx.load."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}
     (tmp_path / "x.safetensors").write_bytes(malformed({"a": entry}, b"\1\2\3\4" + bytes(4)))
     with pytest.raises(SafetensorError):
@@ -29,8 +29,8 @@ def test_mx_load_accepts_a_file_with_a_hole_that_safetensors_refuses(tmp_path):
     assert mx.load(str(tmp_path / "x.safetensors"))["a"].tolist() == [0.0]
 
 
-def test_mx_load_multiplies_dimensions_modulo_two_to_the_64th(tmp_path):
-    """Guard: tensorfile._tensor in Python integers. The array is never touched here."""
+def test_mx_load_multiplies_dimensions_modulo_2_to_the_64(tmp_path):
+    """Workaround: files.tensor_header multiplies Python integers. The array is not evaluated."""
     entry = {"dtype": "U8", "shape": [65536] * 4, "data_offsets": [0, 0]}
     (tmp_path / "x.safetensors").write_bytes(malformed({"a": entry}, b""))
     assert mx.load(str(tmp_path / "x.safetensors"))["a"].shape == (65536,) * 4
@@ -60,15 +60,15 @@ for attempt in range(100):  # about every third raises a second time
 """
 
 
-def test_a_second_eval_after_a_failed_one_may_succeed_with_whatever_is_in_memory(tmp_path):
-    """Guard: weights.reading drops every array after a failure and never evaluates again."""
+def test_a_second_eval_after_a_failed_one_returns_random_memory(tmp_path):
+    """Workaround: after `guard_reads` failed, no array is evaluated again."""
     command = [sys.executable, "-c", SECOND, str(tmp_path / "x.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("second ")
 
 
-def test_mx_save_safetensors_adds_a_suffix_and_overwrites_in_place(tmp_path):
-    """Guard: newfile.NewFile writes every published file, never MLX."""
+def test_mx_save_adds_a_suffix_and_overwrites_in_place(tmp_path):
+    """Workaround: files.new_file writes every published file, never MLX."""
     mx.save_safetensors(str(tmp_path / "x.partial"), {"a": mx.zeros(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["x.partial.safetensors"]
     path = tmp_path / "x.partial.safetensors"

@@ -1,4 +1,4 @@
-"""Bit for bit what the public loader gives: every parameter, dtype included.
+"""Every parameter has the bits and dtype that the public loader returns.
 
 The committed checkpoints come from the public writer's own functions (fixtures/README.md).
 """
@@ -45,10 +45,7 @@ def test_every_parameter_of_a_text_model_is_the_expected_one(row):
 
 @pytest.mark.parametrize("row", VISION, ids=name_of)
 def test_every_parameter_of_a_vision_model_is_the_expected_one(row):
-    """Where the public loader drops experts or the tower, the text part is the text model's.
-
-    The rest is what strict loading leaves: every tensor of the tower in its parameter.
-    """
+    """Where the public loader drops tensors, the text part must be the text model's."""
     model, _, is_vlm = load(FIXTURES / row["name"])
     assert is_vlm
     found = parameters(model)
@@ -62,8 +59,8 @@ def test_every_parameter_of_a_vision_model_is_the_expected_one(row):
 
 
 @pytest.mark.parametrize("row", VISION, ids=name_of)
-def test_a_tower_is_kept_whole(row):
-    """Every number of the checkpoint's tower is in the model, in whatever order its class wants."""
+def test_every_value_of_a_tower_is_loaded(row):
+    """The class may reorder a tensor of the tower, so sizes and sums are compared."""
     model, _, _ = load(FIXTURES / row["name"])
     text = mx.load(str(EXPECTED / row["expected_text"]))
     tower = {name: array for name, array in parameters(model).items() if name not in text}
@@ -80,11 +77,11 @@ def test_a_tower_is_kept_whole(row):
 
 
 def finite(array: mx.array) -> bool:
-    """Clipping bounds of a tower may be infinite."""
+    """Return whether no value is infinite, as clipping bounds of a tower may be."""
     return bool(mx.all(mx.isfinite(array)).item())
 
 
-def test_biases_that_the_class_has_no_place_for_are_an_error():
+def test_biases_without_a_parameter_are_an_error():
     with pytest.raises(AssemblyError, match=r"self_attn\.q_proj\.bias: no such parameter"):
         load(FIXTURES / "qwen3_bias-awq-single")
 
@@ -97,7 +94,7 @@ def test_loading_twice_gives_the_same_parameters():
 
 
 @pytest.mark.parametrize("row", PUBLIC_IS_RIGHT, ids=name_of)
-def test_every_parameter_is_the_public_loaders_now(row):
+def test_every_parameter_equals_the_public_loaders(row):
     directory = FIXTURES / row["name"]
     ours, tokenizer, is_vlm = load(directory, force_text=True)
     theirs, their_tokenizer, their_is_vlm = public_load(str(directory), force_text=True)
@@ -107,7 +104,7 @@ def test_every_parameter_is_the_public_loaders_now(row):
 
 
 def test_the_public_loader_still_drops_native_biases():
-    """Why that case is not in the live comparison; if this fails, it can be."""
+    """If this fails, that case can join the comparison with the public loader."""
     theirs, _, _ = public_load(str(FIXTURES / "qwen2-native-adversarial"), force_text=True)
     wanted = mx.load(str(EXPECTED / "qwen2.safetensors"))
     bias = "model.layers.0.self_attn.q_proj.bias"

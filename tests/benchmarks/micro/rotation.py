@@ -68,7 +68,7 @@ def block_form(matrices: mx.array, scales: mx.array) -> Rotate:
     return rotate
 
 
-def last_axis_form(form: reference.Form) -> Rotate:
+def last_axis_form(form: reference.Tables) -> Rotate:
     """The rotation as gathers along the last axis."""
     cos, sin = ([table.reshape(-1) for table in tables] for tables in (form.cos, form.sin))
 
@@ -90,7 +90,7 @@ def forms(dims: int, dtype: mx.Dtype, tables: RotationTables, rounds: Rounds) ->
     return {
         "chosen": lambda x: kernels.rotate(x, tables),
         "rounds": lambda x: reference.rotate(x, tables),
-        "last axis": last_axis_form(tables.form(reference.Form)),
+        "last axis": last_axis_form(tables.for_kernel(reference.Tables)),
         "block": block_form(matrices, scales),
         "block f32": block_form(exact, scales),
     }
@@ -116,7 +116,7 @@ def table_lines(dims: int, rows: list[int], repeats: int) -> Iterator[str]:
     """One line per dtype and number of rows, then the tables' sizes and build times."""
     parameters = [mx.array(values) for values in make_rotation(dims, GROUP, KROT)]
     tables = RotationTables(*parameters, GROUP)
-    rounds = Rounds.read(*parameters, GROUP)
+    rounds = Rounds.from_parameters(*parameters, GROUP)
     for name, dtype in DTYPES.items():
         candidates = forms(dims, dtype, tables, rounds)
         for count in rows:
@@ -132,7 +132,7 @@ def table_lines(dims: int, rows: list[int], repeats: int) -> Iterator[str]:
     start = time.perf_counter()
     block_matrices(rounds)
     composed = time.perf_counter() - start
-    nbytes = sum(array.nbytes for array in tables.form(reference.Form).arrays)
+    nbytes = sum(array.nbytes for array in tables.for_kernel(reference.Tables).arrays)
     yield (
         f"tables, dims {dims}: "
         f"rounds {nbytes / 1e6:.2f} MB in {tables.build_seconds:.3f} s, "

@@ -1,0 +1,77 @@
+"""The backend for text models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from paroquant_stream.backends.mlx_lm import MlxLm, load_config
+from paroquant_stream.errors import CheckpointError, MissingExtraError
+from tests.helpers.builders import CONFIG
+
+
+def test_without_mlx_lm_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
+    with pytest.raises(MissingExtraError, match=r"paroquant_stream\[lm\]"):
+        MlxLm().build({"model_type": "llama"})
+
+
+def test_the_generation_configs_end_tokens_reach_the_tokenizer(model_dir):
+    (model_dir / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    config = load_config(model_dir)
+    tokenizer = MlxLm().load_tokenizer(model_dir, config)
+    assert {1, 7} <= set(tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '"text"', "[1]", "\udcff"])
+def test_a_generation_config_that_mlx_lm_cannot_use_is_one_error(model_dir, text):
+    data = text.encode("utf-8", "surrogateescape")
+    (model_dir / "generation_config.json").write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"mlx-lm cannot read config\.json or generation_config"
+    ):
+        load_config(model_dir)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text", "qwen3_5_moe_text", "gemma4"])
+def test_a_type_with_a_file_is_known_without_an_import(kind):
+    script = (
+        f"import sys\nfrom paroquant_stream.backends.mlx_lm import MlxLm\n"
+        f"assert MlxLm().why_unknown({{'model_type': {kind!r}}}) is None\n"
+        "assert not {'mlx_lm', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_class_without_sanitize_keeps_the_names():
+    weights = {"x": mx.zeros(1)}
+    assert MlxLm().sanitize(nn.Module(), weights) is weights
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [("qwen3_5_text", "qwen3_5"), ("qwen3_5_moe_text", "qwen3_5_moe"), ("llama", "llama")],
+)
+def test_a_text_only_type_has_the_librarys_name(model_dir, model_type, expected):
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | {"model_type": model_type}))
+    assert load_config(model_dir)["model_type"] == expected
+
+
+def test_a_config_without_a_type_is_read(model_dir):
+    without = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    (model_dir / "config.json").write_text(json.dumps(without))
+    assert load_config(model_dir)["model_type"] is None
+
+
+def test_code_of_a_tokenizer_is_refused_without_a_question(model_dir, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked the user"))
+    (model_dir / "mine.py").write_text("raise SystemExit('the code was run')")
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (model_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        MlxLm().load_tokenizer(model_dir, CONFIG)
