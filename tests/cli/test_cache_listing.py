@@ -83,7 +83,7 @@ def test_manifests_that_say_little_are_listed_with_what_is_known(converted):
     good = path.read_bytes()
     os.truncate(path, 60)
     assert shown_now()[1].startswith(f"({path.name[:12]})")
-    assert "damaged: the next conversion makes it anew" in shown_now()[1]
+    assert "damaged: the next conversion replaces it" in shown_now()[1]
     data = bytearray(good)
     data[10:12] = (2).to_bytes(2, "little")
     path.write_bytes(data)
@@ -91,7 +91,7 @@ def test_manifests_that_say_little_are_listed_with_what_is_known(converted):
     path.write_bytes(replace(Manifest.decode(good), directory="/elsewhere", model="x").encode())
     assert "did not record where the model lies" in shown_now()[1]
     path.rename(path.with_name(f"{path.stem}.dropped.msgpack"))
-    assert "that dropped sources was cut off" in shown_now()[1]
+    assert "with --drop-source was interrupted" in shown_now()[1]
 
 
 def test_names_from_the_disk_reach_the_terminal_escaped(tmp_path):

@@ -272,7 +272,7 @@ def test_a_shard_that_just_changed_is_not_trusted_by_its_stat(model_dir, monkeyp
     monkeypatch.setattr(descriptor, "RACY_SECONDS", 2.0)
     request = make_request(model_dir, jobs=1)
     result = convert(request)
-    assert "never read" in staleness(request, result.manifest)
+    assert "never hashed" in staleness(request, result.manifest)
     assert set(actions(run(model_dir)).values()) == {"reused"}  # hashed again, not converted
 
 
