@@ -1,8 +1,7 @@
-"""What an export takes along beside tensors and config: tokenizer, templates, settings, licence.
+"""The files that an export copies beside tensors and config: tokenizer, templates, settings.
 
-Names that are known, none of them code, and nothing else, however it is named: an export is given
-to others. What such a name leads to must be a regular file of the model, and settings lose the keys
-by which transformers and mlx-lm find code beside them.
+Only files of known names, none of them code, since an export is given to others. Each must be a
+regular file of the model, and settings lose the keys by which transformers and mlx-lm find code.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ _DEEPEST = 100  # levels of JSON, of which a tokenizer has ten; Python's own lim
 
 
 def files_to_export(directory: Path) -> list[str]:
-    """List what an export takes along.
+    """List what an export copies.
 
     Args:
         directory: The model directory.
 
     Returns:
-        The names of the known files that are there, and of templates in their directory.
+        The names of the known files that exist, and of templates in their directory.
 
     Raises:
         CheckpointError: One of them lies outside of the model, or is larger than any model's, or
@@ -71,11 +70,11 @@ def export_files(directory: Path, names: Iterable[str], target: Path) -> None:
 
     Args:
         directory: The model directory.
-        names: What `files_to_export` gave.
+        names: As `files_to_export` returned them.
         target: The directory of the export.
 
     Raises:
-        CheckpointError: A file was changed meanwhile and is now none to take along.
+        CheckpointError: A file was changed meanwhile and may not be copied now.
         MalformedFileError: Settings are not valid JSON.
         SourceChangedError: A file became shorter while it was read.
         UnreadableFileError: The system cannot read it.
@@ -111,7 +110,7 @@ def without_code(value: Any, label: str) -> Any:
 
 
 def as_json(value: object) -> bytes:
-    """The bytes of a JSON file in the form that people read."""
+    """Return the bytes of an indented JSON file."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
@@ -123,10 +122,10 @@ def write_file(path: Path, size: int, chunks: Iterable[memoryview]) -> None:
 
 
 def _templates(directory: Path) -> list[str]:
-    """The chat templates beside the default one, each by its path in the model."""
+    """List the chat templates beside the default one, each by its path in the model."""
     try:
         found = sorted(filter(_TEMPLATE.fullmatch, os.listdir(directory / TEMPLATES)))
-    except OSError:  # there is no such directory
+    except OSError:  # no such directory
         return []
     if len(found) > _MOST_TEMPLATES:
         raise CheckpointError(
@@ -152,7 +151,7 @@ def _open(directory: Path, name: str) -> int:
 
 
 def _clean(text: bytes, label: str) -> bytes:
-    """The same bytes, or the JSON anew if it has a key that must go."""
+    """Return the same bytes, or the JSON written again without the keys that name code."""
     value = strict_json(text, label, _DIGITS)
     clean = without_code(value, label)
     return text if clean == value else as_json(clean)

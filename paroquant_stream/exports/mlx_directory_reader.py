@@ -1,4 +1,4 @@
-"""A directory that `export` wrote, read back: its tensors already have the model's own names."""
+"""Read a directory that `export` wrote: its tensors have the model's own names already."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ FORMAT = 1
 
 
 def stored_in_export(config: ModelConfig) -> TensorSource:
-    """The tensors of an exported directory; no code in it is run.
+    """Open the tensors of an exported directory; no code in it is run.
 
-    Raises CheckpointError, MalformedFileError or LayoutError when it is damaged.
+    Raises:
+        CheckpointError: It is damaged; MalformedFileError or LayoutError where that is the reason.
     """
     directory, checkpoint = config.directory, open_checkpoint(config)
     _check_format(config.values[EXPORTED], directory)
@@ -75,7 +76,7 @@ def _check_format(mark: Any, directory: Path) -> None:
 
 
 def _read(shard: Shard) -> dict[str, mx.array]:
-    """A shard's lazy arrays, through the very descriptor whose header was checked."""
+    """Open a shard's lazy arrays through the descriptor whose header was checked."""
     with closing(shard.open()) as fd:
         read_header(fd, str(shard.path))
         return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))

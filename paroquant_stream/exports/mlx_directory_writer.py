@@ -1,4 +1,4 @@
-"""export(): a converted model as an MLX model directory, one tensor in memory at a time."""
+"""export_model(): a converted model as an MLX model directory, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHARD_SIZE = 5_000_000_000
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
-_CHUNK = 64 << 20  # bytes handed over at once
+_CHUNK = 64 << 20  # bytes written at once
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,32 @@ def export_model(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Export:
-    """Writes the MLX model directory `out`, converting first what is not in the cache.
+    """Write a model as an MLX model directory, converting first what is not in the cache.
 
-    `out` appears complete or not at all, and shares no file with the cache. It holds the parameters
-    of the model under their own names, in files of at most `shard_size` bytes of tensors (a larger
-    tensor has one of its own). `load` of this package reads it; with `self_contained` mlx-lm does
-    too, without this package, by a Python file in it that runs only with `trust_remote_code`. Of a
-    vision model the text part is written.
+    The directory appears complete or not at all, and shares no file with the cache. It holds the
+    model's parameters under their own names; `load` of this package reads it. Of a vision model the
+    text part is written.
 
-    Raises what `load` raises, CheckpointError when `out` exists or its parent does not, and
-    UnwritableFileError or StoreError when it cannot be written.
+    Args:
+        model_path: A model directory, or a Hub repository id.
+        out: The directory to write, which must not exist.
+        self_contained: Add a Python file by which mlx-lm reads it too, without this package, and
+            which mlx-lm runs only with `trust_remote_code`.
+        shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
+        cache_dir: As for `convert_checkpoint`.
+        jobs: As for `convert_checkpoint`.
+        revision: As for `convert_checkpoint`.
+        progress: As for `convert_checkpoint`.
+
+    Raises:
+        CheckpointError: `out` exists or its parent does not, or the model cannot be used.
+        StoreError: It cannot be written.
+        ModelError: As `load` raises.
     """
     target = Path(os.path.abspath(Path(out).expanduser()))
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; remove it or name another directory")
-    if not os.path.isdir(target.parent):  # told before hours of conversion
+    if not os.path.isdir(target.parent):  # before hours of conversion
         raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
     if request.source.config.is_export:
@@ -144,10 +155,9 @@ def _exported_config(
     model: nn.Module,
     self_contained: bool,
 ) -> dict[str, Any]:
-    """config.json of the export: MLX's `quantization`, no tower, no code but the export's own.
+    """Return the export's config.json: MLX's `quantization`, no tower, no code but its own.
 
-    The model type stays as it was, even one that mlx-lm does not know: the tokenizer's class may
-    hang on it.
+    The model type stays, even one that mlx-lm does not know: it may decide the tokenizer's class.
     """
     left_out = ("_name_or_path", "vision_config", "audio_config")
     config = {key: value for key, value in original.items() if key not in left_out}
@@ -166,7 +176,7 @@ def _exported_config(
 
 
 def _rotated(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Path and number of rotation rounds of each rotated layer."""
+    """Return path and number of rotation rounds of each rotated layer."""
     for path, module in model.named_modules():
         if isinstance(module, RotateQuantizedLinear):
             yield path, module.theta.shape[0]
@@ -175,7 +185,7 @@ def _rotated(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _cut(specs: list[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]]:
-    """File name -> tensors, in the order of the model, so that a layer's are neighbours."""
+    """Distribute tensors to files, in the order of the model, so that a layer's are together."""
     shards: list[list[TensorSpec]] = []
     filled = shard_size + 1
     for spec in specs:
@@ -195,7 +205,7 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.array]) -> None:
-    """Writes one file, taking each tensor out of `tensors`."""
+    """Write one file, taking each tensor out of `tensors`."""
     header, infos = lay_out(specs)
     size = end_of(header, infos)
     with new_file_at(path, size) as file:

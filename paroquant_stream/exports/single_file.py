@@ -1,6 +1,7 @@
 """`converted_mlx.safetensors` in a model directory: a whole converted model in one file.
 
-Ours has the entries' tensors under the checkpoint's names, stacks whole, and in `__metadata__`:
+A file of this package has the entries' tensors under the checkpoint's names, stacks whole, and in
+`__metadata__`:
 
     format     mlx
     writer     paroquant_stream <version>
@@ -34,7 +35,7 @@ from ..store.format import TRANSFORM
 from ..version import __version__
 
 NAME = "converted_mlx.safetensors"
-MAX_SHARDS = 10_000  # each costs a look at the disk; the largest models have some 200
+MAX_SHARDS = 10_000  # each costs a system call; the largest models have some 200
 _WRITER = "paroquant_stream"
 NO_DIGEST = "0" * 32
 _DIGEST = re.compile("[0-9a-f]{32}")
@@ -43,7 +44,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Origin:
-    """What our metadata says of a file."""
+    """What this package's metadata says of a file."""
 
     transform: str
     sources: Mapping[str, str]
@@ -64,7 +65,7 @@ class SingleFile:
 
 
 def metadata_of(sources: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a file made from shards with these SHA-256, its digest not yet known."""
+    """Return the metadata of a file made from shards with these SHA-256, without its digest."""
     return {
         "writer": f"{_WRITER} {__version__}",
         "names": "checkpoint",
@@ -75,16 +76,22 @@ def metadata_of(sources: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_digest(header: bytes, digest: str, before: str = NO_DIGEST) -> bytes:
-    """The header's bytes with its digest `before` replaced; no other place can look like it, for
-    quotes inside of a JSON string have a backslash.
+    """Replace the digest `before` in a header's bytes.
+
+    Nothing else can look like it: quotes inside of a JSON string have a backslash.
     """
     return header.replace(f'"xxh3":"{before}"'.encode(), f'"xxh3":"{digest}"'.encode(), 1)
 
 
 def hash_single(fd: int, header_size: int, label: str, digest: str = NO_DIGEST) -> str:
-    """XXH3-128 of the file at `fd` with zeros in the place of the `digest` that its header has.
+    """Hash the file at `fd` with zeros in the place of the digest in its header.
 
-    Raises UnreadableFileError, SourceChangedError when the file becomes shorter meanwhile.
+    Returns:
+        XXH3-128 in hex.
+
+    Raises:
+        UnreadableFileError: The system cannot read it.
+        SourceChangedError: It became shorter meanwhile.
     """
     header = pread_exactly(fd, 0, header_size, label)
     return hash_parts(with_digest(header, NO_DIGEST, digest), fd, label)
@@ -92,10 +99,11 @@ def hash_single(fd: int, header_size: int, label: str, digest: str = NO_DIGEST) 
 
 @contextlib.contextmanager
 def opened(directory: Path) -> Iterator[SingleFile | None]:
-    """The single file in a model directory, open during the body, or None if there is none.
+    """Open the single file in a model directory during the body; None if there is none.
 
-    Raises MalformedFileError for a header that is not valid and for metadata that is ours and damaged;
-    CheckpointError for a link that leads out of the directory.
+    Raises:
+        MalformedFileError: Its header is not valid, or its metadata is this package's and damaged.
+        CheckpointError: It is a link that leads out of the directory.
     """
     shard = Shard(NAME, directory / NAME)
     if not os.path.lexists(shard.path):
@@ -107,7 +115,7 @@ def opened(directory: Path) -> Iterator[SingleFile | None]:
 
 
 def _read_origin(metadata: Mapping[str, str], label: str) -> Origin | None:
-    """What metadata of ours says; None when it is not ours. Raises MalformedFileError."""
+    """Read this package's metadata; None when the file has none. Raises MalformedFileError."""
     if not metadata.get("writer", "").startswith(_WRITER):
         return None
     if metadata.get("names") != "checkpoint":

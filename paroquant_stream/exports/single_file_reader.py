@@ -1,4 +1,4 @@
-"""Loads from a model's single file."""
+"""Load a model from its single file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .single_file import Origin, SingleFile, hash_single
 
 
 def stored_in_file(file: SingleFile, quantization: Quantization, *, lazy: bool) -> TensorSource:
-    """The tensors of a single file, which must stay open while they are read."""
+    """Return the tensors of a single file, which must stay open while they are read."""
     bits, group_size = quantization.bits, quantization.group_size
 
     def read(wanted: Callable[[str], bool]) -> dict[str, mx.array]:
@@ -59,7 +59,7 @@ def _check_size(file: SingleFile) -> None:
 
 @contextlib.contextmanager
 def _reading_file(file: SingleFile) -> Iterator[None]:
-    """As `guard_reads`, for a single file."""
+    """Guard reads of a single file, as `guard_reads` does for entries."""
     try:
         yield
     except ParoquantStreamError:
@@ -71,7 +71,7 @@ def _reading_file(file: SingleFile) -> Iterator[None]:
 def _quantize_floats(
     weights: dict[str, mx.array], bits: int, group_size: int, lazy: bool
 ) -> dict[str, mx.array]:
-    """Embeddings and heads that are floats still, quantized with the bits that entries have."""
+    """Quantize embeddings and heads that are still floats, with the bits that entries have."""
     for name in [name for name in weights if name.endswith(IO_WEIGHTS)]:
         module = name.removesuffix(".weight")
         if f"{module}.scales" in weights or not mx.issubdtype(weights[name].dtype, mx.floating):
@@ -86,11 +86,14 @@ def _quantize_floats(
 
 
 def check_usable(file: SingleFile, request: Request, full: bool) -> None:
-    """Raises CheckpointError when a single file must not be used for the model as it is now.
+    """Check that a single file may be used for the model as it is now.
 
-    Sources that are present are compared with what was converted, hashed when no memo knows them;
-    absent ones are as they were. Then the file's own digest, unless its stat is known and not
+    Present sources are compared with what was converted, hashed when no hash is remembered; absent
+    ones count as unchanged. Then the file's own digest is checked, unless it is remembered and not
     `full`.
+
+    Raises:
+        CheckpointError: It may not be used; says why.
     """
     if reason := _why_unused(file, request, full):
         raise CheckpointError(f"{file.path}: {reason}; remove it, or have it written anew")
@@ -107,8 +110,8 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
         return None
     if file.origin.transform != TRANSFORM:
         return "made by another version"
-    request.store.check_owner()  # for its memos are believed
-    with contextlib.suppress(StoreError):  # without a place for memos, everything is hashed again
+    request.store.check_owner()  # since its digest cache is believed
+    with contextlib.suppress(StoreError):  # without a digest cache everything is hashed again
         request.store.create()
     for name in sorted({*named, *file.origin.sources}):
         shard = Shard(name, request.source.directory / name)
@@ -125,7 +128,7 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
 
 
 def _removed_sources(request: Request) -> dict[str, str]:
-    """SHA-256 of shards that `--drop-source` removed, by name, as cache and `mlx/` know them."""
+    """Return the SHA-256 of shards that `--drop-source` removed, from cache and `mlx/`, by name."""
     from ..conversion.find_dropped import find_dropped
 
     found: dict[str, str] = {}

@@ -41,10 +41,19 @@ logger = logging.getLogger(__name__)
 def export_single_file(
     request: Request, out: Path | None = None, progress: Progress | None = None
 ) -> tuple[Path, int]:
-    """Path and bytes of a new single file of a model, after converting what is missing.
+    """Write a model's single file, after converting what is missing.
 
-    `out`: a file or a directory, default the model's own. Raises what `convert` and
-    `write_single_file` raise; a damaged entry is converted again, once.
+    Args:
+        request: The model.
+        out: A file or a directory; None for the model's own directory.
+        progress: As for `convert`.
+
+    Returns:
+        The path of the file and its bytes.
+
+    Raises:
+        UnwritableFileError: The file exists or cannot be written.
+        EntryDamagedError: An entry was damaged, converted again, and damaged again.
     """
     if request.source.remote and out is None:
         raise UnwritableFileError(
@@ -71,12 +80,18 @@ def _check_free(path: Path) -> None:
 
 
 def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
-    """Writes the converted model as one file and returns its bytes; memory stays at a few MB.
+    """Write the converted model as one file; memory stays at a few MB.
 
-    Tensors keep the checkpoint's names and their bits; stacks of experts are whole. Raises, and
-    leaves nothing behind: UnwritableFileError when `path` exists or cannot be written, EntryDamagedError,
-    after taking the entry out of use, when an entry is not what was written; StoreError when one is
-    absent.
+    Tensors keep the checkpoint's names and their bits; stacks of experts are whole. An error leaves
+    no file behind.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        UnwritableFileError: `path` exists or cannot be written.
+        EntryDamagedError: An entry is not what was written; it was taken out of use.
+        StoreError: An entry is absent.
     """
     _check_free(path)
     specs = {tensor.name: tensor for record in manifest.entries for tensor in record.tensors}
@@ -95,7 +110,7 @@ def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
 
 
 def _joined(specs: dict[str, TensorSpec], stacks: dict[str, list[str]]) -> list[TensorSpec]:
-    """The tensors of the file: stacks in place of their pieces."""
+    """Return the tensors of the file: stacks in place of their pieces."""
     pieces = {name for names in stacks.values() for name in names}
     found = [spec for name, spec in specs.items() if name not in pieces]
     for stack, names in stacks.items():
@@ -108,7 +123,7 @@ def _joined(specs: dict[str, TensorSpec], stacks: dict[str, list[str]]) -> list[
 def _places(
     tensors: tuple[TensorInfo, ...], specs: dict[str, TensorSpec], stacks: dict[str, list[str]]
 ) -> dict[str, int]:
-    """Where each tensor of an entry begins in the file."""
+    """Return where each tensor of an entry begins in the file."""
     places = {tensor.name: tensor.start for tensor in tensors}
     for stack, names in stacks.items():
         start = places.pop(stack)
@@ -119,7 +134,7 @@ def _places(
 
 
 def _copy_entry(record: EntryRecord, store: Store, target: int, places: dict[str, int]) -> None:
-    """Copies an entry's tensors to their places. Raises EntryDamagedError when they are not its own."""
+    """Copy an entry's tensors to their places. Raises EntryDamagedError for other bytes."""
     label = str(store.entry_path(record.key))
     problem: str | None = None
     for _ in range(2):  # one bad read is no damage
@@ -157,7 +172,7 @@ def _write_at(fd: int, view: memoryview, place: int) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path, size: int) -> Iterator[int]:
-    """A descriptor of a temp beside `path`, published under that name after the body.
+    """Yield a descriptor of a temp beside `path`, published under that name after the body.
 
     Removed when the body raises. Raises UnwritableFileError.
     """

@@ -120,7 +120,7 @@ def test_a_config_with_other_bits_or_an_impossible_group_size_is_refused(exporte
 def test_another_group_size_than_the_weights_have_is_refused(exported):
     sizes = {"bits": 4, "group_size": 128}
     edit(exported / "config.json", lambda config: config.update(quantization_config=sizes))
-    with pytest.raises(AssemblyError, match="no rotated layers of this model"):
+    with pytest.raises(AssemblyError, match="do not fit the layers of this model"):
         load(exported)
 
 
