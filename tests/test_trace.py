@@ -31,7 +31,7 @@ def test_a_stage_that_fails_is_kept():
     assert [span.stage for span in trace.spans] == ["stage"]
 
 
-def test_the_file_has_a_row_for_each_thread_and_a_slice_for_each_stage(tmp_path):
+def test_a_trace_has_a_row_per_thread_and_a_slice_per_stage(tmp_path):
     trace = Trace()
 
     def beside():

@@ -57,7 +57,7 @@ def test_verify_in_json(arguments, tmp_path, capsys):
     assert found["problems"][0]["path"] == str(path)
 
 
-def test_verify_of_a_model_that_was_never_converted_is_one_message(tmp_path, model_dir, capsys):
+def test_verify_of_an_unconverted_model_is_one_message(tmp_path, model_dir, capsys):
     assert cache.main(["verify", str(model_dir), "--cache-dir", str(tmp_path / "empty")]) == 1
     assert "not converted" in capsys.readouterr().err
 
@@ -206,13 +206,13 @@ def test_rm_of_one_model_that_is_not_there_removes_none(model_dir, capsys):
 
 
 @pytest.mark.usefixtures("home")
-def test_a_model_whose_directory_is_gone_can_be_removed_by_its_path(model_dir, capsys):
+def test_a_model_without_its_directory_is_removed_by_its_path(model_dir, capsys):
     shutil.rmtree(model_dir)
     assert run("rm", str(model_dir), "-y") == 0
 
 
 @pytest.mark.usefixtures("home")
-def test_a_hub_model_can_be_removed_by_its_id_or_with_its_revision(tmp_path, capsys):
+def test_a_hub_model_is_removed_by_id_or_revision(tmp_path, capsys):
     for revision in ("a" * 40, "b" * 40):
         directory = tmp_path / "models--owner--name" / "snapshots" / revision
         assert convert.main([str(write_checkpoint(directory)), "--quiet"]) == 0

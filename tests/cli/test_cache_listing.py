@@ -143,7 +143,7 @@ def test_the_footer_counts_what_is_shared_and_what_could_go(converted, tmp_path)
     assert foreign_table(inventory)[-1].split()[1:3] == ["3", "B"]
 
 
-def test_a_plan_says_what_goes_what_is_shared_and_what_is_the_only_copy(converted, tmp_path):
+def test_a_plan_shows_removed_shared_and_only_copies(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "copy")
     convert_checkpoint(tmp_path / "copy", jobs=1)
     inventory = take_inventory(cache_store())

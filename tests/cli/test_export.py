@@ -100,7 +100,7 @@ def test_an_unknown_model_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_parent_that_is_absent_is_told_before_anything_is_converted(model_dir, tmp_path, capsys):
+def test_an_absent_parent_is_reported_before_any_work(model_dir, tmp_path, capsys):
     before = listing(tmp_path)
     assert export.main([str(model_dir), str(tmp_path / "absent" / "out")]) == 1
     assert f"there is no directory {tmp_path / 'absent'}; make it first" in one_line(capsys)

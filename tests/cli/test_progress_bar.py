@@ -30,7 +30,7 @@ def show(quiet: bool = False) -> Progress:
     return progress
 
 
-def test_a_terminal_has_a_bar_for_all_and_one_for_each_running_shard(monkeypatch):
+def test_a_terminal_shows_a_bar_for_each_running_shard(monkeypatch):
     screen = terminal(monkeypatch)
     show()
     for name in ("all shards", "a", "b"):

@@ -153,7 +153,7 @@ def test_an_error_of_our_loader_is_one_line(here):
     assert error.count("\n") == 1
 
 
-def test_a_paroquant_without_that_loader_is_an_error_before_the_program_starts(here):
+def test_another_paroquant_is_an_error_before_the_program(here):
     (here / "paroquant/inference/backends/mlx/load.py").unlink()
     done = run("-m", "script", cwd=here, code=1)
     assert done.stdout == ""
@@ -172,7 +172,7 @@ def test_a_program_without_paroquant_runs_with_a_note(tmp_path):
     assert done.stderr == "note: paroquant is not installed, so no loader was replaced\n"
 
 
-def test_a_spawned_process_has_paroquants_loader_and_a_forked_one_ours(here):
+def test_a_forked_process_has_this_loader_a_spawned_one_not(here):
     """What the help says of processes that the program starts, with the exception of a fork."""
     (here / "children.py").write_text(
         REPORT + "    for kind in ('spawn', 'fork'):\n"

@@ -78,7 +78,7 @@ def test_one_changed_byte_rebuilds_exactly_its_entry(model_dir):
     assert reasons(result)["2"] == "content changed"
 
 
-def test_a_changed_part_that_was_borrowed_rebuilds_the_borrower_too(scattered_dir):
+def test_a_changed_borrowed_part_converts_the_borrower_again(scattered_dir):
     before = run(scattered_dir)
     scales = "model.layers.0.mlp.up_proj.scales"
     (lender,) = {r.shard for r in before.manifest.entries for t in r.tensors if t.name == scales}
@@ -167,7 +167,7 @@ def test_an_absent_or_short_entry_is_converted_again(model_dir, tmp_path):
     assert short.read_bytes() == whole
 
 
-def test_an_adopted_entry_with_a_foreign_header_is_converted_again(model_dir):
+def test_an_entry_with_a_foreign_header_is_converted_again(model_dir):
     first = run(model_dir)
     first.manifest_path.unlink()
     path = make_request(model_dir).store.entry_path(first.manifest.entries[0].key)
@@ -184,7 +184,7 @@ def test_force_converts_everything_again(model_dir):
     assert set(reasons(result).values()) == {"forced"}
 
 
-def test_a_new_version_of_one_operation_rebuilds_only_what_used_it(tmp_path, monkeypatch):
+def test_a_new_operation_version_converts_only_its_shards(tmp_path, monkeypatch):
     tensors = llama_tensors()
 
     def cut(names):
@@ -293,9 +293,7 @@ def test_a_read_only_survey_survives_a_store_that_is_not_there(model_dir, tmp_pa
     assert replace(request.store, read_only=True).memo.read_only
 
 
-def test_a_disk_without_room_is_told_before_any_work_and_goes_on_once_there_is(
-    model_dir, monkeypatch
-):
+def test_a_full_disk_is_reported_before_work_and_a_rerun_resumes(model_dir, monkeypatch):
     from paroquant_stream.errors import StoreError
     from paroquant_stream.store.store import Store
 
@@ -316,7 +314,7 @@ def test_a_cache_that_others_can_write_into_is_refused(model_dir):
         run(model_dir)
 
 
-def test_a_run_without_work_notes_that_the_model_was_used_and_no_more(model_dir):
+def test_a_run_without_work_only_notes_that_the_model_was_used(model_dir):
     made = make_request(model_dir)
     convert(made)
     path = made.store.manifest_path(made.manifest_name)
@@ -339,7 +337,7 @@ def test_a_cache_whose_times_cannot_be_set_serves_all_the_same(model_dir, monkey
     assert fired == [1]
 
 
-def test_a_manifest_in_a_cache_names_the_directory_and_one_beside_a_model_no_path(model_dir):
+def test_only_a_cache_manifest_names_the_directory(model_dir):
     assert run(model_dir).manifest.directory == str(model_dir.resolve())
     assert run(model_dir, in_place=True).manifest.directory == ""
 
@@ -361,7 +359,7 @@ def test_damage_from_before_its_record_was_lost_is_not_adopted(model_dir, tmp_pa
     assert again.manifest.entries == first.manifest.entries
 
 
-def test_an_entry_without_its_writers_digest_is_made_again_when_its_record_is_lost(model_dir):
+def test_a_lost_entry_without_a_digest_is_converted_again(model_dir):
     first = run(model_dir)
     store, record = make_request(model_dir).store, first.manifest.entries[0]
     store.entry_path(record.key).with_suffix(".digest").unlink()

@@ -171,16 +171,14 @@ def test_a_source_that_changes_before_it_goes_is_kept(scattered_dir, monkeypatch
     assert len(list(scattered_dir.glob("model-*"))) >= 2
 
 
-def test_a_lender_that_changed_after_it_lent_is_noticed_though_its_own_hash_fits(
-    scattered_dir, monkeypatch
-):
+def test_a_lender_that_changed_after_lending_is_noticed(scattered_dir, monkeypatch):
     monkeypatch.setattr(drop.SourceFile, "lent_sha256", lambda *_: "0" * 64)
     with pytest.raises(SourceChangedError, match="borrowed from it changed"):
         run(scattered_dir, drop_source=True)
     assert shards(scattered_dir) == [FIRST, SECOND, THIRD]
 
 
-def test_a_changed_config_says_that_the_source_is_gone_and_what_to_do(model_dir):
+def test_a_changed_config_says_that_the_source_was_removed(model_dir):
     run(model_dir, drop_source=True)
     (model_dir / "config.json").write_text(json.dumps(CONFIG | {"note": "no byte depends on it"}))
     assert {r.action for r in run(model_dir).shards} == {"reused"}
@@ -195,7 +193,7 @@ def test_a_changed_config_says_that_the_source_is_gone_and_what_to_do(model_dir)
         survey(make_request(model_dir))
 
 
-def test_another_version_of_an_operation_says_that_the_source_is_gone(model_dir, monkeypatch):
+def test_a_new_operation_version_says_that_the_source_was_removed(model_dir, monkeypatch):
     run(model_dir, drop_source=True)
     monkeypatch.setattr("paroquant_stream.conversion.staleness.TRANSFORM", "newer")
     assert {r.action for r in run(model_dir).shards} == {"reused"}
@@ -213,9 +211,7 @@ def test_sources_that_come_back_are_sources_again(model_dir, tmp_path):
     assert not any(record.dropped for record in result.manifest.entries)
 
 
-def test_a_shard_that_came_back_with_other_content_is_not_completed_by_the_dropped_ones(
-    scattered_dir, tmp_path
-):
+def test_a_shard_that_returns_changed_is_not_completed(scattered_dir, tmp_path):
     backup = shutil.copytree(scattered_dir, tmp_path / "backup")
     run(scattered_dir, drop_source=True)
     shutil.copy(backup / THIRD, scattered_dir / THIRD)
@@ -228,9 +224,7 @@ def test_a_shard_that_came_back_with_other_content_is_not_completed_by_the_dropp
     assert {r.action for r in run(scattered_dir).shards} == {"reused"}
 
 
-def test_a_directory_that_cannot_be_written_is_told_and_nothing_is_lost(
-    model_dir, whole, monkeypatch
-):
+def test_an_unwritable_directory_is_reported_and_nothing_is_lost(model_dir, whole, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -268,7 +262,7 @@ def cut_by_type(names: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("converted", [False, True])
-def test_cut_off_at_any_change_of_the_disk_the_next_run_completes(
+def test_interrupted_at_any_change_the_next_run_completes(
     lending_dir, tmp_path, monkeypatch, converted
 ):
     """Every rename, unlink and fsync in turn is the last thing that a run does."""
@@ -342,9 +336,7 @@ def test_killed_while_it_drops_the_next_run_completes(model_dir, whole, tmp_path
     assert killed >= min(len(steps), 12)
 
 
-def test_before_a_shard_goes_the_record_names_every_shard_that_needed_it(
-    scattered_dir, monkeypatch
-):
+def test_before_a_removal_the_record_names_every_related_shard(scattered_dir, monkeypatch):
     request = make_request(scattered_dir, jobs=1, drop_source=True)
     real, seen = drop.SourceFile.remove, []
 
@@ -373,7 +365,7 @@ def test_a_record_that_lies_about_lenders_is_not_believed(scattered_dir):
         run(scattered_dir)
 
 
-def test_where_values_are_cast_nothing_goes_before_all_is_converted(tmp_path, monkeypatch):
+def test_with_a_cast_no_shard_is_removed_before_all_are_converted(tmp_path, monkeypatch):
     tensors = llama_tensors()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     tensors["model.norm.weight"][0] = 1e6  # no float16
@@ -439,7 +431,7 @@ def test_a_drop_waits_for_every_other_run_of_the_model(model_dir, tmp_path, monk
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
 
 
-def test_a_disk_error_at_any_change_is_typed_and_the_next_run_completes(
+def test_after_a_disk_error_at_any_change_the_next_run_completes(
     model_dir, whole, tmp_path, monkeypatch
 ):
     """Every rename, unlink and fsync in turn fails once."""

@@ -74,7 +74,7 @@ def test_a_load_of_a_tree_beside_a_model_writes_nothing_there(model_dir, tmp_pat
     assert look(tmp_path / "somebody's", user.root) == before
 
 
-def test_a_damaged_tree_beside_a_model_is_left_and_its_sources_are_converted(model_dir, caplog):
+def test_a_damaged_in_place_tree_stays_and_sources_are_converted(model_dir, caplog):
     manifest = convert_checkpoint(model_dir, in_place=True)
     path = make_request(model_dir, in_place=True).store.entry_path(manifest.entries[0].key)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
@@ -85,7 +85,7 @@ def test_a_damaged_tree_beside_a_model_is_left_and_its_sources_are_converted(mod
     assert len(list(make_request(model_dir).store.folder("entries").rglob("*.safetensors"))) == 3
 
 
-def test_entries_of_the_cache_that_a_tree_links_to_stay_where_they_are(model_dir):
+def test_cache_entries_that_a_tree_links_to_stay(model_dir):
     """A link in the place of an entry is no entry, and taking one out of use moves the link."""
     manifest = convert_checkpoint(model_dir)
     convert_checkpoint(model_dir, in_place=True)
@@ -107,7 +107,7 @@ def test_a_tree_that_others_can_write_into_is_not_used(model_dir, caplog):
     assert "others can write into it" in caplog.text
 
 
-def test_a_conversion_beside_a_model_keeps_no_lock_file_and_locks_the_directory(tmp_path):
+def test_an_in_place_conversion_locks_the_directory_without_a_file(tmp_path):
     directory = write_checkpoint(tmp_path / "m", cut=cut_evenly(2))
     convert_checkpoint(directory, in_place=True)
     assert not (directory / "mlx" / "v1" / "locks").exists()

@@ -6,7 +6,7 @@ from paroquant_stream.conversion.progress import Tally
 from paroquant_stream.plan.task import Task
 
 
-def test_a_byte_counts_when_it_is_hashed_and_converted_and_downloaded_if_it_has_to_be():
+def test_a_byte_counts_once_per_download_hash_and_conversion():
     told = []
     tasks = [Task("here", 60, ()), Task("there", 60, ())]
     tally = Tally(lambda *given: told.append(given), tasks, [[], ["there"]])

@@ -83,7 +83,7 @@ def test_through_a_link_to_the_snapshot_the_same_blob_goes(tmp_path):
 
 
 @pytest.mark.parametrize("users", [1, 2])
-def test_a_blob_that_the_hubs_client_shares_goes_with_its_last_user(tmp_path, users):
+def test_a_shared_blob_is_removed_with_its_last_user(tmp_path, users):
     """Since its pull request 4498 a blob may be a link to a file that repositories share."""
     shared = pytest.importorskip(
         "huggingface_hub.utils._shared_blobs", reason="this version of the client shares no blobs"
@@ -121,7 +121,7 @@ def test_a_blob_that_the_hubs_client_shares_goes_with_its_last_user(tmp_path, us
         "inner/{etag}",
     ],
 )
-def test_a_link_that_leads_to_another_models_file_removes_nothing(tmp_path, spelling):
+def test_a_link_to_another_models_file_removes_nothing(tmp_path, spelling):
     victim = snapshot(tmp_path / "hub", "victim", b"precious")
     etag = os.path.basename(os.readlink(victim))
     model = tmp_path / "model"
@@ -136,7 +136,7 @@ def test_a_link_that_leads_to_another_models_file_removes_nothing(tmp_path, spel
     assert victim.read_bytes() == (model / NAME).read_bytes() == b"precious"
 
 
-def test_a_snapshot_that_links_to_another_repositorys_blob_removes_nothing(tmp_path):
+def test_a_link_to_another_repositorys_blob_removes_nothing(tmp_path):
     victim = snapshot(tmp_path, "victim", b"precious")
     shard = snapshot(tmp_path, "one", b"x")
     shard.unlink()
@@ -221,9 +221,7 @@ def test_a_link_that_a_killed_run_left_goes_and_no_other(home, tmp_path):
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_file_that_is_replaced_in_the_very_moment_of_its_removal_stays(
-    home, tmp_path, monkeypatch, linked
-):
+def test_a_file_replaced_during_its_removal_stays(home, tmp_path, monkeypatch, linked):
     path = tmp_path / NAME
     file = tmp_path / "real.bin" if linked else path
     file.write_bytes(b"x")
@@ -246,9 +244,7 @@ def test_a_file_that_is_replaced_in_the_very_moment_of_its_removal_stays(
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_on_its_way_out_gets_its_name_back_from_the_next_run(
-    home, tmp_path, monkeypatch, links
-):
+def test_the_next_run_restores_a_file_renamed_for_removal(home, tmp_path, monkeypatch, links):
     (tmp_path / NAME).write_bytes(b"x")
     source = SourceFile(home, NAME)
 
@@ -276,7 +272,7 @@ def test_a_blob_on_its_way_out_gets_its_name_back(tmp_path):
     assert shard.read_bytes() == b"x"
 
 
-def test_a_file_on_its_way_out_takes_no_name_that_another_has_now(tmp_path):
+def test_a_restored_file_takes_no_name_that_another_has(tmp_path):
     aside = tmp_path / f".{NAME}.0123456789abcdef.removing"
     aside.write_bytes(b"x")
     (tmp_path / NAME).write_bytes(b"y")

@@ -92,9 +92,7 @@ def test_another_name_is_left_behind(model_dir, out, name):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "merges.txt"])
 @pytest.mark.parametrize("link", ["../secret", "models--a/blobs/x", "inner"])
-def test_what_truly_lies_elsewhere_is_an_error_however_it_is_spelled(
-    model_dir, tmp_path, name, link
-):
+def test_a_file_outside_is_an_error_however_it_is_spelled(model_dir, tmp_path, name, link):
     (tmp_path / "secret").write_text("of somebody")
     (model_dir / "models--a" / "blobs").mkdir(parents=True)
     (model_dir / "models--a" / "blobs" / "x").symlink_to(tmp_path / "secret")
@@ -115,7 +113,7 @@ def test_a_file_that_becomes_a_link_later_is_not_followed(model_dir, tmp_path, o
     assert list(out.iterdir()) == []
 
 
-def test_the_files_of_a_snapshot_of_the_hubs_cache_are_taken_along(tmp_path, out):
+def test_the_files_of_a_hub_snapshot_are_copied(tmp_path, out):
     repo = tmp_path / "models--owner--name"
     snapshot = repo / "snapshots" / "rev"
     snapshot.mkdir(parents=True)
@@ -126,7 +124,7 @@ def test_the_files_of_a_snapshot_of_the_hubs_cache_are_taken_along(tmp_path, out
     assert not (out / "tokenizer.json").is_symlink()
 
 
-def test_a_directory_or_a_link_that_leads_nowhere_is_as_if_absent(model_dir, out):
+def test_a_directory_or_dangling_link_counts_as_absent(model_dir, out):
     (model_dir / "LICENSE").mkdir()
     (model_dir / "merges.txt").symlink_to("absent")
     assert export(model_dir, out) == ["tokenizer.json", "tokenizer_config.json"]
@@ -188,7 +186,7 @@ def test_settings_that_parsers_read_differently_are_refused(model_dir, out, text
         export(model_dir, out)
 
 
-def test_the_length_that_transformers_writes_for_no_limit_is_let_through(model_dir, out):
+def test_the_length_written_for_no_limit_is_accepted(model_dir, out):
     for settings in ({}, {"auto_map": {}}):
         text = json.dumps({"model_max_length": int(1e30), **settings})
         (model_dir / "tokenizer_config.json").write_text(text)
@@ -212,7 +210,7 @@ def test_a_key_that_is_written_with_escapes_goes_too(model_dir, out):
     assert json.loads((out / "tokenizer_config.json").read_text()) == {}
 
 
-def test_a_word_of_the_vocabulary_that_is_called_like_a_key_stays():
+def test_a_vocabulary_word_named_like_a_key_stays():
     assert without_code({"vocab": {"auto_map": 7, "model_file": 8}}, "x") == {
         "vocab": {"auto_map": 7, "model_file": 8}
     }

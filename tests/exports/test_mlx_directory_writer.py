@@ -69,7 +69,7 @@ def test_the_config_is_the_models_with_mlx_quantization(tmp_path):
     }
 
 
-def test_the_index_and_the_files_agree_under_the_models_own_names(model_dir, tmp_path):
+def test_index_and_files_agree_under_the_models_names(model_dir, tmp_path):
     export = export_model(model_dir, tmp_path / "out", shard_size=20_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     found = {}
@@ -134,9 +134,7 @@ def test_a_conversion_beside_the_model_is_used(model_dir, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_file_that_leads_out_of_the_model_is_refused_before_anything_is_converted(
-    model_dir, tmp_path
-):
+def test_a_file_outside_the_model_is_refused_before_any_work(model_dir, tmp_path):
     (tmp_path / "secret").write_text("of somebody")
     (model_dir / "merges.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="outside of the model directory"):
@@ -247,7 +245,7 @@ class Failing:
         ("posix_fallocate", errno.ENOSPC, 5),
     ],
 )
-def test_a_call_that_fails_leaves_no_export_and_an_unchanged_store(
+def test_a_failing_call_leaves_no_export_and_the_store_unchanged(
     name, code, fewest, model_dir, tmp_path, monkeypatch
 ):
     parent = tmp_path / "parent"

@@ -94,7 +94,7 @@ def test_is_used_before_the_cache_and_nothing_is_converted(exported, no_conversi
     load(exported, verify="full")
 
 
-def test_a_directory_with_config_tokenizer_and_this_file_is_a_model(alone, no_conversion):
+def test_config_tokenizer_and_this_file_are_a_model(alone, no_conversion):
     load(alone)
     load(alone, lazy=True)
 
@@ -105,7 +105,7 @@ def test_the_conversion_in_mlx_comes_first(exported, monkeypatch):
     load(exported)
 
 
-def test_one_changed_source_makes_it_stale_and_the_model_is_converted(exported, caplog):
+def test_one_changed_source_makes_it_stale(exported, caplog):
     shard = exported / "model-00002-of-00003.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -126,7 +126,7 @@ def test_a_source_that_was_not_there_makes_it_stale(tmp_path, caplog):
     assert "model-00001-of-00003.safetensors was not there when it was made" in caplog.text
 
 
-def test_a_changed_source_that_no_index_names_any_more_makes_it_stale(exported, caplog):
+def test_a_changed_source_without_an_index_makes_it_stale(exported, caplog):
     (exported / "model.safetensors.index.json").unlink()
     first, *others = sorted(shards(exported))
     first.write_bytes(first.read_bytes() + b"x")
@@ -156,7 +156,7 @@ def test_sources_and_file_are_hashed_once(exported, monkeypatch):
     load(exported)
 
 
-def test_a_cache_that_others_can_write_into_is_not_asked_for_digests(exported, tmp_path):
+def test_digests_of_a_cache_writable_by_others_are_not_used(exported, tmp_path):
     load(exported)
     (tmp_path / "user-cache").chmod(0o777)
     with pytest.raises(StoreError, match="others can write into it"):
@@ -264,7 +264,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_metadata_is_a_warning_beside_sources_and_an_error_without(case, exported, caplog):
+def test_untrusted_metadata_warns_with_sources_and_fails_without(case, exported, caplog):
     change, reason = HOSTILE[case]
     edit(exported / NAME, lambda table: change(table["__metadata__"]))
     load(exported)
@@ -298,7 +298,7 @@ def test_a_header_that_was_changed_without_its_digest_is_damaged(alone):
         load(alone)
 
 
-def test_a_tensor_under_another_name_is_never_served_although_the_digest_fits(alone):
+def test_a_renamed_tensor_is_never_loaded_though_the_digest_fits(alone):
     edit(alone / NAME, rename)
     with pytest.raises(
         AssemblyError, match=r"no use for these tensors:\n  model.norm.weighs|differences"
@@ -306,7 +306,7 @@ def test_a_tensor_under_another_name_is_never_served_although_the_digest_fits(al
         load(alone)
 
 
-def test_metadata_of_nobody_is_read_as_the_form_of_pull_request_50(exported, caplog):
+def test_unknown_metadata_is_read_as_pull_request_50(exported, caplog):
     edit(exported / NAME, lambda table: table["__metadata__"].pop("writer"))
     load(exported)
     assert "nothing in it tells whether it was made from model-00001" in caplog.text
@@ -376,7 +376,7 @@ def test_the_file_of_pull_request_50_gives_our_model_bit_for_bit(name, text, tmp
     assert_same(parameters(lazy), parameters(wanted))
 
 
-def test_the_text_part_of_a_vision_file_of_pull_request_50_is_loaded(tmp_path):
+def test_the_text_part_of_a_pull_request_50_vision_file_loads(tmp_path):
     directory = shutil.copytree(FIXTURES / VISION, tmp_path / "model")
     wanted, _, _ = load(directory, force_text=True)
     as_pull_request_50(directory, force_text=False)
@@ -385,7 +385,7 @@ def test_the_text_part_of_a_vision_file_of_pull_request_50_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("name", [VISION, "gemma4_e2b-awq-adversarial"])
 @pytest.mark.parametrize("force_text", [False, True])
-def test_a_tower_under_the_models_names_is_loaded_or_left_as_asked(name, force_text, tmp_path):
+def test_a_tower_under_model_names_is_loaded_or_left(name, force_text, tmp_path):
     """What the public loader would save if it kept every tower, embeddings quantized already."""
     directory = shutil.copytree(FIXTURES / name, tmp_path / "model")
     wanted, _, was_vlm = load(directory, force_text=force_text)
@@ -406,7 +406,7 @@ def test_the_file_of_pull_request_50_is_not_used_beside_a_source(tmp_path, caplo
 
 
 @pytest.mark.parametrize("change", ["dropped", "added", "reshaped", "float with scales"])
-def test_a_file_of_pull_request_50_that_does_not_fit_is_the_error(tmp_path, change):
+def test_a_pull_request_50_file_that_does_not_fit_is_an_error(tmp_path, change):
     directory = shutil.copytree(FIXTURES / LLAMA, tmp_path / "model")
     as_pull_request_50(directory, force_text=True)
     weights = mx.load(str(directory / NAME))
@@ -422,7 +422,7 @@ def test_a_file_of_pull_request_50_that_does_not_fit_is_the_error(tmp_path, chan
         load(directory)
 
 
-def test_a_file_that_was_ignored_does_not_win_once_the_shards_are_dropped(model_dir, tmp_path):
+def test_an_ignored_file_is_not_used_after_a_drop(model_dir, tmp_path):
     """Ours, made from older shards, and one that says nothing of what it was made from."""
     old = write_checkpoint(tmp_path / "old", llama_tensors(7), cut_evenly(3))
     export_single_file(make_request(old, cache_dir=tmp_path / "old-cache"), tmp_path / NAME)

@@ -99,7 +99,7 @@ def test_the_metadata_says_what_it_was_made_from(model, target):
         assert f'"{record.shard}": "{record.source_sha256}"' in metadata["sources"]
 
 
-def test_the_file_follows_the_umask_as_the_rest_of_the_directory_does(model, target):
+def test_the_file_follows_the_umask(model, target):
     before = os.umask(0o027)
     try:
         write_single_file(*model, target)
@@ -116,7 +116,7 @@ def test_a_file_that_is_there_is_left_alone(model, target):
 
 
 @pytest.mark.parametrize("position", [9, 20_000, -1])
-def test_a_damaged_entry_is_taken_out_of_use_and_nothing_is_written(model, target, position):
+def test_a_damaged_entry_is_removed_and_nothing_is_written(model, target, position):
     manifest, store = model
     path = store.entry_path(manifest.entries[1].key)
     data = bytearray(path.read_bytes())
@@ -187,7 +187,7 @@ def test_an_interrupt_leaves_nothing(model, target, monkeypatch, call, turn):
     assert os.listdir(target.parent) == []
 
 
-def test_an_entry_that_cannot_be_read_is_one_line_and_leaves_nothing(model, target, monkeypatch):
+def test_an_unreadable_entry_is_one_line_and_leaves_nothing(model, target, monkeypatch):
     fired = fail_at(monkeypatch, "preadv", 5, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(ParoquantStreamError, match=r"entries.*cannot be read: Input/output error"):
         write_single_file(*model, target)
@@ -209,9 +209,7 @@ def test_short_writes_are_gone_on_with(model, target, monkeypatch):
     assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
 
 
-def test_the_bytes_are_durable_before_the_name_and_the_name_before_the_end(
-    model, target, monkeypatch
-):
+def test_bytes_are_durable_before_the_name(model, target, monkeypatch):
     real_fsync, real_replace, done = os.fsync, os.replace, []
 
     def fsync(fd):
@@ -284,7 +282,7 @@ def test_an_export_of_a_damaged_entry_converts_it_again(model_dir, model, tmp_pa
     assert path.read_bytes() == good
 
 
-def test_an_export_of_a_conversion_beside_the_model_needs_no_source(model_dir, target, tmp_path):
+def test_an_export_of_an_in_place_conversion_needs_no_source(model_dir, target, tmp_path):
     convert(make_request(model_dir, in_place=True, drop_source=True, jobs=1))
     assert list(model_dir.glob("*.safetensors")) == []
     export_single_file(make_request(model_dir, cache_dir=tmp_path / "cache"), target)

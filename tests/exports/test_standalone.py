@@ -128,7 +128,7 @@ def test_stock_mlx_lm_gives_our_logits_and_tokens_bit_for_bit(name, exports, sto
     assert stock_answers[str(exports[name])] == answers(ours)
 
 
-def test_every_float16_angle_has_the_cosine_and_sine_of_our_tables():
+def test_every_float16_angle_has_the_tables_cosine_and_sine():
     """Float64 functions of numpy there, the standard library's here."""
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)]
@@ -247,7 +247,7 @@ def near(found: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted))
 
 
-def test_two_ranks_give_the_logits_of_one_with_half_the_linears_each(tmp_path, ranks):
+def test_two_ranks_have_the_logits_of_one(tmp_path, ranks):
     """Tensor parallelism through mlx-lm's own `shard` of a llama."""
     model = write_checkpoint(
         tmp_path / "model", two_heads(), config={**CONFIG, "num_key_value_heads": 2}

@@ -66,7 +66,7 @@ def test_the_directory_is_known_from_any_working_directory(store, model_dir, mon
     assert model.directory == model_dir
 
 
-def test_a_manifest_that_says_where_another_models_lies_is_not_believed(store, model_dir, tmp_path):
+def test_a_manifest_with_another_models_path_is_not_used(store, model_dir, tmp_path):
     path, manifest = manifest_of(store)
     other = write_checkpoint(tmp_path / "other")
     path.write_bytes(replace(manifest, directory=str(other), model=str(other)).encode())
@@ -75,7 +75,7 @@ def test_a_manifest_that_says_where_another_models_lies_is_not_believed(store, m
     assert str(other) in model.name
 
 
-def test_a_manifest_from_before_1_1_tells_its_directory_by_its_name(store, model_dir, monkeypatch):
+def test_a_manifest_before_1_1_is_known_by_its_name(store, model_dir, monkeypatch):
     path, manifest = manifest_of(store)
     old = replace(manifest, directory="", model=model_dir.name)
     monkeypatch.setattr(manifest_module, "MINOR", 0)
@@ -86,7 +86,7 @@ def test_a_manifest_from_before_1_1_tells_its_directory_by_its_name(store, model
     assert take_inventory(store).models[0].directory is None
 
 
-def test_a_model_of_the_hub_is_named_by_its_repository_and_revision(store, tmp_path):
+def test_a_hub_model_is_named_by_repository_and_revision(store, tmp_path):
     snapshots = tmp_path / "models--owner--some--name" / "snapshots"
     for revision in ("a" * 40, "b" * 40):
         convert_checkpoint(write_checkpoint(snapshots / revision))
@@ -119,7 +119,7 @@ def test_entries_without_a_manifest_are_unclaimed(store):
     assert inventory.models == ()
 
 
-def test_a_damaged_manifest_claims_nothing_and_a_newer_one_makes_claims_unknown(store):
+def test_a_newer_manifest_makes_claims_unknown(store):
     path, _ = manifest_of(store)
     data = bytearray(path.read_bytes())
     path.write_bytes(data[:-1])
@@ -145,7 +145,7 @@ def test_a_manifest_that_cannot_be_read_now_makes_claims_unknown(store, monkeypa
     assert claimed_keys(store) is None
 
 
-def test_a_journal_of_dropped_sources_claims_its_entries_and_is_no_model_of_its_own(store):
+def test_a_drop_journal_claims_its_entries(store):
     path, manifest = manifest_of(store)
     journal = path.with_name(f"{path.stem}.dropped.msgpack")
     records = tuple(replace(record, dropped=True) for record in manifest.entries[:2])
@@ -176,7 +176,7 @@ def test_links_and_strangers_are_neither_counted_nor_read(store, tmp_path):
     assert replace(take_inventory(store, before.time), time=before.time) == before
 
 
-def test_memos_of_entries_and_shards_are_known_and_others_are_not(store, model_dir):
+def test_only_digests_of_entries_and_shards_are_known(store, model_dir):
     assert len(list(store.folder("memo").iterdir())) == 6
     assert take_inventory(store).memos == ()
     (model_dir / "model-00001-of-00003.safetensors").unlink()
@@ -190,7 +190,7 @@ def test_a_name_with_a_slash_in_a_manifest_is_no_shard(store):
     assert take_inventory(store).models[0].is_damaged
 
 
-def test_only_the_users_cache_is_looked_through_for_paroquants_own(tmp_path):
+def test_only_the_users_cache_is_searched_for_paroquants_own(tmp_path):
     (tmp_path / "0123456789abcdef").mkdir()
     (tmp_path / "0123456789abcdef" / "converted_mlx.safetensors").write_bytes(b"123")
     assert len(take_inventory(Store(tmp_path)).foreign) == 1

@@ -83,7 +83,7 @@ def test_a_clean_cache_has_nothing_to_prune(store):
     assert (plan.freed, plan.kept) == (0, ())
 
 
-def test_plain_prune_takes_temps_damaged_manifests_and_forgotten_memos(store, tmp_path):
+def test_plain_prune_removes_what_is_surely_useless(store, tmp_path):
     temp = store.folder("tmp") / temp_of(4194305)
     temp.write_bytes(b"1234")
     live = store.folder("tmp") / temp_of(os.getppid())
@@ -144,7 +144,7 @@ def test_what_is_to_be_kept_is_kept_and_said(store, tmp_path):
 
 
 @pytest.mark.parametrize("rules", [Rules(max_size=0), Rules(older_than=0.0), Rules(orphans=True)])
-def test_the_only_copy_of_a_model_is_never_pruned_but_can_be_removed(store, tmp_path, rules):
+def test_the_only_copy_is_never_pruned_but_can_be_removed(store, tmp_path, rules):
     mark_dropped(store, tmp_path / "c")
     use(store, tmp_path / "c", 1)
     shutil.rmtree(tmp_path / "c")
@@ -182,7 +182,7 @@ def test_an_old_mtime_does_not_make_an_unclaimed_entry_old(store, tmp_path):
     assert plan_prune(take_inventory(store), Rules(orphans=True)).entries == {}
 
 
-def test_while_a_conversion_runs_only_temps_and_foreign_directories_go(store, tmp_path):
+def test_while_a_conversion_runs_only_temps_are_removed(store, tmp_path):
     temp = store.folder("tmp") / temp_of(4194305)
     temp.write_bytes(b"1234")
     manifest_path(store, tmp_path / "c").unlink()

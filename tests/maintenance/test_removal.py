@@ -89,7 +89,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", range(13))
-def test_a_removal_that_is_killed_at_any_step_is_finished_by_the_next(store, monkeypatch, step):
+def test_a_removal_killed_at_any_step_is_finished_by_the_next(store, monkeypatch, step):
     plan, calls = plan_of(store, "c"), 0
 
     def dying(real):
@@ -146,7 +146,7 @@ def test_a_killed_rm_is_finished_by_the_next_rm_of_any_model(store, tmp_path):
     assert (inventory.removed, inventory.unclaimed, len(inventory.entries)) == ((), {}, 3)
 
 
-def test_a_model_converted_again_after_a_cut_off_removal_keeps_its_entries(store, tmp_path):
+def test_a_model_converted_after_a_killed_removal_keeps_entries(store, tmp_path):
     path = next(m for m in take_inventory(store).models if m.name.endswith("c")).files[0].path
     path.rename(f"{path}.removed")
     convert_checkpoint(tmp_path / "c")
@@ -176,9 +176,7 @@ def test_two_removals_at_once_are_one(store):
     assert (inventory.models, inventory.entries, inventory.removed) == ((), {}, ())
 
 
-def test_a_reader_of_a_removed_entry_keeps_its_bytes_and_the_next_run_converts_again(
-    store, tmp_path
-):
+def test_a_reader_of_a_removed_entry_keeps_its_bytes(store, tmp_path):
     plan = plan_of(store, "c")
     key = next(iter(plan.entries))
     before = store.entry_path(key).read_bytes()
@@ -199,7 +197,7 @@ def test_nothing_goes_while_a_conversion_is_running(store):
     check(store)
 
 
-def test_a_conversion_that_begins_meanwhile_stops_it_before_the_next_entry(store, monkeypatch):
+def test_a_conversion_that_begins_stops_the_removal(store, monkeypatch):
     plan, asked = plan_of(store, "c"), []
 
     def from_the_third_on(_store):
@@ -288,7 +286,7 @@ def test_what_cannot_be_removed_is_a_store_error_that_names_it(store, monkeypatc
     check(store)
 
 
-def test_prune_removes_temps_of_dead_runs_and_entries_taken_out_of_use(store):
+def test_prune_removes_temps_of_dead_runs(store):
     temp = store.folder("tmp") / temp_of(4194305)
     temp.write_bytes(b"1234")
     live = store.folder("tmp") / temp_of(os.getppid())
@@ -297,7 +295,7 @@ def test_prune_removes_temps_of_dead_runs_and_entries_taken_out_of_use(store):
     assert list(store.folder("tmp").iterdir()) == [live]
 
 
-def test_prune_removes_unclaimed_entries_and_a_rerun_converts_them_again(store, tmp_path):
+def test_prune_removes_unclaimed_entries(store, tmp_path):
     path = next(m for m in take_inventory(store).models if m.name.endswith("c")).files[0].path
     path.unlink()
     plan = plan_prune(take_inventory(store, time.time() + 7200), Rules(orphans=True))
@@ -308,7 +306,7 @@ def test_prune_removes_unclaimed_entries_and_a_rerun_converts_them_again(store, 
     assert {report.action for report in result.shards} == {"converted"}
 
 
-def test_foreign_directories_are_removed_and_what_else_is_there_stays(store):
+def test_only_foreign_directories_are_removed(store):
     directory = store.root / "0123456789abcdef"
     directory.mkdir()
     (directory / "converted_mlx.safetensors").write_bytes(b"123")
@@ -319,7 +317,7 @@ def test_foreign_directories_are_removed_and_what_else_is_there_stays(store):
     assert (store.root / "mine").exists()
 
 
-def test_a_foreign_directory_that_cannot_be_removed_is_a_store_error(store, monkeypatch):
+def test_an_unremovable_foreign_directory_is_a_store_error(store, monkeypatch):
     directory = store.root / "0123456789abcdef"
     directory.mkdir()
     (directory / "converted_mlx.safetensors").write_bytes(b"123")

@@ -17,7 +17,7 @@ def test_only_regular_files_are_found_and_by_name(tmp_path):
     assert [(f.path.name, f.size) for f in regular_files(tmp_path)] == [("a", 1), ("b", 2)]
 
 
-def test_a_file_counts_as_changed_when_it_came_whatever_its_mtime_says(tmp_path):
+def test_a_file_is_as_old_as_its_ctime_whatever_its_mtime(tmp_path):
     (tmp_path / "a").write_bytes(b"1")
     os.utime(tmp_path / "a", (0, 0))
     (found,) = regular_files(tmp_path)

@@ -105,7 +105,7 @@ def test_another_size_is_a_change_that_needs_no_digest(converted):
     assert ("stale", "content changed") in whys(found)
 
 
-def test_a_shard_that_was_not_read_where_it_is_now_is_unknown_and_a_dry_run_tells(converted):
+def test_a_shard_never_hashed_here_is_unknown(converted):
     shutil.copy(converted / SECOND, converted / "copy")
     os.replace(converted / "copy", converted / SECOND)
     found = look(converted)
@@ -132,7 +132,7 @@ def test_a_shard_that_goes_meanwhile_is_unknown(converted, monkeypatch):
     assert {state for state, _ in whys(look(converted))} == {UNKNOWN}
 
 
-def test_an_entry_that_is_gone_is_told_even_of_a_shard_that_was_not_read(converted):
+def test_an_absent_entry_is_reported_for_an_unhashed_shard(converted):
     made = make_request(converted)
     record = read_manifest(made).entries[1]
     made.store.entry_path(record.key).unlink()
@@ -172,7 +172,7 @@ def test_another_version_of_an_operation_makes_its_entries_stale(converted, monk
     assert [shard.why for shard in found.shards] == dry_run(converted)
 
 
-def test_a_config_that_changes_no_entry_leaves_every_shard_unchanged(converted):
+def test_a_config_that_changes_no_entry_keeps_every_shard(converted):
     config = json.loads((converted / "config.json").read_text())
     (converted / "config.json").write_text(json.dumps(config | {"note": 1}))
     found = look(converted)
@@ -181,7 +181,7 @@ def test_a_config_that_changes_no_entry_leaves_every_shard_unchanged(converted):
     assert dry_run(converted) == ["unchanged"] * 3
 
 
-def test_a_lender_that_changed_may_have_changed_what_was_borrowed(scattered_dir):
+def test_a_changed_lender_may_have_changed_borrowed_parts(scattered_dir):
     convert(make_request(scattered_dir, jobs=1))
     change(scattered_dir, FIRST)
     read_through(scattered_dir)

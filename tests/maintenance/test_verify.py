@@ -36,7 +36,7 @@ def test_a_sound_model_has_no_problem(request_):
 
 
 @pytest.mark.parametrize("position", [0, 9, 17_000, -1])
-def test_any_flipped_bit_of_an_entry_is_found_although_its_stat_is_remembered(request_, position):
+def test_any_flipped_bit_of_an_entry_is_found_by_verify(request_, position):
     path = entry_paths(request_)[1]
     flip(path, position)
     data = path.read_bytes()

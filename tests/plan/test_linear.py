@@ -37,7 +37,7 @@ def linear(layout: Layout, is_expert: bool = False, **changes) -> Linear:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_a_whole_linear_has_no_issue_and_three_outputs_beside_its_copies(layout):
+def test_a_complete_linear_has_no_issue_and_three_outputs(layout):
     made = linear(layout, bias=("F16", (N,)))
     assert made.issues() == []
     outputs = {o.name: (o.dtype, o.shape) for op in made.operations() for o in op.outputs}
@@ -85,7 +85,7 @@ def test_a_missing_part_is_named_as_the_layout_spells_it(layout, role):
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("role", ["scales", "zeros", "theta", "pairs", "channel_scales", "bias"])
-def test_a_part_of_the_wrong_shape_is_named_with_expected_and_found(layout, role):
+def test_a_wrong_shape_is_named_with_expected_and_found(layout, role):
     (issue,) = linear(layout, **{role: ("F16", (5, 7, 3))}).issues()
     assert issue.startswith(layout.spell("m.q_proj", role))
     assert "expected" in issue

@@ -52,7 +52,7 @@ SAME = {
 }
 
 
-def test_a_fix_to_the_cast_rebuilds_what_was_cast_and_nothing_else(monkeypatch):
+def test_a_new_cast_version_converts_only_what_was_cast(monkeypatch):
     cast = Task("a.safetensors", 1000, (BIASES.cast_to("BF16"),))
     before = [TASK.sha256, cast.sha256]
     monkeypatch.setattr("paroquant_stream.plan.task.CAST_VERSION", 2)
@@ -76,7 +76,7 @@ def test_the_key_stays_with_the(what):
     assert SAME[what].key(SHA, [OTHER]) == TASK.key(SHA, [OTHER])
 
 
-def test_the_key_changes_with_the_shard_and_with_what_is_borrowed(monkeypatch):
+def test_the_key_changes_with_the_shard_and_borrowed_parts(monkeypatch):
     keys = {
         TASK.key(SHA, [OTHER]),
         TASK.key(OTHER, [OTHER]),

@@ -83,7 +83,7 @@ def commands_of_a_day(model: Model) -> list[str]:
 @pytest.mark.parametrize(
     "at", [0.7, *(pytest.param(at, marks=pytest.mark.long) for at in (0, 0.001, 0.3, 1))]
 )
-def test_a_flipped_bit_in_the_only_copy_is_told_kept_and_repaired_by_the_shard(place, at):
+def test_a_flipped_bit_in_the_only_copy_is_kept_and_repaired(place, at):
     it = dropped(place)
     entry = it.model.entries[1]
     flip(entry, at)
@@ -145,7 +145,7 @@ def test_a_damaged_copy_of_a_tree_beside_the_model_is_kept(place):
 
 
 @pytest.mark.long
-def test_an_entry_of_a_dropped_model_that_is_cut_short_is_told_and_repaired(place):
+def test_a_truncated_only_copy_is_reported_and_repaired(place):
     it = dropped(place)
     entry = it.model.entries[0]
     os.truncate(entry, entry.stat().st_size // 2)
@@ -194,7 +194,7 @@ def bad_reads(in_place: bool, stride: int) -> tuple[int, list[str]]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
-def test_one_bad_read_while_a_dropped_model_is_loaded_loses_nothing_and_it_loads(in_place, stride):
+def test_one_bad_read_of_a_dropped_model_loses_nothing(in_place, stride):
     """What was read wrong is read again before it counts as damaged."""
     fired, wrong = bad_reads(in_place, stride)
     assert fired >= 3
@@ -281,7 +281,7 @@ def test_damage_that_verify_found_is_not_called_reused_or_fresh(place):
     assert_loads(model, right)
 
 
-def test_damage_that_verify_found_in_a_dropped_model_is_not_called_reused_or_fresh(place):
+def test_damage_found_by_verify_is_not_called_fresh(place):
     it = dropped(place)
     flip(it.model.entries[1], 0.7)
     assert it.model.command("verify").code == 1

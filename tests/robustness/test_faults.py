@@ -166,7 +166,7 @@ def failed_call(model, cache, golden, fault) -> tuple[bool, list[str]]:
 @pytest.mark.parametrize("codes", [1, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("persistent", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("name", SEAM)
-def test_any_call_that_fails_is_a_typed_error_and_the_next_run_goes_on(
+def test_any_failing_call_is_a_typed_error_and_a_rerun_resumes(
     model, cache, golden, record_property, name, persistent, codes
 ):
     stride = 3 if codes == 1 else 1
@@ -295,7 +295,7 @@ def test_a_write_that_only_says_it_was_done_is_noticed(model, cache, golden, log
     assert all(code == 1 and clean(code, stderr) for _, code, stderr, _ in results)
 
 
-def test_bytes_are_durable_before_their_name_and_entries_before_the_manifest(log, cache):
+def test_bytes_are_durable_before_names_and_the_manifest_last(log, cache):
     events = []
     for line in log:
         call = line.partition("(")[0]
@@ -350,7 +350,7 @@ def test_a_full_disk_tells_needed_and_free_and_goes_on_with_more(
 
 
 @LINUX_ROOT
-def test_a_disk_without_inodes_is_a_store_error_and_goes_on_with_more(model, cache, golden):
+def test_a_disk_without_inodes_is_a_store_error(model, cache, golden):
     failed = 0
     for inodes in range(2, 24):
         options = f"size=1m,nr_inodes={inodes},mode=700"
@@ -364,7 +364,7 @@ def test_a_disk_without_inodes_is_a_store_error_and_goes_on_with_more(model, cac
     assert failed > 5
 
 
-def test_a_failure_while_shards_still_wait_for_a_worker_ends_the_run():
+def test_a_failure_while_shards_are_queued_ends_the_run():
     script = "\nimport time\ndef job(item, _):\n    time.sleep(item + 0.1)\n    raise OSError"
     script += "\nfor _ in threads.run_all(job, range(4), 2):\n    pass"
     with process(script) as waiting:
@@ -468,7 +468,7 @@ def test_without_locks_four_processes_are_still_right(model, cache, golden, real
     resumes(model, cache, golden)
 
 
-def test_without_locks_two_runs_with_processes_of_their_own_are_still_right(model, cache, golden):
+def test_without_locks_two_runs_with_processes_are_right(model, cache, golden):
     """Four processes convert the same shards at once; only the runs themselves take a lock."""
     script = "\ncalls = []\nfcntl.flock = lambda *a: calls.append(a)"
     script += "\ncode = convert.main(sys.argv[1:])\nassert calls\nsys.exit(code)"
@@ -489,7 +489,7 @@ def test_two_threads_load_one_cold_model(cache, right):
         assert list(pool.map(cold, range(2), timeout=60)) == [True, True]
 
 
-def test_a_reader_beside_a_writer_that_converts_again_and_again_is_right(model, cache, right):
+def test_a_reader_beside_a_repeated_writer_is_right(model, cache, right):
     script = "\nfor _ in range(20):\n    assert convert.main(sys.argv[1:]) == 0"
     run(model, cache)
     writer, loads = process(script, model, "--cache-dir", cache, "--force", "--quiet"), 0
@@ -500,7 +500,7 @@ def test_a_reader_beside_a_writer_that_converts_again_and_again_is_right(model, 
     assert loads > 3
 
 
-def test_entries_that_vanish_under_a_reader_are_an_error_or_made_again(cache, right):
+def test_entries_that_vanish_under_a_reader_are_converted_again(cache, right):
     outcomes = []
     with removing(cache, "v1/entries/*/*") as gone:
         for _ in range(40):

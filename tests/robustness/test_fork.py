@@ -71,7 +71,7 @@ def test_a_child_forked_while_a_thread_converts_does_not_hang(place):
     assert code in (0, 1), err
 
 
-def test_a_child_forked_while_a_thread_drops_does_not_hang_and_loses_nothing(place):
+def test_a_child_forked_during_a_drop_does_not_hang(place):
     model = Model(write_tiny(place / "model", CUTS["a chain"]), place / "cache")
     right = undisturbed(model)
     code, err = child_of_a_thread(model, "drop")

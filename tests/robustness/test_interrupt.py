@@ -68,9 +68,7 @@ def published(cache) -> dict[str, str]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
-def test_killed_at_any_step_the_next_run_redoes_only_what_was_not_published(
-    scattered_dir, tmp_path, stride
-):
+def test_killed_at_any_step_only_unpublished_work_is_redone(scattered_dir, tmp_path, stride):
     """SIGKILL before every `stride`-th file-system call, until a run gets through unkilled."""
     whole = convert(make_request(scattered_dir, cache_dir=tmp_path / "whole", jobs=1))
     right = {record.key: record.digest for record in whole.manifest.entries}
@@ -137,7 +135,7 @@ def test_a_lock_whose_holder_is_killed_is_free_at_once(tmp_path):
         assert time.monotonic() - started < 1
 
 
-def test_a_process_that_has_used_mlx_converts_in_threads_of_any_kind(model_dir, tmp_path):
+def test_a_process_that_used_mlx_converts_in_threads(model_dir, tmp_path):
     """MLX's own threads must not keep a conversion from ending (fork would hang)."""
     import asyncio
 

@@ -38,7 +38,7 @@ def test_killed_at_a_change_of_the_disk_the_next_run_completes(name, place):
     assert_completed([sweep(setting, every(7, first=16))], 5)
 
 
-def test_killed_while_several_workers_convert_the_next_run_completes():
+def test_killed_while_workers_convert_the_next_run_completes():
     assert_completed([sweep(Setting("a ring", jobs=3), every(20, first=40))], 3)
 
 
@@ -63,7 +63,7 @@ def test_killed_at_every_call_the_next_run_completes(name, place, start, capsys)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("jobs", [1, 2, 4])
 @pytest.mark.parametrize("name", cuts.PUBLIC)
-def test_every_public_checkpoint_is_completed_wherever_it_is_cut_off(name, jobs, capsys):
+def test_every_public_checkpoint_is_completed_after_any_kill(name, jobs, capsys):
     stride = 2 if jobs == 1 else 3
     all_places = [Setting(name, jobs, place) for place in ("cache", "in place")]
     show(tallies := [sweep(setting, every(stride)) for setting in all_places], capsys)
@@ -236,7 +236,7 @@ def test_killed_inside_every_system_call_the_next_run_completes(name, call):
 @pytest.mark.usefixtures("strace")
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
 @pytest.mark.parametrize("call", ["write", "fsync", "rename", "openat", "fallocate", "unlink"])
-def test_a_system_call_that_fails_once_is_told_and_the_next_run_completes(call, error):
+def test_after_a_failed_system_call_the_next_run_completes(call, error):
     fired, wrong = traced("a cycle", [call], error=error)
     assert fired
     assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong)

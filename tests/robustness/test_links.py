@@ -68,7 +68,7 @@ def linked(place: Path, others: Path, target: Callable[[str], str]) -> tuple[Mod
     return model, right
 
 
-def test_a_link_spelled_like_one_of_the_hub_does_not_lead_to_another_models_shard(place, others):
+def test_a_hub_like_link_does_not_lead_to_anothers_shard(place, others):
     model, right = linked(place, others, lambda name: f"models--a/blobs/{name}")
     (model.directory / "models--a").mkdir()
     (model.directory / "models--a" / "blobs").symlink_to(others)
@@ -92,7 +92,7 @@ def test_nor_where_it_leads_up_to_a_directory_of_that_name(place, others):
     assert_untouched(model, right, repository)
 
 
-def test_a_link_to_a_blob_of_the_hub_does_not_remove_what_a_snapshot_there_uses(place, others):
+def test_a_link_to_a_hub_blob_keeps_what_a_snapshot_uses(place, others):
     repository = place / "hub" / "models--owner--name"
     repository.mkdir(parents=True)
     others.rename(repository / "blobs")
@@ -105,7 +105,7 @@ def test_a_link_to_a_blob_of_the_hub_does_not_remove_what_a_snapshot_there_uses(
     assert_untouched(model, right, repository)
 
 
-def test_a_blob_that_is_itself_a_link_to_anothers_file_does_not_remove_that(place, others):
+def test_a_blob_that_links_to_anothers_file_keeps_it(place, others):
     model, right = linked(place, others, lambda name: f"models--a/blobs/{name}")
     blobs = model.directory / "models--a" / "blobs"
     blobs.mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_a_blob_that_is_itself_a_link_to_anothers_file_does_not_remove_that(plac
 
 
 @pytest.mark.long
-def test_a_link_to_a_link_that_leads_out_does_not_remove_anothers_file(place, others):
+def test_a_link_to_a_link_that_leads_out_keeps_the_file(place, others):
     model, right = linked(place, others, lambda name: f"real/{name}")
     (model.directory / "real").symlink_to(others)
     assert_untouched(model, right, others)
@@ -308,9 +308,7 @@ def test_a_link_in_the_tree_leads_nowhere(place, link, command):
     "dropped", [True, pytest.param(False, marks=pytest.mark.long)], ids=["dropped", "with shards"]
 )
 @pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
-def test_a_load_of_a_tree_beside_the_model_writes_nothing_into_the_model(
-    place, dropped, damaged, clock
-):
+def test_a_load_of_an_in_place_tree_writes_nothing(place, dropped, damaged, clock):
     model = Model(write_tiny(place / "model", CUT), None)
     right = undisturbed(model)
     assert (model.drop() if dropped else model.convert()).code == 0
@@ -343,7 +341,7 @@ def test_a_tree_that_cannot_be_written_is_loaded(place):
 
 
 @pytest.mark.long
-def test_a_drop_through_such_a_tree_completes_when_the_links_are_gone(place):
+def test_a_drop_completes_once_the_links_are_removed(place):
     model = tree(place)
     right = undisturbed(model)
     link_v1(model, place)
@@ -356,7 +354,7 @@ def test_a_drop_through_such_a_tree_completes_when_the_links_are_gone(place):
 
 @pytest.mark.long
 @pytest.mark.parametrize("inside", ["cache", "mlx", "mlx/deeper", "."])
-def test_a_cache_inside_of_the_model_directory_is_not_removed_with_it(place, inside):
+def test_a_cache_inside_the_model_directory_stays(place, inside):
     directory = write_tiny(place / "model", CUT)
     model = Model(directory, directory / inside)
     right = undisturbed(replace(model, cache=place / "other"))

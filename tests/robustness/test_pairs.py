@@ -39,7 +39,7 @@ def a_round(place, first: str, second: str, cut: str = "a chain", jobs: int = 1)
     ("first", "second"),
     [pair if pair in FEW else pytest.param(*pair, marks=pytest.mark.long) for pair in PAIRS],
 )
-def test_while_a_drop_has_removed_one_shard_the_other_command_harms_nothing(place, first, second):
+def test_another_command_during_a_drop_harms_nothing(place, first, second):
     round_ = a_round(place, first, second)
     at = number_after_the_first_removal(first, round_.converted)
     assert round_.one_stopped(0, at), "the drop never got there"
@@ -47,14 +47,14 @@ def test_while_a_drop_has_removed_one_shard_the_other_command_harms_nothing(plac
 
 
 @pytest.mark.parametrize("second", ["rm", "prune --max-size 1B"])
-def test_a_removal_stopped_at_its_first_entry_takes_nothing_that_a_drop_needs(place, second):
+def test_a_removal_stopped_early_keeps_what_a_drop_needs(place, second):
     """It had made up its mind; then a drop begins, and ends or waits for it."""
     round_ = a_round(place, "drop", second)
     assert round_.one_stopped(1, match=ENTRY), "it never removed an entry"
     assert not (why := round_.problem()), why
 
 
-def test_two_drops_of_several_workers_that_take_turns_leave_a_model_that_is_completed():
+def test_two_drops_that_take_turns_complete_the_model():
     wrong = rounds("drop", "drop into another cache", (1, 3))
     assert not wrong, "\n".join(wrong)
 
@@ -62,7 +62,7 @@ def test_two_drops_of_several_workers_that_take_turns_leave_a_model_that_is_comp
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("second", REMOVALS)
-def test_a_removal_stopped_at_any_call_takes_nothing_that_a_drop_needs(second):
+def test_a_removal_stopped_anywhere_keeps_what_a_drop_needs(second):
     at, wrong = 0, []
     while True:
         at += 1
@@ -79,7 +79,7 @@ def test_a_removal_stopped_at_any_call_takes_nothing_that_a_drop_needs(second):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_in_two_hundred_rounds_two_commands_leave_a_model_that_is_completed(first, second):
+def test_two_hundred_rounds_of_two_commands_complete_the_model(first, second):
     wrong = rounds(first, second, range(200))
     assert not wrong, f"{len(wrong)} of 200 rounds:\n" + "\n".join(wrong[:20])
 
@@ -87,7 +87,7 @@ def test_in_two_hundred_rounds_two_commands_leave_a_model_that_is_completed(firs
 @pytest.mark.long
 @LINUX_ROOT
 @pytest.mark.timeout(3600)
-def test_two_drops_by_two_paths_that_no_link_tells_apart_leave_a_model_that_is_completed():
+def test_two_drops_through_a_bind_mount_complete_the_model():
     """A directory that is mounted twice is one directory, whatever its paths are."""
     wrong = []
     for seed in range(60):

@@ -106,7 +106,7 @@ def test_without_fsync_a_power_cut_loses_the_model(place):
     assert wrong
 
 
-def test_on_a_full_disk_a_drop_ends_with_a_message_and_goes_on_with_room():
+def test_a_drop_on_a_full_disk_ends_with_a_message_and_resumes():
     ended, wrong = full_disks("a chain", "cache", (100, 160))
     assert 1 in ended
     assert not wrong, "\n".join(wrong)
@@ -116,7 +116,7 @@ def test_on_a_full_disk_a_drop_ends_with_a_message_and_goes_on_with_room():
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("where", ["cache", "in place"])
 @pytest.mark.parametrize("cut", list(shapes.CUTS))
-def test_on_a_disk_of_any_size_a_drop_ends_with_a_message_and_goes_on_with_room(cut, where):
+def test_a_drop_on_a_disk_of_any_size_resumes_with_space(cut, where):
     ended, wrong = full_disks(cut, where, range(4, 400, 4))
     assert {0, 1} <= set(ended)
     assert not wrong, f"{len(wrong)} of {len(ended)}:\n" + "\n".join(wrong)

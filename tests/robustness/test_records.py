@@ -124,7 +124,7 @@ def test_any_one_record_may_be_lost(harm, in_place):
 @pytest.mark.parametrize(
     "harm", ["all of it", pytest.param("a byte in its middle", marks=pytest.mark.long)]
 )
-def test_after_one_record_was_lost_a_prune_deletes_nothing_that_is_needed(place, harm):
+def test_after_a_lost_record_prune_removes_nothing_needed(place, harm):
     model, right = dropped(place)
     saved, wrong = Saved(model, place), []
     for path in records(model, all_of_a_kind=False):
@@ -165,7 +165,7 @@ def test_a_dropped_model_is_found_after_its_directory_moved(place, cached, move)
 
 
 @pytest.mark.long
-def test_a_dropped_model_is_found_through_a_link_to_its_directory(place):
+def test_a_dropped_model_is_found_through_a_link(place):
     model, right = dropped(place)
     (place / "link").symlink_to(model.directory)
     assert_loads(replace(model, directory=place / "link"), right)
@@ -217,7 +217,7 @@ def test_its_shards_may_be_replaced_by_those_of_another_model(place):
         pytest.param(copied, id="copied", marks=pytest.mark.long),
     ],
 )
-def test_two_fine_tunes_of_one_config_load_their_own_weights_after_both_moved(place, move):
+def test_two_fine_tunes_load_their_own_weights_after_a_move(place, move):
     one, first = dropped(place, "one", seed=0)
     two, second = dropped(place, "two", seed=1)
     assert first != second
@@ -229,7 +229,7 @@ def test_two_fine_tunes_of_one_config_load_their_own_weights_after_both_moved(pl
     assert_loads(two, second)
 
 
-def test_two_fine_tunes_that_change_places_load_their_own_weights(place):
+def test_two_fine_tunes_that_swap_places_load_their_weights(place):
     one, first = dropped(place, "one", seed=0)
     two, second = dropped(place, "two", seed=1)
     one = one.moved(place / "aside")
@@ -240,7 +240,7 @@ def test_two_fine_tunes_that_change_places_load_their_own_weights(place):
 
 
 @pytest.mark.long
-def test_a_moved_model_never_loads_the_weights_that_another_has_under_its_config(place):
+def test_a_moved_model_never_loads_anothers_weights(place):
     """Where it cannot be told whose weights they are, a message; never those of the other."""
     one, first = dropped(place, "one", seed=0)
     _, second = dropped(place, "two", seed=1)
@@ -258,7 +258,7 @@ def test_the_cache_may_move_too(place):
     assert_loads(replace(model, cache=place / "cache moved"), right)
 
 
-def test_a_removal_of_one_model_leaves_what_another_shares_with_it(place):
+def test_a_removal_leaves_what_another_model_shares(place):
     """Two directories of the same shards, both dropped: `rm` of the one keeps the other's."""
     one, right = dropped(place, "one")
     two, _ = dropped(place, "two")
@@ -268,7 +268,7 @@ def test_a_removal_of_one_model_leaves_what_another_shares_with_it(place):
 
 
 @pytest.mark.long
-def test_a_removal_of_a_moved_model_does_what_was_asked_and_no_more(place):
+def test_a_removal_of_a_moved_model_removes_only_that(place):
     one, _ = dropped(place, "one", seed=0)
     two, second = dropped(place, "two", seed=1)
     one.command("rm", one.directory)

@@ -71,19 +71,19 @@ def test_a_parameter_without_a_tensor_keeps_the_shards(place):
 
 
 @NEW
-def test_a_tensor_of_a_shape_that_the_class_does_not_have_keeps_the_shards(place):
+def test_a_tensor_of_a_wrong_shape_keeps_the_shards(place):
     directory = write_tiny(place / "model", vocab_size=72)
     assert_refused(model_of(directory, place))
 
 
 @NEW
-def test_a_public_model_for_which_mlx_lm_has_no_class_keeps_its_shards(place):
+def test_a_model_without_a_class_keeps_its_shards(place):
     directory = shutil.copytree(FIXTURES / "qwen3_bias-awq-single", place / "model")
     assert_refused(model_of(directory, place))
 
 
 @NEW
-def test_without_mlx_lm_a_drop_says_how_to_install_it_and_keeps_the_shards(place):
+def test_without_mlx_lm_a_drop_says_how_to_install_it(place):
     model = model_of(write_tiny(place / "model"), place)
     before = digests(model)
     (place / "block").mkdir()
@@ -120,7 +120,7 @@ def test_a_shard_that_cannot_be_read_to_its_end_keeps_all_shards(place):
 
 
 @NEW
-def test_of_two_models_one_that_is_refused_does_not_touch_the_other(place):
+def test_a_refused_model_does_not_touch_the_other(place):
     good = model_of(write_tiny(place / "good"), place)
     bad = model_of(write_tiny(place / "bad", model_type="nosuch"), place)
     before = digests(bad)

@@ -175,7 +175,7 @@ def test_a_shard_that_was_replaced_at_any_call_stays(text, cut):
     assert not (wrong := outcomes(cut, text, numbers)), wrong
 
 
-def test_another_models_directory_under_the_path_keeps_its_shards(place):
+def test_another_model_under_the_path_keeps_its_shards(place):
     calls, lost = calls_of_a_drop("between linears", 1), []
     for at in range(calls.gone - 3, calls.gone + 1):
         run = place / str(at)
@@ -191,7 +191,7 @@ def test_another_models_directory_under_the_path_keeps_its_shards(place):
     assert not lost, f"at {len(lost)} of 4 calls"
 
 
-def test_a_store_through_mmap_that_no_stat_shows_is_seen_before_the_removal(place):
+def test_a_write_through_mmap_is_seen_before_the_removal(place):
     """The memo knows the file by its stat, which is as before; only its bytes tell."""
     model = Model(write_tiny(place / "model"), place / "cache")
     shard = model.directory / model.sources[1]
@@ -221,7 +221,7 @@ def stays_or_loads(model: Model, shard: Path, digest: str) -> None:
 
 
 @pytest.mark.long
-def test_a_shard_overwritten_with_its_time_restored_is_not_removed_unconverted(place):
+def test_a_shard_overwritten_with_its_time_restored_stays(place):
     model = Model(write_tiny(place / "model"), place / "cache")
     assert model.convert(fault={"clock": 60}).code == 0
     shard = model.directory / model.sources[1]

@@ -73,9 +73,7 @@ def test_an_old_single_file_does_not_win_after_a_drop(place, updated, write, in_
         assert_completes(model, right)
 
 
-def test_an_old_single_file_that_comes_after_the_drop_and_tells_its_age_does_not_win(
-    place, updated
-):
+def test_an_old_single_file_is_not_used_after_a_drop(place, updated):
     model, right, old = updated
     assert model.drop().code == 0
     ours(old, model.directory, place)
@@ -96,7 +94,7 @@ def test_a_single_file_of_the_same_shards_serves_after_a_drop(place, updated):
     assert_loads(model, right)
 
 
-def test_a_tree_beside_the_model_of_older_shards_does_not_win_after_a_drop(place, updated):
+def test_an_older_in_place_tree_is_not_used_after_a_drop(place, updated):
     """`mlx/` of the old weights, ignored while the new shards are there; then those are dropped."""
     model, right, old = updated
     assert Model(old, None).convert().code == 0
@@ -106,7 +104,7 @@ def test_a_tree_beside_the_model_of_older_shards_does_not_win_after_a_drop(place
     assert_loads(model, right)
 
 
-def test_a_dropped_tree_beside_the_model_of_older_shards_does_not_win_after_a_drop(place, updated):
+def test_an_older_dropped_tree_is_not_used_after_a_drop(place, updated):
     model, right, old = updated
     assert Model(old, None).drop().code == 0
     shutil.copytree(old / "mlx", model.directory / "mlx")

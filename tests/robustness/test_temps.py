@@ -109,12 +109,12 @@ def swept(place: Path, neighbour: str, drop: bool, old: bool, modules=(CONVERT,)
 
 
 @LINUX_ROOT
-def test_what_a_live_drop_writes_survives_a_sweep_from_a_container(place):
+def test_a_live_drops_temps_survive_a_containers_sweep(place):
     swept(place, "a container", drop=True, old=False)
 
 
 @LINUX_ROOT
-def test_what_a_live_drop_has_written_for_two_days_survives_a_sweep_from_another_host(place):
+def test_old_temps_of_a_live_drop_survive_another_hosts_sweep(place):
     swept(place, "another host", drop=True, old=True)
 
 

@@ -53,7 +53,7 @@ def test_one_who_comes_later_slows_the_first():
     assert simulation.run() == pytest.approx(3)
 
 
-def test_a_resource_that_serves_one_at_once_lets_the_others_queue():
+def test_a_resource_that_serves_one_queues_the_others():
     simulation, disk, ends = Simulation(), Shared(2, at_once=1), []
 
     def read(size):
@@ -67,7 +67,7 @@ def test_a_resource_that_serves_one_at_once_lets_the_others_queue():
     assert disk.done == pytest.approx(8)
 
 
-def test_a_gate_lets_in_as_many_as_it_has_places_in_the_order_of_asking():
+def test_a_gate_admits_in_order_up_to_its_places():
     simulation, gate, delay, order = Simulation(), Gate(2), Shared(float("inf"), each=1), []
 
     def visit(name):
@@ -154,7 +154,7 @@ def test_a_slow_hash_on_one_core_is_all_that_counts():
     assert seconds == pytest.approx(model.size / 1e6, rel=0.01)
 
 
-def test_three_places_hash_three_shards_in_the_time_of_the_largest():
+def test_three_places_hash_three_shards_at_once():
     seconds, _, model = flow(3, 3, hash=1e6)
     assert seconds == pytest.approx(max(task.size for task in model.tasks) / 1e6, rel=0.02)
 
@@ -167,7 +167,7 @@ def test_with_a_place_to_spare_the_hash_runs_beside_the_rest():
     assert beside == pytest.approx(max(model.size, model.entries) / 1e6, rel=0.02)
 
 
-def test_a_changed_shard_is_hashed_and_then_read_again_from_the_page_cache():
+def test_a_changed_shard_is_hashed_then_read_from_the_cache():
     seconds, host, model = flow(1, 1, known=True, read=1e6)
     assert host.source.done == pytest.approx(model.size)
     assert seconds == pytest.approx(2 * model.size / 1e6, rel=0.05)
