@@ -193,7 +193,7 @@ def test_a_changed_config_says_that_the_source_was_removed(model_dir):
         survey(make_request(model_dir))
 
 
-def test_a_new_operation_version_says_that_the_source_was_removed(model_dir, monkeypatch):
+def test_a_new_operation_version_names_the_removed_source(model_dir, monkeypatch):
     run(model_dir, drop_source=True)
     monkeypatch.setattr("paroquant_stream.conversion.staleness.TRANSFORM", "newer")
     assert {r.action for r in run(model_dir).shards} == {"reused"}
@@ -365,7 +365,7 @@ def test_a_record_that_lies_about_lenders_is_not_believed(scattered_dir):
         run(scattered_dir)
 
 
-def test_with_a_cast_no_shard_is_removed_before_all_are_converted(tmp_path, monkeypatch):
+def test_with_a_cast_no_shard_is_removed_before_the_end(tmp_path, monkeypatch):
     tensors = llama_tensors()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     tensors["model.norm.weight"][0] = 1e6  # no float16

@@ -107,7 +107,7 @@ def test_a_tree_that_others_can_write_into_is_not_used(model_dir, caplog):
     assert "others can write into it" in caplog.text
 
 
-def test_an_in_place_conversion_locks_the_directory_without_a_file(tmp_path):
+def test_an_in_place_conversion_locks_the_directory(tmp_path):
     directory = write_checkpoint(tmp_path / "m", cut=cut_evenly(2))
     convert_checkpoint(directory, in_place=True)
     assert not (directory / "mlx" / "v1" / "locks").exists()
