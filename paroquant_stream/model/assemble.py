@@ -20,7 +20,13 @@ from ..checkpoint.config import ModelConfig
 from ..checkpoint.config_bounds import check_tokenizer
 from ..checkpoint.model_files import check_directory
 from ..distributed.byte_ranges import entry_slices
-from ..distributed.partition import Part, check_placed, cut, meet, part_of
+from ..distributed.partition import (
+    Partition,
+    apply_partition,
+    barrier,
+    check_placed,
+    find_partition,
+)
 from ..distributed.split import WHOLE, Split
 from ..distributed.tensor_parallel import read_by_layer
 from ..errors import AssemblyError
@@ -110,7 +116,7 @@ def assemble_from(
     directory, tensors = config.directory, stored.tensors
     check_directory(directory)
     class_config = cache(partial(load_config, directory))
-    part = part_of(split, config, tensors, force_text, class_config)
+    part = find_partition(split, config, tensors, force_text, class_config)
     is_vlm = part.backend.is_vlm
     if stored.model_names and config.values.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so a text model", directory)
@@ -123,20 +129,20 @@ def assemble_from(
         tokenizer = part.backend.load_tokenizer(directory, class_config())
     with trace.span("place the weights"):
         _place(model, stored, part, weights, directory)
-    del weights  # else what `cut` replaces would stay
+    del weights  # else what `apply_partition` replaces would stay
     with stored.guard(part.reads):
         with trace.span("cut"), slices as take:
-            cut(model, split, part, take)
+            apply_partition(model, split, part, take)
         if not lazy:
             with trace.span("read"):
                 _read(model, stored, part, split)
     if split.group is not None:
-        meet(split.group)
+        barrier(split.group)
     return model, tokenizer, is_vlm
 
 
 def _start_reading(
-    stored: TensorSource, part: Part, split: Split, lazy: bool, trace: Trace
+    stored: TensorSource, part: Partition, split: Split, lazy: bool, trace: Trace
 ) -> dict[str, mx.array]:
     """Open what the part needs and let MLX read it while seconds of imports go by."""
     if not lazy:
@@ -153,7 +159,7 @@ def _start_reading(
 def _place(
     model: nn.Module,
     stored: TensorSource,
-    part: Part,
+    part: Partition,
     weights: dict[str, mx.array],
     directory: Path,
 ) -> None:
@@ -166,7 +172,7 @@ def _place(
     place_weights(model, weights, stored.bits, stored.group_size, directory)
 
 
-def _read(model: nn.Module, stored: TensorSource, part: Part, split: Split) -> None:
+def _read(model: nn.Module, stored: TensorSource, part: Partition, split: Split) -> None:
     """Has MLX read what is left of the parameters, from files that are as they were opened."""
     if split.by_tensors:
         read_by_layer(model)
@@ -178,10 +184,12 @@ def _read(model: nn.Module, stored: TensorSource, part: Part, split: Split) -> N
 def needed_entries(
     split: Split, config: ModelConfig, manifest: Manifest, force_text: bool
 ) -> Collection[EntryRecord]:
-    """Find the entries from which a part of a model is read; raises what `part_of` raises."""
+    """Find the entries from which a part of a model is read; raises as `find_partition` does."""
     tensors = [tensor for record in manifest.entries for tensor in record.tensors]
     class_config = partial(load_config, config.directory)
-    return manifest.entries_with(part_of(split, config, tensors, force_text, class_config).reads)
+    return manifest.entries_with(
+        find_partition(split, config, tensors, force_text, class_config).reads
+    )
 
 
 def check_assembly(config: ModelConfig, plan: Plan) -> None:
@@ -196,7 +204,7 @@ def check_assembly(config: ModelConfig, plan: Plan) -> None:
     check_directory(directory)
     specs = [output for task in plan.tasks for output in task.outputs]
     class_config = cache(partial(load_config, directory))
-    part = part_of(WHOLE, config, specs, force_text=False, class_config=class_config)
+    part = find_partition(WHOLE, config, specs, force_text=False, class_config=class_config)
     model = part.backend.build(class_config())
     weights = placeholders(spec for spec in specs if part.has(spec.name))
     weights = named_for(model, weights, part.backend)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..distributed.tensor_parallel import Take
+from ..distributed.tensor_parallel import SliceReader
 from ..files.tensor_header import TensorSpec
 
 
@@ -27,7 +27,7 @@ class TensorSource:
     group_size: int
     model_names: bool = False
     """Names are the model's, not the checkpoint's: `sanitize` has been there already."""
-    slices: Callable[[dict[str, mx.array]], contextlib.AbstractContextManager[Take | None]] = (
-        lambda _: contextlib.nullcontext()
-    )
+    slices: Callable[
+        [dict[str, mx.array]], contextlib.AbstractContextManager[SliceReader | None]
+    ] = lambda _: contextlib.nullcontext()
     """For a body in which slices of the arrays that were read are taken; None: cut them."""

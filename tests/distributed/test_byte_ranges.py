@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu", "alone")
 @pytest.fixture
 def alone(monkeypatch):
     """Ranks that are no processes meet at once."""
-    monkeypatch.setattr(model, "meet", lambda group: None)
+    monkeypatch.setattr(model, "barrier", lambda group: None)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.conversion.staleness import staleness
 from paroquant_stream.distributed import partition as part
-from paroquant_stream.distributed.partition import AbsentLayer, Part, _layer_of
+from paroquant_stream.distributed.partition import AbsentLayer, Partition, _layer_of
 from paroquant_stream.distributed.split import WHOLE, Split
 from paroquant_stream.errors import (
     AssemblyError,
@@ -142,14 +142,14 @@ def test_what_is_no_range_of_layers_is_refused_before_any_work(wrong, tmp_path):
 
 
 def test_layers_and_a_group_are_not_both_taken():
-    with pytest.raises(ValueError, match="one of the two"):
+    with pytest.raises(ValueError, match="only one of the two"):
         Split(range(1), Rank(0, 1))
     assert not WHOLE.by_layers
     assert not WHOLE.by_tensors
 
 
 def test_layers_that_the_model_has_not_are_named(model_dir):
-    with pytest.raises(MissingPartError, match="layers 1 to 2 were asked for, the model has 2"):
+    with pytest.raises(MissingPartError, match="layers 1 to 2 were requested, the model has 2"):
         load(model_dir, layers=range(1, 3))
 
 
@@ -175,7 +175,7 @@ def test_more_ranks_than_layers_are_an_error():
 @pytest.mark.parametrize("name", ["qwen2-awq-size", MOE, "qwen3_5_moe-native-size"])
 def test_each_rank_has_the_layers_that_its_class_gives_it(name, monkeypatch):
     met = []
-    monkeypatch.setattr(model, "meet", met.append)  # only a group of real processes can meet
+    monkeypatch.setattr(model, "barrier", met.append)  # only a group of real processes can meet
     whole = parameters(load(FIXTURES / name, force_text=True)[0])
     for rank, layers in ((0, range(1, 2)), (1, range(1))):
         found = load(FIXTURES / name, force_text=True, group=Rank(rank, 2))[0]
@@ -195,7 +195,7 @@ def test_only_bytes_of_its_own_layers_are_read(deep):
         load(deep, layers=layers)
         read[layers], before = read_bytes() - before, read_bytes()
     for layers, count in read.items():
-        own = Part(MlxLm(), layers).reads
+        own = Partition(MlxLm(), layers).reads
         opened = manifest.entries_with(own)
         size = sum(t.nbytes for record in opened for t in record.tensors if own(t.name))
         sampled = SAMPLES * SAMPLE_SIZE * (len(opened) + len(manifest.entries))
@@ -306,7 +306,7 @@ def test_full_hashes_the_entries_of_the_part_and_damage_elsewhere_is_not_seen(de
     request = make_request(deep)
     with pytest.raises(EntryDamagedError, match=needed[1].key):
         weights.read_weights(
-            convert_checkpoint(deep), request.store, Part(MlxLm(), layers).reads, full=True
+            convert_checkpoint(deep), request.store, Partition(MlxLm(), layers).reads, full=True
         )
 
 
@@ -376,7 +376,7 @@ def test_a_class_that_exchanges_layers_cannot_be_loaded_in_parts(model_dir, monk
 def test_only_the_part_must_not_be_made_of_placeholders():
     unread = placeholders([TensorSpec("model.layers.1.norm.weight", "BF16", (4,))])
     array = unread["model.layers.1.norm.weight"]
-    first = Part(MlxLm(), range(1))
+    first = Partition(MlxLm(), range(1))
     part.check_placed(first, {"model.layers.1.norm.weight": array}, unread)
     with pytest.raises(AssemblyError, match=r"layers\.0\.norm\.weight: .* another layer's"):
         part.check_placed(first, {"model.layers.0.norm.weight": array}, unread)

@@ -88,7 +88,7 @@ def test_a_segment_that_does_not_divide_is_refused(segments):
 
 
 def test_a_slice_of_groups_becomes_one_of_channels():
-    assert Slice(1, ((1, 2), (4, 6))).widened(32) == Slice(1, ((32, 64), (128, 192)))
+    assert Slice(1, ((1, 2), (4, 6))).scaled(32) == Slice(1, ((32, 64), (128, 192)))
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
@@ -107,7 +107,7 @@ def test_every_dtype_keeps_its_bits(stored, dtype, axis):
     ids=str,
 )
 def test_any_axis_of_any_shape_is_cut_alike(stored, monkeypatch, shape, segments, piece):
-    monkeypatch.setattr(slices, "_PIECE", piece)
+    monkeypatch.setattr(slices, "_MIN_PIECE", piece)
     monkeypatch.setattr(slices, "_CHUNK", 100)  # some lines at a time, never all
     fd, tensor, array = stored("F16", shape)
     tried = 0

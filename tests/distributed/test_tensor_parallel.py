@@ -270,7 +270,7 @@ def test_a_model_is_not_split_twice():
     model = Block(linear)
     split_tensors(model, Rank(0, 2))
     before = state(model)
-    with pytest.raises(SplitError, match="is split already"):
+    with pytest.raises(SplitError, match="is already split"):
         split_tensors(model, Rank(0, 2))
     assert unchanged(model, before)
 
@@ -316,7 +316,7 @@ def test_no_more_than_one_layer_is_in_memory_beside_the_part(large):
 
 
 def test_parts_can_come_from_byte_ranges_of_the_entries(large, monkeypatch):
-    """`take` is asked for every parameter that is cut, and what it gives is used."""
+    """`reader` is asked for every parameter that is cut, and what it gives is used."""
     request = make_request(large, jobs=1)
     manifest = convert(request).manifest
     stored = {
@@ -326,7 +326,7 @@ def test_parts_can_come_from_byte_ranges_of_the_entries(large, monkeypatch):
     }
     counts, preadv = [], os.preadv
 
-    def take(name, array, part):
+    def reader(name, array, part):
         path, tensor = stored[name]
         assert tensor.shape == array.shape
         with path.open("rb") as file:
@@ -334,7 +334,7 @@ def test_parts_can_come_from_byte_ranges_of_the_entries(large, monkeypatch):
 
     found, wanted = load(large, lazy=True)[0], load(large, lazy=True)[0]
     monkeypatch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
-    split_tensors(found, Rank(1, 2), take=take)
+    split_tensors(found, Rank(1, 2), reader=reader)
     split_tensors(wanted, Rank(1, 2))
     wanted = dict(tree_flatten(wanted.parameters()))
     for name, array in tree_flatten(found.parameters()):
@@ -355,14 +355,14 @@ def test_nothing_is_taken_of_a_model_that_cannot_be_split():
     model, _, _ = load(FIXTURES / "qwen3-awq-size", lazy=True)
     before = state(model)
     with pytest.raises(SplitError, match="n_kv_heads"):
-        split_tensors(model, Rank(0, 2), take=lambda *_: pytest.fail("read"))
+        split_tensors(model, Rank(0, 2), reader=lambda *_: pytest.fail("read"))
     assert unchanged(model, before)
 
 
 def test_a_part_that_cannot_be_taken_leaves_the_model_whole():
     taken = []
 
-    def take(name, array, part):
+    def reader(name, array, part):
         if len(taken) == 3:
             raise UnreadableFileError("entry: cannot be read")
         taken.append(name)
@@ -371,7 +371,7 @@ def test_a_part_that_cannot_be_taken_leaves_the_model_whole():
     model = Block(linear)
     before = state(model)
     with pytest.raises(UnreadableFileError):
-        split_tensors(model, Rank(0, 2), take=take)
+        split_tensors(model, Rank(0, 2), reader=reader)
     assert len(taken) == 3
     assert unchanged(model, before)
 

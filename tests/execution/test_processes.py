@@ -25,7 +25,7 @@ import sys
 from paroquant_stream.cli import convert, common as exits
 from paroquant_stream.transform import remote_runner as elsewhere
 from tests.helpers import slow_worker
-elsewhere.run_elsewhere = slow_worker.slow
+elsewhere.run_remote = slow_worker.slow
 exits.end_with(lambda: convert.main(sys.argv[1:]))
 """
 
@@ -70,8 +70,8 @@ def test_a_process_that_dies_is_one_message_and_the_next_run_goes_on(
 ):
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch, processes(1) as pool:
-        patch.setattr(elsewhere, "run_elsewhere", slow_worker.deadly)
-        with pytest.raises(WorkersLostError, match=r"BrokenProcessPool.*run again to go on"):
+        patch.setattr(elsewhere, "run_remote", slow_worker.deadly)
+        with pytest.raises(WorkersLostError, match=r"BrokenProcessPool.*run again to resume"):
             convert_checkpoint(model_dir, cache_dir=cache, executor=pool)
     (left,) = temps(cache)  # it died in the middle of a shard
     assert f"-{os.getpid()}-" not in left

@@ -24,7 +24,7 @@ def slow(job: Job, sign: Path, host: str) -> Outcome:
         _real(self, size)
 
     source.Source._count = count  # type: ignore[method-assign]
-    return elsewhere.run_elsewhere(job, sign, host)
+    return elsewhere.run_remote(job, sign, host)
 
 
 def deadly(job: Job, sign: Path, host: str) -> Outcome:
@@ -34,4 +34,4 @@ def deadly(job: Job, sign: Path, host: str) -> Outcome:
         os._exit(9)
 
     source.Source._count = count  # type: ignore[method-assign]
-    return elsewhere.run_elsewhere(job, sign, host)
+    return elsewhere.run_remote(job, sign, host)

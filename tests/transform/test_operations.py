@@ -16,12 +16,12 @@ from paroquant_stream.transform.operations import run_operation
 class Bytes:
     """A source that holds its parts in memory."""
 
-    spread = map
+    parallel_map = map
 
     def __init__(self, arrays: dict[str, bytes], chunk: int = 100) -> None:
         self.arrays, self.chunk = arrays, chunk
 
-    def whole(self, part, slot=0):
+    def whole(self, part, buffer=0):
         return self.arrays[part.name]
 
     def chunks(self, part, multiple=1):

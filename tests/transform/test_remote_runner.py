@@ -29,9 +29,9 @@ from paroquant_stream.errors import (
     WorkersUnfitError,
 )
 from paroquant_stream.execution import executors as executor
-from paroquant_stream.execution.slots import Worker
+from paroquant_stream.execution.slots import Slot
 from paroquant_stream.transform import remote_runner as elsewhere
-from paroquant_stream.transform.remote_runner import run_elsewhere
+from paroquant_stream.transform.remote_runner import run_remote
 from paroquant_stream.transform.task_runner import Job
 from tests.helpers.builders import cut_apart, write_checkpoint
 from tests.helpers.loopback_cluster import LoopbackCluster
@@ -222,7 +222,7 @@ HURRY = """
 import sys
 from paroquant_stream.cli import convert, common as exits
 from paroquant_stream.execution import executors as executor
-executor.CONNECT = 0.2
+executor.CONNECT_TIMEOUT = 0.2
 exits.end_with(convert.main)
 """
 
@@ -247,7 +247,7 @@ def test_a_scheduler_that_dies_is_one_message_and_the_next_run_goes_on(
         assert cluster.scheduler.wait(10) == -9
     assert code == 1
     assert found.startswith(f"error: the Dask scheduler ({cluster.address}) or its workers failed")
-    assert found.endswith("run again to go on\n")
+    assert found.endswith("run again to resume\n")
     assert found.count("\n") == 1
     convert_checkpoint(model, cache_dir=cache)
     assert entries(cache) == right
@@ -256,7 +256,7 @@ def test_a_scheduler_that_dies_is_one_message_and_the_next_run_goes_on(
 def test_a_cluster_whose_last_worker_is_gone_is_one_message(
     model, tmp_path_factory, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(executor, "CONNECT", 0.5)
+    monkeypatch.setattr(executor, "CONNECT_TIMEOUT", 0.5)
     with LoopbackCluster(tmp_path_factory.mktemp("lonely"), workers=1) as cluster:
         cluster.arm()
         assert main(arguments(cluster, model, tmp_path / "cache")) == 1
@@ -267,7 +267,7 @@ def test_a_cluster_whose_last_worker_is_gone_is_one_message(
 def test_a_cluster_without_workers_is_one_message(
     model, tmp_path_factory, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(executor, "CONNECT", 0.5)
+    monkeypatch.setattr(executor, "CONNECT_TIMEOUT", 0.5)
     with LoopbackCluster(tmp_path_factory.mktemp("empty"), workers=0) as cluster:
         for more in ([], ["--jobs", "2"]):
             assert main(arguments(cluster, model, tmp_path / "cache", *more)) == 1
@@ -337,9 +337,9 @@ def test_an_error_on_another_host_names_it(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, sign):
         lost = replace(job, directory=tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match=r"^(?!on )") as here:
-            run_elsewhere(lost, sign, os.uname().nodename)
+            run_remote(lost, sign, os.uname().nodename)
         with pytest.raises(CheckpointError, match=f"^on {os.uname().nodename}: ") as there:
-            run_elsewhere(lost, sign, "another")
+            run_remote(lost, sign, "another")
     assert str(there.value).endswith(str(here.value))
 
 
@@ -347,21 +347,21 @@ def test_a_worker_that_does_not_see_the_sign_does_nothing(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, sign):
         pass
     with pytest.raises(WorkersUnfitError, match=re.escape(str(sign))):
-        run_elsewhere(job, sign, os.uname().nodename)
+        run_remote(job, sign, os.uname().nodename)
     assert not entries(tmp_path / "cache")
 
 
 def test_a_thread_keeps_its_memory_from_shard_to_shard(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, sign), ThreadPoolExecutor(1) as pool:
-        places = pool.submit(elsewhere._places).result()
-        before = Worker(places)
+        places = pool.submit(elsewhere._thread_slots).result()
+        before = Slot(places)
         memory = before.buffers
-        before.leave()
+        before.release()
         for _ in range(2):
-            pool.submit(run_elsewhere, job, sign, os.uname().nodename).result(20)
-        assert pool.submit(elsewhere._places).result() is places
-        assert Worker(places).buffers is memory
-        assert elsewhere._places() is not places
+            pool.submit(run_remote, job, sign, os.uname().nodename).result(20)
+        assert pool.submit(elsewhere._thread_slots).result() is places
+        assert Slot(places).buffers is memory
+        assert elsewhere._thread_slots() is not places
 
 
 def test_a_worker_needs_no_lock(model, tmp_path, monkeypatch):
@@ -373,12 +373,12 @@ def test_a_worker_needs_no_lock(model, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "paroquant_stream.store.store.Store.lock", lambda *_: pytest.fail("asked")
         )
-        run_elsewhere(job, sign, os.uname().nodename)
+        run_remote(job, sign, os.uname().nodename)
     assert len(entries(tmp_path / "cache")) == 1
 
 
 def test_a_worker_stops_when_its_run_has_ended_and_leaves_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(elsewhere, "LOOK", 0)
+    monkeypatch.setattr(elsewhere, "POLL_SECONDS", 0)
     looks = []
 
     def look(sign):
@@ -387,9 +387,9 @@ def test_a_worker_stops_when_its_run_has_ended_and_leaves_nothing(model, tmp_pat
             sign.unlink()
         return sign.exists()
 
-    monkeypatch.setattr(elsewhere, "_is_there", look)
+    monkeypatch.setattr(elsewhere, "_lease_exists", look)
     with sent(model, tmp_path / "cache") as (job, sign), pytest.raises(RunCancelledError):
-        run_elsewhere(job, sign, os.uname().nodename)
+        run_remote(job, sign, os.uname().nodename)
     assert len(looks) == 3
     assert not entries(tmp_path / "cache")
     assert not temps(tmp_path / "cache")
@@ -406,7 +406,7 @@ def test_a_forking_pool_is_refused(model):
 
 def test_what_travels_is_small(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, sign):
-        outcome = run_elsewhere(job, sign, os.uname().nodename)
+        outcome = run_remote(job, sign, os.uname().nodename)
         parts = sum(len(s) for operation in job.task.operations for s in operation.slices)
         assert len(pickle.dumps(job)) < 250 * parts + 1000
         assert len(pickle.dumps(outcome)) < 150 * len(outcome.record.tensors) + 1000
