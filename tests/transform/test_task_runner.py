@@ -30,7 +30,7 @@ def ignore(_count: int) -> None:
     pass
 
 
-def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
+def test_safetensors_reads_the_entry_as_recorded(jobs):
     tensors = llama_tensors()
     for job in jobs:
         record = run_task(job, Slot(), ignore).record
@@ -51,7 +51,7 @@ def test_data_starts_on_a_page(jobs):
     assert jobs[0].store.entry_path(record.key).read_bytes().startswith(header)
 
 
-def test_an_entry_that_goes_at_once_is_only_not_remembered(jobs, monkeypatch):
+def test_an_entry_removed_at_once_is_only_not_cached(jobs, monkeypatch):
     def gone(self, key):
         raise StoreError("pruned")
 
@@ -59,7 +59,7 @@ def test_an_entry_that_goes_at_once_is_only_not_remembered(jobs, monkeypatch):
     assert run_task(jobs[0], Slot(), ignore).converted
 
 
-def test_biases_use_scales_that_lie_in_another_shard(jobs):
+def test_biases_use_scales_of_another_shard(jobs):
     tensors = llama_tensors()
     borrowers = [job for job in jobs if job.task.borrowed]
     assert borrowers
@@ -74,7 +74,7 @@ def test_biases_use_scales_that_lie_in_another_shard(jobs):
             assert arrays[name][0, 0] == first
 
 
-def test_jobs_and_outcomes_pickle_small(jobs):
+def test_jobs_and_outcomes_can_be_pickled(jobs):
     assert len(pickle.dumps(jobs)) < 100_000
     outcome = run_task(pickle.loads(pickle.dumps(jobs[0])), Slot(), ignore)
     assert isinstance(pickle.loads(pickle.dumps(outcome)), Outcome)
@@ -98,7 +98,7 @@ def test_a_cancelled_task_leaves_nothing(jobs, threads, tick):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_byte_is_ticked_once_for_its_hash_and_once_for_its_conversion(jobs, threads):
+def test_every_byte_is_counted_for_hash_and_conversion(jobs, threads):
     ticks: list[int] = []
     run_task(jobs[0], Slot(SlotPool(threads)), ticks.append)
     task = jobs[0].task
