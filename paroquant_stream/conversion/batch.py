@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..errors import ParoquantStreamError, SomeModelsFailedError
-from ..execution.slots import Places, Worker
+from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..trace import SILENCE, Trace
 from .converter import convert
@@ -43,13 +43,13 @@ def convert_all(
     together = (
         1 if any(request.options.drop_source for request in requests) else min(jobs, len(requests))
     )
-    models = Places(together, len(requests))
-    shards = Places(jobs, 0, above=models)
+    models = SlotPool(together, len(requests))
+    shards = SlotPool(jobs, 0, parent=models)
 
-    def work(request: Request, _worker: Worker) -> tuple[Request, Result]:
+    def work(request: Request, _slot: Slot) -> tuple[Request, Result]:
         report = partial(_report, progress, request.source.name) if progress else None
         try:
-            return request, convert(replace(request, places=shards), report, trace)
+            return request, convert(replace(request, slots=shards), report, trace)
         except ParoquantStreamError as error:
             return request, error
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from ..checkpoint.prefetch import Arrivals
 from ..errors import StoreError
-from ..execution.slots import Places, Worker
+from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..files.folder import Folder
 from ..files.tensor_writer import file_size
@@ -114,19 +114,19 @@ def _run(
         for task in tasks
     ]
 
-    def work(job: Job, worker: Worker) -> Outcome:
+    def work(job: Job, slot: Slot) -> Outcome:
         def tick(count: int) -> None:
-            worker.check()
+            slot.check()
             tally.add(job.task.shard, count)
 
         with trace.span("wait for the shard", job.task.shard):
-            arrivals.wait_for((job.task.shard, *job.task.borrowed), worker.check)
+            arrivals.wait_for((job.task.shard, *job.task.borrowed), slot.check)
         with trace.span("shard", job.task.shard):
-            return run(job, worker, tick)
+            return run(job, slot, tick)
 
-    places = request.places or Places(request.jobs, 0)
+    slots = request.slots or SlotPool(request.jobs, 0)
     with runner(request.options.executor, request.source.directory, request.store) as run:
-        yield from run_all(work, jobs, request.jobs, trace, places.share(len(jobs)))
+        yield from run_all(work, jobs, request.jobs, trace, slots.share(len(jobs)))
 
 
 def _check_space(request: Request, tasks: Sequence[Task]) -> None:

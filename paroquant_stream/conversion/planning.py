@@ -252,12 +252,12 @@ def survey(request: Request) -> tuple[ShardReport, ...]:
 
 
 def _survey(request: Request, task: Task, old: EntryRecord | None) -> ShardReport:
-    from ..execution.slots import Worker
+    from ..execution.slots import Slot
     from ..transform.task_runner import Job, find_entry, open_source
 
     store = replace(request.store, read_only=True)
     job = Job(task, request.source.directory, store, request.options.force, known=old)
-    source = open_source(job, Worker(), lambda _: None)
+    source = open_source(job, Slot(), lambda _: None)
     try:
         if record := None if request.options.force else find_entry(job, source):
             return report_reused(record, old)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
     from typing import TypedDict, Unpack
 
-    from ..execution.slots import Places
+    from ..execution.slots import SlotPool
 
     class ConvertKeywords(TypedDict, total=False):
         """The fields of `ConvertOptions`, as keyword arguments."""
@@ -98,7 +98,7 @@ class Request:
     options: ConvertOptions = field(default_factory=ConvertOptions)
     jobs: int = 1
     """Shards in work at once."""
-    places: Places | None = None
+    slots: SlotPool | None = None
     """Shared with the conversions of other models; None for `jobs` of its own."""
 
     @property
@@ -157,9 +157,9 @@ def check_jobs(jobs: object) -> None:
 
 def _jobs(options: ConvertOptions) -> int:
     if options.jobs is None and options.executor:
-        from ..execution.executors import width  # a run without work does not import executors
+        from ..execution.executors import worker_count  # late: most runs need no executor
 
-        return width(options.executor) or default_jobs()
+        return worker_count(options.executor) or default_jobs()
     return options.jobs or default_jobs()
 
 

@@ -1,4 +1,4 @@
-"""A model over several ranks: by layers or by tensors.
+"""Parts of a model: a range of layers, a pipeline rank's layers, or a part of every layer.
 
-Imports rotation, backends, store, checkpoint and files.
+Imports errors, rotation, backends, store, checkpoint and files.
 """

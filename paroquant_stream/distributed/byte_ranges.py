@@ -1,4 +1,4 @@
-"""A rank's byte ranges: slices of a model's weights, read from the entries without the rest."""
+"""Read a rank's slices of a model's weights from the entries, as byte ranges."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from .slices import Slice, read_slice
 
 
 class EntrySlices:
-    """Gives slices of arrays that `read_weights` gave, as a `Take` of `sharding`."""
+    """A `SliceReader` of `tensor_parallel` that reads the slices from the entries."""
 
     def __init__(
         self, records: Collection[EntryRecord], store: Store, weights: Mapping[str, mx.array]
     ) -> None:
-        """`weights`: as they were read, stacks whole. Their names change later, the arrays do not:
-        by them a parameter is found in the entries.
+        """Find each array in the entries.
+
+        Args:
+            records: Of the entries.
+            store: Where the entries are.
+            weights: The arrays that `read_weights` returned, by name in the entries; stacks of
+                experts whole. Arrays are found by identity, since the model's names are others.
         """
         self._store, self._records = store, {record.key: record for record in records}
         self._fds: dict[str, int] = {}
@@ -42,17 +47,27 @@ class EntrySlices:
                 self._places[id(array)] = array, [stored[piece] for piece in names]
 
     def __call__(self, _name: str, array: mx.array, part: Slice) -> mx.array:
-        """The slice of an array, evaluated; unread where the array is not as it was stored, and
-        where experts are divided among ranks.
+        """Read a slice of an array.
 
-        Raises EntryDamagedError, the entry taken out of use, when it ends too early; StoreError,
-        UnreadableFileError.
+        Args:
+            _name: Of the parameter.
+            array: One of the weights, or an array computed from them.
+            part: Which slice.
+
+        Returns:
+            The slice, evaluated; lazy if the array is not as it was stored, or if experts are
+            divided among ranks.
+
+        Raises:
+            EntryDamagedError: The entry ends too early; it was taken out of use.
+            StoreError: The entry cannot be opened.
+            UnreadableFileError: The entry cannot be read.
         """
         _, places = self._places.get(id(array), (None, []))
         if not places or (len(places) > 1 and part.axis == 0):
             return part.of(array)
         found = [self._read(key, tensor, part) for key, tensor in places]
-        if len(found) > 1:  # evaluated, so that a stack's pieces go before the next is read
+        if len(found) > 1:  # evaluated, to free the pieces before the next stack is read
             found = [mx.concatenate(found)]
             mx.eval(found)
         return found[0]
@@ -70,7 +85,7 @@ class EntrySlices:
         return self._fds[key]
 
     def close(self) -> None:
-        """Closes the entries and lets go of the arrays."""
+        """Close the entries and release the arrays."""
         self._places.clear()
         while self._fds:
             os.close(self._fds.popitem()[1])
@@ -80,7 +95,13 @@ class EntrySlices:
 def entry_slices(
     records: Collection[EntryRecord], store: Store, weights: Mapping[str, mx.array]
 ) -> Iterator[EntrySlices]:
-    """`EntrySlices` for a body, closed after it."""
+    """Provide `EntrySlices` for the body and close them after it.
+
+    Args:
+        records: Of the entries.
+        store: Where the entries are.
+        weights: The arrays that `read_weights` returned, by name in the entries.
+    """
     slices = EntrySlices(records, store, weights)
     try:
         yield slices

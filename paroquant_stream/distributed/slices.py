@@ -1,7 +1,7 @@
-"""Slices of tensors along one axis: which one a rank of a group has, of an array in hand, and read
-from a file as byte ranges.
+"""Slices of tensors along one axis: the one of a rank, cut from an array or read from a file.
 
-A slice of rows of a stored matrix is one byte range, a slice of its columns one range a row.
+A slice of the rows of a stored matrix is one byte range; a slice of its columns is one byte range
+in each row.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from ..errors import MalformedFileError
 from ..files.descriptor import unreadable
 from ..files.tensor_header import DTYPE_BYTES, TensorInfo
 
-_PIECE = 64 << 10
-"""Bytes below which a slice's pieces are not read one by one: the system reads ahead what lies
-between them anyhow. Pieces of 7 KiB in lines of 14 take 0.22 s from the disk, whole lines 0.13.
+_MIN_PIECE = 64 << 10
+"""Bytes; smaller pieces are read together with what lies between them, which the system's readahead
+reads anyway.
 """
-_CHUNK = 4 << 20  # bytes of whole lines read at a time
+_CHUNK = 4 << 20  # bytes of whole rows read at a time
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Some ranges of one axis of a tensor, all of the others."""
+    """Some ranges of one axis of a tensor, and all of the other axes."""
 
     axis: int
-    """Counted from the front."""
+    """From 0."""
     ranges: tuple[tuple[int, int], ...]
-    """Start and stop of each, in the order in which they stand side by side in the slice."""
+    """Start and stop of each range, in the order of the slice."""
 
     @property
     def length(self) -> int:
-        """Items along the axis."""
+        """The number of items along the axis."""
         return sum(stop - start for start, stop in self.ranges)
 
-    def widened(self, factor: int) -> Slice:
-        """The same slice of a tensor that has `factor` items in the place of each."""
+    def scaled(self, factor: int) -> Slice:
+        """Return the same slice of a tensor with `factor` items for each item of this one."""
         return Slice(self.axis, tuple((a * factor, b * factor) for a, b in self.ranges))
 
     def of(self, array: mx.array) -> mx.array:
-        """The slice of an array, lazy; once evaluated it does not keep the whole one alive."""
+        """Return the slice of an array, lazy; once evaluated it does not reference the array."""
         before = (slice(None),) * self.axis
         pieces = [array[(*before, slice(*bounds))] for bounds in self.ranges]
         return mx.contiguous(pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, self.axis))
@@ -56,11 +56,18 @@ class Slice:
 def rank_slice(
     shape: Sequence[int], axis: int, segments: int | Sequence[float], rank: int, count: int
 ) -> Slice:
-    """What rank `rank` of `count` has of a tensor: its share of each segment of `axis`.
+    """Compute a rank's slice of a tensor: its share of each segment of an axis.
 
-    `segments`: how many equal ones there are, or where one ends and the next begins, as item
-    numbers (int) or as fractions of the axis (float), as in mlx's `shard_linear`.
-    Raises ValueError when a segment does not divide.
+    Args:
+        shape: Of the tensor.
+        axis: Which axis is divided; negative from the end.
+        segments: How many equal segments the axis has, or the bounds between them, as item numbers
+            (int) or fractions of the axis (float), as in mlx's `shard_linear`.
+        rank: From 0.
+        count: How many ranks there are.
+
+    Raises:
+        ValueError: A segment does not divide by the number of ranks.
     """
     axis %= len(shape)
     length = shape[axis]
@@ -80,54 +87,66 @@ def rank_slice(
 
 
 def read_slice(fd: int, tensor: TensorInfo, part: Slice, label: str) -> mx.array:
-    """The slice of a stored tensor, evaluated, the bits of `part.of(the whole one)`.
+    """Read a slice of a stored tensor: the bits of `part.of` the whole tensor.
 
-    Reads its bytes and no others, except between pieces of less than 64 KiB. Holds the slice twice
-    for a moment. `label` names the file in errors. Raises UnreadableFileError, and MalformedFileError when
-    the file ends too early.
+    Reads only the bytes of the slice, except between pieces of less than 64 KiB. Needs twice the
+    memory of the slice.
+
+    Args:
+        fd: The file.
+        tensor: Where it is in the file, its dtype and shape.
+        part: Which slice.
+        label: Names the file in errors.
+
+    Returns:
+        The slice, evaluated.
+
+    Raises:
+        UnreadableFileError: The system cannot read the file.
+        MalformedFileError: The file ends too early.
     """
     size, shape = DTYPE_BYTES[tensor.dtype], list(tensor.shape)
     item = size * math.prod(shape[part.axis + 1 :])
-    line = item * shape[part.axis]
+    row = item * shape[part.axis]  # bytes
     shape[part.axis] = part.length
     found = np.empty((math.prod(shape[: part.axis]), part.length * item), np.uint8)
     pieces = [(start * item, stop * item) for start, stop in part.ranges]
-    if found.size and len(found) > 1 and min(b - a for a, b in pieces) < _PIECE:
-        _cut_lines(fd, tensor.start, line, pieces, found, label)
+    if found.size and len(found) > 1 and min(b - a for a, b in pieces) < _MIN_PIECE:
+        _read_rows(fd, tensor.start, row, pieces, found, label)
     elif found.size:
         for number, into in enumerate(found):
-            place = 0
+            done = 0
             for start, stop in pieces:
-                offset = tensor.start + number * line + start
-                _read_into(fd, into[place : place + stop - start], offset, label)
-                place += stop - start
+                offset = tensor.start + number * row + start
+                _read_into(fd, into[done : done + stop - start], offset, label)
+                done += stop - start
     array = mx.array(found.view(f"u{size}").reshape(shape))  # numpy has no bfloat16
     array = array.view(MLX_DTYPES[tensor.dtype])
     mx.eval(array)
     return array
 
 
-def _cut_lines(
+def _read_rows(
     fd: int,
     offset: int,
-    line: int,
+    row: int,
     pieces: Sequence[tuple[int, int]],
     found: NDArray[np.uint8],
     label: str,
 ) -> None:
-    """Fills each row of `found` with the pieces of a line of `line` bytes, lines read whole."""
-    buffer = np.empty((max(1, _CHUNK // line), line), np.uint8)
+    """Read whole rows of `row` bytes and copy their pieces to the rows of `found`."""
+    buffer = np.empty((max(1, _CHUNK // row), row), np.uint8)
     for first in range(0, len(found), len(buffer)):
-        lines = buffer[: len(found) - first]
-        _read_into(fd, lines.reshape(-1), offset + first * line, label)
-        place = 0
+        rows = buffer[: len(found) - first]
+        _read_into(fd, rows.reshape(-1), offset + first * row, label)
+        done = 0
         for start, stop in pieces:
-            found[first : first + len(lines), place : place + stop - start] = lines[:, start:stop]
-            place += stop - start
+            found[first : first + len(rows), done : done + stop - start] = rows[:, start:stop]
+            done += stop - start
 
 
 def _read_into(fd: int, into: NDArray[np.uint8], offset: int, label: str) -> None:
-    """Fills `into`, contiguous and flat, with the bytes from `offset` on."""
+    """Fill `into`, contiguous and flat, with the bytes from `offset` on."""
     left = into.data
     while left:
         try:

@@ -1,9 +1,9 @@
-"""split_tensors(): tensor parallelism. Each rank of a group keeps its part of every layer.
+"""Tensor parallelism: each rank of a group keeps its part of every layer.
 
-The model class's own `shard` of mlx-lm says which layer is cut along its outputs and which along
-its inputs. Rotated layers pass through it as the quantized layers that they are without their
-rotations. A rotation mixes channels inside a group only: whoever has all inputs needs it whole, and
-of a layer cut along its inputs each rank takes the groups that its weights read.
+The method `shard` of mlx-lm's model class decides which layers are split along their outputs and
+which along their inputs. It sees rotated layers as quantized layers, without their rotations. A
+rotation mixes channels only inside a group: a rank with all inputs of a layer needs the whole
+rotation; of a layer split along its inputs, a rank needs the groups that its weights read.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from ..errors import ParoquantStreamError, SplitError
 from ..rotation.layers import RotatedLayer, RotateQuantizedLinear, RotateSwitchGLU
 from .slices import Slice, rank_slice
 
-Take = Callable[[str, mx.array, Slice], mx.array]
-"""Gives the slice of a parameter, evaluated or not, from the parameter's name in the model, the
-whole array as the model has it, unread if that is lazy, and which slice.
+SliceReader = Callable[[str, mx.array, Slice], mx.array]
+"""Called with a parameter's name in the model, its whole array, perhaps lazy, and a slice; returns
+the slice, evaluated or lazy.
 """
 _ROTATION = {"theta": 2, "pairs": 1, "channel_scales": 1}
-"""The parameters of a rotation, and how many channels one item of each last axis is for."""
+"""Parameter of a rotation -> channels for each item of its last axis."""
 _lock = threading.Lock()
 
 
-def split_tensors(model: nn.Module, group: Any, take: Take | None = None) -> None:
-    """Leave in a model what this rank of a group needs for its part of every layer.
+def split_tensors(model: nn.Module, group: Any, reader: SliceReader | None = None) -> None:
+    """Reduce a model to this rank's part of every layer, without evaluating anything.
 
-    All ranks call it, each with a model of its own, and then call the model with the same inputs.
-    Nothing is evaluated.
+    All ranks call it, each with its own copy of the model, and then call the model with the same
+    inputs. If it fails, the model is unchanged.
 
     Args:
-        model: Its weights not read yet, so that no more is read than is needed.
+        model: Its weights should be unevaluated, so that only the needed ones are read.
         group: An `mx.distributed` group.
-        take: Gives the parts, once it is sure that the model can be split; by default they are cut
-            out of the model's own arrays.
+        reader: Returns the slices, called once it is certain that the model can be split; None to
+            slice the model's own arrays.
 
     Raises:
-        SplitError: Its class cannot be split, or a layer or its heads do not divide over the ranks;
-            the model is as it was.
+        SplitError: The model class cannot be split, or a layer or its heads do not divide over the
+            ranks.
     """
     if not hasattr(model, "shard"):
         raise SplitError(
@@ -54,59 +54,59 @@ def split_tensors(model: nn.Module, group: Any, take: Take | None = None) -> Non
             "model the text part may have one: load it with force_text=True)"
         )
     if group.size() > 1:
-        _split(model, group, take)
+        _split(model, group, reader)
 
 
 def read_by_layer(model: nn.Module) -> None:
-    """Evaluate a model layer by layer, so that of what is cut off one layer at most is in memory."""
+    """Evaluate a model layer by layer, so that at most one unsplit layer is in memory."""
     for module in model.modules():
         mx.eval([array for array in module.values() if isinstance(array, mx.array)])
 
 
-def _split(model: nn.Module, group: Any, take: Take | None) -> None:
-    with _all_or_nothing(model, group.size()) as before:
-        cutter = _Cutter(model)
-        _cut_layers(model, group, cutter)
+def _split(model: nn.Module, group: Any, reader: SliceReader | None) -> None:
+    with _restored_on_error(model, group.size()) as before:
+        slicer = _Slicer(model)
+        _split_layers(model, group, slicer)
         for path, module, _, attributes in before:
             _check_divided(path, attributes, vars(module), group.size())
-        if take:
-            cutter.replace(model, take)
+        if reader:
+            slicer.replace(model, reader)
 
 
-def _cut_layers(model: nn.Module, group: Any, cutter: _Cutter) -> None:
+def _split_layers(model: nn.Module, group: Any, slicer: _Slicer) -> None:
     kinds = RotateQuantizedLinear, RotateSwitchGLU
     layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
     if any(getattr(layer, "ranks", None) for layer in layers.values()):
-        raise SplitError(f"{type(model).__name__}: is split already; load it again to split it")
-    rotations = {path: _without_rotations(layer) for path, layer in layers.items()}
-    with _in_the_place_of_mlx(cutter):
+        raise SplitError(f"{type(model).__name__}: is already split; load it again to split it")
+    rotations = {path: _remove_rotations(layer) for path, layer in layers.items()}
+    with _mlx_patched(slicer):
         model.shard(group)
     for path, layer in layers.items():
         for prefix, reader in layer.readers.items():
             weights = layer[reader] if reader else layer
-            part = cutter.part(".".join(filter(None, (path, reader, "scales"))))
+            part = slicer.part(".".join(filter(None, (path, reader, "scales"))))
             by_inputs = part is not None and part.axis == weights.scales.ndim - 1
             for leaf, channels in _ROTATION.items():
                 name, array = f"{path}.{prefix}{leaf}", rotations[path].pop(prefix + leaf)
                 if part and by_inputs:
-                    groups = Slice(1, part.ranges).widened(layer.group_size // channels)
-                    array = cutter.cut(name, array, groups)
+                    groups = Slice(1, part.ranges).scaled(layer.group_size // channels)
+                    array = slicer.slice(name, array, groups)
                 layer[prefix + leaf] = array
             if layer[f"{prefix}pairs"].shape[1] != weights.scales.shape[-1] * layer.group_size:
-                raise SplitError(f"{path}: its class cuts its inputs in a way not known here")
+                raise SplitError(f"{path}: its class splits its inputs in an unknown way")
 
 
-def _without_rotations(layer: RotatedLayer) -> dict[str, mx.array]:
-    """Takes the rotations' parameters out of a layer, so that `shard` sees the others only."""
+def _remove_rotations(layer: RotatedLayer) -> dict[str, mx.array]:
+    """Remove and return a layer's rotation parameters, so that `shard` does not see them."""
     names = [prefix + leaf for prefix in layer.readers for leaf in _ROTATION]
     return {name: layer.pop(name) for name in names}
 
 
-class _Cutter:
-    """Cuts a layer's parameters as mlx's own function does, and notes how each was cut."""
+class _Slicer:
+    """Slices a layer's parameters as mlx's own function does, and records each slice."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._cuts: dict[str, tuple[mx.array, Slice, mx.array]] = {}
+        self._slices: dict[str, tuple[mx.array, Slice, mx.array]] = {}
         self._names = {
             id(array): name for name, array in dict(tree_flatten(model.parameters())).items()
         }
@@ -114,10 +114,10 @@ class _Cutter:
     def __call__(
         self, parameters: dict[Any, Any], sharding_predicate: Callable[..., Any], group: Any = None
     ) -> Any:
-        """The tree of parameters, each cut where the predicate of path and array says how."""
+        """Slice a tree of parameters; the predicate returns the axis for a path and an array."""
         group = group or mx.distributed.init()
 
-        def cut(path: str, array: Any) -> Any:
+        def slice_parameter(path: str, array: Any) -> Any:
             how = sharding_predicate(path, array) if isinstance(array, mx.array) else None
             if how is None:
                 return array
@@ -130,34 +130,32 @@ class _Cutter:
                     f"{name or path}, shape {array.shape}: {error}; take a number of ranks that "
                     "divides it"
                 ) from error
-            if name is None:  # made by `shard` itself, as heads repeated for ranks to have one each
+            if name is None:  # computed by `shard` itself, like heads repeated for the ranks
                 return part.of(array)
-            return self.cut(name, array, part)
+            return self.slice(name, array, part)
 
-        return tree_map_with_path(cut, parameters)
+        return tree_map_with_path(slice_parameter, parameters)
 
-    def cut(self, name: str, array: mx.array, part: Slice) -> mx.array:
-        """The slice of a parameter, unread."""
-        self._cuts[name] = array, part, part.of(array)
-        return self._cuts[name][2]
+    def slice(self, name: str, array: mx.array, part: Slice) -> mx.array:
+        """Return a slice of a parameter, lazy."""
+        self._slices[name] = array, part, part.of(array)
+        return self._slices[name][2]
 
     def part(self, name: str) -> Slice | None:
-        """What was cut out of a parameter; None: it is whole."""
-        return self._cuts[name][1] if name in self._cuts else None
+        """Return which slice of a parameter was kept; None if it is whole."""
+        return self._slices[name][1] if name in self._slices else None
 
-    def replace(self, model: nn.Module, take: Take) -> None:
-        """Puts in the place of each slice what `take` gives."""
+    def replace(self, model: nn.Module, reader: SliceReader) -> None:
+        """Replace each slice in the model by what the reader returns."""
         found = dict(tree_flatten(model.parameters()))
-        for name, (whole, part, lazy) in self._cuts.items():
-            if found.get(name) is lazy:  # else `shard` has worked on it
-                model.update(tree_unflatten([(name, take(name, whole, part))]))
+        for name, (whole, part, lazy) in self._slices.items():
+            if found.get(name) is lazy:  # else `shard` computed something from it
+                model.update(tree_unflatten([(name, reader(name, whole, part))]))
 
 
 @contextlib.contextmanager
-def _in_the_place_of_mlx(cutter: _Cutter) -> Iterator[None]:
-    """For the body MLX cuts parameters by `cutter`, and its two classes of quantized linears are
-    not put in the place of rotated ones, which are cut where they are.
-    """
+def _mlx_patched(slicer: _Slicer) -> Iterator[None]:
+    """Let MLX slice by `slicer` during the body, and split rotated layers in place."""
 
     def from_quantized_linear(kind: Any, by_inputs: bool) -> Any:
         original: Callable[..., nn.Module] = kind.from_quantized_linear
@@ -174,7 +172,7 @@ def _in_the_place_of_mlx(cutter: _Cutter) -> Iterator[None]:
 
     columns, rows = distributed.QuantizedAllToShardedLinear, distributed.QuantizedShardedToAllLinear
     ours: list[tuple[Any, str, Any]] = [
-        (distributed, "_shard", cutter),
+        (distributed, "_shard", slicer),
         (columns, "from_quantized_linear", from_quantized_linear(columns, by_inputs=False)),
         (rows, "from_quantized_linear", from_quantized_linear(rows, by_inputs=True)),
     ]
@@ -190,13 +188,10 @@ def _in_the_place_of_mlx(cutter: _Cutter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(
+def _restored_on_error(
     model: nn.Module, count: int
 ) -> Iterator[list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]]]:
-    """Every module's path, items and attributes before the body; put back when it fails.
-
-    Raises SplitError for what else the body raises.
-    """
+    """Provide every module's path, items and attributes; restore them if the body fails."""
     before = [(path, m, dict(m), dict(vars(m))) for path, m in model.named_modules()]
     try:
         yield before
@@ -212,14 +207,12 @@ def _all_or_nothing(
 
 
 def _check_divided(path: str, before: dict[str, Any], after: dict[str, Any], count: int) -> None:
-    """`shard` divides numbers of heads by the ranks and rounds down; fewer heads than ranks are
-    right only where it leaves one of them on several ranks.
-    """
+    """Check that the numbers of heads, which `shard` divides and rounds down, divide evenly."""
     for name, old in before.items():
         new = after.get(name)
         if type(old) is not int or type(new) is not int or new >= old or new * count == old:
             continue
-        if new != 1 or count % old:
+        if new != 1 or count % old:  # fewer heads than ranks: one head on several ranks is right
             raise SplitError(
                 f"{path}: its {name} of {old} does not divide over {count} ranks; take a number of "
                 "ranks that divides it"

@@ -1,4 +1,4 @@
-"""Where units of work run: inline, threads, processes, Dask, any executor.
+"""Where jobs run: inline, in threads, in worker processes, on Dask or on any executor.
 
-Imports errors and trace alone.
+Imports errors, text and trace alone.
 """

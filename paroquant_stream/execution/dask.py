@@ -1,4 +1,4 @@
-"""A Dask cluster as an executor."""
+"""A Dask cluster as an executor. The only module that imports `distributed`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from typing import Any
 
 from ..errors import MissingExtraError, WorkersLostError
 from ..text import one_line
-from .threads import PATIENCE
+from .threads import INTERRUPT_TIMEOUT
 
-CONNECT = 10.0  # s for a scheduler to answer, and for the first of its workers to come
+CONNECT_TIMEOUT = 10.0
+"""Seconds to wait for a scheduler to answer, and for its first worker."""
 
 
 @contextmanager
 def cluster(scheduler: str) -> Iterator[Executor]:
-    """The workers of the Dask scheduler at this address. Raises WorkersLostError, MissingExtraError."""
+    """Connect to a Dask cluster and provide its executor.
+
+    Args:
+        scheduler: The address of the scheduler, "tcp://HOST:PORT".
+
+    Raises:
+        MissingExtraError: The package `distributed` is not installed.
+        WorkersLostError: No scheduler answers.
+    """
     import asyncio
 
     try:
@@ -27,11 +36,11 @@ def cluster(scheduler: str) -> Iterator[Executor]:
         raise MissingExtraError(
             f"a Dask cluster needs its client: pip install 'paroquant_stream[dask]' ({error})"
         ) from error
-    for name in ("distributed", "distributed.client"):  # the two that its own config sets a level
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # else tracebacks of what we say
+    for name in ("distributed", "distributed.client"):  # the two whose level Dask's config sets
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # else it logs tracebacks of our errors
     try:
-        asyncio.run(_reach(scheduler))  # a client that finds nobody takes 20 s to be deleted
-        client = distributed.Client(scheduler, timeout=CONNECT, set_as_default=False)
+        asyncio.run(_connect(scheduler))  # a client that finds no scheduler is slow to delete
+        client = distributed.Client(scheduler, timeout=CONNECT_TIMEOUT, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise WorkersLostError(
             f"{scheduler}: no Dask scheduler answers ({one_line(error)})"
@@ -39,12 +48,12 @@ def cluster(scheduler: str) -> Iterator[Executor]:
     try:
         yield client.get_executor(pure=False)
     finally:
-        with suppress(OSError):  # TimeoutError: what is to be said was said
-            client.close(timeout=PATIENCE)
+        with suppress(OSError):  # TimeoutError; a lost scheduler was reported by the body
+            client.close(timeout=INTERRUPT_TIMEOUT)
 
 
 def client_of(executor: Executor) -> Any:
-    """The client of an executor that `distributed.Client.get_executor` made, else None."""
+    """Return the client whose `get_executor` made this executor, or None if none did."""
     if "distributed" not in sys.modules:
         return None
     from distributed.cfexecutor import ClientExecutor
@@ -53,8 +62,15 @@ def client_of(executor: Executor) -> Any:
 
 
 @contextmanager
-def asking(client: Any) -> Iterator[None]:
-    """Raises WorkersLostError where the scheduler or its workers do not answer."""
+def translate_errors(client: Any) -> Iterator[None]:
+    """Raise WorkersLostError where the body finds that the cluster does not answer.
+
+    Args:
+        client: The client that the body calls.
+
+    Raises:
+        WorkersLostError: The scheduler or its workers do not answer.
+    """
     try:
         yield
     except (OSError, RuntimeError, TimeoutError, CancelledError) as error:
@@ -69,9 +85,9 @@ def client_name(client: Any) -> str:
     return f"the Dask scheduler ({address})"
 
 
-async def _reach(scheduler: str) -> None:
+async def _connect(scheduler: str) -> None:
     import distributed
 
     security = distributed.Security().get_connection_args("client")
-    comm = await distributed.comm.connect(scheduler, timeout=CONNECT, **security)
+    comm = await distributed.comm.connect(scheduler, timeout=CONNECT_TIMEOUT, **security)
     await comm.close()

@@ -1,9 +1,7 @@
-"""Where jobs run: inline, in threads of this process, or on any `concurrent.futures.Executor`, a
-Dask cluster's too; results come as they finish.
+"""Call functions on any `concurrent.futures.Executor`, that of a Dask cluster included.
 
-Threads and processes were even on 2 cores (numpy and hashlib release the interpreter's lock), and
-threads start at once, so threads are the default. One job runs inline, for a traceback that a
-person can read. A job on an executor has a thread here that waits for it, so that the flow is one.
+A job on an executor has a thread of this process that waits for it, so that the flow of a
+conversion is the same as with threads.
 """
 
 from __future__ import annotations
@@ -24,68 +22,88 @@ from typing import Any, TypeVar
 
 from ..errors import WorkersLostError, WorkersUnfitError
 from ..text import one_line
-from .dask import CONNECT, asking, client_name, client_of
+from .dask import CONNECT_TIMEOUT, client_name, client_of, translate_errors
 
-LOOK = 0.2  # s between looks at whether to stop, while a job runs elsewhere
-_PACKAGE = ("paroquant_stream:__version__", "paroquant_stream.store.format:TRANSFORM")
+POLL_SECONDS = 0.2
+"""Between checks for cancellation while a job runs on an executor."""
+_VERSIONS = ("paroquant_stream:__version__", "paroquant_stream.store.format:TRANSFORM")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def call_elsewhere(
+def call_on(
     executor: Executor,
     check: Callable[[], None],
     function: Callable[..., _Result],
     *arguments: object,
 ) -> _Result:
-    """`function(*arguments)` of a worker of the executor; `check()` may raise meanwhile.
+    """Call `function(*arguments)` on a worker of the executor and return its result.
 
-    Raises what the function raised, and WorkersLostError when the executor cannot run it.
+    Args:
+        executor: Where the function runs.
+        check: Called every `POLL_SECONDS`; what it raises cancels the call and is raised.
+        function: Importable by the worker.
+        arguments: Picklable.
+
+    Raises:
+        WorkersLostError: The executor cannot run the function.
+        Exception: What the function or `check` raised.
     """
     future: Future[_Result] | None = None
-    client, looked = client_of(executor), time.monotonic()
+    client, asked = client_of(executor), time.monotonic()
     try:
         future = executor.submit(function, *arguments)
         while not future.done():
             check()
-            wait([future], LOOK)
-            if client and time.monotonic() - looked > CONNECT:
-                with asking(client):  # a scheduler without workers waits for some for ever
-                    client.wait_for_workers(1, timeout=CONNECT)
-                looked = time.monotonic()
+            wait([future], POLL_SECONDS)
+            if client and time.monotonic() - asked > CONNECT_TIMEOUT:
+                with translate_errors(client):  # a scheduler without workers waits forever
+                    client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
+                asked = time.monotonic()
         return future.result()
     except Exception as error:
-        if not _is_of_executor(error):
+        if not _is_executor_error(error):
             raise
         who = client_name(client) if client else "the executor"
         raise WorkersLostError(
             f"{who} or its workers failed ({one_line(error)}); finished shards are kept, run "
-            "again to go on"
+            "again to resume"
         ) from error
     finally:
         if future:
             future.cancel()
 
 
-def width(executor: Executor) -> int | None:
-    """How many jobs the executor runs at once; None where it does not tell.
+def worker_count(executor: Executor) -> int | None:
+    """Return how many jobs the executor runs at once, or None if that is unknown.
 
-    No executor tells it in public; `_max_workers` is what those of the standard library have.
+    No public attribute has it; `_max_workers` is that of the standard library's executors.
+
+    Raises:
+        WorkersLostError: A Dask cluster does not answer.
     """
     if client := client_of(executor):
-        with asking(client):
-            client.wait_for_workers(1, timeout=CONNECT)
+        with translate_errors(client):
+            client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
             threads: dict[str, int] = client.nthreads()
             return sum(threads.values())
-    told: int | None = getattr(executor, "_max_workers", None)
-    return told
+    count: int | None = getattr(executor, "_max_workers", None)
+    return count
 
 
 def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
-    """Raises WorkersUnfitError when a worker that can be asked lacks this version of the package or one
-    of the files; names each worker. Of a Dask cluster every worker and the scheduler are asked.
+    """Check that the workers have this version of the package and see the files.
 
-    The questions are functions of the standard library, which a worker without us can answer.
+    Of a Dask cluster every worker and the scheduler are checked, with functions of the standard
+    library, which a worker without the package can run; other executors only for a forking pool.
+
+    Args:
+        executor: Whose workers.
+        paths: Files that every worker must see in the same size.
+
+    Raises:
+        WorkersUnfitError: Some do not; the message lists each.
+        WorkersLostError: The cluster does not answer.
     """
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
@@ -96,21 +114,21 @@ def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
     if (client := client_of(executor)) is None:
         return
     defects: dict[str, str] = {}
-    with asking(client):
-        client.wait_for_workers(1, timeout=CONNECT)
-        for name in _PACKAGE:  # the scheduler unpickles what it passes on
+    with translate_errors(client):
+        client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
+        for name in _VERSIONS:  # the scheduler unpickles what it passes on
             try:
                 answer = client.run_on_scheduler(pkgutil.resolve_name, name)
             except ImportError as error:
                 answer = error
             _compare(defects, client_name(client), name, pkgutil.resolve_name(name), answer)
-        for ask, what in [
-            *((pkgutil.resolve_name, name) for name in _PACKAGE),
+        for ask, subject in [
+            *((pkgutil.resolve_name, name) for name in _VERSIONS),
             *((os.path.getsize, str(path)) for path in paths),
         ]:
-            answers = client.run(ask, what, on_error="return")
+            answers = client.run(ask, subject, on_error="return")
             for worker, answer in answers.items():
-                _compare(defects, worker, what, ask(what), answer)
+                _compare(defects, worker, subject, ask(subject), answer)
     if defects:
         listed = "\n  ".join(f"{address}: {defect}" for address, defect in defects.items())
         raise WorkersUnfitError(
@@ -119,14 +137,17 @@ def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
         )
 
 
-def _compare(defects: dict[str, str], address: str, what: str, here: Any, answer: Any) -> None:
-    if answer != here and address not in defects:
+def _compare(
+    defects: dict[str, str], address: str, subject: str, expected: Any, answer: Any
+) -> None:
+    """Note the first difference of a worker's answer from the expected one."""
+    if answer != expected and address not in defects:
         found = one_line(answer) if isinstance(answer, BaseException) else answer
-        size = " bytes" if isinstance(here, int) else ""
-        defects[address] = f"{what}: expected {here}{size}, found {found}"
+        size = " bytes" if isinstance(expected, int) else ""
+        defects[address] = f"{subject}: expected {expected}{size}, found {found}"
 
 
-def _is_of_executor(error: Exception) -> bool:
-    """Whether an error is the executor's own, and not one of the function that it ran."""
+def _is_executor_error(error: Exception) -> bool:
+    """Tell an error of the executor from one of the function that it ran."""
     kinds = (BrokenExecutor, CancelledError, ImportError)
     return isinstance(error, kinds) or type(error).__module__.partition(".")[0] == "distributed"

@@ -1,4 +1,4 @@
-"""Worker processes for a conversion, which end with the one that started them."""
+"""Worker processes for a conversion, which end with the process that started them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
-from .threads import PATIENCE
+from .threads import INTERRUPT_TIMEOUT
 
 
 @contextmanager
 def processes(count: int) -> Iterator[Executor]:
-    """`count` worker processes, which end with this one, whatever ends it.
+    """Provide a pool of worker processes, which end with this process however it ends.
 
-    Fresh interpreters: what MLX and threads have in memory does not survive a fork.
+    The workers are spawned: the state of MLX and of threads does not survive a fork.
+
+    Args:
+        count: How many processes.
     """
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin_worker)
-    end = threading.Thread(target=partial(pool.shutdown, cancel_futures=True), daemon=True)
-    patience: float | None = None
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _initialize_worker)
+    shutdown = threading.Thread(target=partial(pool.shutdown, cancel_futures=True), daemon=True)
+    timeout: float | None = None
     try:
         yield pool
     except Exception:
         raise
     except BaseException:  # Ctrl-C or SIGTERM
-        patience = PATIENCE
+        timeout = INTERRUPT_TIMEOUT
         raise
     finally:
-        end.start()
-        end.join(patience)
+        shutdown.start()
+        shutdown.join(timeout)
 
 
-def _begin_worker() -> None:
-    """Leaves Ctrl-C, which a terminal sends to the whole group, to the parent; ends with it."""
+def _initialize_worker() -> None:
+    """Ignore Ctrl-C, which a terminal sends to the whole group, and watch the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,5 +1,5 @@
-"""What a job may use: one of `--jobs` places, memory that is kept from job to job, and helpers
-where a place is left over.
+"""What a job may use: one of `--jobs` slots, buffers that are reused from job to job, and helper
+threads where another slot is idle.
 """
 
 from __future__ import annotations
@@ -15,113 +15,143 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from ..errors import RunCancelledError
 from ..trace import SILENCE, Trace
 
-_LOOK = 0.2  # s between looks at whether to stop, while waiting for a place
+_POLL_SECONDS = 0.2  # between checks for cancellation while waiting for a slot
+_HELPER_THREADS = 3  # two share the work that can be divided while one hashes
 
 
 class Buffers:
-    """Memory that one worker reads into, task after task.
+    """Two buffers that a job reads into, reused from job to job.
 
-    Fresh pages for every linear cost more than repacking it: 28,000 faults for 117 MB.
+    Reusing them avoids a page fault for every fresh page of every tensor.
     """
 
     def __init__(self) -> None:
-        self._slots = [memoryview(b""), memoryview(b"")]
+        self._buffers = [memoryview(b""), memoryview(b"")]
 
-    def take(self, slot: int, size: int) -> memoryview:
-        """`size` bytes; what was taken from the same slot before is overwritten."""
-        if len(self._slots[slot]) < size:
-            self._slots[slot] = memoryview(bytearray(size))
-        return self._slots[slot][:size]
+    def take(self, index: int, size: int) -> memoryview:
+        """Return the first bytes of a buffer, grown if it is too small.
+
+        Args:
+            index: Which buffer, 0 or 1. What it held before is overwritten.
+            size: How many bytes.
+        """
+        if len(self._buffers[index]) < size:
+            self._buffers[index] = memoryview(bytearray(size))
+        return self._buffers[index][:size]
 
 
-class Places:
-    """As many places as jobs may work at once; each holds the buffers of the last who had it.
+class SlotPool:
+    """As many slots as jobs may run at once, and the flag that cancels these jobs.
 
-    Runs that share them are stopped each by itself, or all together.
+    A slot is represented by its `Buffers`. Runs may share the slots of a pool, see `share`.
     """
 
-    def __init__(self, count: int, waiting: int = 1, above: Places | None = None) -> None:
-        """`waiting`: how many jobs will come for a place. `above`: what stops these too."""
-        self._free: queue.LifoQueue[Buffers] = queue.LifoQueue()  # the last used is warm
+    def __init__(self, count: int, waiting: int = 1, parent: SlotPool | None = None) -> None:
+        """Create the slots.
+
+        Args:
+            count: How many slots.
+            waiting: How many jobs will acquire a slot; helpers leave enough slots for them.
+            parent: A pool whose `stop` cancels the jobs of this pool too.
+        """
+        self._free: queue.LifoQueue[Buffers] = queue.LifoQueue()  # LIFO: the warm buffers first
         for _ in range(count):
             self._free.put(Buffers())
-        self._waiting = deque([None] * waiting)  # as long as there are jobs; ends are thread-safe
-        self._stop, self._above = threading.Event(), above
+        self._waiting = deque([None] * waiting)  # its length counts; both ends are thread-safe
+        self._stop, self._parent = threading.Event(), parent
 
-    def share(self, waiting: int) -> Places:
-        """The same places for one more run, of `waiting` jobs; stopping it stops no other."""
+    def share(self, waiting: int) -> SlotPool:
+        """Return a pool with the same slots for another run, which can be stopped by itself.
+
+        Args:
+            waiting: How many jobs of that run will acquire a slot.
+        """
         shared = copy.copy(self)
-        shared._stop, shared._above = threading.Event(), self
+        shared._stop, shared._parent = threading.Event(), self
         self._waiting.extend([None] * waiting)
         return shared
 
     def stop(self) -> None:
-        """From now on `check` raises RunCancelledError."""
+        """Cancel the jobs of this pool: `check` raises from now on."""
         self._stop.set()
 
     def check(self) -> None:
-        """Raises RunCancelledError once the run is to end; a job calls it after every chunk."""
+        """Return unless the run is cancelled. A job calls this after every chunk.
+
+        Raises:
+            RunCancelledError: This pool or a parent was stopped.
+        """
         if self._stop.is_set():
             raise RunCancelledError("another shard failed or the run was interrupted")
-        if self._above:
-            self._above.check()
+        if self._parent:
+            self._parent.check()
 
-    def wait(self) -> Buffers:
-        """A place for a job, as soon as there is one. Raises RunCancelledError."""
+    def acquire(self) -> Buffers:
+        """Wait for a free slot and take it.
+
+        Raises:
+            RunCancelledError: The run was cancelled meanwhile.
+        """
         while True:
             self.check()
             with contextlib.suppress(queue.Empty):
-                buffers = self._free.get(timeout=_LOOK)
-                with contextlib.suppress(IndexError):  # more came than were announced
+                buffers = self._free.get(timeout=_POLL_SECONDS)
+                with contextlib.suppress(IndexError):  # more jobs than were announced
                     self._waiting.pop()
                 return buffers
 
-    def ask(self) -> Buffers | None:
-        """A place for a helper, if one is free that no job will come for."""
+    def try_acquire(self) -> Buffers | None:
+        """Take a slot for a helper, or return None if a job needs every free one."""
         with contextlib.suppress(queue.Empty):
             if self._free.qsize() > len(self._waiting):
                 return self._free.get_nowait()
         return None
 
-    def free(self, buffers: Buffers) -> None:
-        """Gives a place back."""
+    def release(self, buffers: Buffers) -> None:
+        """Return a slot to the pool."""
         self._free.put(buffers)
 
 
-class Worker:
-    """One job's hold on the places; waits for one when it is made."""
+class Slot:
+    """The slot that one job holds; creating it waits until one is free."""
 
-    def __init__(self, places: Places | None = None, trace: Trace = SILENCE) -> None:
-        self._places = places or Places(1)
-        self._held: Buffers | None = self._places.wait()
+    def __init__(self, pool: SlotPool | None = None, trace: Trace = SILENCE) -> None:
+        """Acquire a slot.
+
+        Args:
+            pool: Where from; by default a pool of one slot.
+            trace: Where the job records its stages.
+
+        Raises:
+            RunCancelledError: The run was cancelled before a slot was free.
+        """
+        self._pool = pool or SlotPool(1)
+        self._held: Buffers | None = self._pool.acquire()
         self.trace = trace
-        self.check = self._places.check
+        self.check = self._pool.check
 
     @property
     def buffers(self) -> Buffers:
-        """The memory that comes with the place."""
+        """The buffers of the slot."""
         if self._held is None:
-            raise AssertionError("a job that gave its place back works on")
+            raise AssertionError("the slot is used after its release")
         return self._held
 
-    def leave(self) -> None:
-        """Gives the place back, if this job still has it."""
+    def release(self) -> None:
+        """Return the slot to the pool; a second call does nothing."""
         held, self._held = self._held, None
         if held is not None:
-            self._places.free(held)
+            self._pool.release(held)
 
     @contextlib.contextmanager
     def helper(self) -> Iterator[Executor | None]:
-        """Threads beside the job's own while the body runs, if a second place is free; else None.
-
-        Three, since two share what can be cut while one hashes.
-        """
-        second = self._places.ask()
+        """Provide helper threads for the body if a second slot is idle, else None."""
+        second = self._pool.try_acquire()
         if second is None:
             yield None
             return
         try:
-            with ThreadPoolExecutor(3, thread_name_prefix="helper") as pool:
+            with ThreadPoolExecutor(_HELPER_THREADS, thread_name_prefix="helper") as pool:
                 yield pool
         finally:
-            self._places.free(second)
+            self._pool.release(second)

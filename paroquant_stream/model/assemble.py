@@ -18,7 +18,13 @@ from ..checkpoint.config import ModelConfig
 from ..checkpoint.config_bounds import check_tokenizer
 from ..checkpoint.model_files import check_directory
 from ..distributed.byte_ranges import entry_slices
-from ..distributed.partition import Part, check_placed, cut, meet, part_of
+from ..distributed.partition import (
+    Partition,
+    apply_partition,
+    barrier,
+    check_placed,
+    find_partition,
+)
 from ..distributed.split import WHOLE, Split
 from ..distributed.tensor_parallel import read_by_layer
 from ..errors import AssemblyError
@@ -108,7 +114,7 @@ def assemble_from(
     directory, tensors = config.directory, stored.tensors
     check_directory(directory)
     class_config = cache(partial(load_config, directory))
-    part = part_of(split, config, tensors, force_text, class_config)
+    part = find_partition(split, config, tensors, force_text, class_config)
     is_vlm = part.backend.is_vlm
     if stored.model_names and config.values.get("vision_config") and not (is_vlm or force_text):
         logger.warning("%s: saved without its vision tower, so loaded as a text model", directory)
@@ -121,20 +127,20 @@ def assemble_from(
         tokenizer = part.backend.load_tokenizer(directory, class_config())
     with trace.span("place the weights"):
         _place(model, stored, part, weights, directory)
-    del weights  # or the arrays that `cut` replaces would stay in memory
+    del weights  # or the arrays that `apply_partition` replaces would stay in memory
     with stored.guard(part.reads):
         with trace.span("cut"), slices as take:
-            cut(model, split, part, take)
+            apply_partition(model, split, part, take)
         if not lazy:
             with trace.span("read"):
                 _read(model, stored, part, split)
     if split.group is not None:
-        meet(split.group)
+        barrier(split.group)
     return model, tokenizer, is_vlm
 
 
 def _start_reading(
-    stored: TensorSource, part: Part, split: Split, lazy: bool, trace: Trace
+    stored: TensorSource, part: Partition, split: Split, lazy: bool, trace: Trace
 ) -> dict[str, mx.array]:
     """Open the tensors of the part, and have MLX read them during the slow imports."""
     if not lazy:
@@ -151,7 +157,7 @@ def _start_reading(
 def _place(
     model: nn.Module,
     stored: TensorSource,
-    part: Part,
+    part: Partition,
     weights: dict[str, mx.array],
     directory: Path,
 ) -> None:
@@ -164,7 +170,7 @@ def _place(
     place_weights(model, weights, stored.bits, stored.group_size, directory)
 
 
-def _read(model: nn.Module, stored: TensorSource, part: Part, split: Split) -> None:
+def _read(model: nn.Module, stored: TensorSource, part: Partition, split: Split) -> None:
     """Have MLX read the parameters that the part kept, then check the sizes of the files."""
     if split.by_tensors:
         read_by_layer(model)
@@ -185,12 +191,14 @@ def needed_entries(
         force_text: Load the text part of a vision model.
 
     Raises:
-        AssemblyError: As `part_of` raises.
-        MissingPartError: As `part_of` raises.
+        AssemblyError: As `find_partition` raises.
+        MissingPartError: As `find_partition` raises.
     """
     tensors = [tensor for record in manifest.entries for tensor in record.tensors]
     class_config = partial(load_config, config.directory)
-    return manifest.entries_with(part_of(split, config, tensors, force_text, class_config).reads)
+    return manifest.entries_with(
+        find_partition(split, config, tensors, force_text, class_config).reads
+    )
 
 
 def check_assembly(config: ModelConfig, plan: Plan) -> None:
@@ -209,7 +217,7 @@ def check_assembly(config: ModelConfig, plan: Plan) -> None:
     check_directory(directory)
     specs = [output for task in plan.tasks for output in task.outputs]
     class_config = cache(partial(load_config, directory))
-    part = part_of(WHOLE, config, specs, force_text=False, class_config=class_config)
+    part = find_partition(WHOLE, config, specs, force_text=False, class_config=class_config)
     model = part.backend.build(class_config())
     weights = placeholders(spec for spec in specs if part.has(spec.name))
     weights = rename_weights(model, weights, part.backend)

@@ -1,4 +1,4 @@
-"""The worker side of a conversion: one task in, one published entry out.
+"""The worker side of a conversion: convert one shard and publish its entry.
 
-Imports plan, checkpoint, store, execution and files.
+Imports errors, plan, checkpoint, store, execution and files.
 """

@@ -1,7 +1,8 @@
-"""What each kind of operation does to the bytes of its parts, a slice at a time.
+"""The operations of a task: each kind converts the bytes of its parts, a slice at a time.
 
 Every function yields `(index of the output, chunk)`; the chunks of one output come in order. The
-kinds and their versions are in `task.OPERATION_VERSIONS`: change a result, raise the number.
+kinds and their versions are in `store.format.OPERATION_VERSIONS`: a kind whose result changes needs
+a higher version.
 """
 
 from __future__ import annotations
@@ -33,11 +34,22 @@ _DTYPES = {
     "I16": np.int16,
     "I32": np.uint32,
 }
-_QUANTIZE_ROWS_BYTES = 2 << 20  # with its codes it stays in the caches; two make a chunk read
+_QUANTIZE_ROWS_BYTES = 2 << 20  # half a chunk; fits the caches together with its codes
 
 
 def run_operation(operation: Operation, source: Source) -> Chunks:
-    """The bytes of an operation's outputs, slice after slice; a chunk is valid until the next."""
+    """Compute the outputs of an operation, slice after slice.
+
+    Args:
+        operation: What is computed.
+        source: Where its parts are read.
+
+    Yields:
+        The index of an output and its next bytes, valid until the next chunk.
+
+    Raises:
+        OutOfRangeError: A finite value would overflow in the dtype that it is cast to.
+    """
     convert = _KINDS[operation.kind]
     for parts in operation.slices:
         for index, chunk in convert(source, parts, dict(operation.values)):
@@ -45,7 +57,7 @@ def run_operation(operation: Operation, source: Source) -> Chunks:
 
 
 def _cast(operation: Operation, index: int, chunk: memoryview) -> memoryview:
-    """A chunk in its output's dtype. Raises OutOfRangeError rather than make a finite value infinite."""
+    """Cast a chunk to its output's dtype; a finite value that overflows is an OutOfRangeError."""
     output, made = operation.outputs[index], operation.made[index]
     if output.dtype == made:
         return chunk
@@ -59,8 +71,8 @@ def _cast(operation: Operation, index: int, chunk: memoryview) -> memoryview:
     return chunk
 
 
-def _array(source: Source, part: Part, slot: int = 0) -> npt.NDArray[Any]:
-    return np.frombuffer(source.whole(part, slot), _DTYPES[part.dtype]).reshape(part.shape)
+def _array(source: Source, part: Part, buffer: int = 0) -> npt.NDArray[Any]:
+    return np.frombuffer(source.whole(part, buffer), _DTYPES[part.dtype]).reshape(part.shape)
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
@@ -79,7 +91,7 @@ def _awq_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -
 
 def _awq_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
     zeros, scales = parts
-    yield 0, _bytes_of(awq_biases(_array(source, scales, slot=1), _array(source, zeros)))
+    yield 0, _bytes_of(awq_biases(_array(source, scales, buffer=1), _array(source, zeros)))
 
 
 def _group_scales(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
@@ -95,17 +107,12 @@ def _legacy_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]
 
 
 def _legacy_rows(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
-    """Scales, or biases: the stored scaled_zeros are -scale*zero already. Rows beyond K/G are
-    padding.
-    """
+    """Convert scales or biases; the stored scaled_zeros are -scale * zero already."""
     yield 0, _bytes_of(group_scales(legacy_group_rows(_array(source, parts[0]), values["groups"])))
 
 
 def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
-    """Weight, scales and biases of an embedding, chunk of rows after chunk of rows.
-
-    Groups never cross a row, so any cut between rows gives the same bits as the whole.
-    """
+    """Quantize an embedding in chunks of rows; no group crosses a row, so the bits are the same."""
     part = parts[0]
     row_bytes = (part.stop - part.start) // part.shape[0]
     rows = max(_QUANTIZE_ROWS_BYTES // row_bytes, 1)
@@ -116,25 +123,24 @@ def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]
     for chunk in source.chunks(part, row_bytes):
         stored = np.frombuffer(chunk, _DTYPES[part.dtype]).reshape(-1, part.shape[1])
         pieces = [stored[first : first + rows] for first in range(0, len(stored), rows)]
-        for results in source.spread(quantize, pieces):
+        for results in source.parallel_map(quantize, pieces):
             yield from enumerate(results)
 
 
 def _quantize_rows(
     stored: npt.NDArray[Any], dtype: str, group_size: int, bits: int
 ) -> list[memoryview]:
-    """MLX's weight, scales and biases of some rows of `dtype`, computed on the CPU.
+    """Compute MLX's weight, scales and biases of some rows on the CPU.
 
-    CPU and GPU round halves differently (32,742 of 16.8 M codes), and entries must not depend on
-    the device. Every thread has a CPU stream of its own in MLX.
+    CPU and GPU round ties differently, and entries must not depend on the device.
     """
-    import mlx.core as mx  # here, because converting a shard without an embedding needs no MLX
+    import mlx.core as mx  # late: converting a shard without an embedding needs no MLX
 
     weight = mx.array(stored)
     if dtype == "BF16":
         weight = weight.view(mx.bfloat16, stream=mx.cpu)
     results = list(mx.quantize(weight, group_size, bits, stream=mx.cpu))
-    if dtype == "BF16":  # numpy has none
+    if dtype == "BF16":  # numpy has no bfloat16
         results[1:] = [result.view(mx.uint16, stream=mx.cpu) for result in results[1:]]
     mx.eval(results)
     return [_bytes_of(np.array(result, copy=False)) for result in results]

@@ -1,9 +1,8 @@
-"""One shard converted by a worker elsewhere: another process, perhaps on another host, that sees
-the same files.
+"""Convert a shard on an executor: in another process, perhaps on another host, with the same files.
 
-While a run wants its shards, a file of it lies in the store's `tmp`, its sign. A worker that does
-not see it works on another store, and one from whose sight it goes stops: this needs neither a
-lock nor a message, and so fits every executor.
+While a run needs its shards, it keeps a lease file in the store's `tmp`. A worker that does not see
+the lease file refuses the shard, because it works on another store; a worker that no longer sees it
+stops. This needs neither a lock nor a message, so it works with every executor.
 """
 
 from __future__ import annotations
@@ -18,89 +17,101 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ParoquantStreamError, RunCancelledError, WorkersUnfitError
-from ..execution.executors import call_elsewhere, check_workers
-from ..execution.slots import Places, Worker
+from ..execution.executors import call_on, check_workers
+from ..execution.slots import Slot, SlotPool
 from ..store.store import Store
 from .source import Tick
 from .task_runner import Job, Outcome, run_task
 
-LOOK = 0.2  # s between two looks at the sign; a network file system answers most from its cache
+POLL_SECONDS = 0.2
+"""Between checks of the lease file; a network file system answers most from its cache."""
 _thread = threading.local()
 
 
 @contextmanager
 def runner(
     executor: Executor | None, directory: Path, store: Store
-) -> Iterator[Callable[[Job, Worker, Tick], Outcome]]:
-    """`run_task`, here or on an executor.
+) -> Iterator[Callable[[Job, Slot, Tick], Outcome]]:
+    """Provide `run_task`, or a function that runs it on an executor.
 
-    On an executor the tick is silent and the stages inside a shard are not traced. Raises
-    WorkersUnfitError, before any work, when a worker lacks something.
+    On an executor the tick is not called and the stages inside a shard are not traced.
+
+    Args:
+        executor: Where the jobs run; None for this process.
+        directory: Of the model.
+        store: Where the entries go.
+
+    Raises:
+        WorkersUnfitError: A worker lacks the package or does not see the files.
+        WorkersLostError: The executor does not answer.
     """
     if executor is None:
         yield run_task
         return
     directory = directory.absolute()  # a worker has a working directory of its own
     store, host = replace(store, root=store.root.absolute()), os.uname().nodename
-    with store.new_file(0) as sign:
-        check_workers(executor, [sign.path, directory / "config.json"])
+    with store.new_file(0) as lease:
+        check_workers(executor, [lease.path, directory / "config.json"])
 
-        def run(job: Job, worker: Worker, _tick: Tick) -> Outcome:
+        def run(job: Job, slot: Slot, _tick: Tick) -> Outcome:
             sent = replace(job, directory=directory, store=store)
-            call = (run_elsewhere, sent, sign.path, host)
-            return call_elsewhere(executor, worker.check, *call)
+            return call_on(executor, slot.check, run_remote, sent, lease.path, host)
 
         yield run
 
 
-def run_elsewhere(job: Job, sign: Path, host: str) -> Outcome:
-    """What `run_task` gives, in a worker of an executor that the run on `host` uses.
+def run_remote(job: Job, lease: Path, host: str) -> Outcome:
+    """Run a job in a worker of an executor, until the run that needs it has ended.
 
-    Raises what `run_task` raises, with the name of this host if it is another one; WorkersUnfitError
-    when `sign` is not there; RunCancelledError soon after it went.
+    Args:
+        job: What is converted.
+        lease: The lease file of the run.
+        host: The host of the run; errors on another host name that one.
+
+    Raises:
+        WorkersUnfitError: The lease file does not exist here.
+        RunCancelledError: The lease file was removed meanwhile.
+        ParoquantStreamError: As `run_task` raises.
     """
-    here, looked = os.uname().nodename, time.monotonic()
+    here, checked = os.uname().nodename, time.monotonic()
 
     def tick(_count: int) -> None:
-        nonlocal looked
-        if time.monotonic() - looked >= LOOK:
-            looked = time.monotonic()
-            if not _is_there(sign):
-                raise RunCancelledError("the run that wanted this shard has ended")
+        nonlocal checked
+        if time.monotonic() - checked >= POLL_SECONDS:
+            checked = time.monotonic()
+            if not _lease_exists(lease):
+                raise RunCancelledError("the run that needed this shard has ended")
 
     try:
-        if not _is_there(sign):
+        if not _lease_exists(lease):
             raise WorkersUnfitError(
-                f"{sign}: not there for a worker on {here}; the cache must lie at the same path of "
-                "one shared file system, or the run has ended"
+                f"{lease}: a worker on {here} does not see it; the cache must have the same path "
+                "on one shared file system, or the run has ended"
             )
-        worker = Worker(_places())
+        slot = Slot(_thread_slots())
         try:
-            return run_task(job, worker, tick)
+            return run_task(job, slot, tick)
         finally:
-            worker.leave()
+            slot.release()
     except ParoquantStreamError as error:
         if here == host:
             raise
         raise type(error)(f"on {here}: {error}") from error
 
 
-def _places() -> Places:
-    """The place of this thread, whose memory stays from shard to shard.
-
-    With new memory for each, a Dask worker grew to 918 MB in five runs, with this it stays at 250.
-    """
-    if not hasattr(_thread, "places"):
-        _thread.places = Places(1)
-    places: Places = _thread.places
-    return places
+def _thread_slots() -> SlotPool:
+    """Return the slot of this thread; new buffers for each shard would make a worker grow."""
+    if not hasattr(_thread, "slots"):
+        _thread.slots = SlotPool(1)
+    slots: SlotPool = _thread.slots
+    return slots
 
 
-def _is_there(sign: Path) -> bool:
+def _lease_exists(lease: Path) -> bool:
     try:
-        os.stat(sign)
+        os.stat(lease)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
-    except OSError:  # a server that does not answer now is no sign that the run has ended
+    except OSError:  # a server that does not answer now does not mean that the run has ended
         return True
     return True

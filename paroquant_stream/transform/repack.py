@@ -1,20 +1,19 @@
-"""Nibble arithmetic: 4-bit words, scales and zeros of each layout into MLX's order. Arrays in,
-arrays out.
+"""Repack the 4-bit words, scales and zeros of each layout into MLX's order. Arrays in, arrays out.
 
-MLX keeps a linear of N outputs and K inputs as uint32 (N, K/8): eight consecutive inputs a word,
-the lowest nibble first. AutoAWQ keeps (K, N/8): eight outputs a word, in the order 0 2 4 6 1 3 5 7.
-So eight rows of one column of words are an 8 x 8 block of nibbles that must be transposed. Three
+MLX stores a linear of N outputs and K inputs as uint32 (N, K/8): eight consecutive inputs a word,
+the lowest nibble first. AutoAWQ stores (K, N/8): eight outputs a word, in the order 0 2 4 6 1 3 5
+7. So eight rows of one column of words are an 8 x 8 block of nibbles that must be transposed. Three
 rounds of swaps do it (Hacker's Delight, 2nd ed., section 7-3, with nibbles for bits); here for
 4 x 4, where two rounds are enough:
 
-    row 0   a b c d     partners are one    a e c g     partners are two    a e i m
-    row 1   e f g h     row apart: swap     b f d h     rows apart: swap    b f j n
+    row 0   a b c d     pairs of rows one   a e c g     pairs of rows two   a e i m
+    row 1   e f g h     apart: swap         b f d h     apart: swap         b f j n
     row 2   i j k l     b,e d,g j,m l,o     i m k o     cg,im dh,jn         c g k o
     row 3   m n o p                         j n l p                         d h l p
 
 A round is `t = ((low >> shift) ^ high) & mask; high ^= t; low ^= t << shift` on whole arrays of
 rows, the shift and the mask's runs being one, two and four nibbles. Where the shift is whole bytes,
-reading `low` that many bytes later is the shift, so those rounds take four passes instead of six.
+reading `low` at that byte offset is the shift, so those rounds take four passes instead of six.
 """
 
 from __future__ import annotations
@@ -31,20 +30,27 @@ Step = tuple[Callable[..., Any], Array, Any, Array]
 _SIDE = 8  # nibbles in a word, so rows in a block
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _STRIPE_BYTES = 4 << 20  # stays in the L3 cache until it is hashed or written
-_TILE_BYTES = 640 << 10  # with its scratch 1 MB, an L2; at 256 KB numpy calls cost 5 % more
+_TILE_BYTES = 640 << 10  # with its scratch 1 MB, an L2 cache; smaller, calls cost more
 _L1_ELEMENTS = 16 << 10  # of 2 bytes, 32 KB
 _LINE_WORDS = 16  # words in a cache line of 64 bytes
-_MIN_LINES = 3  # of a row copied at a time: single lines come in at half the rate
+_MIN_LINES = 3  # of a row copied at a time; single lines are slower
 
 
 def awq_stripes(qweight: Array, first_row: int = 0, last_row: int | None = None) -> Iterator[Array]:
-    """Runs of whole rows of MLX's weight, in order, each valid only until the next is asked for.
+    """Repack AutoAWQ's words as MLX's weight, in stripes of whole rows.
 
-    `qweight`: C-contiguous 32-bit words (K, N/8), K a multiple of 8. Each stripe: uint32 (rows,
-    K/8), rows a multiple of 8, about 4 MB (5.5 MB for K = 28,672), in one buffer that all stripes
-    of a call share; no array of the output's size is made. `first_row` and `last_row`, multiples
-    of 8, choose a part of the N rows, so that threads can share a matrix. Raises ValueError for
-    other numbers.
+    Args:
+        qweight: C-contiguous 32-bit words (K, N/8), K a multiple of 8.
+        first_row: The first of the N rows to compute, a multiple of 8, so that threads can share a
+            matrix.
+        last_row: Where to end, a multiple of 8; by default N.
+
+    Yields:
+        The next rows, uint32 (rows, K/8), rows a multiple of 8, about 4 MB. All stripes of a call
+        share one buffer, so each is valid until the next.
+
+    Raises:
+        ValueError: K or a row is not a multiple of 8, or a row is out of range.
     """
     words = qweight.view(np.uint32)
     inputs, columns = words.shape
@@ -66,36 +72,31 @@ def awq_stripes(qweight: Array, first_row: int = 0, last_row: int | None = None)
 
 
 def _tile_columns(inputs: int) -> int:
-    """Words in a row of a tile and columns in a stripe: an odd number of cache lines.
-
-    Walking down a tile in steps of a power of two uses only some sets of the L1 cache: 8 lines run
-    at 0.9 of the rate of 7.
-    """
+    """Return the words in a row of a tile, which are the columns of a stripe."""
     lines = _STRIPE_BYTES // (4 * _LINE_WORDS * inputs)
+    # odd: steps of a power of two would use only some sets of the L1 cache
     return (max(lines, _MIN_LINES) | 1) * _LINE_WORDS
 
 
 def _workspace(inputs: int, width: int) -> tuple[Array, Array]:
-    """Space for a stripe, uint32, and for a tile and its scratch, uint32 (1.5 tiles).
+    """Allocate a stripe, uint32, and a tile with its scratch, uint32 (1.5 tiles).
 
-    One allocation, because numpy asks for huge pages from 4 MB on: 1.1 times the rate.
+    One allocation for both, because numpy requests huge pages from 4 MB on.
     """
     pitch = width + width % 2  # the arithmetic is on pairs of words
     blocks = max(1, min(inputs // _SIDE, _TILE_BYTES // (4 * _SIDE * pitch)))
     tile = _SIDE * blocks * pitch * 3 // 2
     space = np.empty(_LINE_WORDS + tile + width * inputs, np.uint32)
-    space = space[-(space.ctypes.data // 4) % _LINE_WORDS :]  # on a cache line: 1.03 times the rate
+    space = space[-(space.ctypes.data // 4) % _LINE_WORDS :]  # align to a cache line
     return space[tile:], space[:tile]
 
 
 def _transpose(words: Array, rows: Array, space: Array) -> None:
-    """Writes `words` (K, columns) as MLX's `rows` (8 * columns, K/8), tile after tile.
-
-    A tile is uint32 (2, 2, 2, blocks, columns): the bits of a row's number in its block from the
-    lowest to the highest, so that the round of six passes has the longest runs.
-    """
+    """Write `words` (K, columns) as MLX's `rows` (8 * columns, K/8), tile by tile."""
     inputs, columns = words.shape
     pitch = columns + columns % 2
+    # A tile is (2, 2, 2, blocks, columns): the bits of a row's number in its block, lowest first,
+    # which gives the round of six passes the longest runs.
     blocks = words.reshape(-1, 2, 2, 2, columns).transpose(3, 2, 1, 0, 4)
     # Row b0 + 2 b1 + 4 b2 of a transposed block is output 2 b0 + 4 b1 + b2 of AutoAWQ's order.
     outputs = rows.reshape(columns, 2, 2, 2, -1).transpose(2, 1, 3, 4, 0)
@@ -117,7 +118,7 @@ def _transpose(words: Array, rows: Array, space: Array) -> None:
 
 
 def _swaps(tile: Array, scratch: Array) -> list[Step]:
-    """The passes that transpose the blocks of a tile, as (operation, left, right, out)."""
+    """List the passes that transpose the blocks of a tile, as (operation, left, right, out)."""
     low, high = tile.reshape(2, -1)
     steps: list[Step] = [
         (np.right_shift, low, np.uint64(4), scratch),
@@ -142,7 +143,14 @@ def _swaps(tile: Array, scratch: Array) -> list[Step]:
 
 
 def awq_zeros(qzeros: Array) -> Array:
-    """Zero points, uint8 (K/G, N), of AutoAWQ's packed 32-bit `qzeros` (K/G, N/8)."""
+    """Unpack AutoAWQ's zero points.
+
+    Args:
+        qzeros: Packed 32-bit words (K/G, N/8).
+
+    Returns:
+        The zero points, uint8 (K/G, N).
+    """
     groups, columns = qzeros.shape
     zeros = np.empty((groups, columns, _SIDE), np.uint8)
     words = qzeros.view(np.uint32)
@@ -152,11 +160,16 @@ def awq_zeros(qzeros: Array) -> Array:
 
 
 def awq_biases(scales: Array, qzeros: Array) -> Array:
-    """MLX's biases, float16 (N, K/G): -(scale * zero) rounded once, so a zero point of 0 gives
-    -0.0.
+    """Compute MLX's biases, -(scale * zero), rounded once.
 
-    `scales`: float16 or float32 (K/G, N). `qzeros`: packed (K/G, N/8). A float16 times a 4-bit
-    integer is exact in float32.
+    The product of a float16 and a 4-bit integer is exact in float32. A zero point of 0 gives -0.0.
+
+    Args:
+        scales: float16 or float32 (K/G, N).
+        qzeros: Packed zero points (K/G, N/8).
+
+    Returns:
+        The biases, float16 (N, K/G).
     """
     biases = np.empty(scales.shape[::-1], np.float16)
     for first, last in _column_tiles(scales):
@@ -168,7 +181,14 @@ def awq_biases(scales: Array, qzeros: Array) -> Array:
 
 
 def group_scales(scales: Array) -> Array:
-    """MLX's scales, float16 (N, K/G), of scales stored by group: float16 or float32 (K/G, N)."""
+    """Transpose scales that are stored by group.
+
+    Args:
+        scales: float16 or float32 (K/G, N).
+
+    Returns:
+        MLX's scales, float16 (N, K/G).
+    """
     transposed = np.empty(scales.shape[::-1], np.float16)
     for first, last in _column_tiles(scales):
         transposed[first:last] = scales[:, first:last].astype(np.float16).T
@@ -176,9 +196,7 @@ def group_scales(scales: Array) -> Array:
 
 
 def _column_tiles(array: Array) -> Iterator[tuple[int, int]]:
-    """Runs of columns that stay in the L1 cache, a multiple of 8 each: transposed one after another
-    they take 0.4 ns an element, and 2 ns when the array is transposed at once.
-    """
+    """Divide columns into runs, each a multiple of 8, whose transposition stays in the L1 cache."""
     rows, columns = array.shape
     width = max(_L1_ELEMENTS // max(rows, 1) // 32, 1) * 32
     for first in range(0, columns, width):
@@ -186,20 +204,33 @@ def _column_tiles(array: Array) -> Iterator[tuple[int, int]]:
 
 
 def native_biases(scaled_zeros: Array) -> Array:
-    """MLX's biases, float16 (N, K/G), of PARO_NATIVE's `scaled_zeros` = +scale * zero, (K/G, N)."""
+    """Compute MLX's biases of the PARO_NATIVE layout.
+
+    Args:
+        scaled_zeros: scale * zero, (K/G, N).
+
+    Returns:
+        The biases, float16 (N, K/G).
+    """
     return group_scales(-scaled_zeros)
 
 
 def legacy_weight(qweight: Array) -> Array:
-    """MLX's weight, uint32 (N, K/8), of PARO_NATIVE_LEGACY's int16 (N/4, K), K a multiple of 64.
+    """Repack the words of the PARO_NATIVE_LEGACY layout as MLX's weight.
 
-    TinyChat's interleave: 64 int16 hold 64 inputs of four outputs, 16 int16 an output; in every 32
-    inputs, input c lies in nibble 8*((c % 8) // 2) + 4*(c % 2) + c // 8. So byte i of MLX's word w
-    is nibbles w and w + 4 of stored word i.
+    TinyChat's interleave: 64 int16 hold 64 inputs of four outputs, 16 int16 for each output; in
+    every 32 inputs, input c is nibble 8*((c % 8) // 2) + 4*(c % 2) + c // 8. So byte i of MLX's
+    word w is nibbles w and w + 4 of stored word i.
+
+    Args:
+        qweight: int16 (N/4, K), K a multiple of 64.
+
+    Returns:
+        The weight, uint32 (N, K/8).
     """
     quarter, inputs = qweight.shape
     weight = np.empty((quarter, 4 * inputs // _SIDE), np.uint32)
-    rows = max(1, _TILE_BYTES // (8 * inputs))  # with their temporaries they stay in the L2
+    rows = max(1, _TILE_BYTES // (8 * inputs))  # fits the L2 cache with its temporaries
     for first in range(0, quarter, rows):
         part = qweight[first : first + rows]
         blocks = part.reshape(len(part), inputs // 64, 4, 16).swapaxes(1, 2)
@@ -219,5 +250,13 @@ def legacy_weight(qweight: Array) -> Array:
 
 
 def legacy_group_rows(array: Array, groups: int) -> Array:
-    """The `groups` = K/G rows that mean something, (K/G, N), of an array padded to more rows."""
+    """Drop the padding rows of a PARO_NATIVE_LEGACY array.
+
+    Args:
+        array: (rows, N), at least `groups` rows.
+        groups: K/G, the rows that are not padding.
+
+    Returns:
+        The array, (K/G, N).
+    """
     return array[:groups]

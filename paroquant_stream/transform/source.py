@@ -1,10 +1,10 @@
-"""One task's sources while it runs: its shard, those it borrows from, and proof of what was read.
+"""The bytes that one task reads: its shard and the parts borrowed from other shards.
 
 The shard is hashed in file order and converted in the entry's order, since the entry is hashed
-front to back as well. Where the two orders agree, and they do but for small tensors, one read
-serves both; what is read again must have the fingerprint (XXH3) of the bytes that were hashed. So
-an entry is filed only under the hash of the very bytes that it was made from. With a thread to
-spare, the hash runs beside the conversion.
+front to back as well. The two orders agree except for small tensors; where they agree, one read
+serves both. Bytes that are read twice must have the same fingerprint (XXH3) both times. So an entry
+is stored only under the hash of the bytes that it was made from. If a second slot is idle, helper
+threads hash the shard while it is converted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import xxhash
 
 from ..checkpoint.shard import Shard
 from ..errors import RunCancelledError, SourceChangedError, SourceDamagedError
-from ..execution.slots import Worker
+from ..execution.slots import Slot
 from ..files.descriptor import FileStamp
 from ..files.digest_cache import Memo
 from ..files.hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
@@ -28,28 +28,44 @@ from ..files.tensor_header import read_header
 from ..plan.task import Part, Task
 
 Tick = Callable[[int], None]
-"""Called with a number of source bytes just done; raises to stop the work."""
+"""Called with the number of source bytes just processed; it raises to cancel the task."""
 
 
 class Source:
-    """The bytes a task converts, read by pread on one descriptor a shard, never mapped."""
+    """Reads and hashes the shards of one task, by pread and never through a memory map.
+
+    Nothing is read before a method asks for it, except the shard's header.
+    """
 
     def __init__(
-        self, task: Task, directory: Path, memo: Memo, tick: Tick, worker: Worker | None = None
+        self, task: Task, directory: Path, memo: Memo, tick: Tick, slot: Slot | None = None
     ) -> None:
-        self._worker = worker or Worker()
+        """Open the task's shard.
+
+        Args:
+            task: What is converted.
+            directory: Of the model.
+            memo: Digests of files that were hashed before.
+            tick: Progress callback.
+            slot: The slot of the job; by default one of its own.
+
+        Raises:
+            CheckpointError: The shard cannot be opened.
+            MalformedFileError: Its header is not valid safetensors.
+        """
+        self._slot = slot or Slot()
         self._task, self._directory, self._memo, self._tick = task, directory, memo, tick
         self._shard = Shard(task.shard, directory / task.shard)
         self._fds: dict[str, int] = {}
         self._fingerprints: dict[str, bytes] = {}
         self._borrowed: dict[str, bytes] = {}
         self._digest: SourceDigest | None = None
-        self._stopped = self._beside = False
-        self.spread: Callable[..., Iterator[Any]] = map
-        """`map`, or one that works on several items at once."""
+        self._stopped = self._hashed_by_helper = False
+        self.parallel_map: Callable[..., Iterator[Any]] = map
+        """`map`, or that of the helper threads while there are some."""
         fd, label = self._fd(task.shard), str(self._path())
         try:
-            self._stamp, self._seen = FileStamp.of_fd(fd, label), memo.begin(fd)
+            self._stamp, self._opened = FileStamp.of_fd(fd, label), memo.begin(fd)
             tensors = read_header(fd, label).tensors
         except BaseException:
             self.close()
@@ -57,89 +73,116 @@ class Source:
         self._hasher = SourceHasher(fd, tensors, self._stamp.size, label, self._count)
 
     def known_sha256(self) -> str | None:
-        """The shard's SHA-256 if that is known without reading it through."""
+        """Return the shard's SHA-256 if it is known without reading the shard, else None."""
         if self._digest:
             return self._digest.sha256
         return self._shard.known_sha256(self._memo, self._fd(self._task.shard))
 
     def may_be_known(self) -> bool:
-        """Whether the store has seen a shard of this size: hashing first may save the work."""
+        """Tell whether a file of this size was hashed before, so that hashing may save the work."""
         return self._memo.knows_size(self._stamp.size)
 
     def hash(self) -> SourceDigest:
-        """SHA-256 of the shard and the fingerprint of each of its tensors, once."""
+        """Hash the rest of the shard: its SHA-256 and the fingerprint of each tensor."""
         if self._digest is None:
-            with self._worker.trace.span("hash", self._task.shard):
+            with self._slot.trace.span("hash", self._task.shard):
                 self._digest = self._hasher.finish()
             sha256, name = self._digest.sha256, self._shard.hub_sha256
-            self._memo.remember(self._fd(self._task.shard), self._seen, sha256, name)
+            self._memo.remember(self._fd(self._task.shard), self._opened, sha256, name)
         return self._digest
 
     @contextmanager
-    def hashing_beside(self, pool: Executor) -> Iterator[None]:
-        """Hashes the shard in a thread of `pool` beside the body, done when the body is; `spread`
-        uses the others.
+    def hashed_by(self, pool: Executor) -> Iterator[None]:
+        """Hash the shard in a helper thread while the body runs; wait for it at the end.
+
+        Args:
+            pool: The helper threads; `parallel_map` uses those that do not hash.
         """
-        self._beside, self.spread = True, pool.map
+        self._hashed_by_helper, self.parallel_map = True, pool.map
         hashed = pool.submit(self.hash)
         try:
             yield
         except BaseException:
-            self._stopped = True  # else leaving the pool waits for a whole shard
+            self._stopped = True  # else the pool's shutdown waits until the whole shard is hashed
             raise
         hashed.result()
 
-    def whole(self, part: Part, slot: int = 0) -> memoryview:
-        """All bytes of a part, valid until the next call with the same `slot` (0 or 1)."""
+    def whole(self, part: Part, buffer: int = 0) -> memoryview:
+        """Read all bytes of a part, owned or borrowed.
+
+        Args:
+            part: What is read.
+            buffer: Which of the slot's buffers to use, 0 or 1.
+
+        Returns:
+            The bytes, valid until the next call with the same buffer.
+
+        Raises:
+            SourceChangedError: The part was read before and had other bytes.
+            MalformedFileError: The shard ends too early.
+        """
         size = part.stop - part.start
-        self._reach(part)
-        data = self._read(part, part.start, self._worker.buffers.take(slot, size))
+        self._hash_up_to(part)
+        data = self._read(part, part.start, self._slot.buffers.take(buffer, size))
         if part.shard != self._task.shard:
-            self._note(self._borrowed, part, sha256_of(data))
-        elif not self._hash_now(data, part.start):
-            self._note(self._fingerprints, part, xxhash.xxh3_128(data).digest())
+            self._record_digest(self._borrowed, part, sha256_of(data))
+        elif not self._hash_if_next(data, part.start):
+            self._record_digest(self._fingerprints, part, xxhash.xxh3_128(data).digest())
         return data
 
     def chunks(self, part: Part, multiple: int = 1) -> Iterator[memoryview]:
-        """The bytes of an owned part in chunks, each a multiple of `multiple` bytes.
+        """Read an owned part in chunks of at most about 4 MiB.
 
-        A chunk is valid until the next.
+        Args:
+            part: What is read.
+            multiple: The size of each chunk is a multiple of this many bytes.
+
+        Yields:
+            The next bytes, valid until the next chunk.
+
+        Raises:
+            SourceChangedError: The part was read before and had other bytes.
+            MalformedFileError: The shard ends too early.
         """
         fingerprint, position, hashed = xxhash.xxh3_128(), part.start, True
         size = max(CHUNK // multiple, 1) * multiple
-        self._reach(part)
+        self._hash_up_to(part)
         while position < part.stop:
-            buffer = self._worker.buffers.take(0, min(size, part.stop - position))
+            buffer = self._slot.buffers.take(0, min(size, part.stop - position))
             chunk = self._read(part, position, buffer)
             fingerprint.update(chunk)
-            hashed &= self._hash_now(chunk, position)
+            hashed &= self._hash_if_next(chunk, position)
             position += len(chunk)
             yield chunk
         if not hashed:
-            self._note(self._fingerprints, part, fingerprint.digest())
+            self._record_digest(self._fingerprints, part, fingerprint.digest())
 
     def _read(self, part: Part, start: int, buffer: memoryview) -> memoryview:
-        """Fills `buffer` with the part's bytes from `start` on."""
-        with self._worker.trace.span("read", part.name):
+        """Fill `buffer` with the part's bytes from `start` on."""
+        with self._slot.trace.span("read", part.name):
             read_into(self._fd(part.shard), buffer, start, str(self._path(part.shard)))
         return buffer
 
-    def _reach(self, part: Part) -> None:
-        """Hashes up to an owned part, so that one read of it serves both hash and conversion."""
-        if part.shard == self._task.shard and not self._beside:
+    def _hash_up_to(self, part: Part) -> None:
+        """Hash the bytes before an owned part, so that one read serves hash and conversion."""
+        if part.shard == self._task.shard and not self._hashed_by_helper:
             self._hasher.advance(part.start)
 
-    def _hash_now(self, data: memoryview, start: int) -> bool:
-        """Hashes the bytes just read at `start`, if it is their turn."""
-        now = not self._beside and self._hasher.position == start and self._digest is None
-        if now:
-            with self._worker.trace.span("hash"):
+    def _hash_if_next(self, data: memoryview, start: int) -> bool:
+        """Hash the bytes read at `start` if they are the next ones of the shard."""
+        at_position = self._hasher.position == start and self._digest is None
+        is_next = not self._hashed_by_helper and at_position
+        if is_next:
+            with self._slot.trace.span("hash"):
                 self._hasher.update(data)
-        self._count(len(data) * (2 if now else 1))
-        return now
+        self._count(len(data) * (2 if is_next else 1))
+        return is_next
 
     def borrowed_sha256(self) -> list[str]:
-        """One SHA-256 for each lending shard; reads the borrowed parts that were not read yet."""
+        """Return one SHA-256 for each shard with borrowed parts, over the digests of these parts.
+
+        Parts that were not read yet are read.
+        """
         for parts in self._task.borrowed.values():
             for part in parts:
                 if part.name not in self._borrowed:
@@ -147,11 +190,14 @@ class Source:
         return self._task.borrowed_sha256(self._borrowed)
 
     def check(self) -> str:
-        """The SHA-256 of the shard, once it is sure that the parts read are the bytes that were
-        hashed.
+        """Check that the parts read are the bytes that were hashed.
 
-        Raises SourceChangedError when they are not, or when the file changed since it was opened;
-        SourceDamagedError when the Hub's blob name claims another SHA-256.
+        Returns:
+            The SHA-256 of the shard.
+
+        Raises:
+            SourceChangedError: They are not, or the file changed since it was opened.
+            SourceDamagedError: The name of the Hub's blob is another SHA-256.
         """
         digest = self.hash()
         changed = [
@@ -173,9 +219,9 @@ class Source:
         return digest.sha256
 
     def close(self) -> None:
-        """Closes every shard."""
+        """Close every shard."""
         while self._fds:
-            with suppress(OSError):  # they were only read
+            with suppress(OSError):  # the descriptors were only read from
                 os.close(self._fds.popitem()[1])
 
     def _path(self, shard: str | None = None) -> Path:
@@ -195,8 +241,8 @@ class Source:
         stamp = FileStamp.of_fd(self._fd(self._task.shard), str(self._path()))
         return stamp == self._stamp
 
-    def _note(self, seen: dict[str, bytes], part: Part, digest: bytes) -> None:
-        if seen.setdefault(part.name, digest) != digest:
+    def _record_digest(self, known: dict[str, bytes], part: Part, digest: bytes) -> None:
+        if known.setdefault(part.name, digest) != digest:
             raise SourceChangedError(
                 f"{self._path(part.shard)}: {part.name} changed while it was read"
             )

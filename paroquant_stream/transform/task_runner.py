@@ -1,4 +1,4 @@
-"""run_task: the one function that runs in workers. One shard in, one published entry out."""
+"""Convert one shard and publish its entry: the function that every worker runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import StoreError
-from ..execution.slots import Worker
+from ..execution.slots import Slot
 from ..files.descriptor import FileStamp, closing
 from ..files.new_file import NewFile
 from ..files.tensor_header import TensorInfo
@@ -24,57 +24,87 @@ from .source import Source, Tick
 
 @dataclass(frozen=True)
 class Job:
-    """A task and what a worker needs beside it; pickles small."""
+    """A task with its model directory and store; small when pickled."""
 
     task: Task
     directory: Path
     store: Store
     force: bool = False
-    """Convert even when the entry is there, and put the new one in its place."""
+    """Convert even if the entry exists, and replace it."""
     known: EntryRecord | None = None
-    """The record of this shard in an earlier manifest."""
+    """The record of this shard in an earlier manifest, if there is one."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker did for one shard."""
+    """The result of a job."""
 
     record: EntryRecord
+    """The record of the shard's entry."""
     converted: bool
+    """False if the store had the entry already."""
     seconds: float
+    """Duration of the job."""
 
 
-def run_task(job: Job, worker: Worker, tick: Tick) -> Outcome:
-    """Gives the entry of one shard: the one in the store if its key is there, else a new one.
+def run_task(job: Job, slot: Slot, tick: Tick) -> Outcome:
+    """Find the entry of one shard in the store, or convert the shard and publish a new entry.
 
-    Raises CheckpointError or MalformedFileError for a shard that cannot be read, SourceChangedError when its
-    bytes changed meanwhile (nothing is stored then), StoreError when the entry cannot be written.
+    Args:
+        job: What is converted.
+        slot: The slot that the job runs in.
+        tick: Progress callback; what it raises cancels the job.
+
+    Raises:
+        CheckpointError: The shard cannot be read.
+        MalformedFileError: It is not valid safetensors.
+        SourceChangedError: Its bytes changed meanwhile; nothing is stored.
+        SourceDamagedError: Its bytes are not those that the Hub names; nothing is stored.
+        OutOfRangeError: A value would overflow in the dtype of its output; nothing is stored.
+        StoreError: The entry cannot be written.
     """
     started = time.monotonic()
-    source = open_source(job, worker, tick)
+    source = open_source(job, slot, tick)
     try:
         record = None if job.force else find_entry(job, source)
         converted = record is None
-        record = record or _convert(job, source, worker)
+        record = record or _convert(job, source, slot)
         return Outcome(record, converted, time.monotonic() - started)
     finally:
         source.close()
 
 
-def open_source(job: Job, worker: Worker, tick: Tick) -> Source:
-    """The job's shard, opened."""
-    return Source(job.task, job.directory, job.store.memo, tick, worker)
+def open_source(job: Job, slot: Slot, tick: Tick) -> Source:
+    """Open the shard of a job.
+
+    Args:
+        job: Whose shard.
+        slot: The slot that the job runs in.
+        tick: Progress callback.
+
+    Raises:
+        CheckpointError: The shard cannot be read.
+        MalformedFileError: It is not valid safetensors.
+    """
+    return Source(job.task, job.directory, job.store.memo, tick, slot)
 
 
 def find_entry(job: Job, source: Source) -> EntryRecord | None:
-    """The record of the entry that the store already has for this shard, or None.
+    """Find the entry that the store already has for this shard.
 
-    The shard's SHA-256 comes from the memo; else the shard is hashed if the store has seen one of
-    its size, since that may save the conversion.
+    The shard's SHA-256 comes from the digest cache; else the shard is hashed if one of its size was
+    hashed before, since that may save the conversion.
+
+    Args:
+        job: Whose shard.
+        source: The shard, opened.
+
+    Returns:
+        The record of the entry, or None if the shard must be converted.
     """
     sha256 = source.known_sha256()
-    seen = job.known is not None and job.known.source_size == job.task.size
-    if sha256 is None and (seen or source.may_be_known()):
+    same_size = job.known is not None and job.known.source_size == job.task.size
+    if sha256 is None and (same_size or source.may_be_known()):
         sha256 = source.hash().sha256
     if sha256 is None:
         return None
@@ -88,37 +118,34 @@ def find_entry(job: Job, source: Source) -> EntryRecord | None:
 
 
 def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord | None:
-    """The record of an entry whose record was lost, if it is what its writer hashed.
-
-    One without that digest is made again: its bytes may be damaged since they were written.
-    """
+    """Return a new record for an entry without one, if its bytes have the digest of its writer."""
     digest = job.store.entry_digest(key)
     if digest is None:
         return None
     size = file_size(job.task.outputs)
     record = _record(job.task, sha256, borrowed, key, digest, size)
     if confirmed_defect(record, job.store):
-        return None  # what is made in its place has its name
+        return None  # the shard is converted again, and the new entry replaces it
     job.store.sync_entry(key)
     return record
 
 
-def _convert(job: Job, source: Source, worker: Worker) -> EntryRecord:
+def _convert(job: Job, source: Source, slot: Slot) -> EntryRecord:
     header, tensors = lay_out(job.task.outputs)
     size = end_of(header, tensors)
-    with job.store.new_file(size, worker.trace) as file:
-        _write(job.task, source, worker, file, header, tensors)
+    with job.store.new_file(size, slot.trace) as file:
+        _write(job.task, source, slot, file, header, tensors)
         borrowed = source.borrowed_sha256()
         sha256 = source.check()
         key = job.task.key(sha256, borrowed)
-        with worker.trace.span("publish", job.task.shard):
+        with slot.trace.span("publish", job.task.shard):
             stamp = job.store.publish_entry(file, key)
         _remember(job.store, key, stamp, file.digest)
         return _record(job.task, sha256, borrowed, key, file.digest, size)
 
 
 def _remember(store: Store, key: str, stamp: FileStamp, digest: str) -> None:
-    """Spares the first load the hash of an entry that was just published with this stamp."""
+    """Store the digest of a new entry in the digest cache, so that the first load need not hash."""
     with suppress(StoreError), closing(store.open_entry(key)) as fd:
         store.memo.remember_written(fd, stamp, digest)
 
@@ -126,22 +153,20 @@ def _remember(store: Store, key: str, stamp: FileStamp, digest: str) -> None:
 def _write(
     task: Task,
     source: Source,
-    worker: Worker,
+    slot: Slot,
     file: NewFile,
     header: bytes,
     tensors: tuple[TensorInfo, ...],
 ) -> None:
-    """Converts the task's outputs in the order of the file; with a helper, the shard is hashed
-    beside the conversion.
-    """
-    makers = {
+    """Convert the task's outputs in the order of the file; hash in helper threads if possible."""
+    operation_of = {
         output.name: operation for operation in task.operations for output in operation.outputs
     }
     held: dict[str, list[bytes]] = {}
     writer = TensorWriter(file.write, header)
-    with worker.helper() as pool, source.hashing_beside(pool) if pool else nullcontext():
+    with slot.helper() as pool, source.hashed_by(pool) if pool else nullcontext():
         for tensor in tensors:
-            for chunk in _chunks(tensor, makers[tensor.name], source, worker, held):
+            for chunk in _chunks(tensor, operation_of[tensor.name], source, slot, held):
                 writer.write(tensor, chunk)
     writer.finish(end_of(header, tensors))
 
@@ -150,10 +175,10 @@ def _chunks(
     tensor: TensorInfo,
     operation: Operation,
     source: Source,
-    worker: Worker,
+    slot: Slot,
     held: dict[str, list[bytes]],
 ) -> Iterator[memoryview]:
-    """A tensor's bytes; what else its operation makes is held until its turn.
+    """Compute a tensor; hold the other outputs of its operation until they are written.
 
     Held are the scales and biases of a quantized embedding, 1/8 of its bytes in 16 bit.
     """
@@ -162,11 +187,11 @@ def _chunks(
         return
     chunks = run_operation(operation, source)
     while True:
-        with worker.trace.span(operation.kind, tensor.name):
-            made = next(chunks, None)
-        if made is None:
+        with slot.trace.span(operation.kind, tensor.name):
+            result = next(chunks, None)
+        if result is None:
             return
-        index, view = made
+        index, view = result
         name = operation.outputs[index].name
         if name == tensor.name:
             yield view

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu", "alone")
 @pytest.fixture
 def alone(monkeypatch):
     """Ranks that are no processes meet at once."""
-    monkeypatch.setattr(model, "meet", lambda group: None)
+    monkeypatch.setattr(model, "barrier", lambda group: None)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def cut_in_memory(directory, rank) -> dict[str, mx.array]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rank_has_the_bits_that_are_cut_out_of_the_whole_model(family, tmp_path, slices_read):
+def test_a_rank_has_the_bits_of_the_whole_model(family, tmp_path, slices_read):
     directory = splittable(tmp_path / family, family)
     for number in range(2):
         slices_read.clear()
@@ -70,7 +70,7 @@ def test_a_rank_has_the_bits_that_are_cut_out_of_the_whole_model(family, tmp_pat
             assert mx.array_equal(array, expected[name]), name
 
 
-def test_pieces_of_a_stack_of_experts_are_each_cut_and_then_joined(tmp_path, slices_read):
+def test_pieces_of_a_stack_are_sliced_and_joined(tmp_path, slices_read):
     directory = splittable(tmp_path / "m", "qwen3_moe")
     tensors = mx.load(str(directory / "model.safetensors"))
     shards = {name: f"{number // 4 % 3}.safetensors" for number, name in enumerate(sorted(tensors))}
@@ -106,7 +106,7 @@ def test_about_half_of_the_bytes_are_read_and_held(tmp_path, monkeypatch, settle
     assert mx.get_peak_memory() - before < 1.1 * held
 
 
-def test_an_entry_cut_short_meanwhile_is_converted_again(tmp_path, monkeypatch):
+def test_a_truncated_entry_is_converted_again(tmp_path, monkeypatch):
     directory = splittable(tmp_path / "m", "llama")
     expected = cut_in_memory(directory, Rank(0, 2))
     fired = []
@@ -124,7 +124,7 @@ def test_an_entry_cut_short_meanwhile_is_converted_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["export", "single file"])
-def test_other_forms_of_a_model_are_cut_too(form, tmp_path, slices_read):
+def test_exports_and_single_files_are_split_too(form, tmp_path, slices_read):
     directory = splittable(tmp_path / "m", "qwen3_moe")
     expected = cut_in_memory(directory, Rank(1, 2))
     if form == "export":
@@ -139,14 +139,14 @@ def test_other_forms_of_a_model_are_cut_too(form, tmp_path, slices_read):
     assert all(mx.array_equal(a, expected[name]) for name, a in parameters(found).items())
 
 
-def test_lazy_leaves_what_is_not_cut_unread(tmp_path):
+def test_a_lazy_part_has_the_right_values(tmp_path):
     directory = splittable(tmp_path / "m", "llama")
     expected = cut_in_memory(directory, Rank(0, 2))
     found, _, _ = load(directory, lazy=True, group=Rank(0, 2), parallel="tensor")
     assert all(mx.array_equal(a, expected[name]) for name, a in parameters(found).items())
 
 
-def test_a_class_that_cannot_be_cut_is_refused_before_its_weights_are_read(slices_read):
+def test_an_unsplittable_class_is_refused_before_any_read(slices_read):
     with pytest.raises(SplitError, match="has none"):
         load(FIXTURES / "gemma3_text-awq-adversarial", group=Rank(0, 2), parallel="tensor")
     with pytest.raises(SplitError, match="divide"):
@@ -154,7 +154,7 @@ def test_a_class_that_cannot_be_cut_is_refused_before_its_weights_are_read(slice
     assert not slices_read
 
 
-def test_only_two_ways_to_split_are_known(model_dir):
+def test_an_unknown_way_to_split_is_refused(model_dir):
     with pytest.raises(ValueError, match="pipeline or tensor, not 'data'"):
         load(model_dir, group=Rank(0, 2), parallel="data")
 

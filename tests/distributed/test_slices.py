@@ -72,7 +72,7 @@ def same_bits(found, wanted):
 
 @pytest.mark.parametrize("segments", [1, 3, [0.5], [0.25, 0.75], [4, 16]], ids=str)
 @pytest.mark.parametrize("axis", [0, 1, -1])
-def test_a_rank_has_what_mlx_would_give_it(segments, axis):
+def test_a_rank_has_the_slice_that_mlx_gives_it(segments, axis):
     array = mx.arange(48 * 96).reshape(48, 96)
     for count, rank in [(2, 0), (2, 1), (4, 3)]:
         predicate = lambda _, __: (axis, segments)  # noqa: E731
@@ -87,8 +87,8 @@ def test_a_segment_that_does_not_divide_is_refused(segments):
         rank_slice((26, 7), 0, segments, 0, 4)
 
 
-def test_a_slice_of_groups_becomes_one_of_channels():
-    assert Slice(1, ((1, 2), (4, 6))).widened(32) == Slice(1, ((32, 64), (128, 192)))
+def test_a_slice_of_groups_is_scaled_to_channels():
+    assert Slice(1, ((1, 2), (4, 6))).scaled(32) == Slice(1, ((32, 64), (128, 192)))
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
@@ -106,8 +106,8 @@ def test_every_dtype_keeps_its_bits(stored, dtype, axis):
     [((12,), 1), ((12, 30), 1), ((12, 24), [4, 16]), ((6, 12, 12), 3), ((6, 6, 6, 2), 1)],
     ids=str,
 )
-def test_any_axis_of_any_shape_is_cut_alike(stored, monkeypatch, shape, segments, piece):
-    monkeypatch.setattr(slices, "_PIECE", piece)
+def test_any_axis_of_any_shape_is_read_alike(stored, monkeypatch, shape, segments, piece):
+    monkeypatch.setattr(slices, "_MIN_PIECE", piece)
     monkeypatch.setattr(slices, "_CHUNK", 100)  # some lines at a time, never all
     fd, tensor, array = stored("F16", shape)
     tried = 0
@@ -137,7 +137,7 @@ def test_a_slice_of_rows_is_one_read_of_its_own_bytes(stored, bytes_read):
     assert bytes_read == [tensor.nbytes // 4]
 
 
-def test_large_pieces_are_read_without_what_lies_between(stored, bytes_read):
+def test_large_pieces_are_read_alone(stored, bytes_read):
     """As the experts of a stack: each has its share of outputs in one piece."""
     fd, tensor, array = stored("U32", (4, 512, 128))
     part = rank_slice(tensor.shape, 1, 1, 0, 2)
@@ -145,7 +145,7 @@ def test_large_pieces_are_read_without_what_lies_between(stored, bytes_read):
     assert bytes_read == [tensor.nbytes // 8] * 4
 
 
-def test_small_pieces_are_cut_from_whole_lines_a_few_megabytes_at_a_time(stored, bytes_read):
+def test_small_pieces_are_cut_from_whole_rows(stored, bytes_read):
     fd, tensor, array = stored("U32", (3000, 512))
     part = rank_slice(tensor.shape, 1, 1, 1, 2)
     assert same_bits(read_slice(fd, tensor, part, "file"), part.of(array))
@@ -170,7 +170,7 @@ def test_a_file_that_ends_too_early_is_an_error(stored, tmp_path):
         read_slice(fd, tensor, rank_slice(tensor.shape, 0, 1, 1, 2), "file")
 
 
-def test_what_the_system_cannot_read_is_an_error(stored, monkeypatch):
+def test_a_failed_read_is_an_error(stored, monkeypatch):
     fd, tensor, _ = stored("F16", (8, 8))
     called = []
 

@@ -1,93 +1,124 @@
-"""Jobs run at once, and end together when one fails."""
+"""Calls on an executor: results, errors, cancellation, and checks of the workers."""
 
 from __future__ import annotations
 
 import threading
-import time
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
+from multiprocessing import get_context
 
 import pytest
 
-from paroquant_stream.errors import RunCancelledError, StoreError
-from paroquant_stream.execution.threads import run_all
+from paroquant_stream.errors import (
+    RunCancelledError,
+    StoreError,
+    WorkersLostError,
+    WorkersUnfitError,
+)
+from paroquant_stream.execution import executors
+from paroquant_stream.execution.executors import call_on, check_workers, worker_count
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_every_item_gives_one_result(jobs):
-    assert sorted(run_all(lambda item, _: item * 2, [1, 2, 3, 4], jobs)) == [2, 4, 6, 8]
+def never() -> None:
+    """Cancel nothing."""
 
 
-def test_at_most_so_many_run_at_once():
-    running, most, lock = [], [], threading.Lock()
+class Failing(Executor):
+    """An executor whose calls end with this error."""
 
-    def work(item, _):
-        with lock:
-            running.append(item)
-            most.append(len(running))
-        time.sleep(0.02)
-        with lock:
-            running.remove(item)
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
-    list(run_all(work, range(8), 2))
-    assert max(most) == 2
+    def submit(self, *_call, **_options) -> Future:
+        future: Future = Future()
+        future.set_exception(self.error)
+        return future
 
 
-def test_one_job_runs_in_the_calling_thread():
-    main = threading.current_thread()
-    assert list(run_all(lambda _item, _: threading.current_thread() is main, [1, 2], 1)) == [
-        True,
-        True,
-    ]
+class Idle(Executor):
+    """An executor that starts no call."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future] = []
+
+    def submit(self, *_call, **_options) -> Future:
+        self.futures.append(Future())
+        return self.futures[-1]
 
 
-def test_the_first_error_stops_the_others_and_is_raised():
-    stopped = []
-
-    def work(item, worker):
-        if item == 0:
-            time.sleep(0.05)
-            raise StoreError("disk full")
-        try:
-            for _ in range(1000):
-                worker.check()
-                time.sleep(0.005)
-        except RunCancelledError:
-            stopped.append(item)
-            raise
-
-    started = time.monotonic()
-    with pytest.raises(StoreError, match="disk full"):
-        list(run_all(work, [0, 1, 2], 3))
-    assert sorted(stopped) == [1, 2]
-    assert time.monotonic() - started < 2
+def test_the_result_of_the_function_is_returned():
+    with ThreadPoolExecutor(1) as pool:
+        assert call_on(pool, never, divmod, 7, 2) == (3, 1)
 
 
-def test_a_caller_that_stops_listening_stops_the_jobs():
-    started, ended = threading.Event(), threading.Event()
-
-    def work(item, worker):
-        if item == 0:
-            started.wait(5)
-            return item
-        started.set()
-        try:
-            while True:
-                worker.check()
-                time.sleep(0.005)
-        finally:
-            ended.set()
-
-    results = run_all(work, [0, 1], 2)
-    assert next(results) == 0
-    results.close()
-    assert ended.is_set()
+@pytest.mark.parametrize("error", [StoreError("disk full"), ValueError("7")])
+def test_an_error_of_the_function_is_raised_as_it_is(error):
+    with pytest.raises(type(error)) as caught:
+        call_on(Failing(error), never, len, "")
+    assert caught.value is error
 
 
-def test_an_error_ends_a_run_with_jobs_still_in_the_queue():
-    def work(item, _):
-        time.sleep(0.05)
-        raise StoreError("disk full")
+@pytest.mark.parametrize(
+    "error", [BrokenExecutor("a process ended"), CancelledError(), ImportError("no module")]
+)
+def test_an_error_of_the_executor_is_workers_lost(error):
+    with pytest.raises(WorkersLostError, match=r"the executor or its workers failed .*to resume"):
+        call_on(Failing(error), never, len, "")
 
-    started = time.monotonic()
-    with pytest.raises(StoreError, match="disk full"):
-        list(run_all(work, range(20), 2))
-    assert time.monotonic() - started < 1
+
+def test_an_executor_that_was_shut_down_raises_its_own_error():
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        call_on(pool, never, len, "")
+
+
+def test_a_cancelled_run_cancels_its_call(monkeypatch):
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.001)
+    pool, checks = Idle(), []
+
+    def check():
+        checks.append(1)
+        if len(checks) == 3:
+            raise RunCancelledError("stopped")
+
+    with pytest.raises(RunCancelledError):
+        call_on(pool, check, len, "")
+    assert pool.futures[0].cancelled()
+
+
+def test_the_check_is_called_while_the_function_runs(monkeypatch):
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.001)
+    checked = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        assert call_on(pool, checked.set, checked.wait, 30)
+
+
+def test_the_worker_count_is_that_of_the_pool():
+    with ThreadPoolExecutor(3) as pool:
+        assert worker_count(pool) == 3
+
+
+def test_the_worker_count_of_another_executor_is_unknown():
+    assert worker_count(Idle()) is None
+
+
+def test_a_forking_pool_is_refused():
+    with (
+        ProcessPoolExecutor(1, get_context("fork")) as pool,
+        pytest.raises(WorkersUnfitError, match=r"get_context\('spawn'\)"),
+    ):
+        check_workers(pool, [])
+
+
+def test_threads_and_spawned_processes_are_accepted():
+    with ThreadPoolExecutor(1) as pool:
+        check_workers(pool, [])
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        check_workers(pool, [])

@@ -1,4 +1,4 @@
-"""Worker processes: the same entries, and none is left behind however the run ends."""
+"""Worker processes convert as threads do, and none remains however the run ends."""
 
 from __future__ import annotations
 
@@ -16,48 +16,43 @@ from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import OutOfRangeError, WorkersLostError
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
-from paroquant_stream.transform import remote_runner as elsewhere
+from paroquant_stream.transform import remote_runner
 from tests.helpers import slow_worker
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.helpers.cache_files import entries, temps
+from tests.helpers.processes import default_sigint
 
+LIMIT = 60  # seconds to wait for what happens at once; reached only by a failure
 SLOW = """
 import sys
-from paroquant_stream.cli import convert, common as exits
-from paroquant_stream.transform import remote_runner as elsewhere
+from paroquant_stream.cli import convert, common
+from paroquant_stream.transform import remote_runner
 from tests.helpers import slow_worker
-elsewhere.run_elsewhere = slow_worker.slow
-exits.end_with(lambda: convert.main(sys.argv[1:]))
+remote_runner.run_remote = slow_worker.slow
+common.end_with(lambda: convert.main(sys.argv[1:]))
 """
 
 
-def entries(cache) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.rglob("v1/entries/*/*.safetensors")}
-
-
-def temps(cache) -> list[str]:
-    return [path.name for path in (cache / "v1" / "tmp").iterdir()]
-
-
 def wait_for_the_end_of(names: list[str]) -> None:
-    """A dead process has its number until init has taken note."""
+    """Wait until init has reaped the processes that these temporary files are named after."""
     for name in names:
-        until = time.monotonic() + 10
+        until = time.monotonic() + LIMIT
         pid = int(name.split("-")[3])
-        while temp_files._is_running(pid):
+        while temp_files._is_running(pid):  # private: what decides whether a leftover is removed
             assert time.monotonic() < until
             time.sleep(0.01)
 
 
-def test_processes_give_the_entries_that_threads_give(scattered_dir, tmp_path):
+def test_processes_write_the_entries_that_threads_write(scattered_dir, tmp_path):
     arguments = [str(scattered_dir), "--jobs", "2", "--quiet"]
-    assert main([*arguments, "--cache-dir", str(tmp_path / "here")]) == 0
-    elsewhere_too = [*arguments, "--cache-dir", str(tmp_path / "there"), "--executor", "process"]
-    assert main(elsewhere_too) == 0
-    assert entries(tmp_path / "there") == entries(tmp_path / "here")
-    assert len(entries(tmp_path / "there")) == 3
+    assert main([*arguments, "--cache-dir", str(tmp_path / "a")]) == 0
+    remote = [*arguments, "--cache-dir", str(tmp_path / "b"), "--executor", "process"]
+    assert main(remote) == 0
+    assert entries(tmp_path / "b") == entries(tmp_path / "a")
+    assert len(entries(tmp_path / "b")) == 3
 
 
-def test_an_error_of_a_worker_arrives_as_ours(tmp_path):
+def test_an_error_of_a_worker_has_its_own_class(tmp_path):
     tensors = llama_tensors()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype("f4") * 1e6
     directory = write_checkpoint(tmp_path / "m", tensors, cut_evenly(3))
@@ -65,15 +60,13 @@ def test_an_error_of_a_worker_arrives_as_ours(tmp_path):
         convert_checkpoint(directory, executor=pool, dtype="float16")
 
 
-def test_a_process_that_dies_is_one_message_and_the_next_run_goes_on(
-    model_dir, tmp_path, monkeypatch
-):
+def test_a_dead_worker_is_one_message_and_the_next_run_resumes(model_dir, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch, processes(1) as pool:
-        patch.setattr(elsewhere, "run_elsewhere", slow_worker.deadly)
-        with pytest.raises(WorkersLostError, match=r"BrokenProcessPool.*run again to go on"):
+        patch.setattr(remote_runner, "run_remote", slow_worker.deadly)
+        with pytest.raises(WorkersLostError, match=r"BrokenProcessPool.*run again to resume"):
             convert_checkpoint(model_dir, cache_dir=cache, executor=pool)
-    (left,) = temps(cache)  # it died in the middle of a shard
+    (left,) = temps(cache)  # it died while it wrote an entry
     assert f"-{os.getpid()}-" not in left
     convert_checkpoint(model_dir, cache_dir=cache)
     assert len(entries(cache)) == 3
@@ -83,32 +76,39 @@ def test_a_process_that_dies_is_one_message_and_the_next_run_goes_on(
 @pytest.mark.parametrize(
     ("number", "group", "code"),
     [
-        (signal.SIGINT, True, 130),  # Ctrl-C on a terminal
+        (signal.SIGINT, True, 130),  # Ctrl-C in a terminal
         (signal.SIGTERM, False, 143),
         (signal.SIGKILL, False, -signal.SIGKILL),
     ],
 )
 def test_no_worker_outlives_the_run(model_dir, tmp_path, number, group, code):
-    """Every worker holds the other end of stderr: `communicate` returns when the last is gone."""
+    """Every worker has stderr open: `communicate` returns when the last one has ended."""
     arguments = [str(model_dir), "--cache-dir", str(tmp_path / "cache"), "--jobs", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments, "--executor", "process"],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    with default_sigint():
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, *arguments, "--executor", "process"],
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
     assert process.stderr.readline().startswith(b"ticking")
     os.killpg(process.pid, number) if group else process.send_signal(number)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == code
     assert b"Traceback" not in stderr
     assert (b"interrupted" in stderr) == (code > 0)
     if code > 0:
-        assert not temps(tmp_path / "cache")  # the workers were waited for
+        assert not temps(tmp_path / "cache")  # the run waited for its workers
     wait_for_the_end_of(temps(tmp_path / "cache"))
     convert_checkpoint(model_dir, cache_dir=tmp_path / "cache")
     assert not temps(tmp_path / "cache")
 
 
-def test_the_pool_is_as_wide_as_it_was_made():
+def test_workers_ignore_ctrl_c():
+    with processes(1) as pool:
+        handler = pool.submit(signal.getsignal, signal.SIGINT).result(LIMIT)
+    assert handler == signal.SIG_IGN
+
+
+def test_the_pool_has_as_many_jobs_as_processes():
     with processes(3) as pool:
         assert make_request(".", executor=pool).jobs == 3
         assert make_request(".", executor=pool, jobs=5).jobs == 5

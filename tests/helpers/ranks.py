@@ -84,7 +84,7 @@ def bytes_read() -> int:
     return int(counts.read_text().split()[1]) if counts.exists() else 0
 
 
-def run_two_ranks(out: Path, models: list[Path], timeout: float = 50) -> list[dict]:
+def run_two_ranks(out: Path, models: list[Path], timeout: float = 110) -> list[dict]:
     """The results of two processes on loopback, with the environment that `mlx.launch` gives."""
     sockets = [socket.socket() for _ in range(2)]
     for found in sockets:

@@ -1,6 +1,4 @@
-"""What tests send to a worker process in the place of a shard's conversion: one that takes its
-time, or one that ends the process midway.
-"""
+"""Replacements of `run_remote` for worker processes: one is slow, one ends its process."""
 
 from __future__ import annotations
 
@@ -8,15 +6,14 @@ import os
 import time
 from pathlib import Path
 
-from paroquant_stream.transform import remote_runner as elsewhere
-from paroquant_stream.transform import source
+from paroquant_stream.transform import remote_runner, source
 from paroquant_stream.transform.task_runner import Job, Outcome
 
-_real = source.Source._count
+_real = source.Source._count  # private: called after every chunk
 
 
-def slow(job: Job, sign: Path, host: str) -> Outcome:
-    """Tells of every tick on stderr and waits."""
+def slow(job: Job, lease: Path, host: str) -> Outcome:
+    """Write a line to stderr and sleep after every chunk."""
 
     def count(self: source.Source, size: int) -> None:
         os.write(2, b"ticking\n")
@@ -24,14 +21,14 @@ def slow(job: Job, sign: Path, host: str) -> Outcome:
         _real(self, size)
 
     source.Source._count = count  # type: ignore[method-assign]
-    return elsewhere.run_elsewhere(job, sign, host)
+    return remote_runner.run_remote(job, lease, host)
 
 
-def deadly(job: Job, sign: Path, host: str) -> Outcome:
-    """Ends its process after the first tick, with its temp in the store."""
+def deadly(job: Job, lease: Path, host: str) -> Outcome:
+    """End the process after the first chunk, which leaves a temporary file in the store."""
 
     def count(self: source.Source, size: int) -> None:
         os._exit(9)
 
     source.Source._count = count  # type: ignore[method-assign]
-    return elsewhere.run_elsewhere(job, sign, host)
+    return remote_runner.run_remote(job, lease, host)

@@ -60,7 +60,7 @@ def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("found", "wanted"), [("F16", "BF16"), ("BF16", "F16")])
-def test_every_half_becomes_the_nearest_in_the_other_width(found, wanted):
+def test_every_half_is_rounded_to_nearest(found, wanted):
     data, lost = cast(memoryview(HALVES.tobytes()), found, wanted)
     result, values = np.frombuffer(data, np.uint16), value_of(HALVES, found)
     finite = np.isfinite(values)
@@ -74,7 +74,7 @@ def test_every_half_becomes_the_nearest_in_the_other_width(found, wanted):
 
 @pytest.mark.parametrize("wanted", ["F16", "BF16"])
 @pytest.mark.parametrize("found", ["F16", "BF16", "F32"])
-def test_mlx_gives_the_same_bits(found, wanted):
+def test_mlx_casts_to_the_same_bits(found, wanted):
     if found == "F32":  # around every half: below, on and above the middle of two words
         upper = (HALVES.astype(np.uint32) << 16)[:, None]
         words = (upper + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).reshape(-1)
@@ -109,7 +109,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_the_keys_of_what_is_stored_as_in_the_source_never_change(name, tmp_path):
+def test_keys_without_a_cast_never_change(name, tmp_path):
     manifest = convert_checkpoint(FIXTURES / name, cache_dir=tmp_path)
     assert " ".join(record.key[:16] for record in manifest.entries) == KEYS[name]
 
@@ -130,7 +130,7 @@ def tensors_of(manifest) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize("name", ["qwen3-awq-size", "qwen3_5_moe-awq-adversarial"])
-def test_all_that_meets_activations_is_in_the_width_asked_for(name, dtype, tmp_path):
+def test_tensors_have_the_requested_dtype(name, dtype, tmp_path):
     source = tensors_of(convert_checkpoint(FIXTURES / name, cache_dir=tmp_path))
     found = tensors_of(convert_checkpoint(FIXTURES / name, cache_dir=tmp_path, dtype=dtype))
     assert found.keys() == source.keys()
@@ -140,7 +140,7 @@ def test_all_that_meets_activations_is_in_the_width_asked_for(name, dtype, tmp_p
         assert found[tensor] == (WIDTHS[dtype] if free else was), tensor
 
 
-def test_conversions_of_two_widths_stand_side_by_side(tmp_path):
+def test_conversions_of_two_dtypes_share_a_cache(tmp_path):
     source = convert_checkpoint(MIXED, cache_dir=tmp_path)
     narrow = convert_checkpoint(MIXED, cache_dir=tmp_path, dtype="bfloat16")
     keys = [{record.key for record in manifest.entries} for manifest in (source, narrow)]
@@ -150,14 +150,14 @@ def test_conversions_of_two_widths_stand_side_by_side(tmp_path):
     assert len(list(tmp_path.rglob("*.msgpack"))) == 2
 
 
-def test_where_nothing_is_to_be_cast_the_sources_entries_serve(tmp_path):
+def test_entries_are_shared_where_no_value_is_cast(tmp_path):
     model = FIXTURES / "llama-awq-adversarial"  # all float16
     source = convert_checkpoint(model, cache_dir=tmp_path)
     same = convert_checkpoint(model, cache_dir=tmp_path, dtype="float16")
     assert [record.key for record in same.entries] == [record.key for record in source.entries]
 
 
-def test_a_shipped_conversion_serves_the_width_that_it_has(tmp_path):
+def test_an_in_place_conversion_has_one_dtype(tmp_path):
     model = write_checkpoint(tmp_path / "model")
     convert_checkpoint(model, in_place=True, dtype="bfloat16")
     load(model, cache_dir=tmp_path / "c", dtype="bfloat16")
@@ -168,7 +168,7 @@ def test_a_shipped_conversion_serves_the_width_that_it_has(tmp_path):
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("dtype", WIDTHS)
-def test_a_uniform_model_computes_in_its_width_where_a_mixed_one_falls_back(dtype, tmp_path):
+def test_a_cast_model_computes_in_its_dtype(dtype, tmp_path):
     tokens = mx.array([[5, 9, 17, 42, 3]])
     mixed, _, _ = load(MIXED, cache_dir=tmp_path)
     uniform, _, _ = load(MIXED, cache_dir=tmp_path, dtype=dtype)
@@ -179,7 +179,7 @@ def test_a_uniform_model_computes_in_its_width_where_a_mixed_one_falls_back(dtyp
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_every_parameter_is_the_sources_rounded_once(tmp_path):
+def test_every_parameter_is_rounded_once(tmp_path):
     """Also of the embedding: quantized as in the source, then its scales and biases cast."""
     before, after = (
         dict(tree_flatten(load(MIXED, cache_dir=tmp_path, dtype=dtype)[0].parameters()))
@@ -190,7 +190,7 @@ def test_every_parameter_is_the_sources_rounded_once(tmp_path):
         assert mx.array_equal(before[name].astype(array.dtype), array), name
 
 
-def test_a_value_beyond_the_width_is_an_error_that_names_it_and_stores_nothing(tmp_path, capsys):
+def test_an_overflow_is_an_error_and_stores_nothing(tmp_path, capsys):
     tensors = llama_tensors()
     norm = "model.layers.1.input_layernorm.weight"
     tensors[norm] = np.full(tensors[norm].shape, 1e5, np.float32)
@@ -205,7 +205,7 @@ def test_a_value_beyond_the_width_is_an_error_that_names_it_and_stores_nothing(t
     assert main([str(model), "--cache-dir", str(cache), "--dtype", "bfloat16", "--quiet"]) == 0
 
 
-def test_an_unknown_width_is_refused(tmp_path):
+def test_an_unknown_dtype_is_refused(tmp_path):
     with pytest.raises(ValueError, match="source, float16, bfloat16, not 'int8'"):
         convert_checkpoint(tmp_path, dtype="int8")
 
@@ -262,7 +262,7 @@ def sampled_text(model, count: int) -> np.ndarray:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("on_the_cpu")
-def test_the_figures_of_each_width(tmp_path):
+def test_the_figures_of_each_dtype(tmp_path):
     print(f"\nMLX {mx.__version__}, CPU; quantized_matmul 1024 x 1024, group 128, milliseconds")
     for x, scales in [("F16", "F16"), ("BF16", "F16"), ("BF16", "BF16"), ("F32", "F16")]:
         (one, out), (many, _) = (milliseconds(rows, x, scales) for rows in (1, 8))

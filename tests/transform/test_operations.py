@@ -16,12 +16,12 @@ from paroquant_stream.transform.operations import run_operation
 class Bytes:
     """A source that holds its parts in memory."""
 
-    spread = map
+    parallel_map = map
 
     def __init__(self, arrays: dict[str, bytes], chunk: int = 100) -> None:
         self.arrays, self.chunk = arrays, chunk
 
-    def whole(self, part, slot=0):
+    def whole(self, part, buffer=0):
         return self.arrays[part.name]
 
     def chunks(self, part, multiple=1):
@@ -55,7 +55,7 @@ def test_a_copy_has_the_same_bytes():
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("chunk", [1, 1000, 10**6])
-def test_an_embedding_is_quantized_by_rows_to_the_bits_of_the_whole(dtype, chunk, monkeypatch):
+def test_an_embedding_is_quantized_the_same_in_chunks(dtype, chunk, monkeypatch):
     monkeypatch.setattr(operations, "_QUANTIZE_ROWS_BYTES", 700)
     kind = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}[dtype]
     array = mx.array(np.random.default_rng(0).normal(size=(50, 128))).astype(kind)
@@ -72,7 +72,7 @@ def test_an_embedding_is_quantized_by_rows_to_the_bits_of_the_whole(dtype, chunk
         assert data == np.array(stored).tobytes()
 
 
-def test_mx_quantize_still_has_the_bits_that_entries_were_made_with():
+def test_mx_quantize_has_the_bits_of_existing_entries():
     """Golden: if MLX changes its rounding, entries of two MLX versions must not share a key."""
     import hashlib
 

@@ -53,7 +53,7 @@ def codes(rng, rows, columns) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-def test_awq_weights_come_out_as_mlx_packs_them(rng, inputs, outputs):
+def test_awq_weights_are_packed_as_mlx_does(rng, inputs, outputs):
     raw = codes(rng, inputs, outputs)
     packed = awq_packed(raw)
     weight = awq_weight(packed)
@@ -63,7 +63,7 @@ def test_awq_weights_come_out_as_mlx_packs_them(rng, inputs, outputs):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_awq_weights_of_any_eights_of_inputs_and_outputs_come_out_right(blocks, columns, seed):
+def test_awq_weights_of_any_shape_are_packed_as_mlx_does(blocks, columns, seed):
     raw = codes(np.random.default_rng(seed), 8 * blocks, 8 * columns)
     assert np.array_equal(awq_weight(awq_packed(raw)), mlx_packed(raw.T))
 
@@ -77,7 +77,7 @@ def test_tiles_of_every_depth_give_the_same_words(rng, monkeypatch, inputs):
         assert np.array_equal(awq_weight(packed), mlx_packed(raw.T))
 
 
-def test_stripes_are_whole_rows_in_order_in_a_buffer_that_is_used_again(rng):
+def test_stripes_are_whole_rows_in_one_buffer(rng):
     packed = awq_packed(codes(rng, 32768, 1000))
     stripes = []
     copies = []
@@ -119,7 +119,7 @@ def test_ranges_of_rows_join_to_the_whole(rng, cuts):
     assert np.array_equal(np.concatenate(parts), awq_weight(packed))
 
 
-def test_threads_over_ranges_of_one_matrix_do_not_disturb_each_other(rng):
+def test_threads_can_share_a_matrix(rng):
     packed = awq_packed(codes(rng, 4096, 4096))
     weight = np.empty((4096, 512), np.uint32)
 
@@ -224,7 +224,7 @@ def test_float32_scales_are_rounded_once_and_after_the_product(rng):
     assert np.array_equal(repack.group_scales(scales), scales.astype(np.float16).T)
 
 
-def test_legacy_padding_is_dropped_and_its_biases_keep_their_sign(rng):
+def test_legacy_padding_is_dropped(rng):
     padded = rng.normal(size=(8, 16)).astype(np.float16)
     assert np.array_equal(repack.legacy_group_rows(padded, 3), padded[:3])
     biases = repack.group_scales(repack.legacy_group_rows(padded, 3))
@@ -233,6 +233,6 @@ def test_legacy_padding_is_dropped_and_its_biases_keep_their_sign(rng):
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(4, 64), (32, 128), (24, 320)])
-def test_legacy_weights_come_out_as_mlx_packs_them(rng, outputs, inputs):
+def test_legacy_weights_are_packed_as_mlx_does(rng, outputs, inputs):
     raw = codes(rng, outputs, inputs)
     assert np.array_equal(repack.legacy_weight(legacy_packed(raw)), mlx_packed(raw))

@@ -66,7 +66,7 @@ def append(path):
 
 @pytest.mark.parametrize("change", [rewrite, truncate, append])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_source_changed_at_any_read_is_an_error_or_converted_as_it_then_is(
+def test_a_source_that_changes_is_never_stored_wrong(
     directory, tmp_path, monkeypatch, change, threads
 ):
     """At each read in turn, until the last: an entry is never filed under a hash its bytes do not
@@ -92,9 +92,7 @@ def test_a_source_changed_at_any_read_is_an_error_or_converted_as_it_then_is(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_change_that_stat_does_not_show_is_noticed_by_the_fingerprints(
-    directory, tmp_path, monkeypatch, threads
-):
+def test_fingerprints_reveal_a_change_that_stat_hides(directory, tmp_path, monkeypatch, threads):
     """A store through mmap may leave every time as it was; here between hash and conversion."""
     real, fired = Source.hash, []
 

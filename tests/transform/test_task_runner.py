@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from paroquant_stream.conversion.planning import plan_model
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import RunCancelledError, StoreError
-from paroquant_stream.execution.slots import Places, Worker
+from paroquant_stream.execution.slots import Slot, SlotPool
 from paroquant_stream.files.tensor_writer import PAGE, lay_out
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform.task_runner import Job, Outcome, run_task
@@ -30,10 +30,10 @@ def ignore(_count: int) -> None:
     pass
 
 
-def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
+def test_safetensors_reads_the_entry_as_recorded(jobs):
     tensors = llama_tensors()
     for job in jobs:
-        record = run_task(job, Worker(), ignore).record
+        record = run_task(job, Slot(), ignore).record
         arrays = load_file(job.store.entry_path(record.key))
         assert {(n, a.shape) for n, a in arrays.items()} == {
             (t.name, t.shape) for t in record.tensors
@@ -45,26 +45,26 @@ def test_the_entry_is_a_file_that_safetensors_reads_as_the_record_says(jobs):
 
 
 def test_data_starts_on_a_page(jobs):
-    record = run_task(jobs[0], Worker(), ignore).record
+    record = run_task(jobs[0], Slot(), ignore).record
     header, _ = lay_out(record.tensors)
     assert len(header) % PAGE == 0
     assert jobs[0].store.entry_path(record.key).read_bytes().startswith(header)
 
 
-def test_an_entry_that_goes_at_once_is_only_not_remembered(jobs, monkeypatch):
+def test_an_entry_removed_at_once_is_only_not_cached(jobs, monkeypatch):
     def gone(self, key):
         raise StoreError("pruned")
 
     monkeypatch.setattr(Store, "open_entry", gone)
-    assert run_task(jobs[0], Worker(), ignore).converted
+    assert run_task(jobs[0], Slot(), ignore).converted
 
 
-def test_biases_use_scales_that_lie_in_another_shard(jobs):
+def test_biases_use_scales_of_another_shard(jobs):
     tensors = llama_tensors()
     borrowers = [job for job in jobs if job.task.borrowed]
     assert borrowers
     for job in borrowers:
-        arrays = load_file(job.store.entry_path(run_task(job, Worker(), ignore).record.key))
+        arrays = load_file(job.store.entry_path(run_task(job, Slot(), ignore).record.key))
         for name in (n for n in arrays if n.endswith("_proj.biases")):
             scales = tensors[name.replace("biases", "scales")]
             zeros = tensors[name.replace("biases", "qzeros")].view(np.uint32)
@@ -74,9 +74,9 @@ def test_biases_use_scales_that_lie_in_another_shard(jobs):
             assert arrays[name][0, 0] == first
 
 
-def test_jobs_and_outcomes_pickle_small(jobs):
+def test_jobs_and_outcomes_can_be_pickled(jobs):
     assert len(pickle.dumps(jobs)) < 100_000
-    outcome = run_task(pickle.loads(pickle.dumps(jobs[0])), Worker(), ignore)
+    outcome = run_task(pickle.loads(pickle.dumps(jobs[0])), Slot(), ignore)
     assert isinstance(pickle.loads(pickle.dumps(outcome)), Outcome)
     assert len(pickle.dumps(outcome)) < 20_000
 
@@ -92,15 +92,15 @@ def test_a_cancelled_task_leaves_nothing(jobs, threads, tick):
             raise RunCancelledError("stop")
 
     with pytest.raises(RunCancelledError):
-        run_task(jobs[0], Worker(Places(threads)), stop)
+        run_task(jobs[0], Slot(SlotPool(threads)), stop)
     assert not list(jobs[0].store.root.rglob("*.safetensors"))
     assert not list((jobs[0].store.root / "v1" / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_byte_is_ticked_once_for_its_hash_and_once_for_its_conversion(jobs, threads):
+def test_every_byte_is_counted_for_hash_and_conversion(jobs, threads):
     ticks: list[int] = []
-    run_task(jobs[0], Worker(Places(threads)), ticks.append)
+    run_task(jobs[0], Slot(SlotPool(threads)), ticks.append)
     task = jobs[0].task
     parts = [part for op in task.operations for parts in op.slices for part in parts]
     converted = sum(part.stop - part.start for part in parts if part.shard == task.shard)

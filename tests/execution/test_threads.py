@@ -1,0 +1,162 @@
+"""Jobs run concurrently, and all of them end when one fails or the caller stops."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from paroquant_stream.errors import RunCancelledError, StoreError
+from paroquant_stream.execution import threads
+from paroquant_stream.execution.slots import SlotPool
+from paroquant_stream.execution.threads import run_all
+
+LIMIT = 30  # seconds to wait for what happens at once; reached only by a failure
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_item_has_one_result(jobs):
+    assert sorted(run_all(lambda item, _: item * 2, [1, 2, 3, 4], jobs)) == [2, 4, 6, 8]
+
+
+def test_at_most_jobs_run_at_once():
+    both = threading.Barrier(2, timeout=LIMIT)
+    running, most, lock = set(), [], threading.Lock()
+
+    def work(item, _):
+        with lock:
+            running.add(item)
+            most.append(len(running))
+        both.wait()  # passes only if two run at once
+        with lock:
+            running.remove(item)
+
+    list(run_all(work, range(8), 2))
+    assert max(most) == 2
+
+
+def test_a_share_of_one_slot_runs_one_job_at_once():
+    pool = SlotPool(1, 0)
+    busy, most, lock = [], [], threading.Lock()
+
+    def work(item, _):
+        with lock:
+            busy.append(item)
+            most.append(len(busy))
+        with lock:
+            busy.remove(item)
+
+    list(run_all(work, range(4), 4, slots=pool.share(4)))
+    list(run_all(work, range(4), 4, slots=pool.share(4)))
+    assert most == [1] * 8
+
+
+def test_one_job_runs_in_the_calling_thread():
+    main = threading.current_thread()
+    assert all(run_all(lambda *_: threading.current_thread() is main, [1, 2], 1))
+
+
+def test_one_item_runs_in_the_calling_thread():
+    main = threading.current_thread()
+    assert all(run_all(lambda *_: threading.current_thread() is main, [1], 4))
+
+
+def test_the_first_error_cancels_the_others_and_is_raised():
+    cancelled, running = [], threading.Barrier(3, timeout=LIMIT)
+
+    def work(item, slot):
+        running.wait()
+        if item == 0:
+            raise StoreError("disk full")
+        try:
+            while True:
+                slot.check()
+        except RunCancelledError:
+            cancelled.append(item)
+            raise
+
+    with pytest.raises(StoreError, match="disk full"):
+        list(run_all(work, [0, 1, 2], 3))
+    assert sorted(cancelled) == [1, 2]
+
+
+def test_a_slot_is_released_after_an_error():
+    pool = SlotPool(1, 0)
+
+    def work(*_):
+        raise StoreError("disk full")
+
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            list(run_all(work, [1], 1, slots=pool.share(1)))
+
+
+def test_a_caller_that_closes_the_generator_stops_the_jobs():
+    started, ended = threading.Event(), threading.Event()
+
+    def work(item, slot):
+        if item == 0:
+            started.wait(LIMIT)
+            return item
+        started.set()
+        try:
+            while True:
+                slot.check()
+        finally:
+            ended.set()
+
+    results = run_all(work, [0, 1], 2)
+    assert next(results) == 0
+    results.close()
+    assert ended.wait(LIMIT)
+
+
+def test_an_error_drops_the_jobs_in_the_queue():
+    ran, both = [], threading.Barrier(2, timeout=LIMIT)
+
+    def work(item, _):
+        ran.append(item)
+        both.wait()
+        raise StoreError("disk full")
+
+    with pytest.raises(StoreError, match="disk full"):
+        list(run_all(work, range(20), 2))
+    assert len(ran) == 2
+
+
+def test_an_interrupt_drops_the_jobs_in_the_queue(monkeypatch):
+    monkeypatch.setattr(threads, "INTERRUPT_TIMEOUT", 0.01)
+    futures: list[Future] = []
+
+    class Recording(ThreadPoolExecutor):
+        def submit(self, *call):
+            futures.append(super().submit(*call))
+            return futures[-1]
+
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", Recording)
+    ran, stuck = [], threading.Event()
+
+    def work(item, _):
+        ran.append(item)
+        if item:
+            stuck.wait(LIMIT)  # a system call that cannot be cut short
+        return item
+
+    results = run_all(work, range(20), 2)
+    assert next(results) == 0
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt)  # returns although two jobs are still running
+    dropped = [future for future in futures if future.cancelled()]
+    stuck.set()
+    assert len(dropped) >= 17
+    assert len(ran) <= 3
+
+
+def test_the_end_of_a_run_stops_only_its_own_share():
+    pool = SlotPool(2, 0)
+    share = pool.share(2)
+    list(run_all(lambda *_: None, [1, 2], 2, slots=share))
+    pool.check()
+    with pytest.raises(RunCancelledError):
+        share.check()
