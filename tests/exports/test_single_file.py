@@ -242,7 +242,7 @@ HOSTILE = {
     "nested deeply": (sources("[" * 1_000_000), "not valid JSON"),
     "a lone surrogate": (sources('{"\ud800":"x"}'), "not valid JSON"),
     "a number": (sources("9" * 5000), "not valid JSON"),
-    "a shard twice": (sources('{"a.safetensors":"0","a.safetensors":"1"}'), "stands twice"),
+    "a shard twice": (sources('{"a.safetensors":"0","a.safetensors":"1"}'), "duplicate key"),
     "a list": (sources("[]"), "no map of 1 to 10,000 shards"),
     "an empty map": (sources("{}"), "no map of 1 to 10,000 shards"),
     "20,000 shards": (

@@ -214,7 +214,7 @@ def test_a_clock_that_is_behind_costs_only_reading(memo, path, monkeypatch, tmp_
 def test_two_contents_in_one_tick_are_never_taken_for_each_other(
     memo, path, disk, monkeypatch, tick, ahead
 ):
-    disk.kind, disk.tick = Ctime.KEPT, tick
+    disk.kind, disk.tick = Ctime.WEAK, tick
     real = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: real() + ahead)
     at, hits, same = uncovered(path), 0, 0
@@ -243,7 +243,7 @@ def test_the_time_that_counts_is_that_of_the_start(memo, path, monkeypatch):
         assert memo.lookup(file.fileno()) == "a" * 64
 
 
-@pytest.mark.parametrize("kind", [Ctime.KEPT, Ctime.UNKNOWN])
+@pytest.mark.parametrize("kind", [Ctime.WEAK, Ctime.UNKNOWN])
 def test_by_another_clock_a_file_is_young_for_a_day(memo, path, disk, kind):
     disk.kind = kind
     os.utime(path, ns=(YEAR, YEAR))
@@ -260,7 +260,7 @@ def test_a_memo_on_another_machine_has_another_clock(memo, path, disk, monkeypat
     real = digest_cache.ctime_kind
     monkeypatch.setattr(
         digest_cache, "ctime_kind",
-        lambda fd, *a: Ctime.KEPT if stat.S_ISDIR(os.fstat(fd).st_mode) else real(fd, *a),
+        lambda fd, *a: Ctime.WEAK if stat.S_ISDIR(os.fstat(fd).st_mode) else real(fd, *a),
     )  # fmt: skip
     disk.behind = DAY - HOUR * SECOND
     hash_now(memo, path)
@@ -268,13 +268,13 @@ def test_a_memo_on_another_machine_has_another_clock(memo, path, disk, monkeypat
 
 
 def test_a_memo_by_a_clock_that_is_ahead_settles_nothing(memo, path, disk):
-    disk.kind, disk.others.behind = Ctime.KEPT, -10 * YEAR
+    disk.kind, disk.others.behind = Ctime.WEAK, -10 * YEAR
     hash_now(memo, path)
     assert look_up(memo, path) is None
 
 
 def test_by_another_clock_a_second_hash_settles_a_file(memo, path, disk, monkeypatch):
-    disk.kind = Ctime.KEPT
+    disk.kind = Ctime.WEAK
     monkeypatch.setattr(descriptor, "RACY_SECONDS", 0.3)
     digest = hash_now(memo, path)
     hash_now(memo, path)  # at once: its first memo is young, too
@@ -286,7 +286,7 @@ def test_by_another_clock_a_second_hash_settles_a_file(memo, path, disk, monkeyp
 
 def test_what_had_another_digest_before_was_not_seen_long_enough(memo, path, disk, monkeypatch):
     """Two digests under one stamp: so the stamp did not show the change."""
-    disk.kind = Ctime.KEPT
+    disk.kind = Ctime.WEAK
     monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
     with path.open("rb") as file:
         memo.remember(file.fileno(), memo.begin(file.fileno()), "a" * 64)
@@ -385,7 +385,7 @@ def test_what_its_writer_remembers_counts_at_once(memo, path, disk):
     ("change", "rules"),
     [
         ("changed since", {}),
-        ("", {"kind": Ctime.KEPT, "tick": SECOND}),
+        ("", {"kind": Ctime.WEAK, "tick": SECOND}),
         ("", {"kind": Ctime.UNKNOWN, "mirrors": True}),
         ("", {"kind": Ctime.NONE}),
     ],

@@ -53,7 +53,7 @@ def kind_of(path) -> Ctime:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("ext4", Ctime.LOCAL), ("xfs", Ctime.LOCAL), ("btrfs", Ctime.LOCAL), ("tmpfs", Ctime.LOCAL),
-     ("ext3", Ctime.KEPT), ("nfs4", Ctime.KEPT), ("ceph", Ctime.KEPT), ("lustre", Ctime.KEPT),
+     ("ext3", Ctime.WEAK), ("nfs4", Ctime.WEAK), ("ceph", Ctime.WEAK), ("lustre", Ctime.WEAK),
      ("squashfs", Ctime.NONE), ("erofs", Ctime.NONE), ("iso9660", Ctime.NONE), ("vfat", Ctime.NONE),
      ("exfat", Ctime.NONE), ("fuse", Ctime.UNKNOWN), ("fuse.sshfs", Ctime.UNKNOWN),
      ("fuseblk", Ctime.UNKNOWN), ("9p", Ctime.UNKNOWN), ("virtiofs", Ctime.UNKNOWN),
@@ -91,7 +91,7 @@ def test_a_system_that_does_not_name_the_mount_is_unknown(proc, monkeypatch):
     [
         ("rw,lowerdir=/local:/local,upperdir=/local,workdir=/x", Ctime.LOCAL),
         ("rw,lowerdir=/local:/image,upperdir=/local", Ctime.NONE),
-        ("rw,lowerdir=/local,upperdir=/kept", Ctime.KEPT),
+        ("rw,lowerdir=/local,upperdir=/kept", Ctime.WEAK),
         ("rw,lowerdir+=/local,lowerdir+=/image,datadir+=/local", Ctime.NONE),
         ("ro,lowerdir=/local:/local::/image", Ctime.NONE),
         ("rw,lowerdir=/local,upperdir=/absent", Ctime.UNKNOWN),
@@ -104,7 +104,7 @@ def test_an_overlay_is_worth_what_its_worst_layer_is(proc, monkeypatch, options,
     def layer(path):
         if path == "/absent":
             raise FileNotFoundError
-        return {"/local": Ctime.LOCAL, "/kept": Ctime.KEPT, "/image": Ctime.NONE}[path]
+        return {"/local": Ctime.LOCAL, "/kept": Ctime.WEAK, "/image": Ctime.NONE}[path]
 
     monkeypatch.setattr(filesystems, "_of_layer", layer)
     proc[0][8] = f"overlay overlay {options}"
@@ -119,8 +119,8 @@ def test_an_overlay_is_worth_what_its_worst_layer_is(proc, monkeypatch, options,
         (Ctime.LOCAL, LATE, EARLY, True),  # an mtime from the future
         (Ctime.LOCAL, EARLY, WHOLE, False),  # made by a program that builds images
         (Ctime.LOCAL, EARLY, 0, False),
-        (Ctime.KEPT, WHOLE, WHOLE, True),
-        (Ctime.KEPT, EARLY, 0, False),
+        (Ctime.WEAK, WHOLE, WHOLE, True),
+        (Ctime.WEAK, EARLY, 0, False),
         (Ctime.UNKNOWN, LATE, LATE, False),
         (Ctime.UNKNOWN, EARLY, LATE, True),
         (Ctime.UNKNOWN, LATE, EARLY, False),  # a time of birth looks so
@@ -151,7 +151,7 @@ class _Statfs(ctypes.Structure):
 @pytest.mark.parametrize("symbol", ["fstatfs", "fstatfs$INODE64"])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(b"apfs", Ctime.LOCAL), (b"hfs", Ctime.KEPT), (b"nfs", Ctime.KEPT), (b"smbfs", Ctime.UNKNOWN),
+    [(b"apfs", Ctime.LOCAL), (b"hfs", Ctime.WEAK), (b"nfs", Ctime.WEAK), (b"smbfs", Ctime.UNKNOWN),
      (b"msdos", Ctime.NONE), (b"exfat", Ctime.NONE), (b"macfuse", Ctime.UNKNOWN)],
 )  # fmt: skip
 def test_on_macos_statfs_names_the_type(monkeypatch, symbol, name, kind):

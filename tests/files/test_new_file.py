@@ -55,7 +55,7 @@ def refuse(monkeypatch, name: str, times: int = 1) -> list[str]:
     real, fired = getattr(os, name), []
 
     def call(where, what, *rest, **options):
-        fd_direct = name == "write" and new_file._past_the_cache(where)
+        fd_direct = name == "write" and new_file._is_direct(where)
         if (fd_direct or (name == "open" and what & new_file._DIRECT)) and len(fired) < times:
             fired.append(name)
             if name == "open":

@@ -32,12 +32,12 @@ def seconds(text: bytes, words: str | None = None) -> float:
 def test_a_key_that_stands_twice_is_found_in_the_time_that_the_object_takes():
     """Counting each key among all took 71 s for 80,000 keys."""
     whole = seconds(keys(20_000, "other"))
-    assert seconds(keys(20_000, "k19998"), "'k19998' stands twice") < 5 * whole + 0.01
+    assert seconds(keys(20_000, "k19998"), "duplicate key 'k19998'") < 5 * whole + 0.01
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 400 + ".0", "NaN", "-Infinity"])
 def test_a_number_that_is_not_finite_is_refused(number):
-    with pytest.raises(MalformedFileError, match=r"no finite number|no JSON number"):
+    with pytest.raises(MalformedFileError, match=r"not a finite number|not a JSON number"):
         strict_json(f'{{"a": [{number}]}}'.encode(), "x")
 
 

@@ -228,7 +228,7 @@ def temp_of(pid: int, **others: str | int) -> str:
     """The name of a temp of process `pid` of this system; `others`: fields that say otherwise."""
     from paroquant_stream.files import temp_files
 
-    fields = {**vars(temp_files._here()), "pid": pid, **others}
+    fields = {**vars(temp_files._this_system()), "pid": pid, **others}
     return "{machine}-{boot}-{space}-{pid}-{random}".format(random="0" * 32, **fields)
 
 
