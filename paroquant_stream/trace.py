@@ -97,7 +97,7 @@ class Trace:
             ) from error
 
 
-class _Silence(Trace):
+class _NoTrace(Trace):
     """A trace that records nothing."""
 
     @contextmanager
@@ -105,7 +105,7 @@ class _Silence(Trace):
         yield
 
 
-SILENCE = _Silence()
+NO_TRACE = _NoTrace()
 """The trace of a run for which none is wanted."""
 
 
@@ -114,13 +114,13 @@ def written_to(path: str | Path | None) -> Iterator[Trace]:
     """Yield a trace and write it after the body, also when the body raises.
 
     Args:
-        path: The file to write; None yields `SILENCE` and writes nothing.
+        path: The file to write; None yields `NO_TRACE` and writes nothing.
 
     Raises:
         UnwritableFileError: The file cannot be written.
     """
     if path is None:
-        yield SILENCE
+        yield NO_TRACE
         return
     trace = Trace()
     try:

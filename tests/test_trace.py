@@ -11,7 +11,7 @@ import pytest
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.api.load import load
 from paroquant_stream.errors import UnwritableFileError
-from paroquant_stream.trace import SILENCE, Trace, written_to
+from paroquant_stream.trace import NO_TRACE, Trace, written_to
 
 
 def test_a_stage_is_summed_without_those_inside_it():
@@ -74,8 +74,8 @@ def test_a_trace_is_written_when_the_run_fails_too(tmp_path):
 
 def test_no_path_is_no_trace(tmp_path):
     with written_to(None) as trace, trace.span("x"):
-        assert trace is SILENCE
-    assert not SILENCE.spans
+        assert trace is NO_TRACE
+    assert not NO_TRACE.spans
 
 
 def test_a_trace_that_cannot_be_written_names_the_file(tmp_path):

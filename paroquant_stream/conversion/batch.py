@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import ParoquantStreamError, SomeModelsFailedError
 from ..execution.slots import Places, Worker
 from ..execution.threads import run_all
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .converter import convert
 from .progress import Progress
 from .report import Conversion
@@ -29,7 +29,7 @@ def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeM
 
 
 def convert_all(
-    requests: Sequence[Request], progress: Progress | None = None, trace: Trace = SILENCE
+    requests: Sequence[Request], progress: Progress | None = None, trace: Trace = NO_TRACE
 ) -> Iterator[tuple[Request, Result]]:
     """What became of each model, as they finish; at most the requests' `jobs` shards in work.
 

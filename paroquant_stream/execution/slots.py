@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from ..errors import RunCancelledError
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 
 _LOOK = 0.2  # s between looks at whether to stop, while waiting for a place
 
@@ -91,7 +91,7 @@ class Places:
 class Worker:
     """One job's hold on the places; waits for one when it is made."""
 
-    def __init__(self, places: Places | None = None, trace: Trace = SILENCE) -> None:
+    def __init__(self, places: Places | None = None, trace: Trace = NO_TRACE) -> None:
         self._places = places or Places(1)
         self._held: Buffers | None = self._places.wait()
         self.trace = trace

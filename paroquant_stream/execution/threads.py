@@ -11,7 +11,7 @@ from concurrent.futures import (
 )
 from typing import TypeVar
 
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .slots import Places, Worker
 
 _Item = TypeVar("_Item")
@@ -24,7 +24,7 @@ def run_all(
     function: Callable[[_Item, Worker], _Result],
     items: Sequence[_Item],
     jobs: int,
-    trace: Trace = SILENCE,
+    trace: Trace = NO_TRACE,
     places: Places | None = None,
 ) -> Iterator[_Result]:
     """`function(item, worker)` of every item, as they finish, at most `jobs` at work at once.

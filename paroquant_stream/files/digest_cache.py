@@ -71,7 +71,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Memo:
+class DigestCache:
     """Digests of files, one small JSON file per digest.
 
     A record that cannot be read is ignored, and so is an error while writing one.
@@ -220,13 +220,13 @@ def _name(stamp: FileStamp) -> str:
     return f"{stamp.size}-{stamp.device:x}-{stamp.inode:x}"
 
 
-def hash_file(fd: int, label: str, memo: Memo, name: str | None = None) -> str:
+def hash_file(fd: int, label: str, digest_cache: DigestCache, name: str | None = None) -> str:
     """Hash an open file, store the digest in a cache and return it.
 
     Args:
         fd: The file.
         label: The name of the file in errors.
-        memo: The cache.
+        digest_cache: The cache.
         name: The file's digest by its name in the Hub's cache, if it has one.
 
     Returns:
@@ -236,9 +236,9 @@ def hash_file(fd: int, label: str, memo: Memo, name: str | None = None) -> str:
         SourceChangedError: The file became shorter meanwhile.
         UnreadableFileError: The operating system cannot read it.
     """
-    before, size = memo.begin(fd), file_status(fd, label).st_size
+    before, size = digest_cache.begin(fd), file_status(fd, label).st_size
     sha256 = SourceHasher(fd, (), size, label, lambda _: None).finish().sha256
-    memo.remember(fd, before, sha256, name)
+    digest_cache.remember(fd, before, sha256, name)
     return sha256
 
 

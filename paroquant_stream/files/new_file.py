@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from ..errors import StoreError
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .atomic_file import AtomicFile, write_error
 from .descriptor import FileStamp
 from .folder import Folder
@@ -36,7 +36,7 @@ class NewFile:
     """
 
     def __init__(
-        self, folder: Folder, name: str, size: int, mode: int, trace: Trace = SILENCE
+        self, folder: Folder, name: str, size: int, mode: int, trace: Trace = NO_TRACE
     ) -> None:
         """Create the temp file.
 

@@ -27,7 +27,7 @@ from ..errors import AssemblyError
 from ..plan.planner import Plan
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .entries import check_sizes, read_weights, reading
 from .experts import placeholders
 from .names import named_for
@@ -49,7 +49,7 @@ def assemble(
     lazy: bool,
     force_text: bool,
     full: bool = False,
-    trace: Trace = SILENCE,
+    trace: Trace = NO_TRACE,
     split: Split = WHOLE,
 ) -> Loaded:
     """Assemble a converted model, or a part of it, from its entries.
@@ -89,7 +89,7 @@ def assemble_from(
     *,
     lazy: bool,
     force_text: bool,
-    trace: Trace = SILENCE,
+    trace: Trace = NO_TRACE,
     split: Split = WHOLE,
 ) -> Loaded:
     """Assemble a model, or a part of it, from stored tensors.

@@ -22,7 +22,7 @@ from ..checkpoint.shard import Shard
 from ..errors import RunCancelledError, SourceChangedError, SourceDamagedError
 from ..execution.slots import Worker
 from ..files.descriptor import FileStamp
-from ..files.digest_cache import Memo
+from ..files.digest_cache import DigestCache
 from ..files.hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
 from ..files.tensor_header import read_header
 from ..plan.task import Part, Task
@@ -35,10 +35,16 @@ class Source:
     """The bytes a task converts, read by pread on one descriptor a shard, never mapped."""
 
     def __init__(
-        self, task: Task, directory: Path, memo: Memo, tick: Tick, worker: Worker | None = None
+        self,
+        task: Task,
+        directory: Path,
+        digest_cache: DigestCache,
+        tick: Tick,
+        worker: Worker | None = None,
     ) -> None:
         self._worker = worker or Worker()
-        self._task, self._directory, self._memo, self._tick = task, directory, memo, tick
+        self._task, self._directory, self._tick = task, directory, tick
+        self._digest_cache = digest_cache
         self._shard = Shard(task.shard, directory / task.shard)
         self._fds: dict[str, int] = {}
         self._fingerprints: dict[str, bytes] = {}
@@ -49,7 +55,7 @@ class Source:
         """`map`, or one that works on several items at once."""
         fd, label = self._fd(task.shard), str(self._path())
         try:
-            self._stamp, self._seen = FileStamp.of_fd(fd, label), memo.begin(fd)
+            self._stamp, self._seen = FileStamp.of_fd(fd, label), digest_cache.begin(fd)
             tensors = read_header(fd, label).tensors
         except BaseException:
             self.close()
@@ -60,11 +66,11 @@ class Source:
         """The shard's SHA-256 if that is known without reading it through."""
         if self._digest:
             return self._digest.sha256
-        return self._shard.known_sha256(self._memo, self._fd(self._task.shard))
+        return self._shard.known_sha256(self._digest_cache, self._fd(self._task.shard))
 
     def may_be_known(self) -> bool:
         """Whether the store has seen a shard of this size: hashing first may save the work."""
-        return self._memo.knows_size(self._stamp.size)
+        return self._digest_cache.knows_size(self._stamp.size)
 
     def hash(self) -> SourceDigest:
         """SHA-256 of the shard and the fingerprint of each of its tensors, once."""
@@ -72,7 +78,7 @@ class Source:
             with self._worker.trace.span("hash", self._task.shard):
                 self._digest = self._hasher.finish()
             sha256, name = self._digest.sha256, self._shard.hub_sha256
-            self._memo.remember(self._fd(self._task.shard), self._seen, sha256, name)
+            self._digest_cache.remember(self._fd(self._task.shard), self._seen, sha256, name)
         return self._digest
 
     @contextmanager

@@ -63,7 +63,7 @@ def run_task(job: Job, worker: Worker, tick: Tick) -> Outcome:
 
 def open_source(job: Job, worker: Worker, tick: Tick) -> Source:
     """The job's shard, opened."""
-    return Source(job.task, job.directory, job.store.memo, tick, worker)
+    return Source(job.task, job.directory, job.store.digest_cache, tick, worker)
 
 
 def find_entry(job: Job, source: Source) -> EntryRecord | None:
@@ -120,7 +120,7 @@ def _convert(job: Job, source: Source, worker: Worker) -> EntryRecord:
 def _remember(store: Store, key: str, stamp: FileStamp, digest: str) -> None:
     """Spares the first load the hash of an entry that was just published with this stamp."""
     with suppress(StoreError), closing(store.open_entry(key)) as fd:
-        store.memo.remember_written(fd, stamp, digest)
+        store.digest_cache.remember_written(fd, stamp, digest)
 
 
 def _write(

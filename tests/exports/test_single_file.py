@@ -203,7 +203,7 @@ def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
         digest = read_header(file.fileno(), "x").metadata["xxh3"]
     data[-1] ^= 1
     path.write_bytes(data)
-    remember(cache_store().memo, path, digest)
+    remember(cache_store().digest_cache, path, digest)
     load(exported)
     assert "damaged" not in caplog.text
     load(exported, verify="full")

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from paroquant_stream.files.descriptor import FileStamp
-from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES, Memo
+from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES, DigestCache
 
 SETTLED = """
 from paroquant_stream.files import descriptor, digest_cache, filesystems
@@ -188,11 +188,11 @@ def as_hub_snapshot(directory: Path, repository: Path) -> Path:
     return snapshot
 
 
-def remember(memo: Memo, path: Path, digest: str) -> None:
+def remember(digest_cache: DigestCache, path: Path, digest: str) -> None:
     """Makes the memo say that the file, as it is, has this digest; with the fixture `settled`."""
     fd = os.open(path, os.O_RDONLY)
-    memo.remember_written(fd, FileStamp.of(os.fstat(fd)), digest)
-    assert memo.lookup(fd) == digest
+    digest_cache.remember_written(fd, FileStamp.of(os.fstat(fd)), digest)
+    assert digest_cache.lookup(fd) == digest
     os.close(fd)
 
 

@@ -116,7 +116,7 @@ def test_a_changed_header_is_noticed_although_its_stat_is_remembered(converted):
     record = manifest.entries[0]
     path = store.entry_path(record.key)
     path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U16"', 1))
-    remember(store.memo, path, record.digest)
+    remember(store.digest_cache, path, record.digest)
     with pytest.raises(EntryDamagedError, match="the header is not the one that was written"):
         read_weights(manifest, store, everything)
 
