@@ -189,7 +189,7 @@ def as_hub_snapshot(directory: Path, repository: Path) -> Path:
 
 
 def remember(digest_cache: DigestCache, path: Path, digest: str) -> None:
-    """Makes the memo say that the file, as it is, has this digest; with the fixture `settled`."""
+    """Store a digest for a file as it is now; needs the fixture `settled`."""
     fd = os.open(path, os.O_RDONLY)
     digest_cache.remember_written(fd, FileStamp.of(os.fstat(fd)), digest)
     assert digest_cache.lookup(fd) == digest
@@ -212,16 +212,6 @@ def uncovered(path: Path) -> int:
     gap, first = max((after - before, before) for before, after in pairwise(starts))
     assert gap > 2 * SAMPLE_SIZE, "the sample covers all of the file"
     return first + (gap + SAMPLE_SIZE) // 2
-
-
-def settle(directory: Path, seconds: float = 10) -> None:
-    """Sets every file's times into the past. ctime cannot be set, so see `forget_time` too."""
-    import time
-
-    old = time.time() - seconds
-    for path in directory.iterdir():
-        if path.is_file():
-            os.utime(path, (old, old))
 
 
 def temp_of(pid: int, **others: str | int) -> str:
