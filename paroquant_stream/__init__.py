@@ -3,16 +3,16 @@
     from paroquant_stream import load
     model, tokenizer, is_vlm = load("z-lab/Qwen3-4B-PARO")
 
-load                  build the MLX model of a checkpoint, converting what the cache lacks
-convert_checkpoint    fill the cache without loading; convert_checkpoints does several models
+load                  build the MLX model of a checkpoint, converting shards that are not cached
+convert_checkpoint    fill the cache without loading; convert_checkpoints takes several models
 export_model          write a converted model as a directory for other MLX programs
-install, uninstall    put `load` in the place of the `paroquant` package's own loader
+install, uninstall    replace the loader of the `paroquant` package by `load`, and restore it
 ConvertOptions        the options that all of these share
-Manifest              what a conversion made: its entries and where they come from
-ParoquantStreamError  base of every error raised on purpose, with CheckpointError, StoreError,
-                      ModelError and ExecutionError below it
+Manifest              the result of a conversion: its entries and the shards they come from
+ParoquantStreamError  base of every error raised on purpose; CheckpointError, StoreError,
+                      ModelError and ExecutionError are derived from it
 
-Every name is imported when it is first used, so that `import paroquant_stream` costs nothing.
+Every name is imported on first use, so that `import paroquant_stream` imports nothing else.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
     "load",
     "uninstall",
 ]
-_HOMES = {
+_MODULES = {
     "CheckpointError": "errors",
     "ConvertOptions": "conversion.request",
     "ExecutionError": "errors",
@@ -70,14 +70,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in _HOMES:
+    """Import a public name on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    """List the public names, also those that are not imported yet."""
+    """List the public names, including those that are not imported yet."""
     return sorted({*globals(), *__all__})

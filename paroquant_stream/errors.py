@@ -1,12 +1,12 @@
 """Every error that paroquant_stream raises on purpose, under four bases.
 
-Each takes one readable message (what, where, expected, found, what to do) and nothing else, so that
-it pickles: a worker's error must reach the parent whole. The README's table tells what to do.
+Each error takes one message (what, where, expected, found, what to do) and nothing else, so that it
+can be pickled: a worker process returns its error to the parent. The README lists them in a table.
 """
 
 
 class ParoquantStreamError(Exception):
-    """Base of all errors raised on purpose; a command prints it as one message and exits with 1."""
+    """Base of all errors raised on purpose; a command prints the message and exits with 1."""
 
 
 class CheckpointError(ParoquantStreamError):
@@ -14,23 +14,23 @@ class CheckpointError(ParoquantStreamError):
 
 
 class MalformedFileError(CheckpointError):
-    """A file is not valid safetensors, or holds what no ParoQuant checkpoint needs."""
+    """A file is not valid safetensors or JSON, or exceeds a limit that no real checkpoint needs."""
 
 
 class LayoutError(CheckpointError):
-    """The checkpoint spells its quantized linears in no known layout, or in two at once."""
+    """The quantized layers have no known naming scheme, or more than one."""
 
 
 class PlanError(CheckpointError):
-    """Parts are missing, left over, doubled or of a shape that does not fit; lists every one."""
+    """Tensors are missing, unexpected, duplicated or of a wrong shape; lists every one."""
 
 
 class UnreadableFileError(CheckpointError):
-    """The system cannot read a file that is there; names the file and the system's reason."""
+    """The operating system cannot read an existing file; names the file and the reason."""
 
 
 class OutOfRangeError(CheckpointError):
-    """A finite value would be infinite in the dtype asked for; names its tensor and shard."""
+    """A finite value would be infinite in the requested dtype; names its tensor and shard."""
 
 
 class SourceChangedError(CheckpointError):
@@ -38,35 +38,35 @@ class SourceChangedError(CheckpointError):
 
 
 class SourceDamagedError(CheckpointError):
-    """A downloaded shard's bytes are not those that the Hub names; nothing was stored."""
+    """A downloaded shard does not have the SHA-256 that the Hub states; nothing was stored."""
 
 
 class SourceDroppedError(CheckpointError):
-    """A shard must be read again that `--drop-source` removed; names it and what changed."""
+    """A shard that `--drop-source` removed must be read again; names it and what changed."""
 
 
 class StoreError(ParoquantStreamError):
-    """The cache, or a file that is written beside it, cannot be read or written."""
+    """The cache, or another file that is written, cannot be read or written."""
 
 
 class UnwritableFileError(StoreError):
-    """A file outside of the cache cannot be written; names it and the system's reason."""
+    """A file outside the cache cannot be written; names the file and the reason."""
 
 
 class EntryDamagedError(StoreError):
-    """An entry's bytes are not those that were written; it was taken out of use."""
+    """An entry's bytes are not those that were written; the entry is no longer used."""
 
 
 class ManifestError(StoreError):
-    """A manifest's bytes are damaged or from a newer format; treated as no manifest."""
+    """A manifest is damaged or from a newer format; it is treated as absent."""
 
 
 class NewerManifestError(ManifestError):
-    """A manifest is from a newer format: which entries it names is unknown, so they stay."""
+    """A manifest is from a newer format: its entries are unknown, so none is removed."""
 
 
 class ModelError(ParoquantStreamError):
-    """The MLX model cannot be built from what is stored."""
+    """The MLX model cannot be built from the stored tensors."""
 
 
 class AssemblyError(ModelError):
@@ -74,7 +74,7 @@ class AssemblyError(ModelError):
 
 
 class MissingPartError(ModelError):
-    """The part of a model that was asked for does not exist, or one not loaded is used."""
+    """The requested part of a model does not exist, or a part that was not loaded is used."""
 
 
 class SplitError(ModelError):
@@ -82,23 +82,23 @@ class SplitError(ModelError):
 
 
 class ExecutionError(ParoquantStreamError):
-    """The run cannot go on: a package, a program or a worker is missing, or a run was stopped."""
+    """The run cannot continue: a package, program or worker is missing, or it was cancelled."""
 
 
 class MissingExtraError(ExecutionError):
-    """An optional package is needed and not installed; names the extra that brings it."""
+    """A required optional package is not installed; names the extra that installs it."""
 
 
 class LoaderMovedError(ExecutionError):
-    """The installed paroquant has no MLX loader that ours could replace; names its version."""
+    """The installed paroquant has no MLX loader that can be replaced; names its version."""
 
 
 class ProgramNotFoundError(ExecutionError):
-    """The program to run is no module and no file that can be read."""
+    """The program to run is neither a module nor a readable file."""
 
 
 class WorkersUnfitError(ExecutionError):
-    """Remote workers lack the package or do not see the files; names each and what it lacks."""
+    """Remote workers lack the package or cannot see the files; names each and what it lacks."""
 
 
 class WorkersLostError(ExecutionError):
@@ -106,8 +106,8 @@ class WorkersLostError(ExecutionError):
 
 
 class SomeModelsFailedError(ExecutionError):
-    """Of several models some were not converted; names each and why. The others are."""
+    """Some of several models were not converted; names each and the reason."""
 
 
 class RunCancelledError(ExecutionError):
-    """The run was told to stop while this shard was being converted."""
+    """The run was cancelled while this shard was being converted."""

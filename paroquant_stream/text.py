@@ -1,4 +1,4 @@
-"""Sizes and ages as people write them: `100GB`, `30d`, and back `3 days ago`."""
+"""Sizes and ages as text, such as `100GB`, `30d` and `3 days ago`, and text for terminals."""
 
 from __future__ import annotations
 
@@ -6,25 +6,39 @@ import re
 
 SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+MAX_LISTED = 50  # lines of a list in an error message
+MAX_ERROR = 500  # characters of an error in one line
 _NAMES = ((604_800, "week"), (86_400, "day"), (3600, "hour"), (60, "minute"))
 _NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]+)")
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size like `100GB` or `1.5 TB`, in powers of 1000 as sizes are printed.
+    """Return the bytes in a size like `100GB` or `1.5 TB`.
 
-    Raises ValueError for anything else, a number without a unit too: 100 of what?
+    Args:
+        text: A number and a unit: B, kB, MB, GB or TB, in powers of 1000.
+
+    Raises:
+        ValueError: It is anything else, such as a number without a unit.
     """
     units = {unit.lower(): factor for unit, factor in SIZES.items()}
     return int(_parse(text, units, "a size", "a number and B, kB, MB, GB or TB, like 100GB"))
 
 
 def parse_age(text: str) -> float:
-    """Seconds in an age like `30d`: s, m (minutes), h, d or w. Raises ValueError."""
+    """Return the seconds in an age like `30d`.
+
+    Args:
+        text: A number and a unit: s, m (minutes), h, d or w.
+
+    Raises:
+        ValueError: It is anything else.
+    """
     return _parse(text, AGES, "an age", "a number and s, m, h, d or w, like 30d")
 
 
 def _parse(text: str, units: dict[str, int], what: str, expected: str) -> float:
+    """Return a number times the factor of its unit."""
     match = _NUMBER.fullmatch(text.strip())
     factor = units.get(match[2].lower()) if match else None
     if not match or factor is None:
@@ -33,7 +47,11 @@ def _parse(text: str, units: dict[str, int], what: str, expected: str) -> float:
 
 
 def age_text(seconds: float) -> str:
-    """How long ago, to the unit: `3 days ago`; `just now` below a minute and for the future."""
+    """Format an age in its largest whole unit, such as `3 days ago`.
+
+    Args:
+        seconds: The age. Less than a minute, or a time in the future, is `just now`.
+    """
     for factor, name in _NAMES:
         if seconds >= factor:
             count = int(seconds // factor)
@@ -42,20 +60,25 @@ def age_text(seconds: float) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Give an error's type and what it says in one line of at most 500 characters."""
+    """Format an error's type and message in one line of at most `MAX_ERROR` characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    return text if len(text) <= 500 else f"{text[:497]}..."
+    return text if len(text) <= MAX_ERROR else f"{text[: MAX_ERROR - 3]}..."
 
 
 def listed(lines: list[str]) -> str:
-    """The lines in order, each on its own, at most 50."""
+    """Format lines as a sorted, indented list that starts with a newline.
+
+    Args:
+        lines: One line per item; after `MAX_LISTED` of them only the number of the rest is shown.
+    """
     lines = sorted(lines)
-    more = [f"... and {len(lines) - 50} more"] if len(lines) > 50 else []
-    return "".join(f"\n  {line}" for line in lines[:50] + more)
+    hidden = len(lines) - MAX_LISTED
+    more = [f"... and {hidden} more"] if hidden > 0 else []
+    return "".join(f"\n  {line}" for line in lines[:MAX_LISTED] + more)
 
 
 def bytes_text(count: int) -> str:
-    """A size for people, in powers of 1000: `950 B`, `1.5 kB`, `37.6 GB`."""
+    """Format a size in powers of 1000, such as `950 B`, `1.5 kB` or `37.6 GB`."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
@@ -65,9 +88,11 @@ def bytes_text(count: int) -> str:
 
 
 def shown(text: object, keep: str = "") -> str:
-    """The text for a terminal: control characters and broken UTF-8, which a path may hold, escaped.
+    """Escape what a terminal must not get: control characters and invalid UTF-8 from paths.
 
-    `keep`: characters that stay as they are, like the newlines of a list of defects.
+    Args:
+        text: Converted by `str`.
+        keep: Characters that are not escaped, like the newlines of a list of defects.
     """
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()

@@ -1,7 +1,7 @@
-"""Where the time goes: the stages of every worker, as sums and as a Chrome trace.
+"""Timing of the stages of a run, summed per stage and written as a Chrome trace.
 
-`Trace.write` makes the JSON that chrome://tracing and ui.perfetto.dev open: one row a thread, one
-slice a stage, a stage inside another below it.
+`Trace.write` writes the JSON that chrome://tracing and ui.perfetto.dev open: one row per thread,
+one slice per stage, nested stages below the one that contains them.
 """
 
 from __future__ import annotations
@@ -21,50 +21,62 @@ from .errors import UnwritableFileError
 
 @dataclass(frozen=True)
 class Span:
-    """One stage of one thread."""
+    """One stage that one thread has finished."""
 
     stage: str
     detail: str
+    """What the stage worked on, such as a shard's name."""
     thread: str
     start_ns: int
     stop_ns: int
     own_ns: int
-    """Without the stages inside it."""
+    """Duration without the nested stages."""
 
 
 class Trace:
-    """Stages as they end, from any thread; about 2 us each."""
+    """Finished stages of all threads, in the order in which they ended."""
 
     def __init__(self) -> None:
+        """Start the clock of the trace."""
         self.spans: list[Span] = []
         self._open = threading.local()
         self._started = time.perf_counter_ns()
 
     @contextmanager
     def span(self, stage: str, detail: object = "") -> Iterator[None]:
-        """Times the body as `stage`; `detail` says of what."""
-        above: list[int] = self._open.__dict__.setdefault("inside", [])  # ns of the stages inside
-        above.append(0)
+        """Record how long the body takes, also when it raises.
+
+        Args:
+            stage: Name of the stage; equal names are summed by `seconds`.
+            detail: What the stage works on.
+        """
+        # one item per open stage of this thread: the time of the stages nested in it, in ns
+        nested: list[int] = self._open.__dict__.setdefault("nested", [])
+        nested.append(0)
         start = time.perf_counter_ns()
         try:
             yield
         finally:
             stop = time.perf_counter_ns()
-            own = stop - start - above.pop()
-            if above:
-                above[-1] += stop - start
+            own = stop - start - nested.pop()
+            if nested:
+                nested[-1] += stop - start
             name = threading.current_thread().name
             self.spans.append(Span(stage, str(detail), name, start, stop, own))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every stage, summed over the threads, without the stages inside it."""
+        """Return the seconds of every stage, summed over the threads, without nested stages."""
         sums: dict[str, float] = defaultdict(float)
         for span in list(self.spans):
             sums[span.stage] += span.own_ns / 1e9
         return dict(sums)
 
     def write(self, path: str | Path) -> None:
-        """Writes the Chrome trace. Raises UnwritableFileError."""
+        """Write the Chrome trace.
+
+        Raises:
+            UnwritableFileError: The file cannot be written.
+        """
         spans = sorted(self.spans, key=lambda span: span.start_ns)
         rows = {name: row for row, name in enumerate(dict.fromkeys(s.thread for s in spans))}
         events: list[dict[str, object]] = [
@@ -85,25 +97,30 @@ class Trace:
             ) from error
 
 
-class _Silence(Trace):
-    """Times nothing."""
+class _NoTrace(Trace):
+    """A trace that records nothing."""
 
     @contextmanager
     def span(self, stage: str, detail: object = "") -> Iterator[None]:
         yield
 
 
-SILENCE = _Silence()
-"""The trace of a run that nobody looks at."""
+NO_TRACE = _NoTrace()
+"""The trace of a run for which none is wanted."""
 
 
 @contextmanager
 def written_to(path: str | Path | None) -> Iterator[Trace]:
-    """A trace that is written to `path` when the body ends, also by an error; `SILENCE` for
-    None.
+    """Yield a trace and write it after the body, also when the body raises.
+
+    Args:
+        path: The file to write; None yields `NO_TRACE` and writes nothing.
+
+    Raises:
+        UnwritableFileError: The file cannot be written.
     """
     if path is None:
-        yield SILENCE
+        yield NO_TRACE
         return
     trace = Trace()
     try:

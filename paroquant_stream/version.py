@@ -1,3 +1,3 @@
-"""The version of this package, for what is written into files and shown to people."""
+"""The version of this package."""
 
 __version__ = "0.1.0"

@@ -13,28 +13,27 @@ from tests.helpers.builders import cut_apart, cut_evenly, write_checkpoint
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    """No test sees or touches the user's cache."""
+    """Give each test an empty cache of its own in place of the user's."""
     monkeypatch.setenv("PAROQUANT_STREAM_CACHE", str(tmp_path / "user-cache"))
 
 
 @pytest.fixture
 def settled(monkeypatch):
-    """Files count as left alone at once, and their times as good wherever the tests run, so that
-    their digests are remembered.
-    """
+    """Every file counts as settled and its times as reliable, so that its digest is stored."""
     monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
     monkeypatch.setattr(digest_cache, "ctime_kind", lambda *_: Ctime.LOCAL)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Even a tiny entry is written block by block, past the page cache and in a thread."""
+    """Even a tiny entry is written in full blocks, with O_DIRECT and in a thread."""
+    # private: the size of a block is not an option
     monkeypatch.setattr(new_file, "_BLOCK", 4096)
 
 
 @pytest.fixture
 def on_the_cpu():
-    """Parity is promised on the CPU, whatever device the machine has."""
+    """Run on the CPU, where parity is guaranteed, whatever device the machine has."""
     import mlx.core as mx
 
     before = mx.default_device()
@@ -45,7 +44,7 @@ def on_the_cpu():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub on loopback and an empty Hub cache; no other Hub can be reached."""
+    """Start a Hub on loopback, with an empty Hub cache; no other Hub can be reached."""
     from huggingface_hub import constants
 
     from tests.helpers.loopback_hub import LoopbackHub
@@ -64,11 +63,11 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model_dir(tmp_path) -> Path:
-    """A tiny llama in three shards."""
+    """Make a tiny llama in three shards."""
     return write_checkpoint(tmp_path / "model", cut=cut_evenly(3))
 
 
 @pytest.fixture
 def scattered_dir(tmp_path) -> Path:
-    """The same model, the parts of each linear in three different shards."""
+    """Make the same model with the tensors of each linear layer in three different shards."""
     return write_checkpoint(tmp_path / "scattered", cut=cut_apart(3))

@@ -1,10 +1,18 @@
-"""Sizes and ages as people write them."""
+"""Sizes, ages, errors and paths as text."""
 
 from __future__ import annotations
 
 import pytest
 
-from paroquant_stream.text import age_text, bytes_text, parse_age, parse_size
+from paroquant_stream.text import (
+    age_text,
+    bytes_text,
+    listed,
+    one_line,
+    parse_age,
+    parse_size,
+    shown,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +64,68 @@ def test_any_other_age_is_refused_with_an_example(text):
         (70 * 86_400, "10 weeks ago"),
     ],
 )
-def test_an_age_is_told_in_its_largest_whole_unit(seconds, text):
+def test_an_age_is_shown_in_its_largest_whole_unit(seconds, text):
     assert age_text(seconds) == text
 
 
 def test_what_is_printed_as_a_size_can_be_given_as_one():
     for count in (0, 999, 1000, 1_500_000, 37_600_000_000):
         assert parse_size(bytes_text(count)) == count
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (37_600_000_000, "37.6 GB"),
+        (5 * 10**15, "5000.0 TB"),
+    ],
+)
+def test_a_size_is_shown_in_powers_of_1000(count, text):
+    assert bytes_text(count) == text
+
+
+def test_an_error_is_shown_in_one_line():
+    assert one_line(ValueError("two\n  lines")) == "ValueError: two lines"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(("count", "cut"), [(488, False), (489, True)])
+def test_an_error_has_at_most_500_characters(count, cut):
+    line = one_line(ValueError("x" * count))
+    assert len(line) == 500
+    assert line.endswith("...") is cut
+
+
+def test_a_list_is_sorted_and_indented():
+    assert listed(["b", "a"]) == "\n  a\n  b"
+    assert listed([]) == ""
+
+
+@pytest.mark.parametrize(("count", "last"), [(50, "\n  49"), (52, "\n  ... and 2 more")])
+def test_a_list_has_at_most_50_items(count, last):
+    text = listed([f"{number:02}" for number in range(count)])
+    assert text.endswith(last)
+    assert text.count("\n") == 50 + (count > 50)
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("plain name", "plain name"),
+        ("größe", "größe"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("\udcff", "\\udcff"),
+        ("\u202egnp", "\\u202egnp"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(text, escaped):
+    assert shown(text) == escaped
+
+
+def test_characters_can_be_kept():
+    assert shown("a\nb\tc", keep="\n") == "a\nb\\tc"
+    assert shown(ValueError("x")) == "x"

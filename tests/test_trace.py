@@ -1,4 +1,4 @@
-"""Traces: stages are summed without those inside them, and a browser can show them."""
+"""Traces: stages are summed without nested ones, and a browser can show them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,28 @@ import pytest
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.api.load import load
 from paroquant_stream.errors import UnwritableFileError
-from paroquant_stream.trace import SILENCE, Trace, written_to
+from paroquant_stream.trace import NO_TRACE, Trace, written_to
 
 
-def test_a_stage_is_summed_without_those_inside_it():
+@pytest.fixture
+def clock(monkeypatch) -> list[int]:
+    """Make every reading of the clock return the next of these times, in ns."""
+    times: list[int] = []
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: times.pop(0))
+    return times
+
+
+def test_a_stage_is_summed_without_nested_stages(clock):
+    second = 10**9
+    clock += [0, 0, 2 * second, 5 * second, 6 * second, 7 * second, 10 * second]
     trace = Trace()
     with trace.span("outer"):
-        time.sleep(0.02)
         with trace.span("inner", "x"):
-            time.sleep(0.05)
-    outer, inner = trace.seconds()["outer"], trace.seconds()["inner"]
-    assert 0.02 <= outer < 0.05 <= inner
+            pass
+        with trace.span("inner", "y"):
+            pass
+    assert trace.seconds() == {"inner": 3 + 1, "outer": 10 - 3 - 1}
+    assert [span.detail for span in trace.spans] == ["x", "y", ""]
 
 
 def test_a_stage_that_fails_is_kept():
@@ -34,12 +45,12 @@ def test_a_stage_that_fails_is_kept():
 def test_a_trace_has_a_row_per_thread_and_a_slice_per_stage(tmp_path):
     trace = Trace()
 
-    def beside():
+    def in_another_thread():
         with trace.span("there"):
             pass
 
     with trace.span("here", "of this"):
-        thread = threading.Thread(target=beside, name="other")
+        thread = threading.Thread(target=in_another_thread, name="other")
         thread.start()
         thread.join()
         with trace.span("below"):
@@ -72,10 +83,10 @@ def test_a_trace_is_written_when_the_run_fails_too(tmp_path):
     assert "x" in (tmp_path / "t.json").read_text()
 
 
-def test_no_path_is_no_trace(tmp_path):
+def test_no_path_is_no_trace():
     with written_to(None) as trace, trace.span("x"):
-        assert trace is SILENCE
-    assert not SILENCE.spans
+        assert trace is NO_TRACE
+    assert not NO_TRACE.spans
 
 
 def test_a_trace_that_cannot_be_written_names_the_file(tmp_path):

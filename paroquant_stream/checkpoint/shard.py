@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files.descriptor import closing
-from ..files.digest_cache import Memo, hash_file
+from ..files.digest_cache import DigestCache, hash_file
 from ..files.tensor_header import Header, read_header
 from .model_files import hub_blob, open_inside
 
@@ -41,18 +41,18 @@ class Shard:
         with closing(self.open()) as fd:
             return read_header(fd, str(self.path))
 
-    def sha256(self, memo: Memo) -> str:
+    def sha256(self, digest_cache: DigestCache) -> str:
         """SHA-256 of the whole shard, read now and remembered."""
         with closing(self.open()) as fd:
-            return hash_file(fd, str(self.path), memo, self.hub_sha256)
+            return hash_file(fd, str(self.path), digest_cache, self.hub_sha256)
 
-    def known_sha256(self, memo: Memo, fd: int | None = None) -> str | None:
+    def known_sha256(self, digest_cache: DigestCache, fd: int | None = None) -> str | None:
         """SHA-256 of the whole shard, if that is known without reading it through.
 
-        What the Hub's cache names it by is not enough: see `Memo.lookup`.
+        What the Hub's cache names it by is not enough: see `DigestCache.lookup`.
 
         Args:
-            memo: Of what was hashed before.
+            digest_cache: Of what was hashed before.
             fd: The shard, if it is open.
 
         Raises:
@@ -61,8 +61,8 @@ class Shard:
         """
         if fd is None:
             with closing(self.open()) as opened:
-                return self.known_sha256(memo, opened)
-        return memo.lookup(fd, self.hub_sha256)
+                return self.known_sha256(digest_cache, opened)
+        return digest_cache.lookup(fd, self.hub_sha256)
 
     @property
     def hub_sha256(self) -> str | None:

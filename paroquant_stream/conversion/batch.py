@@ -9,7 +9,7 @@ from functools import partial
 from ..errors import ParoquantStreamError, SomeModelsFailedError
 from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .converter import convert
 from .progress import Progress
 from .report import Conversion
@@ -25,7 +25,7 @@ def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeM
 
 
 def convert_all(
-    requests: Sequence[Request], progress: Progress | None = None, trace: Trace = SILENCE
+    requests: Sequence[Request], progress: Progress | None = None, trace: Trace = NO_TRACE
 ) -> Iterator[tuple[Request, Result]]:
     """Convert several models at once and yield what became of each, as they finish.
 

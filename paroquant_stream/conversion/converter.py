@@ -20,7 +20,7 @@ from ..errors import StoreError
 from ..files.folder import Folder
 from ..store.lock import directory_lock
 from ..store.manifest import Manifest
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .report import Conversion, report_reused
 from .request import Request, read_manifest
 from .staleness import Needed, staleness
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 def convert(
     request: Request,
     progress: Progress | None = None,
-    trace: Trace = SILENCE,
+    trace: Trace = NO_TRACE,
     needed: Needed | None = None,
 ) -> Conversion:
     """Bring the store up to date with the model and publish the manifest.

@@ -36,7 +36,7 @@ from ..store.damage import confirmed_defect
 from ..store.drop_record import DropRecord, is_stored, new_id, read_note, write_note, write_record
 from ..store.location import IN_PLACE
 from ..store.manifest import EntryRecord, Manifest
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .planning import ModelPlan
 from .request import Request
 from .source_file import SourceFile, remove_dangling_link
@@ -53,7 +53,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         model: ModelPlan,
         home: Folder | None,
         manifest_of: Callable[[Sequence[EntryRecord]], Manifest],
-        trace: Trace = SILENCE,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Make one for a run, which need not remove anything: `Request.drop_source` says so.
 

@@ -152,7 +152,9 @@ def _contradiction(request: Request, record: DropRecord) -> str | None:
         shard = Shard(entry.shard, request.source.directory / entry.shard)
         if not _is_there(request, entry.shard):
             continue
-        if source_staleness(request.store.memo, shard, entry.source_sha256, read_unknown=True):
+        if source_staleness(
+            request.store.digest_cache, shard, entry.source_sha256, read_unknown=True
+        ):
             return (
                 f"{shard.path}: expected SHA-256 {entry.source_sha256}, as it had when "
                 "--drop-source removed shards of this model, found another; the removed ones "

@@ -10,7 +10,7 @@ from ..errors import NewerManifestError, StoreError
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .converter import convert
 from .find_dropped import find_manifest, is_superseded
 from .progress import Progress
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def converted(
-    request: Request, progress: Progress | None = None, trace: Trace = SILENCE
+    request: Request, progress: Progress | None = None, trace: Trace = NO_TRACE
 ) -> tuple[Manifest, Store]:
     """Return the model's conversion and its store, made complete first.
 

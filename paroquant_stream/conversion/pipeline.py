@@ -134,8 +134,10 @@ def _check_space(request: Request, tasks: Sequence[Task]) -> None:
 
     Counts shards of unknown size; when sources are dropped, only what is made at once.
     """
-    memo = request.store.memo
-    sure = [task for task in tasks if request.options.force or not memo.knows_size(task.size)]
+    digest_cache = request.store.digest_cache
+    sure = [
+        task for task in tasks if request.options.force or not digest_cache.knows_size(task.size)
+    ]
     sizes = sorted((file_size(task.outputs) for task in sure), reverse=True)
     needed = sum(sizes[: request.jobs] if request.options.drop_source else sizes)
     free = request.store.free_bytes()

@@ -194,8 +194,8 @@ def _settled(
         ]
         if not lost or record is None or not os.path.exists(path):
             continue
-        memo, shard = request.store.memo, Shard(task.shard, path)
-        changed = source_staleness(memo, shard, record.source_sha256, read_unknown=True)
+        digest_cache, shard = request.store.digest_cache, Shard(task.shard, path)
+        changed = source_staleness(digest_cache, shard, record.source_sha256, read_unknown=True)
         if not (changed or _why_unusable(request, task, record)):
             settled[task.shard] = replace(record, dropped=False)
     return settled

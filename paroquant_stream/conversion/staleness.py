@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from ..checkpoint.shard import Shard
 from ..errors import ParoquantStreamError
 from ..files.descriptor import closing
-from ..files.digest_cache import Memo
+from ..files.digest_cache import DigestCache
 from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
 from .request import Request
@@ -41,7 +41,9 @@ def staleness(
         shard = request.source.shard(record.shard)
         may_lack = record.dropped or record.key not in wanted
         if not (may_lack and not os.path.exists(shard.path)):
-            reason = source_staleness(request.store.memo, shard, record.source_sha256, read_unknown)
+            reason = source_staleness(
+                request.store.digest_cache, shard, record.source_sha256, read_unknown
+            )
             if reason:
                 return reason
         if record.key in wanted and request.store.entry_size(record.key) != record.size:
@@ -50,7 +52,7 @@ def staleness(
 
 
 def source_staleness(
-    memo: Memo, shard: Shard, expected: str, read_unknown: bool = False
+    digest_cache: DigestCache, shard: Shard, expected: str, read_unknown: bool = False
 ) -> str | None:
     """Tell why a shard's SHA-256 is not the expected one, or None when it surely is."""
     if not os.path.exists(shard.path):
@@ -60,9 +62,9 @@ def source_staleness(
     except ParoquantStreamError as error:
         return f"{shard.name} cannot be read: {error}"
     with closing(fd):
-        sha256 = shard.known_sha256(memo, fd)
+        sha256 = shard.known_sha256(digest_cache, fd)
         if sha256 is None and read_unknown:
-            sha256 = shard.sha256(memo)
+            sha256 = shard.sha256(digest_cache)
     if sha256 != expected:
         return f"{shard.name} changed, or was never hashed where it lies now"
     return None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from ..errors import RunCancelledError
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 
 _POLL_SECONDS = 0.2  # between checks for cancellation while waiting for a slot
 _HELPER_THREADS = 3  # two share the work that can be divided while one hashes
@@ -115,7 +115,7 @@ class SlotPool:
 class Slot:
     """The slot that one job holds; creating it waits until one is free."""
 
-    def __init__(self, pool: SlotPool | None = None, trace: Trace = SILENCE) -> None:
+    def __init__(self, pool: SlotPool | None = None, trace: Trace = NO_TRACE) -> None:
         """Acquire a slot.
 
         Args:

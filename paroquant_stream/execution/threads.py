@@ -11,7 +11,7 @@ from concurrent.futures import (
 )
 from typing import TypeVar
 
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .slots import Slot, SlotPool
 
 _Item = TypeVar("_Item")
@@ -24,7 +24,7 @@ def run_all(
     function: Callable[[_Item, Slot], _Result],
     items: Sequence[_Item],
     jobs: int,
-    trace: Trace = SILENCE,
+    trace: Trace = NO_TRACE,
     slots: SlotPool | None = None,
 ) -> Iterator[_Result]:
     """Call `function(item, slot)` for every item and yield the results as the calls finish.

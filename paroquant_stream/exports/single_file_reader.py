@@ -121,8 +121,8 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
             continue
         if name not in file.origin.sources:
             return f"{name} was not there when it was made"
-        memo, expected = request.store.memo, file.origin.sources[name]
-        if reason := source_staleness(memo, shard, expected, read_unknown=True):
+        digest_cache, expected = request.store.digest_cache, file.origin.sources[name]
+        if reason := source_staleness(digest_cache, shard, expected, read_unknown=True):
             return reason
     return _damage(file, file.origin, request, full)
 
@@ -141,13 +141,13 @@ def _removed_sources(request: Request) -> dict[str, str]:
 
 
 def _damage(file: SingleFile, origin: Origin, request: Request, full: bool) -> str | None:
-    label, memo = str(file.path), request.store.memo
-    if not full and memo.lookup(file.fd) == origin.digest:
+    label, digest_cache = str(file.path), request.store.digest_cache
+    if not full and digest_cache.lookup(file.fd) == origin.digest:
         return None
-    before = memo.begin(file.fd)
+    before = digest_cache.begin(file.fd)
     header_size = file.header.tensors[0].start if file.header.tensors else file.header.size
     digest = hash_single(file.fd, header_size, label, origin.digest)
     if digest != origin.digest:
         return f"damaged: expected XXH3 {origin.digest}, found {digest}"
-    memo.remember(file.fd, before, digest)
+    digest_cache.remember(file.fd, before, digest)
     return None

@@ -1,4 +1,4 @@
-"""Files and directories by descriptor: safetensors headers and writing, hashes, atomic publication.
+"""Reading and writing files: safetensors headers, hashes, directories by descriptor, atomic writes.
 
-Imports errors and trace alone.
+May import errors and trace only.
 """

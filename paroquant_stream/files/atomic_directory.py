@@ -1,4 +1,4 @@
-"""One new directory outside of the store, whole or not there at all."""
+"""A new directory that appears under its name complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from .atomic_file import free_bytes, sync_directory
 
 @contextlib.contextmanager
 def new_directory(target: Path, needed: int) -> Iterator[Path]:
-    """A new directory to fill, called `target` once the body is done and gone if it fails.
+    """Yield an empty directory that is renamed to `target` after the body.
 
-    `needed`: bytes that the body is going to write. The body makes its files durable itself. Raises
-    UnwritableFileError.
+    When the body raises, the directory is removed. The body makes its own files durable.
+
+    Args:
+        target: The final path; nothing, or an empty directory, may be there.
+        needed: Bytes that the body is going to write.
+
+    Raises:
+        UnwritableFileError: The directory cannot be made or renamed, or the disk is too full.
     """
     temp = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
     try:
@@ -25,14 +31,15 @@ def new_directory(target: Path, needed: int) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(target, error) from error
     try:
-        _check_room(target, needed)
+        _check_free_space(target, needed)
         yield temp
         _rename(temp, target)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _check_room(target: Path, needed: int) -> None:
+def _check_free_space(target: Path, needed: int) -> None:
+    """Raise UnwritableFileError unless `needed` bytes are free."""
     try:
         free = free_bytes(target.parent)
     except OSError as error:
@@ -44,6 +51,7 @@ def _check_room(target: Path, needed: int) -> None:
 
 
 def _rename(temp: Path, target: Path) -> None:
+    """Rename the directory and make the name durable; remove it when that fails."""
     try:
         os.rename(temp, target)
         try:
@@ -56,6 +64,7 @@ def _rename(temp: Path, target: Path) -> None:
 
 
 def _unwritable(target: Path, error: OSError) -> UnwritableFileError:
+    """Return the error of a directory that cannot be written."""
     return UnwritableFileError(
         f"{target}: cannot be written: {error.strerror}; name a directory that can be"
     )

@@ -1,7 +1,7 @@
-"""A file outside of its name until it is whole: a temp, then fsync, rename, fsync of the directory.
+"""A file that gets its name only when it is complete: temp, fsync, rename, fsync of the directory.
 
-Without the first fsync a power cut leaves a committed name with no bytes (seen on ext4); without
-the second, no name.
+Without the first fsync, a power cut can leave the name with an empty file (seen on ext4); without
+the second, the name can be lost.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class AtomicFile:
-    """A temp file with its lease; `publish` gives it its name, `discard` removes it."""
+    """A temp file with its lock and lease; `publish` renames it, `discard` removes it."""
 
     def __init__(self, folder: Folder, name: str, size: int, mode: int, direct: bool) -> None:
-        """Make a temp in a directory that stays open as long as this file.
+        """Create the temp file.
 
         Args:
-            folder: Where the temp lies.
-            name: Its name; ends in one of `temp_files.temp_name`, by which a sweep knows it.
+            folder: Directory of the temp file; must stay open as long as this object is used.
+            name: Name of the temp file. It ends with a name from `temp_files.temp_name`, so that
+                `temp_files.sweep` can remove it after a crash.
             size: Bytes to reserve on the disk.
             mode: Permission bits.
-            direct: Whether to write past the page cache, where the file system can.
+            direct: Whether to bypass the page cache, where the file system can.
 
         Raises:
-            OSError: It cannot be made.
+            OSError: The file cannot be created.
         """
         self._folder, self._name, self._is_temp = folder, name, False
         self.fd = -1
-        temp_files.announce(name)  # before it exists: another thread may sweep just now
+        temp_files.announce(name)  # first, or a sweep in another thread could remove the file
         try:
             self.fd = _create(folder, name, mode, direct)
-            self._is_temp = True  # else what lies there is not ours
+            self._is_temp = True  # set after the creation: a file that was there is not ours
             temp_files.hold(name, self.fd)
             _reserve(self.fd, size)
         except OSError:
@@ -50,18 +51,23 @@ class AtomicFile:
 
     @property
     def path(self) -> Path:
-        """Where the temp lies until it is published."""
+        """Return the path of the temp file."""
         return self._folder.path / self._name
 
     def publish(self, folder: Folder, name: str, size: int) -> FileStamp:
-        """Make the file durable under a name, in place of what has it, and return its stamp.
+        """Make the file durable under its final name and return its stamp.
 
-        Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel
-        has dropped the pages by then.
+        An existing file of that name is replaced; its readers keep the old bytes. A failed fsync is
+        not repeated, because the kernel has dropped the dirty pages by then.
+
+        Args:
+            folder: Directory of the final name.
+            name: The final name.
+            size: Bytes that the file must have.
 
         Raises:
-            StoreError: It has not `size` bytes.
-            OSError: It cannot be made durable.
+            StoreError: The file has another size.
+            OSError: The file cannot be made durable.
         """
         os.fsync(self.fd)
         if (reached := os.fstat(self.fd).st_size) != size:
@@ -72,19 +78,19 @@ class AtomicFile:
         return FileStamp.of(os.fstat(self.fd))
 
     def discard(self) -> None:
-        """Close the file and remove the temp if it is still there."""
+        """Close the file and remove the temp file unless it was published."""
         fd, self.fd = self.fd, -1
-        with contextlib.suppress(OSError):  # the next run's sweep finds what stays
+        with contextlib.suppress(OSError):  # the sweep of the next run removes it
             if self._is_temp:
                 self._folder.unlink(self._name)
-        with contextlib.suppress(OSError):  # nothing that was not synced is ever published
+        with contextlib.suppress(OSError):  # a published file was synced before
             if fd >= 0:
                 os.close(fd)
         temp_files.release(self._name)
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Take the disk's space now, where the file system can: a full disk shows before the work."""
+    """Reserve disk space where the file system can, so that a full disk shows before the work."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
@@ -94,27 +100,36 @@ def _reserve(fd: int, size: int) -> None:
 
 
 def _create(folder: Folder, name: str, mode: int, direct: bool) -> int:
+    """Create a new file and return its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     if direct and _DIRECT:
         try:
             return os.open(name, flags | _DIRECT, mode, dir_fd=folder.fd)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what a file system without O_DIRECT says
+            if error.errno != errno.EINVAL:  # the error of a file system without O_DIRECT
                 raise
             with contextlib.suppress(FileNotFoundError):
-                folder.unlink(name)  # Linux has made the file by then
+                folder.unlink(name)  # Linux has created the file by then
     return os.open(name, flags, mode, dir_fd=folder.fd)
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes free where a path lies or would lie. Raises OSError."""
-    place = next((p for p in (path, *path.parents) if os.path.exists(p)), path)
-    status = os.statvfs(place)
+    """Return the free bytes of the file system that holds a path, which need not exist.
+
+    Raises:
+        OSError: The file system cannot be queried.
+    """
+    existing = next((p for p in (path, *path.parents) if os.path.exists(p)), path)
+    status = os.statvfs(existing)
     return status.f_bavail * status.f_frsize
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the names in a directory durable.
+
+    Raises:
+        OSError: The directory cannot be opened or synced.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -123,12 +138,18 @@ def sync_directory(path: Path) -> None:
 
 
 def write_error(path: Path, needed: int, error: OSError) -> StoreError:
-    """Return the StoreError of a file that cannot be written."""
+    """Return the StoreError of a file that cannot be written, see `write_problem`."""
     return StoreError(write_problem(path, needed, error))
 
 
 def write_problem(path: Path, needed: int, error: OSError) -> str:
-    """Tell why a file cannot be written, in one line; on a full disk with the bytes needed and free."""
+    """Explain in one line why a file cannot be written.
+
+    Args:
+        path: The file.
+        needed: Bytes still to be written, shown when the disk is full.
+        error: The error of the operating system.
+    """
     reason = f"{path}: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason += f"; {needed:,} bytes needed"

@@ -1,4 +1,4 @@
-"""Files by descriptor: opened without blocking, read and never mapped, failures typed."""
+"""Regular files by descriptor: safe opening, exact reads, stamps, typed errors."""
 
 from __future__ import annotations
 
@@ -12,59 +12,82 @@ from pathlib import Path
 from ..errors import MalformedFileError, UnreadableFileError
 
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
-WIDE_SECONDS = 86_400.0  # what the clocks of two machines may differ by, a wrong time zone included
+WIDE_SECONDS = 86_400.0  # how far two machines' clocks may differ, a wrong time zone included
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What `stat` says of a file's content: unequal stamps, perhaps unequal bytes."""
+    """The fields of `stat` that change with a file's content."""
 
     device: int
     inode: int
     size: int
+    """Bytes of the file."""
     mtime_ns: int
     ctime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileStamp:
-        """The stamp in a `stat` result."""
+        """Return the stamp in a `stat` result."""
         return cls(
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
 
     @classmethod
     def of_fd(cls, fd: int, label: str) -> FileStamp:
-        """The stamp of an open file. Raises UnreadableFileError."""
+        """Return the stamp of an open file.
+
+        Args:
+            fd: The file.
+            label: The name of the file in errors.
+
+        Raises:
+            UnreadableFileError: `fstat` failed.
+        """
         return cls.of(file_status(fd, label))
 
     @property
     def in_whole_seconds(self) -> bool:
-        """Whether the ctime is no finer: a coarse clock's, an image's, or 0."""
+        """Return whether the ctime has no fraction: from a coarse clock, an image, or 0."""
         return self.ctime_ns % 1_000_000_000 == 0
 
     def has_content_of(self, other: FileStamp) -> bool:
-        """Whether both are of one file with the same content, whatever its name was changed to."""
+        """Return whether both are stamps of one file with the same content.
+
+        The ctime is ignored, because renaming a file changes it.
+        """
         return replace(self, ctime_ns=0) == replace(other, ctime_ns=0)
 
     def is_settled(self, now_ns: int, same_clock: bool) -> bool:
-        """Whether a change after `now_ns` must show in the stamp.
+        """Return whether any change of the file after `now_ns` must alter the stamp.
 
-        `same_clock`: `now_ns` is by the clock that stamps the file.
+        Args:
+            now_ns: A time in nanoseconds since 1970.
+            same_clock: Whether that time is from the clock that stamps the file.
         """
         margin = RACY_SECONDS if same_clock else WIDE_SECONDS
         return max(self.mtime_ns, self.ctime_ns) + margin * 1e9 <= now_ns
 
 
 def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) -> int:
-    """A descriptor of the regular file at `path`, or of its last name below a directory `dir_fd`.
+    """Open a regular file to read and return its descriptor.
 
-    Looks before it opens: a FIFO would block, and opening a device may do something. With
-    `follow=False` a symlink is refused. Raises MalformedFileError for anything else than a regular file,
-    and OSError as `os.open` does.
+    The type is checked before opening: opening a FIFO would block, and opening a device may have
+    side effects.
+
+    Args:
+        path: The file.
+        follow: Whether `path` may be a symlink.
+        dir_fd: An open directory; only the last name of `path` is used then, and the rest is for
+            messages.
+
+    Raises:
+        MalformedFileError: It is not a regular file.
+        OSError: It cannot be opened; with `follow=False` also because it is a symlink.
     """
     name = path if dir_fd is None else path.name
     status = os.stat(name, dir_fd=dir_fd, follow_symlinks=follow)
-    if not stat.S_ISLNK(status.st_mode):  # a link that is refused is left to `os.open`
+    if not stat.S_ISLNK(status.st_mode):  # `os.open` refuses a symlink with its own error
         _check_regular(status, path)
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     fd = os.open(name, flags, dir_fd=dir_fd)
@@ -77,6 +100,7 @@ def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) 
 
 
 def _check_regular(status: os.stat_result, path: Path) -> None:
+    """Raise MalformedFileError unless the file is a regular one."""
     if not stat.S_ISREG(status.st_mode):
         raise MalformedFileError(
             f"{path}: expected a regular file, found a directory, pipe or device"
@@ -85,7 +109,10 @@ def _check_regular(status: os.stat_result, path: Path) -> None:
 
 @contextlib.contextmanager
 def closing(fd: int) -> Iterator[int]:
-    """Closes a descriptor that was only read from, after the body; nothing can be lost by it."""
+    """Yield a descriptor and close it after the body, ignoring errors of `close`.
+
+    For descriptors that are only read: their `close` cannot lose data.
+    """
     try:
         yield fd
     finally:
@@ -94,7 +121,15 @@ def closing(fd: int) -> Iterator[int]:
 
 
 def file_status(fd: int, label: str) -> os.stat_result:
-    """What `fstat` says. Raises UnreadableFileError when it fails."""
+    """Return the `fstat` result of an open file.
+
+    Args:
+        fd: The file.
+        label: The name of the file in errors.
+
+    Raises:
+        UnreadableFileError: `fstat` failed.
+    """
     try:
         return os.fstat(fd)
     except OSError as error:
@@ -102,14 +137,30 @@ def file_status(fd: int, label: str) -> os.stat_result:
 
 
 def unreadable(label: str, error: OSError) -> UnreadableFileError:
-    """The error for a file that the system cannot read."""
+    """Return the error of a file that the operating system cannot read.
+
+    Args:
+        label: The name of the file.
+        error: The error of the operating system.
+    """
     return UnreadableFileError(
         f"{label}: cannot be read: {error.strerror}; check the disk and run again"
     )
 
 
 def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
-    """`length` bytes at `offset`; a short read is an error, never zeros. Raises UnreadableFileError."""
+    """Read exactly `length` bytes at `offset`.
+
+    Args:
+        fd: The file.
+        offset: Position of the first byte.
+        length: Number of bytes.
+        label: The name of the file in errors.
+
+    Raises:
+        MalformedFileError: The file ends before.
+        UnreadableFileError: The operating system cannot read it.
+    """
     chunks = []
     while length:
         try:

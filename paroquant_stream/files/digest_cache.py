@@ -1,16 +1,17 @@
-"""The memo of digests: what a file's digest is, known without reading the file through.
+"""A cache of file digests, so that a file that has not changed need not be read again.
 
-    v1/memo/<size>-<device>-<inode>    [form, [stamp, file system, sample], digest, firm]
+    v1/memo/<size>-<device>-<inode>    [version, [stamp, file system, sample], digest, trusted]
 
-A memo counts only for a file whose stamp, file system and sample are what they were at the hash:
-    firm        if its times show every change (see filesystems.py), and it was settled
-    not firm    if the Hub's cache names the file by that digest, for no program rewrites its blobs
+A record counts only while the file's stamp, file system and sample are those of the time when it
+was hashed, and
+    if trusted        the file's times show every change (see filesystems.py), and it was settled
+    if not trusted    the Hub's cache has the digest as the file's name; no program rewrites blobs
 
-A file is settled when any change after the start of its hash must alter its stamp (git's racy
-rule). Its stamp is then 2 s older than that start, by the clock that made it: the file system's,
-which a wrong clock of the process does not touch. Where the two may be clocks of two machines,
-it takes a day, or a memo of the same file that is 2 s old. A store through mmap into an already
-dirty page alters no time, and only the sample may show it.
+A file is settled when every change after the start of its hash must alter its stamp ("racy git"):
+the stamp is then 2 s older than that start, by the clock of the file system, so that a wrong clock
+of this process has no effect. Where the stamp and the start may be from the clocks of two machines,
+the stamp must be a day older, or an equal record at least 2 s older. A write through mmap to a page
+that is already dirty alters no time; only the sample can show it.
 """
 
 from __future__ import annotations
@@ -32,69 +33,75 @@ from .filesystems import Ctime, ctime_kind, shows_changes
 from .folder import Folder
 from .hashing import SourceHasher, read_into
 
-_FORM = 2
-_MAX_MEMO = 4096  # bytes; one has 200
-SAMPLES = 8  # places in a file, 20 us in all, 0.8 ms from a disk; 64 would take 0.15 and 6 ms
+_VERSION = 2
+_MAX_RECORD = 4096  # bytes, many times the size of a record
+SAMPLES = 8  # pages of a file that are compared; more would delay a run without work
 SAMPLE_SIZE = 4096  # bytes of each
 
 
 @dataclass(frozen=True)
 class Observation:
-    """An open file as it was at one time."""
+    """The state of an open file at one time."""
 
     stamp: FileStamp
     fsid: int
+    """`f_fsid` of its file system."""
     kind: Ctime
     sample: str
+    """XXH3-128 of some of its pages, in hex."""
     now_ns: int = 0
-    """The time by the clock of the memo's file system; 0 where that is not known."""
+    """The time by the clock of the cache's file system; 0 if unknown."""
     same_clock: bool = False
-    """Whether that clock stamps the file, too."""
+    """Whether that clock also stamps the file."""
 
     @property
     def identity(self) -> list[int | str]:
-        """Return stamp, file system and sample, as they stand in a memo."""
+        """Return stamp, file system and sample, as stored in a record."""
         return [*vars(self.stamp).values(), self.fsid, self.sample]
 
     @property
     def shows_changes(self) -> bool:
-        """Return whether every change of the file but one through mmap alters its stamp."""
+        """Return whether every change of the file alters its stamp, except writes through mmap."""
         return shows_changes(self.kind, self.stamp)
 
     @property
     def is_settled(self) -> bool:
-        """Return whether that is so even for a change in the next moment."""
+        """Return whether even a change right after `now_ns` must alter the stamp."""
         return self.stamp.is_settled(self.now_ns, self.same_clock)
 
 
 @dataclass(frozen=True)
-class Memo:
-    """Digests of files, one small JSON file each, named `<size>-<device>-<inode>`.
+class DigestCache:
+    """Digests of files, one small JSON file per digest.
 
-    Every defect is a miss, and every failure to write is ignored: a memo only saves reading.
+    A record that cannot be read is ignored, and so is an error while writing one.
     """
 
     directory: Path
     read_only: bool = False
-    opened: Callable[..., AbstractContextManager[Folder]] | None = None
-    """Opens the directory, `create=True` makes it; by default its path is followed."""
+    opener: Callable[..., AbstractContextManager[Folder]] | None = None
+    """Opens the directory; `create=True` makes it. By default it is opened by its path."""
 
     def lookup(self, fd: int, name: str | None = None) -> str | None:
-        """Return the digest of an open file if it is known without reading the file through.
+        """Return the digest of an open file, or None if it must be hashed.
 
         Args:
             fd: The file.
-            name: The digest by which the Hub's cache names the file.
+            name: The file's digest by its name in the Hub's cache, if it has one.
         """
         seen = _observe(fd)
-        kept = self._read(seen) if seen else None
-        if seen is None or kept is None:
+        record = self._read(seen) if seen else None
+        if seen is None or record is None:
             return None
-        digest, firm = kept
-        return digest if (firm and seen.shows_changes) or digest == name else None
+        digest, trusted = record
+        return digest if (trusted and seen.shows_changes) or digest == name else None
 
     def begin(self, fd: int) -> Observation | None:
-        """Return what `remember` needs from before a hash; None where nothing can be kept."""
+        """Return the state of a file that is about to be hashed, for `remember`.
+
+        Returns:
+            The state, or None if no digest can be stored.
+        """
         seen = None if self.read_only else _observe(fd)
         if seen is None:
             return None
@@ -104,49 +111,49 @@ class Memo:
     def remember(
         self, fd: int, before: Observation | None, digest: str, name: str | None = None
     ) -> None:
-        """Keep the digest of an open file, if the file is still what it was before its hash.
+        """Store the digest of an open file unless the file has changed since `begin`.
 
         Args:
             fd: The file.
-            before: What `begin` returned.
-            digest: What the hash found.
-            name: The digest by which the Hub's cache names the file.
+            before: The result of `begin`.
+            digest: The result of the hash.
+            name: The file's digest by its name in the Hub's cache, if it has one.
         """
         after = _observe(fd) if before else None
         if before is None or after is None or after.identity != before.identity:
             return
-        firm = before.shows_changes and (before.is_settled or self._was_known(before, digest))
+        trusted = before.shows_changes and (before.is_settled or self._was_known(before, digest))
         if before.shows_changes or digest == name:
-            self._write(before, digest, firm)
+            self._write(before, digest, trusted)
 
     def remember_written(self, fd: int, stamp: FileStamp, digest: str) -> None:
-        """Keep the digest of a file that this process has just written.
+        """Store the digest of a file that this process has just written.
 
         Args:
             fd: The file, opened again.
-            stamp: Its stamp when it was published. A later change alters it, except within one tick
-                of the clock; a tick of a second is too long.
-            digest: That of the bytes that were written.
+            stamp: Its stamp when it was published. Any later change alters it, unless it happens
+                within one tick of the clock; a clock in whole seconds is too coarse for that.
+            digest: The digest of the bytes that were written.
         """
         seen = _observe(fd)
         if seen and seen.stamp == stamp and seen.shows_changes and not stamp.in_whole_seconds:
-            self._write(seen, digest, firm=True)
+            self._write(seen, digest, trusted=True)
 
     def knows_size(self, size: int) -> bool:
-        """Return whether a file of this size was ever hashed: hashing first may save work."""
-        with contextlib.suppress(OSError, ParoquantStreamError), self._folder() as folder:
+        """Return whether there is a digest of any file of this size in bytes."""
+        with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:
             return any(name.startswith(f"{size}-") for name in folder.names())
         return False
 
     def path(self, stamp: FileStamp) -> Path:
-        """Return where the digest of the file with this stamp lies or would lie."""
+        """Return the path of the record of the file with a stamp."""
         return self.directory / _name(stamp)
 
     @contextlib.contextmanager
-    def _folder(self, create: bool = False) -> Iterator[Folder]:
-        """Open the directory. Raises OSError, StoreError."""
-        if self.opened:
-            with self.opened(create=create) as folder:
+    def _open_folder(self, create: bool = False) -> Iterator[Folder]:
+        """Open the directory."""
+        if self.opener:
+            with self.opener(create=create) as folder:
                 yield folder
             return
         if create:
@@ -156,28 +163,29 @@ class Memo:
             yield folder
 
     def _read(self, seen: Observation) -> tuple[str, bool] | None:
-        """Return the digest of the very same file, and whether it is firm."""
+        """Return digest and `trusted` from the record of a file in exactly this state."""
         try:
-            with self._folder() as folder:
+            with self._open_folder() as folder:
                 fd = folder.open_file(_name(seen.stamp))
             with open(fd, "rb") as file:
-                form, identity, digest, firm = json.loads(file.read(_MAX_MEMO))
+                version, identity, digest, trusted = json.loads(file.read(_MAX_RECORD))
         except (OSError, ParoquantStreamError, ValueError, TypeError):
             return None
-        sound = form == _FORM and isinstance(digest, str) and len(digest) in (32, 64)
-        return (digest, firm is True) if sound and identity == seen.identity else None
+        valid = version == _VERSION and isinstance(digest, str) and len(digest) in (32, 64)
+        return (digest, trusted is True) if valid and identity == seen.identity else None
 
     def _was_known(self, seen: Observation, digest: str) -> bool:
-        """Return whether the very same file had this digest well before its hash began."""
-        kept = self._read(seen)
-        if kept is None or kept[0] != digest:
+        """Return whether a record of this file and digest is older than the start of its hash."""
+        record = self._read(seen)
+        if record is None or record[0] != digest:
             return False
-        with contextlib.suppress(OSError, ParoquantStreamError), self._folder() as folder:
+        with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:
             written = FileStamp.of(folder.stat(_name(seen.stamp)))
-            return kept[1] or written.is_settled(seen.now_ns, same_clock=True)
+            return record[1] or written.is_settled(seen.now_ns, same_clock=True)
         return False
 
-    def _write(self, seen: Observation, digest: str, firm: bool) -> None:
+    def _write(self, seen: Observation, digest: str, trusted: bool) -> None:
+        """Write a record atomically; a failure is ignored."""
         if self.read_only:
             return
         name = _name(seen.stamp)
@@ -185,21 +193,21 @@ class Memo:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with (
             contextlib.suppress(OSError, ParoquantStreamError),
-            self._folder(create=True) as folder,
+            self._open_folder(create=True) as folder,
         ):
             try:
                 with open(os.open(temp, flags, 0o600, dir_fd=folder.fd), "wb") as file:
-                    file.write(json.dumps([_FORM, seen.identity, digest, firm]).encode())
+                    file.write(json.dumps([_VERSION, seen.identity, digest, trusted]).encode())
                 folder.replace(temp, folder, name)
             except OSError:
                 folder.unlink(temp)
 
     def _now(self) -> tuple[int, Ctime]:
-        """Return the time by the clock of the memo's file system, and what that one is worth."""
+        """Return the time by the clock of the cache's file system, in ns, and its ctime's kind."""
         try:
-            # a tree that was cloned lacks its empty directories
-            with self._folder(create=True) as folder:
-                os.utime(folder.fd)  # it has the kernel's or the server's time then, not ours
+            # create: a cloned repository lacks its empty directories
+            with self._open_folder(create=True) as folder:
+                os.utime(folder.fd)  # stamped by the clock of the kernel or of the file server
                 stamp, fsid = FileStamp.of(folder.status()), os.fstatvfs(folder.fd).f_fsid
                 kind = ctime_kind(folder.fd, stamp.device, fsid)
         except (OSError, ParoquantStreamError):
@@ -208,30 +216,34 @@ class Memo:
 
 
 def _name(stamp: FileStamp) -> str:
+    """Return the name of the record of the file with a stamp."""
     return f"{stamp.size}-{stamp.device:x}-{stamp.inode:x}"
 
 
-def hash_file(fd: int, label: str, memo: Memo, name: str | None = None) -> str:
-    """Return the SHA-256 of an open file, and remember it.
+def hash_file(fd: int, label: str, digest_cache: DigestCache, name: str | None = None) -> str:
+    """Hash an open file, store the digest in a cache and return it.
 
     Args:
         fd: The file.
-        label: What errors call it.
-        memo: Where the digest is kept.
-        name: The digest by which the Hub's cache names the file.
+        label: The name of the file in errors.
+        digest_cache: The cache.
+        name: The file's digest by its name in the Hub's cache, if it has one.
+
+    Returns:
+        The SHA-256 in hex.
 
     Raises:
         SourceChangedError: The file became shorter meanwhile.
-        UnreadableFileError: The system cannot read it.
+        UnreadableFileError: The operating system cannot read it.
     """
-    before, size = memo.begin(fd), file_status(fd, label).st_size
+    before, size = digest_cache.begin(fd), file_status(fd, label).st_size
     sha256 = SourceHasher(fd, (), size, label, lambda _: None).finish().sha256
-    memo.remember(fd, before, sha256, name)
+    digest_cache.remember(fd, before, sha256, name)
     return sha256
 
 
 def _observe(fd: int) -> Observation | None:
-    """Return what an open file is like; None when the system does not say it."""
+    """Return the state of an open file, or None if it cannot be read."""
     try:
         stamp, fsid = FileStamp.of(os.fstat(fd)), os.fstatvfs(fd).f_fsid
         kind, sample = ctime_kind(fd, stamp.device, fsid), _sample(fd, stamp.size)
@@ -241,12 +253,7 @@ def _observe(fd: int) -> Observation | None:
 
 
 def _sample(fd: int, size: int) -> str:
-    """Return the XXH3-128 of a few pages: the first, the last, and some at even distances.
-
-    Raises:
-        SourceChangedError: The file became shorter meanwhile.
-        UnreadableFileError: The system cannot read it.
-    """
+    """Return the XXH3-128 of `SAMPLES` pages: the first, the last and others evenly spaced."""
     count = min(SAMPLE_SIZE, size)
     pages = memoryview(bytearray(SAMPLES * count))
     for index in range(SAMPLES):

@@ -1,14 +1,14 @@
 """Which file systems keep a ctime that shows every change of a file, and by whose clock.
 
-    LOCAL    by this kernel's clock, finer than a second
-    KEPT     by the clock of another machine, or in whole seconds
-    UNKNOWN  perhaps not: FUSE, 9p, virtiofs, SMB and whatever is not listed here
-    NONE     images, which are stamped once when they are built, and FAT
+    LOCAL    by the clock of this kernel, finer than a second
+    WEAK     by the clock of another machine, or in whole seconds
+    UNKNOWN  perhaps not at all: FUSE, 9p, virtiofs, SMB and every type not listed here
+    NONE     not at all: FAT, and images, whose files get their ctime when the image is built
 
-Where that is unknown a file can prove it by a ctime that is later than its mtime: a file system
-that has no ctime shows the mtime in its place. Whole seconds prove nothing, and on a LOCAL file
-system disprove it: they come from a program that built an image (mke2fs does, too), which gives
-every version of a file the same ones.
+On an UNKNOWN file system a ctime later than the mtime proves that there is one: a file system
+without a ctime shows the mtime instead. A ctime in whole seconds proves nothing, and on a LOCAL
+file system it is not trusted: it was set by a program that builds images, such as mke2fs, which
+sets the same one for every version of a file.
 """
 
 from __future__ import annotations
@@ -21,47 +21,53 @@ from .descriptor import FileStamp, closing
 
 
 class Ctime(IntEnum):
-    """What the ctime of files is worth on a file system, the least first."""
+    """How far the ctime of a file system can be trusted, the least first."""
 
     NONE = 0
     UNKNOWN = 1
-    KEPT = 2
+    WEAK = 2
     LOCAL = 3
 
 
 def _table(**names: str) -> dict[str, Ctime]:
-    return {name: Ctime[kind] for kind, listed in names.items() for name in listed.split()}
+    """Return the kind of each file system type, given the types of each kind."""
+    return {name: Ctime[kind] for kind, types in names.items() for name in types.split()}
 
 
 _LINUX = _table(
     LOCAL="ext4 xfs btrfs zfs f2fs bcachefs tmpfs",
-    KEPT="ext2 ext3 nfs nfs4 ceph lustre gpfs beegfs ocfs2 gfs2",
+    WEAK="ext2 ext3 nfs nfs4 ceph lustre gpfs beegfs ocfs2 gfs2",
     NONE="squashfs erofs iso9660 udf cramfs romfs vfat msdos exfat",
 )
-_MACOS = _table(LOCAL="apfs", KEPT="hfs nfs", NONE="msdos exfat cd9660 udf")
+_MACOS = _table(LOCAL="apfs", WEAK="hfs nfs", NONE="msdos exfat cd9660 udf")
 _known: dict[tuple[int, int], Ctime] = {}
 
 
 def ctime_kind(fd: int, device: int, fsid: int) -> Ctime:
-    """Return what the ctime of an open file is worth, by the type of its file system.
+    """Return how far the ctime of an open file can be trusted, by its file system's type.
 
     Args:
-        fd: The file, or a directory.
+        fd: A file or a directory.
         device: Its `st_dev`.
-        fsid: Its `f_fsid`. The answer is kept by device and fsid for as long as the process lives.
+        fsid: Its `f_fsid`. The result is cached by device and fsid for the life of the process.
     """
     key = device, fsid
     if key not in _known:
         try:
             _known[key] = _of_macos(fd) if sys.platform == "darwin" else _of_linux(fd)
-        except (OSError, ValueError, StopIteration):  # no /proc, or one that does not say it
+        except (OSError, ValueError, StopIteration):  # /proc is absent or does not list the mount
             _known[key] = Ctime.UNKNOWN
     return _known[key]
 
 
 def shows_changes(kind: Ctime, stamp: FileStamp) -> bool:
-    """Return whether every change of a file but one through mmap alters its stamp."""
-    if kind is Ctime.KEPT:
+    """Return whether every change of a file alters its stamp, except writes through mmap.
+
+    Args:
+        kind: How far the ctime of its file system can be trusted.
+        stamp: The stamp of the file.
+    """
+    if kind is Ctime.WEAK:
         return stamp.ctime_ns > 0
     if stamp.in_whole_seconds:
         return False
@@ -69,7 +75,8 @@ def shows_changes(kind: Ctime, stamp: FileStamp) -> bool:
 
 
 def _of_linux(fd: int) -> Ctime:
-    # by the mount's number: on btrfs and overlay no mount has the device that `stat` shows
+    """Return the kind of the mount that holds an open file, from /proc."""
+    # by mount id: on btrfs and overlay `st_dev` is not the device of any mount
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
         mount = next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
     with open("/proc/self/mountinfo", "rb") as file:
@@ -79,14 +86,14 @@ def _of_linux(fd: int) -> Ctime:
 
 
 def _of_overlay(options: str) -> Ctime:
-    """Return that of the worst layer; what cannot be seen, as in a container, is unknown."""
+    """Return the kind of the worst layer; UNKNOWN where the layers are not visible."""
     pairs = [option.partition("=") for option in options.split(",")]
     layers = [
         path
         for key, _, paths in pairs
         if key in {"upperdir", "lowerdir", "lowerdir+", "datadir+"}
         for path in paths.split(":")
-        if path  # an empty one stands before layers that hold data alone
+        if path  # `::` in lowerdir separates the data-only layers
     ]
     if "\\" in options or not all(path.startswith("/") for path in layers):
         return Ctime.UNKNOWN
@@ -94,15 +101,17 @@ def _of_overlay(options: str) -> Ctime:
 
 
 def _of_layer(path: str) -> Ctime:
+    """Return the kind of the file system that holds an overlay's layer."""
     with closing(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         return _of_linux(fd)
 
 
 def _of_macos(fd: int) -> Ctime:
-    import ctypes  # 3 ms, which Linux saves
+    """Return the kind of the file system that holds an open file, from `fstatfs`."""
+    import ctypes  # slow to import, and needed on macOS only
 
     libc, status = ctypes.CDLL(None), ctypes.create_string_buffer(4096)
-    # on Intel the plain name is that of an older structure
+    # on Intel the name without suffix is the call for an older struct
     call = getattr(libc, "fstatfs$INODE64", None) or libc.fstatfs
     if call(fd, status):
         return Ctime.UNKNOWN

@@ -1,4 +1,4 @@
-"""Directories by descriptor: what is below one is reached name by name, and no link is followed."""
+"""Directories by descriptor: names below one are opened one by one, without following links."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Folder:
-    """An open directory. Its path is for messages: every operation goes by the descriptor."""
+    """An open directory.
+
+    Every operation uses the descriptor; the path is only for messages. A name is a single path
+    component.
+    """
 
     def __init__(self, fd: int, path: Path) -> None:
-        """Takes over `fd`."""
+        """Take ownership of an open directory's descriptor."""
         self.fd, self.path = fd, path
 
     @classmethod
     def open(cls, path: Path) -> Folder:
-        """Open the directory that the caller named; links on the way to it are followed.
+        """Open a directory by path; links in the path are followed.
 
-        Raises OSError.
+        Raises:
+            OSError: It is absent, not a directory or cannot be opened.
         """
         return cls(os.open(path, _DIRECTORY), path)
 
     def child(self, name: str, create: int | None = None) -> Folder:
-        """Open a directory in this one; a link in its place is an error.
+        """Open a directory in this one.
 
         Args:
-            name: One name, without a separator.
-            create: The mode to make it with where it is absent.
+            name: Its name.
+            create: Permission bits to create it with if it is absent; None does not create it.
 
         Raises:
-            OSError: It is absent, a link (ELOOP or ENOTDIR) or no directory.
+            OSError: It is absent, a link (ELOOP or ENOTDIR) or not a directory.
         """
         flags = _DIRECTORY | os.O_NOFOLLOW
         try:
@@ -45,29 +50,52 @@ class Folder:
         except FileNotFoundError:
             if create is None:
                 raise
-        with contextlib.suppress(FileExistsError):  # another run was faster
+        with contextlib.suppress(FileExistsError):  # another process created it meanwhile
             os.mkdir(name, create, dir_fd=self.fd)
             os.fsync(self.fd)
         return Folder(os.open(name, flags, dir_fd=self.fd), self.path / name)
 
     def status(self) -> os.stat_result:
-        """What `fstat` says of the directory itself. Raises OSError."""
+        """Return the `fstat` result of the directory itself.
+
+        Raises:
+            OSError: `fstat` failed.
+        """
         return os.fstat(self.fd)
 
     def stat(self, name: str) -> os.stat_result:
-        """What `lstat` says of a name. Raises OSError."""
+        """Return the `lstat` result of a name in the directory.
+
+        Raises:
+            OSError: The name is absent or cannot be read.
+        """
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
     def open_file(self, name: str) -> int:
-        """Open a regular file to read. Raises OSError, MalformedFileError for anything else."""
+        """Open a regular file to read and return its descriptor.
+
+        Raises:
+            MalformedFileError: It is not a regular file.
+            OSError: It is absent, a link or cannot be opened.
+        """
         return open_regular(self.path / name, follow=False, dir_fd=self.fd)
 
     def names(self) -> list[str]:
-        """The names in it, sorted. Raises OSError."""
+        """Return the names in the directory, sorted.
+
+        Raises:
+            OSError: The directory cannot be read.
+        """
         return sorted(os.listdir(self.fd))
 
     def files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Its regular files by name; what goes meanwhile is left out. Raises OSError."""
+        """Yield name and `lstat` result of every regular file, sorted by name.
+
+        Files that are removed meanwhile are skipped.
+
+        Raises:
+            OSError: The directory cannot be read.
+        """
         for name in self.names():
             with contextlib.suppress(FileNotFoundError):
                 status = self.stat(name)
@@ -75,25 +103,43 @@ class Folder:
                     yield name, status
 
     def unlink(self, name: str) -> None:
-        """Remove a file or a link. Raises OSError."""
+        """Remove a file or a link.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
         os.unlink(name, dir_fd=self.fd)
 
     def replace(self, name: str, target: Folder, new_name: str) -> None:
-        """Rename a file, in place of what has the new name. Raises OSError."""
+        """Rename a file and replace the one that has the new name.
+
+        Args:
+            name: Name in this directory.
+            target: Directory of the new name, on the same file system.
+            new_name: Name in `target`.
+
+        Raises:
+            OSError: It cannot be renamed.
+        """
         os.replace(name, new_name, src_dir_fd=self.fd, dst_dir_fd=target.fd)
 
     def sync(self) -> None:
-        """Make its names durable. Raises OSError."""
+        """Make the names in the directory durable.
+
+        Raises:
+            OSError: The directory cannot be synced.
+        """
         os.fsync(self.fd)
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptor; further calls do nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            with contextlib.suppress(OSError):  # it was only read from
+            with contextlib.suppress(OSError):  # a directory has no data that close could lose
                 os.close(fd)
 
     def __enter__(self) -> Folder:
+        """Return the folder itself."""
         return self
 
     def __exit__(
@@ -102,4 +148,5 @@ class Folder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close the descriptor."""
         self.close()

@@ -1,7 +1,6 @@
-"""Identities of bytes: SHA-256 of sources and parts, XXH3-128 of entries.
+"""Hashes of files: SHA-256 of sources, XXH3-128 of entries.
 
-SHA-256 is the Hub's own identity of a shard. XXH3 detects damage, not malice, at a tenth of the
-cost.
+SHA-256 is how the Hub identifies a shard. XXH3 is much faster; it detects damage, not tampering.
 """
 
 from __future__ import annotations
@@ -18,13 +17,21 @@ from ..errors import SourceChangedError
 from .descriptor import file_status, unreadable
 from .tensor_header import TensorInfo
 
-CHUNK = 4 << 20  # bytes a read; larger ones leave the L2 cache before they are hashed
+CHUNK = 4 << 20  # bytes per read; small enough to be hashed while it is in the L2 cache
 
 
 def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
-    """Fills `view` with the bytes from `start` on.
+    """Fill a buffer with the bytes of a file.
 
-    Raises SourceChangedError when the file ends before, UnreadableFileError when the system cannot read it.
+    Args:
+        fd: The file.
+        view: The buffer; its length is the number of bytes to read.
+        start: Position of the first byte.
+        label: The name of the file in errors.
+
+    Raises:
+        SourceChangedError: The file ends before the buffer is full.
+        UnreadableFileError: The operating system cannot read it.
     """
     filled = 0
     while filled < len(view):
@@ -40,9 +47,18 @@ def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
 def read_chunks(
     fd: int, start: int, stop: int, label: str, buffer: memoryview
 ) -> Iterator[memoryview]:
-    """The bytes `start:stop` in order, each chunk a view into `buffer`, which the next one reuses.
+    """Yield the bytes `start:stop` of a file in order, as views into a buffer that is reused.
 
-    Raises SourceChangedError when the file ends before `stop`.
+    Args:
+        fd: The file.
+        start: Position of the first byte.
+        stop: Position after the last byte.
+        label: The name of the file in errors.
+        buffer: Memory for one chunk; each chunk but the last fills it.
+
+    Raises:
+        SourceChangedError: The file ends before `stop`.
+        UnreadableFileError: The operating system cannot read it.
     """
     while start < stop:
         chunk = buffer[: min(len(buffer), stop - start)]
@@ -53,15 +69,19 @@ def read_chunks(
 
 @dataclass(frozen=True)
 class SourceDigest:
-    """What one pass over a shard found."""
+    """The hashes from one pass over a shard."""
 
     sha256: str
+    """SHA-256 of the file, in hex."""
     fingerprints: dict[str, bytes]
-    """XXH3-128 of each tensor's bytes, to prove later that those same bytes were converted."""
+    """XXH3-128 of each tensor's bytes, to check later that the converted bytes are the same."""
 
 
 class SourceHasher:
-    """Hashes a file front to back: the bytes it is given as they are read, and the gaps between."""
+    """Hashes a shard and each of its tensors in one pass, front to back.
+
+    `update` takes bytes that the caller has read; `advance` reads the bytes between them.
+    """
 
     def __init__(
         self,
@@ -71,34 +91,49 @@ class SourceHasher:
         label: str,
         tick: Callable[[int], None],
     ) -> None:
-        """`tensors` in file order; `tick(bytes)` follows every chunk and may raise to stop."""
+        """Start at the first byte.
+
+        Args:
+            fd: The shard.
+            tensors: Its tensors in file order.
+            size: Its length in bytes.
+            label: The name of the file in errors.
+            tick: Called with the number of bytes after every chunk that is read here; may raise to
+                stop.
+        """
         self._fd, self._size, self._label, self._tick = fd, size, label, tick
-        self._whole, self._one = hashlib.sha256(), xxhash.xxh3_128()
-        self._left = deque(tensor for tensor in tensors if tensor.stop > tensor.start)
-        self._fingerprints = {t.name: self._one.digest() for t in tensors if t.stop == t.start}
+        self._file_hash, self._tensor_hash = hashlib.sha256(), xxhash.xxh3_128()
+        self._remaining = deque(tensor for tensor in tensors if tensor.stop > tensor.start)
+        empty = self._tensor_hash.digest()
+        self._fingerprints = {t.name: empty for t in tensors if t.stop == t.start}
         self.position = 0
 
     def update(self, view: memoryview) -> None:
-        """Hashes the bytes from `position` on."""
-        self._whole.update(view)
+        """Hash the bytes that follow `position`, and move it behind them."""
+        self._file_hash.update(view)
         while view:
-            if not self._left:
+            if not self._remaining:
                 self.position += len(view)
                 return
-            tensor = self._left[0]
+            tensor = self._remaining[0]
             inside = self.position >= tensor.start
             chunk = view[: (tensor.stop if inside else tensor.start) - self.position]
             if inside:
-                self._one.update(chunk)
+                self._tensor_hash.update(chunk)
             self.position += len(chunk)
             view = view[len(chunk) :]
             if self.position == tensor.stop:
-                self._fingerprints[tensor.name] = self._one.digest()
-                self._one.reset()
-                self._left.popleft()
+                self._fingerprints[tensor.name] = self._tensor_hash.digest()
+                self._tensor_hash.reset()
+                self._remaining.popleft()
 
     def advance(self, stop: int) -> None:
-        """Reads and hashes up to `stop`. Raises SourceChangedError when the file ends before."""
+        """Read and hash the bytes from `position` to `stop`; do nothing if it is behind.
+
+        Raises:
+            SourceChangedError: The file ends before `stop`.
+            UnreadableFileError: The operating system cannot read it.
+        """
         if stop <= self.position:
             return
         buffer = memoryview(bytearray(min(CHUNK, stop - self.position)))
@@ -107,23 +142,47 @@ class SourceHasher:
             self._tick(len(chunk))
 
     def finish(self) -> SourceDigest:
-        """The digest, once the rest of the file is read."""
+        """Read and hash the rest of the file and return the hashes.
+
+        Raises:
+            SourceChangedError: The file is shorter than it was.
+            UnreadableFileError: The operating system cannot read it.
+        """
         self.advance(self._size)
-        return SourceDigest(self._whole.hexdigest(), self._fingerprints)
+        return SourceDigest(self._file_hash.hexdigest(), self._fingerprints)
 
 
 def sha256_of(data: memoryview) -> bytes:
-    """SHA-256 of a part that another shard's task borrows, 32 bytes."""
+    """Return the SHA-256 of bytes in memory, 32 bytes."""
     return hashlib.sha256(data).digest()
 
 
 def hash_entry(fd: int, label: str) -> str:
-    """XXH3-128 of a whole file, in hex."""
+    """Return the XXH3-128 of a whole file, in hex.
+
+    Args:
+        fd: The file.
+        label: The name of the file in errors.
+
+    Raises:
+        SourceChangedError: The file became shorter meanwhile.
+        UnreadableFileError: The operating system cannot read it.
+    """
     return hash_parts(b"", fd, label)
 
 
 def hash_parts(head: bytes, fd: int, label: str) -> str:
-    """XXH3-128 of `head` and of what follows as many bytes in the file, in hex."""
+    """Return the XXH3-128 of a file whose first bytes are replaced, in hex.
+
+    Args:
+        head: Hashed in place of as many bytes at the beginning of the file.
+        fd: The file.
+        label: The name of the file in errors.
+
+    Raises:
+        SourceChangedError: The file became shorter meanwhile.
+        UnreadableFileError: The operating system cannot read it.
+    """
     digest = xxhash.xxh3_128(head)
     buffer = memoryview(bytearray(CHUNK))
     for chunk in read_chunks(fd, len(head), file_status(fd, label).st_size, label, buffer):

@@ -1,4 +1,4 @@
-"""A new file written in one stream: hashed on the way, published whole under its name."""
+"""Files written in one stream: hashed while they are written, and published atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from ..errors import StoreError
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .atomic_file import AtomicFile, write_error
 from .descriptor import FileStamp
 from .folder import Folder
@@ -24,27 +24,37 @@ from .temp_files import name_beside
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-_BLOCK = 4 << 20  # bytes a write; a multiple of any disk's blocks, as O_DIRECT wants it
-_BLOCKS = 3  # queued to be written
+_BLOCK = 4 << 20  # bytes per write; O_DIRECT requires a multiple of the disk's block size
+_BLOCKS = 3  # blocks that may wait to be written
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class NewFile:
-    """A temp file of the store; `write` hashes, `publish` gives it its name.
+    """A temp file that hashes what is written; `publish` gives it its final name.
 
-    Whole blocks go to the disk in a thread of their own, past the page cache where the system can:
-    into it, 3.7 GB cost 3 to 7 s of a core on a machine whose free memory is not backed, past it
-    0.2 s, and nothing that others have cached is driven out.
+    Full blocks are written in a second thread, with O_DIRECT where the file system allows it: that
+    costs less CPU time and evicts nothing from the page cache.
     """
 
     def __init__(
-        self, folder: Folder, name: str, size: int, mode: int, trace: Trace = SILENCE
+        self, folder: Folder, name: str, size: int, mode: int, trace: Trace = NO_TRACE
     ) -> None:
-        """Make the temp `name` in a directory that stays open as long as this file."""
+        """Create the temp file.
+
+        Args:
+            folder: Directory of the temp file; must stay open as long as this object is used.
+            name: Name of the temp file.
+            size: Bytes that will be written.
+            mode: Permission bits.
+            trace: Records the stage `write`.
+
+        Raises:
+            StoreError: The file cannot be created.
+        """
         self._size, self._written, self._trace = size, 0, trace
         self._hash = xxhash.xxh3_128()
         self._block, self._filled = memoryview(b""), 0
-        self._spare: list[memoryview] = []
+        self._free_blocks: list[memoryview] = []
         self._writer: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         try:
@@ -54,66 +64,71 @@ class NewFile:
 
     @property
     def path(self) -> Path:
-        """Where the temp lies until it is published."""
+        """Return the path of the temp file."""
         return self._file.path
 
     @property
     def size(self) -> int:
-        """Bytes that it has once it is published."""
+        """Return the bytes of the complete file."""
         return self._size
 
     @property
     def digest(self) -> str:
-        """XXH3-128 of the bytes written so far, in hex."""
+        """Return the XXH3-128 of the bytes written so far, in hex."""
         return self._hash.hexdigest()
 
     def write(self, chunk: memoryview) -> None:
-        """Appends all of `chunk`, which may change afterwards. Raises StoreError, perhaps for what
-        was written before.
+        """Append bytes.
+
+        Args:
+            chunk: The bytes; they are copied, so the buffer can be reused.
+
+        Raises:
+            StoreError: These or earlier bytes cannot be written.
         """
         self._hash.update(chunk)
         chunk = chunk.cast("B")
         while chunk:
             if not self._block:
-                self._block = self._empty_block()
+                self._block = self._take_block()
             count = min(_BLOCK - self._filled, len(chunk))
             self._block[self._filled : self._filled + count] = chunk[:count]
             self._filled += count
             chunk = chunk[count:]
             if self._filled == _BLOCK:
-                self._hand_over()
+                self._submit_block()
 
-    def _empty_block(self) -> memoryview:
-        """Memory for a block, or for the rest of the file; on a page, as O_DIRECT wants it."""
+    def _take_block(self) -> memoryview:
+        """Return page-aligned memory, as O_DIRECT requires, for a block or the rest of the file."""
         if len(self._pending) == _BLOCKS:
             self._wait(1)
-        if self._spare:
-            return self._spare.pop()
+        if self._free_blocks:
+            return self._free_blocks.pop()
         space = mmap.mmap(-1, min(_BLOCK, max(self._size - self._written, 1)))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):
                 space.madvise(mmap.MADV_HUGEPAGE)
         return memoryview(space)
 
-    def _hand_over(self) -> None:
-        """Lets the full block be written."""
+    def _submit_block(self) -> None:
+        """Queue the full block for the writer thread."""
         if self._writer is None:
-            from concurrent.futures import (
-                ThreadPoolExecutor,  # 3 ms, which a run without work saves
-            )
+            # imported late: a run without work does not need it
+            from concurrent.futures import ThreadPoolExecutor
 
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         block, self._block, self._filled = self._block, memoryview(b""), 0
         self._pending.append((self._writer.submit(self._write, block), block))
 
     def _wait(self, count: int) -> None:
-        """Returns when the oldest `count` blocks are written. Raises what writing them raised."""
+        """Wait until the oldest `count` blocks are written; raise what writing them raised."""
         for _ in range(count):
             future, block = self._pending.popleft()
             future.result()
-            self._spare.append(block)
+            self._free_blocks.append(block)
 
     def _write(self, block: memoryview) -> None:
+        """Write a block in the calling thread."""
         with self._trace.span("write"):
             try:
                 while block:
@@ -124,25 +139,34 @@ class NewFile:
                 raise write_error(self.path, self._size - self._written, error) from error
 
     def _write_some(self, block: memoryview) -> int:
+        """Write as much of a block as one call takes, and return the number of bytes."""
         try:
             return os.write(self._file.fd, block)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _past_the_cache(self._file.fd):
+            if error.errno != errno.EINVAL or not _is_direct(self._file.fd):
                 raise
-            _through_the_cache(self._file.fd)  # after a short write the rest may be no whole blocks
+            _disable_direct(
+                self._file.fd
+            )  # after a short write the rest may not be whole disk blocks
             return os.write(self._file.fd, block)
 
     def publish(self, folder: Folder, name: str) -> FileStamp:
-        """Makes the file durable under a name, in place of what has it; returns its stamp.
+        """Make the file durable under its final name and return its stamp.
 
-        Readers of the old file keep its bytes. An fsync that fails is never tried again: the kernel
-        has dropped the pages by then. Raises StoreError.
+        An existing file of that name is replaced; its readers keep the old bytes.
+
+        Args:
+            folder: Directory of the final name.
+            name: The final name.
+
+        Raises:
+            StoreError: It cannot be made durable, or other than `size` bytes were written.
         """
         self._wait(len(self._pending))
         try:
-            _through_the_cache(self._file.fd)
+            _disable_direct(self._file.fd)
             self._write(self._block[: self._filled])
-            # fallocate gives the file its size at once: a write that was lost shows in the offset
+            # fallocate has set the size already: only the offset shows a lost write
             reached = os.lseek(self._file.fd, 0, os.SEEK_CUR)
             if not reached == self._written == self._size:
                 raise StoreError(f"{self.path}: {reached:,} bytes written, {self._size:,} expected")
@@ -151,7 +175,7 @@ class NewFile:
             raise write_error(folder.path / name, 0, error) from error
 
     def discard(self) -> None:
-        """Close the file and remove the temp if it is still there."""
+        """Close the file and remove the temp file unless it was published."""
         if self._writer:
             self._writer.shutdown()
         self._file.discard()
@@ -159,7 +183,17 @@ class NewFile:
 
 @contextlib.contextmanager
 def new_file_at(path: Path, size: int) -> Iterator[NewFile]:
-    """A file of `size` bytes outside of a store, published as `path` after the body."""
+    """Yield a new file outside the cache and publish it after the body.
+
+    When the body raises, the temp file is removed.
+
+    Args:
+        path: The final path.
+        size: Bytes that the body writes.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
     try:
         folder = Folder.open(path.parent)
     except OSError as error:
@@ -170,7 +204,16 @@ def new_file_at(path: Path, size: int) -> Iterator[NewFile]:
 
 @contextlib.contextmanager
 def new_file_in(folder: Folder, name: str, size: int) -> Iterator[NewFile]:
-    """As `new_file_at`, in an open directory."""
+    """Yield a new file and publish it after the body, as `new_file_at`.
+
+    Args:
+        folder: The open directory of the file.
+        name: The final name.
+        size: Bytes that the body writes.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
     file = NewFile(folder, name_beside(name), size, 0o666)
     try:
         yield file
@@ -179,11 +222,12 @@ def new_file_in(folder: Folder, name: str, size: int) -> Iterator[NewFile]:
         file.discard()
 
 
-def _past_the_cache(fd: int) -> bool:
+def _is_direct(fd: int) -> bool:
+    """Return whether a file is open with O_DIRECT."""
     return bool(_DIRECT and fcntl.fcntl(fd, fcntl.F_GETFL) & _DIRECT)
 
 
-def _through_the_cache(fd: int) -> None:
-    """Takes O_DIRECT back: the end of a file is no whole block."""
-    if _past_the_cache(fd):
+def _disable_direct(fd: int) -> None:
+    """Disable O_DIRECT, which cannot write the incomplete block at the end of a file."""
+    if _is_direct(fd):
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_DIRECT)

@@ -1,4 +1,4 @@
-"""JSON as one parser only can read it: what parsers disagree on is refused."""
+"""Strict JSON: whatever parsers read differently is refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from ..errors import MalformedFileError
 
 
 def strict_json(text: bytes, label: str, digits: int = 20) -> Any:
-    """The value of a JSON text, refusing what parsers disagree on.
+    """Parse a JSON text in time proportional to its length.
 
-    Duplicate keys, floats that are not numbers or that a double cannot hold, a byte order mark,
-    bytes after the value and integers over so many digits (2**64 has 20) are MalformedFileError. Takes
-    time in proportion to the text.
+    Args:
+        text: The text in UTF-8.
+        label: The name of the file in errors.
+        digits: Characters that an integer may have; 2**64 has 20.
+
+    Raises:
+        MalformedFileError: It is not JSON, or it holds something that parsers read differently: a
+            duplicate key, NaN or infinity, a float that a double cannot hold, an integer with more
+            digits, a byte order mark, bytes after the value.
     """
     try:
         return json.loads(
@@ -25,36 +31,38 @@ def strict_json(text: bytes, label: str, digits: int = 20) -> Any:
             parse_float=_finite_float,
             parse_int=partial(_bounded_int, digits),
         )
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # UnicodeDecodeError and JSONDecodeError among them
+    # ValueError includes UnicodeDecodeError and JSONDecodeError
+    except (ValueError, RecursionError) as error:
         raise MalformedFileError(f"{label}: not valid JSON: {error}") from None
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict; raise ValueError for a duplicate key."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key[:80]!r} stands twice")
+                raise ValueError(f"duplicate key {key[:80]!r}")
             seen.add(key)
     return found
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+    """Raise ValueError for NaN and infinities, which are not JSON."""
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite_float(text: str) -> float:
+    """Return a float; raise ValueError when a double cannot hold it."""
     value = float(text)
-    if math.isinf(value):  # others round 1e999 to the largest double, or refuse it
-        raise ValueError(f"{text[:30]} is no finite number")
+    if math.isinf(value):  # other parsers return the largest double for 1e999
+        raise ValueError(f"{text[:30]} is not a finite number")
     return value
 
 
 def _bounded_int(digits: int, text: str) -> int:
+    """Return an integer; raise ValueError when it has too many digits."""
     if len(text) > digits:
         raise ValueError(f"an integer has more than {digits} digits")
     return int(text)

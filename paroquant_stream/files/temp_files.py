@@ -1,11 +1,11 @@
-"""Temp files: their names, and whether the run that writes one is still alive.
+"""Temp files: their names, and how a leftover is told from one that is being written.
 
     <machine>-<boot>-<pid namespace>-<pid>-<random>      8 hex, 8 hex, decimal, decimal, 32 hex
 
-A writer holds a lock on its temp for as long as it is open, so that a sweep in another container,
-which sees other process numbers, sees the lock. Where locks do nothing the name tells: the process
-of this system by its number, the run of another one by its lease, the temp's mtime, which is
-renewed every `RENEW` seconds.
+A writer holds a lock on its temp file while it is open; a sweep in another container, which sees
+other process ids, sees the lock. Where locks do not work, the name decides: a writer on this system
+is looked up by its process id, one on another system must renew its lease, the mtime of the temp
+file, every `RENEW` seconds.
 """
 
 from __future__ import annotations
@@ -25,73 +25,81 @@ from ..errors import MalformedFileError
 from .descriptor import closing
 from .folder import Folder
 
-LEASE = 24 * 3600.0  # s without renewal after which a temp of another machine counts as dead
+LEASE = 24 * 3600.0  # s without renewal after which another machine's temp file is a leftover
 RENEW = 600.0  # s between renewals
-GRACE = 60.0  # s in which a temp may be made and not locked yet
-_TRIES = 1000
+GRACE = 60.0  # s between creating and locking a temp file, at most
+_TRIES = 1000  # to get the lock, 1 ms apart
 _NAME = re.compile(
     r"(?P<machine>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-(?P<space>\d+)-(?P<pid>\d+)-[0-9a-f]{32}$"
 )
-_OLD = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{32}")  # of earlier versions
+_OLD_NAME = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{32}")  # of earlier versions
 _open: dict[str, int] = {}
-"""The temps that this process writes, and their descriptors."""
+"""Temp files that this process is writing, with their descriptors; -1 before they are created."""
 _renewer = threading.Lock()
+"""Held for good once this process has started its thread that renews leases."""
 
 
 def temp_name() -> str:
-    """A name that no other run, process or machine uses, and by which `is_dead` can judge."""
-    here = _here()
+    """Return a new name that identifies the machine, boot and process of its writer."""
+    system = _this_system()
     random = os.urandom(16).hex()
-    return f"{here.machine}-{here.boot}-{here.space}-{os.getpid()}-{random}"
+    return f"{system.machine}-{system.boot}-{system.space}-{os.getpid()}-{random}"
 
 
 def is_temp(name: str) -> bool:
-    """Whether a file's name has the form of `temp_name`."""
-    return bool(_NAME.fullmatch(name) or _OLD.fullmatch(name))
+    """Return whether a name has the form of `temp_name`, also that of earlier versions."""
+    return bool(_NAME.fullmatch(name) or _OLD_NAME.fullmatch(name))
 
 
 def is_own(name: str) -> bool:
-    """Whether this process gave a temp its name."""
-    here = _here()
-    return name.startswith(f"{here.machine}-{here.boot}-{here.space}-{os.getpid()}-")
+    """Return whether a name was made by this process."""
+    system = _this_system()
+    return name.startswith(f"{system.machine}-{system.boot}-{system.space}-{os.getpid()}-")
 
 
 def is_open(name: str) -> bool:
-    """Whether this process is writing the temp of this name, by whatever path."""
+    """Return whether this process is writing a temp file of this name."""
     return name in _open
 
 
 def announce(name: str) -> None:
-    """Note that this process is about to make a temp, so that no sweep of its own removes it."""
+    """Register a temp file before it is created, so that no sweep in this process removes it."""
     _open[name] = -1
 
 
 def hold(name: str, fd: int) -> None:
-    """Lock a temp that was just made, and renew its lease, until `release`."""
+    """Lock a new temp file and renew its lease until `release`.
+
+    Args:
+        name: Its name.
+        fd: Its descriptor.
+    """
     _open[name] = fd
     _lock(fd)
-    if _renewer.acquire(blocking=False):  # the first one starts it, for the life of the process
+    if _renewer.acquire(blocking=False):  # the first call starts the thread
         threading.Thread(target=_renew_leases, name="leases", daemon=True).start()
 
 
 def _lock(fd: int) -> None:
+    """Lock a temp file exclusively, where the file system supports locks."""
     for _ in range(_TRIES):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # a sweep looks at it, and lets go at once
+        except BlockingIOError:  # a sweep is testing the lock
             time.sleep(0.001)
-        except OSError:  # without locks the name and the lease tell
+        except OSError:  # no locks here: name and lease are enough
             return
         else:
             return
 
 
 def release(name: str) -> None:
-    """Note that a temp is published or given up; its lock goes when its descriptor is closed."""
+    """Unregister a temp file that was published or discarded; closing it releases its lock."""
     _open.pop(name, None)
 
 
 def _renew_leases() -> None:
+    """Set the mtime of the open temp files to now, forever."""
     while True:
         time.sleep(RENEW)
         for fd in list(_open.values()):
@@ -100,15 +108,15 @@ def _renew_leases() -> None:
 
 
 def is_dead(folder: Folder, name: str, locks: bool) -> bool:
-    """Whether the writer of the temp `name` is gone; a temp that is not there is not dead.
+    """Return whether a temp file is a leftover of a writer that has ended; False if it is absent.
 
     Args:
-        folder: Where it lies.
-        name: Its name, which ends with what `temp_name` gave.
+        folder: Its directory.
+        name: Its name, which ends with a name from `temp_name`.
         locks: Whether locks are known to work on this file system.
 
     Raises:
-        OSError: It cannot be looked at.
+        OSError: The file cannot be opened.
     """
     try:
         fd = folder.open_file(name)
@@ -116,21 +124,23 @@ def is_dead(folder: Folder, name: str, locks: bool) -> bool:
         return False
     with closing(fd):
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two sweeps may ask at once
+            fcntl.flock(
+                fd, fcntl.LOCK_SH | fcntl.LOCK_NB
+            )  # shared, so that two sweeps can test at once
         except BlockingIOError:
             return False
         except OSError:
             locks = False
-        return _is_gone(name, os.fstat(fd).st_mtime, locks)
+        return _has_ended(name, os.fstat(fd).st_mtime, locks)
 
 
 def sweep(folder: Folder, locks: bool, own: bool) -> int:
-    """Remove the temps of dead runs and those that this process could not remove before.
+    """Remove leftover temp files, including those that this process could not remove before.
 
     Args:
-        folder: Where temps lie; other files in it stay.
+        folder: Directory of temp files; other files in it are kept.
         locks: Whether locks are known to work on its file system.
-        own: Remove also those that this process is still writing.
+        own: Whether to remove also the temp files that this process is writing.
 
     Returns:
         The bytes freed.
@@ -172,7 +182,11 @@ def sweep_beside(folder: Folder, target: str, locks: bool) -> None:
 
 
 def is_held(folder: Folder, name: str) -> bool:
-    """Whether a writer holds the lock of a temp. Raises OSError."""
+    """Return whether a writer holds the lock of a temp file.
+
+    Raises:
+        OSError: The file cannot be opened, or locks do not work here.
+    """
     try:
         fd = folder.open_file(name)
     except (FileNotFoundError, MalformedFileError):
@@ -185,21 +199,22 @@ def is_held(folder: Folder, name: str) -> bool:
         return False
 
 
-def _is_gone(name: str, renewed: float, locks: bool) -> bool:
-    """Whether the writer of a temp that nobody has locked is gone."""
-    here, writer, age = _here(), _NAME.search(name), time.time() - renewed
+def _has_ended(name: str, renewed: float, locks: bool) -> bool:
+    """Return whether the writer of an unlocked temp file, last renewed at a time, has ended."""
+    system, writer, age = _this_system(), _NAME.search(name), time.time() - renewed
     if writer is None:
         return age > LEASE
-    if writer["boot"] != here.boot:
-        restarted = writer["machine"] == here.machine and renewed < here.booted
+    if writer["boot"] != system.boot:
+        restarted = writer["machine"] == system.machine and renewed < system.booted
         return restarted or age > LEASE
-    same_space = int(writer["space"]) == here.space
+    same_space = int(writer["space"]) == system.space
     if locks:
         return age > GRACE or (same_space and not _is_running(int(writer["pid"])))
     return not _is_running(int(writer["pid"])) if same_space else age > LEASE
 
 
 def _is_running(pid: int) -> bool:
+    """Return whether a process of this pid namespace is running."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -210,44 +225,49 @@ def _is_running(pid: int) -> bool:
 
 
 @dataclass(frozen=True)
-class _Here:
-    """What tells this system's processes from others'."""
+class _System:
+    """What identifies this system in the name of a temp file."""
 
     machine: str
+    """Hash of host name and machine id."""
     boot: str
+    """Hash of the kernel's boot id, which all containers of a machine share."""
     space: int
-    """The inode of the namespace of process numbers; 0 where there is only one."""
+    """Inode of the pid namespace; 0 on systems without namespaces."""
     booted: float
-    """When the system was started, seconds since 1970; 0 where that cannot be told."""
+    """Time of the boot, seconds since 1970; 0 if unknown."""
 
 
 @cache
-def _here() -> _Here:
+def _this_system() -> _System:
+    """Return the identity of this system, read once per process."""
     machine = os.uname().nodename.encode() + b"\0" + _read("/etc/machine-id")
-    boot = _read("/proc/sys/kernel/random/boot_id")  # one for all containers of a system
+    boot = _read("/proc/sys/kernel/random/boot_id")
     space, clock = 0, getattr(time, "CLOCK_BOOTTIME", None)
     with contextlib.suppress(OSError):
         space = os.stat("/proc/self/ns/pid").st_ino
     booted = time.time() - time.clock_gettime(clock) if clock is not None else 0.0
-    return _Here(_short(machine), _short(boot), space, booted)
+    return _System(_short(machine), _short(boot), space, booted)
 
 
 def _read(path: str) -> bytes:
+    """Return the content of a file, empty if it cannot be read."""
     with contextlib.suppress(OSError):
         return Path(path).read_bytes()
     return b""
 
 
 def _short(data: bytes) -> str:
+    """Return the first 8 hex digits of a SHA-256."""
     return hashlib.sha256(data).hexdigest()[:8]
 
 
-def _forget_in_child() -> None:
-    """In a forked child: the temps are the parent's, and its thread is not here."""
-    global _renewer  # noqa: PLW0603 (a lock cannot be made free from outside)
+def _reset_in_child() -> None:
+    """Forget the parent's temp files and thread in a forked child."""
+    global _renewer  # noqa: PLW0603 (another thread may have held the lock)
     _open.clear()
-    _here.cache_clear()
+    _this_system.cache_clear()
     _renewer = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_reset_in_child)

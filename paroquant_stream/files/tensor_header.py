@@ -1,10 +1,10 @@
-"""Strict safetensors headers in, page-aligned safetensors files out.
+"""Strict reading of safetensors headers.
 
     8 bytes N, little endian | N bytes JSON, padded with spaces | tensor bytes, no holes
 
-`mx.load` accepts 18 kinds of malformed file that the safetensors library refuses, one of them a
-heap overrun; so every header is checked here, in Python integers, before a byte is allocated or MLX
-sees it. What is accepted here, the safetensors library accepts too.
+`mx.load` accepts malformed files that the safetensors library refuses, one kind of which overruns
+the heap. So every header is validated here, in Python integers, before memory is allocated for it
+or MLX opens the file. The safetensors library accepts every file that is accepted here.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8,
 }  # fmt: skip
-MAX_HEADER = 32 << 20  # bytes; 100,000 tensors take 14 MB
+MAX_HEADER = 32 << 20  # bytes; over twice what MAX_TENSORS need
 MAX_TENSORS = 100_000
-MAX_DIM = 2**31 - 1  # MLX keeps a dimension in an int32
+MAX_DIM = 2**31 - 1  # MLX stores a dimension in an int32
 MAX_ELEMENTS = 2**48
 MAX_RANK = 8
 _NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
-_MAX_INDEX = 65_535  # `load_weights` grows a list up to the largest number in a name
+_MAX_INDEX = 65_535  # `load_weights` allocates a list as long as the largest index in a name
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor's name, dtype and shape, wherever its bytes are."""
+    """A tensor's name, dtype and shape."""
 
     name: str
     dtype: str
-    """A safetensors dtype name, one of `DTYPE_BYTES`."""
+    """A safetensors dtype, a key of `DTYPE_BYTES`."""
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Return the bytes of the tensor."""
         count = DTYPE_BYTES[self.dtype]
         for dim in self.shape:
             count *= dim
@@ -51,26 +51,35 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo(TensorSpec):
-    """A tensor in a file, at the absolute byte range `start:stop`."""
+    """A tensor in a file."""
 
     start: int
+    """Position of its first byte in the file."""
     stop: int
+    """Position after its last byte."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """A validated header: the tensors in file order."""
+    """A validated header."""
 
     tensors: tuple[TensorInfo, ...]
+    """In file order."""
     size: int
     """Bytes of the whole file."""
     metadata: dict[str, str]
 
 
 def read_header(fd: int, label: str) -> Header:
-    """The validated header of the safetensors file open at `fd`.
+    """Read and validate the header of an open safetensors file.
 
-    `label` names the file in errors. Raises MalformedFileError with the first rule that is broken.
+    Args:
+        fd: The file.
+        label: The name of the file in errors.
+
+    Raises:
+        MalformedFileError: The file breaks a rule; names the first one.
+        UnreadableFileError: The operating system cannot read it.
     """
 
     def read(start: int, length: int) -> bytes:
@@ -80,10 +89,34 @@ def read_header(fd: int, label: str) -> Header:
 
 
 def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> Header:
-    """The validated header of a file of `size` bytes, wherever they are.
+    """Validate the header of a safetensors file that any function can read.
 
-    `read(start, length)` gives bytes of its beginning. Raises MalformedFileError.
+    Args:
+        read: Called with a position and a length; returns those bytes of the file.
+        size: Bytes of the whole file.
+        label: The name of the file in errors.
+
+    Raises:
+        MalformedFileError: The file breaks a rule; names the first one.
     """
+    text = _read_json(read, size, label)
+    table, data_start = strict_json(text.rstrip(b" "), label), 8 + len(text)
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mx.save_safetensors writes null
+    if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
+        raise MalformedFileError(f"{label}: __metadata__ is not a map of strings")
+    if len(table) > MAX_TENSORS:
+        raise MalformedFileError(
+            f"{label}: {len(table):,} tensors, over the limit of {MAX_TENSORS:,}"
+        )
+    tensors = [_tensor(name, entry, data_start, label) for name, entry in table.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    _check_coverage(tensors, data_start, size, label)
+    return Header(tuple(tensors), size, metadata)
+
+
+def _read_json(read: Callable[[int, int], bytes], size: int, label: str) -> bytes:
+    """Return the JSON text of a header; raise MalformedFileError unless its length fits."""
     if size < 10:
         raise MalformedFileError(
             f"{label}: expected a safetensors file, found {size} bytes; download it again"
@@ -102,24 +135,13 @@ def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> He
         raise MalformedFileError(f"{label}: ends inside its header")
     if not text.startswith(b"{"):
         raise MalformedFileError(f"{label}: the header does not start with '{{'")
-    if text.count(b'":') > 4 * MAX_TENSORS + 1000:  # parsed, 400,000 tensors take 300 MB
+    if text.count(b'":') > 4 * MAX_TENSORS + 1000:  # before parsing, which needs far more memory
         raise MalformedFileError(f"{label}: over the limit of {MAX_TENSORS:,} tensors")
-    table = strict_json(text.rstrip(b" "), label)
-    metadata = table.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # null is what mx.save_safetensors writes
-    if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
-        raise MalformedFileError(f"{label}: __metadata__ is not a map of strings")
-    if len(table) > MAX_TENSORS:
-        raise MalformedFileError(
-            f"{label}: {len(table):,} tensors, over the limit of {MAX_TENSORS:,}"
-        )
-    tensors = [_tensor(name, entry, 8 + length, label) for name, entry in table.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
-    _check_coverage(tensors, 8 + length, size, label)
-    return Header(tuple(tensors), size, metadata)
+    return text
 
 
 def _tensor(name: str, entry: Any, data_start: int, label: str) -> TensorInfo:
+    """Validate one tensor of the header."""
     where = f"{label}: tensor {name[:80]!r}"
     check_name(name, label)
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -133,7 +155,7 @@ def _tensor(name: str, entry: Any, data_start: int, label: str) -> TensorInfo:
         raise MalformedFileError(f"{where}: shape is not a list of at most {MAX_RANK} dimensions")
     elements = 1
     for dim in shape:
-        if type(dim) is not int or not 0 <= dim <= MAX_DIM:  # bool is an int in Python, not here
+        if type(dim) is not int or not 0 <= dim <= MAX_DIM:  # excludes bool
             raise MalformedFileError(f"{where}: bad dimension {str(dim)[:30]} in its shape")
         elements *= dim or 1
     if elements > MAX_ELEMENTS:
@@ -149,7 +171,15 @@ def _tensor(name: str, entry: Any, data_start: int, label: str) -> TensorInfo:
 
 
 def check_name(name: str, label: str) -> None:
-    """Raises MalformedFileError unless `name` is a dotted path of plain words."""
+    """Check that a tensor name is a dotted path of plain words.
+
+    Args:
+        name: The tensor's name.
+        label: The name of the file in errors.
+
+    Raises:
+        MalformedFileError: The name has other characters, or is too long or too deep.
+    """
     parts = name.split(".")
     if (
         len(name) > 256
@@ -160,11 +190,12 @@ def check_name(name: str, label: str) -> None:
         )
     ):
         raise MalformedFileError(
-            f"{label}: {name[:80]!r} is no tensor name (dotted words of A-Z a-z 0-9 _ -)"
+            f"{label}: {name[:80]!r} is not a tensor name (dotted words of A-Z a-z 0-9 _ -)"
         )
 
 
 def _check_coverage(tensors: Sequence[TensorInfo], start: int, size: int, label: str) -> None:
+    """Raise MalformedFileError unless sorted tensors fill the file from `start` without holes."""
     for tensor in tensors:
         if tensor.start != start:
             kind = "a hole" if tensor.start > start else "an overlap"

@@ -1,4 +1,4 @@
-"""Lays out safetensors files and writes their headers."""
+"""Layout of page-aligned safetensors files, and writing them in one stream."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 from .descriptor import file_status, pread_exactly
 from .tensor_header import DTYPE_BYTES, TensorInfo, TensorSpec
 
-PAGE = (
-    16_384  # bytes; the page of Apple silicon, so that Metal can adopt an entry's memory uncopied
-)
+PAGE = 16_384  # bytes; the page of Apple silicon, so that Metal can use mapped entries directly
 
 
 def lay_out(
     specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, tuple[TensorInfo, ...]]:
-    """The header bytes of a file of these tensors, and the tensors in file order with their ranges.
+    """Return the header of a safetensors file, and its tensors in file order with their ranges.
 
-    Tensors whose size is a multiple of `PAGE` come first, each on a page; the rest follow by
-    falling item size, so that each is aligned to its items and no hole is needed. Equal specs in an
-    equal order, and equal `metadata`, give equal bytes on every system.
+    Tensors whose size is a multiple of `PAGE` come first, each at a page boundary; the rest follow
+    by decreasing item size, so that each is aligned to its items without holes. Equal arguments
+    return equal bytes on every system.
+
+    Args:
+        specs: The tensors.
+        metadata: Strings for `__metadata__`, added to `format: mlx`.
     """
     ordered = sorted(specs, key=lambda s: 0 if s.nbytes % PAGE == 0 else 16 - DTYPE_BYTES[s.dtype])
     table: dict[str, Any] = {"__metadata__": {"format": "mlx"} | dict(metadata or {})}
@@ -41,17 +43,29 @@ def lay_out(
 
 
 def file_size(specs: Iterable[TensorSpec]) -> int:
-    """Bytes of the file that `lay_out` describes."""
+    """Return the bytes of the file that `lay_out` describes."""
     return end_of(*lay_out(specs))
 
 
 def end_of(header: bytes, tensors: Sequence[TensorInfo]) -> int:
-    """Bytes of the file with this header and these tensors."""
+    """Return the bytes of the file with a header and tensors from `lay_out`."""
     return tensors[-1].stop if tensors else len(header)
 
 
 def layout_defect(fd: int, specs: Iterable[TensorSpec], label: str) -> str | None:
-    """How size or header of the file at `fd` differ from what `lay_out` gives for `specs`."""
+    """Compare size and header of a file with the layout of its tensors.
+
+    Args:
+        fd: The file.
+        specs: The tensors it should hold.
+        label: The name of the file in errors.
+
+    Returns:
+        The first difference, or None.
+
+    Raises:
+        UnreadableFileError: The operating system cannot read it.
+    """
     header, tensors = lay_out(specs)
     size, found = end_of(header, tensors), file_status(fd, label).st_size
     if found != size:
@@ -62,27 +76,48 @@ def layout_defect(fd: int, specs: Iterable[TensorSpec], label: str) -> str | Non
 
 
 class TensorWriter:
-    """Writes the file that `lay_out` described front to back through `sink`, header first.
+    """Writes a file with a layout from `lay_out`, front to back.
 
-    A tensor out of turn, cut short or overrun is a programming error and raises AssertionError, so
-    that no file of the wrong form is ever published.
+    Bytes at a wrong position are a programming error and raise AssertionError, so that no file of a
+    wrong layout is published.
     """
 
     def __init__(self, sink: Callable[[memoryview], None], header: bytes) -> None:
+        """Write the header.
+
+        Args:
+            sink: Appends bytes to the file.
+            header: From `lay_out`.
+        """
         self._sink = sink
         self._position = len(header)
         sink(memoryview(header))
 
     def write(self, tensor: TensorInfo, chunk: memoryview) -> None:
-        """Appends `chunk`, the next bytes of `tensor`."""
+        """Append the next bytes of a tensor.
+
+        Args:
+            tensor: From `lay_out`; tensors are written in file order.
+            chunk: All or some of its bytes.
+
+        Raises:
+            AssertionError: The bytes do not belong at the current position.
+        """
         if not tensor.start <= self._position <= tensor.stop - chunk.nbytes:
             raise AssertionError(
-                f"{tensor.name}: bytes at {self._position:,} lie outside of its range"
+                f"{tensor.name}: bytes at {self._position:,} are outside its range"
             )
         self._sink(chunk)
         self._position += chunk.nbytes
 
     def finish(self, size: int) -> None:
-        """Checks that all `size` bytes were written."""
+        """Check that the file is complete.
+
+        Args:
+            size: Bytes of the file.
+
+        Raises:
+            AssertionError: Fewer or more bytes were written.
+        """
         if self._position != size:
             raise AssertionError(f"{self._position:,} of {size:,} bytes were written")

@@ -161,13 +161,13 @@ def _unnamed_headers(store: Store, models: Iterable[Model]) -> Iterator[Found]:
 def _unknown_memos(
     store: Store, models: Iterable[Model], entries: Iterable[Found]
 ) -> Iterator[Found]:
-    known = {store.memo.path(file.stamp).name for file in entries}
+    known = {store.digest_cache.path(file.stamp).name for file in entries}
     for model in models:
         directory = model.directory or Path("/dev/null")
         for record in model.records:
             with contextlib.suppress(OSError):
                 stamp = FileStamp.of(os.stat(directory / record.shard))
-                known.add(store.memo.path(stamp).name)
+                known.add(store.digest_cache.path(stamp).name)
     for file in regular_files(store.folder("memo")):
         if file.path.name not in known:
             yield file

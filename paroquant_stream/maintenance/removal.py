@@ -60,7 +60,7 @@ def _remove_files(plan: PrunePlan) -> int:
             demand_quiet(store)
             freed += _unlink(file)
             with contextlib.suppress(StoreError):
-                _unlink_path(store.memo.path(file.stamp))
+                _unlink_path(store.digest_cache.path(file.stamp))
     digests = (*plan.entry_digests, *plan.digests)
     lone = [file for file in digests if not file.path.with_suffix(".safetensors").exists()]
     for file in (*plan.headers, *plan.healed, *lone, *plan.memos, *aside):

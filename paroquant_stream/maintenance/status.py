@@ -151,7 +151,7 @@ class _KnownShards:
         if not os.path.exists(shard.path):
             return record.source_sha256 if record and record.dropped else None
         try:
-            return shard.known_sha256(self._request.store.memo)
+            return shard.known_sha256(self._request.store.digest_cache)
         except ParoquantStreamError:  # removed meanwhile, or not readable
             return None
 

@@ -15,7 +15,7 @@ from ..conversion.find_dropped import find_manifest
 from ..conversion.request import Request
 from ..errors import ParoquantStreamError, StoreError
 from ..files.descriptor import closing
-from ..files.digest_cache import Memo
+from ..files.digest_cache import DigestCache
 from ..files.hashing import hash_entry
 from ..store.damage import confirmed_defect, take_out
 from ..store.drop_record import heal_records, read_records
@@ -72,7 +72,9 @@ def _second_opinion(fd: int, record: EntryRecord) -> tuple[str, str] | None:
     return None if found == names else (f"{len(names)} tensors", f"{len(found)} others")
 
 
-def verify_source(directory: Path, record: EntryRecord, memo: Memo) -> Problem | None:
+def verify_source(
+    directory: Path, record: EntryRecord, digest_cache: DigestCache
+) -> Problem | None:
     """Read every byte of a source shard; a dropped one may be absent.
 
     Returns:
@@ -82,7 +84,7 @@ def verify_source(directory: Path, record: EntryRecord, memo: Memo) -> Problem |
     if record.dropped and not os.path.lexists(shard.path):
         return None
     try:
-        sha256 = shard.sha256(memo)
+        sha256 = shard.sha256(digest_cache)
     except ParoquantStreamError as error:
         return Problem(shard.path, f"SHA-256 {record.source_sha256}", str(error))
     if sha256 == record.source_sha256:
@@ -112,7 +114,7 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
     checks = [verify_entry(request.store, record) for record in manifest.entries]
     if sources:
         checks += [
-            verify_source(request.source.directory, record, request.store.memo)
+            verify_source(request.source.directory, record, request.store.digest_cache)
             for record in manifest.entries
         ]
     return len(checks), [problem for problem in checks if problem]

@@ -31,7 +31,7 @@ from ..errors import AssemblyError
 from ..plan.planner import Plan
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .entries import check_sizes, guard_reads, read_weights
 from .experts import placeholders
 from .names import rename_weights
@@ -53,7 +53,7 @@ def assemble(
     lazy: bool,
     force_text: bool,
     full: bool = False,
-    trace: Trace = SILENCE,
+    trace: Trace = NO_TRACE,
     split: Split = WHOLE,
 ) -> Loaded:
     """Assemble a converted model, or a part of it, from its cache entries.
@@ -93,7 +93,7 @@ def assemble_from(
     *,
     lazy: bool,
     force_text: bool,
-    trace: Trace = SILENCE,
+    trace: Trace = NO_TRACE,
     split: Split = WHOLE,
 ) -> Loaded:
     """Assemble a model, or a part of it, from stored tensors.

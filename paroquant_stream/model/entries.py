@@ -132,10 +132,10 @@ def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:
 def _find_defect(record: EntryRecord, store: Store, fd: int, full: bool) -> str | None:
     """Check size and header of an entry, and its digest unless the digest cache knows it."""
     label = str(store.entry_path(record.key))
-    if not full and store.memo.lookup(fd) == record.digest:
+    if not full and store.digest_cache.lookup(fd) == record.digest:
         return layout_defect(fd, record.tensors, label)
-    before = store.memo.begin(fd)
+    before = store.digest_cache.begin(fd)
     problem = defect_of(record, store, fd)
     if not problem:
-        store.memo.remember(fd, before, record.digest)
+        store.digest_cache.remember(fd, before, record.digest)
     return problem

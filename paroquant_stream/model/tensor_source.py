@@ -30,7 +30,7 @@ class TensorSource:
     """Channels per group."""
     model_names: bool = False
     """Whether the names are the model's parameters: then `sanitize` must not run again."""
-    slices: Callable[[dict[str, mx.array]], contextlib.AbstractContextManager[SliceReader | None]] = (
-        lambda _: contextlib.nullcontext()
-    )
+    slices: Callable[
+        [dict[str, mx.array]], contextlib.AbstractContextManager[SliceReader | None]
+    ] = lambda _: contextlib.nullcontext()
     """Opens the arrays' files to read slices of them; yields None where arrays are read whole."""

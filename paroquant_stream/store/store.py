@@ -31,10 +31,10 @@ from ..errors import MalformedFileError, ManifestError, StoreError
 from ..files import temp_files
 from ..files.atomic_file import sync_directory
 from ..files.descriptor import FileStamp
-from ..files.digest_cache import Memo
+from ..files.digest_cache import DigestCache
 from ..files.folder import Folder
 from ..files.new_file import NewFile
-from ..trace import SILENCE, Trace
+from ..trace import NO_TRACE, Trace
 from .location import check_owner, free_bytes, mark_as_cache, step_into, user_cache_root
 from .lock import conversion_lock, directory_lock, excludes, removal_lock
 from .manifest import MAX_BYTES, Manifest
@@ -55,9 +55,9 @@ class Store:
     """Nothing is written: for a look at what would be done, and for somebody else's tree."""
 
     @property
-    def memo(self) -> Memo:
+    def digest_cache(self) -> DigestCache:
         """The digests known by stat."""
-        return Memo(self.folder("memo"), self.read_only, partial(self.opened, "memo"))
+        return DigestCache(self.folder("memo"), self.read_only, partial(self.opened, "memo"))
 
     def folder(self, kind: str) -> Path:
         """Where files of a kind lie: one of `_KINDS`, or `damaged`; for messages and listings."""
@@ -244,7 +244,7 @@ class Store:
             file.publish(folder, name)
 
     @contextlib.contextmanager
-    def new_file(self, size: int, trace: Trace = SILENCE) -> Iterator[NewFile]:
+    def new_file(self, size: int, trace: Trace = NO_TRACE) -> Iterator[NewFile]:
         """A file of `size` bytes to be written and published; removed if it is not published."""
         with self._writing("tmp") as folder:
             file = NewFile(folder, temp_files.temp_name(), size, self._modes[1], trace)

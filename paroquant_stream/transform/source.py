@@ -22,7 +22,7 @@ from ..checkpoint.shard import Shard
 from ..errors import RunCancelledError, SourceChangedError, SourceDamagedError
 from ..execution.slots import Slot
 from ..files.descriptor import FileStamp
-from ..files.digest_cache import Memo
+from ..files.digest_cache import DigestCache
 from ..files.hashing import CHUNK, SourceDigest, SourceHasher, read_into, sha256_of
 from ..files.tensor_header import read_header
 from ..plan.task import Part, Task
@@ -38,14 +38,19 @@ class Source:
     """
 
     def __init__(
-        self, task: Task, directory: Path, memo: Memo, tick: Tick, slot: Slot | None = None
+        self,
+        task: Task,
+        directory: Path,
+        digest_cache: DigestCache,
+        tick: Tick,
+        slot: Slot | None = None,
     ) -> None:
         """Open the task's shard.
 
         Args:
             task: What is converted.
             directory: Of the model.
-            memo: Digests of files that were hashed before.
+            digest_cache: Digests of files that were hashed before.
             tick: Progress callback.
             slot: The slot of the job; by default one of its own.
 
@@ -54,7 +59,12 @@ class Source:
             MalformedFileError: Its header is not valid safetensors.
         """
         self._slot = slot or Slot()
-        self._task, self._directory, self._memo, self._tick = task, directory, memo, tick
+        self._task, self._directory, self._digest_cache, self._tick = (
+            task,
+            directory,
+            digest_cache,
+            tick,
+        )
         self._shard = Shard(task.shard, directory / task.shard)
         self._fds: dict[str, int] = {}
         self._fingerprints: dict[str, bytes] = {}
@@ -65,7 +75,7 @@ class Source:
         """`map`, or that of the helper threads while there are some."""
         fd, label = self._fd(task.shard), str(self._path())
         try:
-            self._stamp, self._opened = FileStamp.of_fd(fd, label), memo.begin(fd)
+            self._stamp, self._seen = FileStamp.of_fd(fd, label), digest_cache.begin(fd)
             tensors = read_header(fd, label).tensors
         except BaseException:
             self.close()
@@ -76,11 +86,11 @@ class Source:
         """Return the shard's SHA-256 if it is known without reading the shard, else None."""
         if self._digest:
             return self._digest.sha256
-        return self._shard.known_sha256(self._memo, self._fd(self._task.shard))
+        return self._shard.known_sha256(self._digest_cache, self._fd(self._task.shard))
 
     def may_be_known(self) -> bool:
         """Tell whether a file of this size was hashed before, so that hashing may save the work."""
-        return self._memo.knows_size(self._stamp.size)
+        return self._digest_cache.knows_size(self._stamp.size)
 
     def hash(self) -> SourceDigest:
         """Hash the rest of the shard: its SHA-256 and the fingerprint of each tensor."""
@@ -88,7 +98,7 @@ class Source:
             with self._slot.trace.span("hash", self._task.shard):
                 self._digest = self._hasher.finish()
             sha256, name = self._digest.sha256, self._shard.hub_sha256
-            self._memo.remember(self._fd(self._task.shard), self._opened, sha256, name)
+            self._digest_cache.remember(self._fd(self._task.shard), self._seen, sha256, name)
         return self._digest
 
     @contextmanager

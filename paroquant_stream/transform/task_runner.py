@@ -86,7 +86,7 @@ def open_source(job: Job, slot: Slot, tick: Tick) -> Source:
         CheckpointError: The shard cannot be read.
         MalformedFileError: It is not valid safetensors.
     """
-    return Source(job.task, job.directory, job.store.memo, tick, slot)
+    return Source(job.task, job.directory, job.store.digest_cache, tick, slot)
 
 
 def find_entry(job: Job, source: Source) -> EntryRecord | None:
@@ -147,7 +147,7 @@ def _convert(job: Job, source: Source, slot: Slot) -> EntryRecord:
 def _remember(store: Store, key: str, stamp: FileStamp, digest: str) -> None:
     """Store the digest of a new entry in the digest cache, so that the first load need not hash."""
     with suppress(StoreError), closing(store.open_entry(key)) as fd:
-        store.memo.remember_written(fd, stamp, digest)
+        store.digest_cache.remember_written(fd, stamp, digest)
 
 
 def _write(

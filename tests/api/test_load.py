@@ -101,7 +101,7 @@ def test_full_verification_finds_what_the_stat_does_not_show(model_dir, monkeypa
     path = store.entry_path(manifest.entries[0].key)
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    remember(store.memo, path, manifest.entries[0].digest)
+    remember(store.digest_cache, path, manifest.entries[0].digest)
     load(model_dir)
     assert path.read_bytes() != good
     load(model_dir, verify="full")

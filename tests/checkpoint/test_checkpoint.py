@@ -75,7 +75,7 @@ def test_an_index_of_the_wrong_form_is_refused(model_dir, text):
 
 def test_a_duplicate_key_in_the_config_is_refused(model_dir):
     (model_dir / "config.json").write_text('{"a": 1, "a": 2}')
-    with pytest.raises(MalformedFileError, match="stands twice"):
+    with pytest.raises(MalformedFileError, match="duplicate key"):
         open_checkpoint(ModelConfig.read(model_dir))
 
 

@@ -290,7 +290,7 @@ def test_a_read_only_survey_survives_a_store_that_is_not_there(model_dir, tmp_pa
     request = make_request(model_dir, cache_dir=tmp_path / "nowhere" / "deep")
     assert request.store.free_bytes() > 0
     assert read_manifest(request) is None
-    assert replace(request.store, read_only=True).memo.read_only
+    assert replace(request.store, read_only=True).digest_cache.read_only
 
 
 def test_a_full_disk_is_reported_before_work_and_a_rerun_resumes(model_dir, monkeypatch):

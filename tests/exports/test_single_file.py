@@ -203,7 +203,7 @@ def test_a_bit_flipped_behind_its_stat_is_found_by_full(exported, caplog):
         digest = read_header(file.fileno(), "x").metadata["xxh3"]
     data[-1] ^= 1
     path.write_bytes(data)
-    remember(cache_store().memo, path, digest)
+    remember(cache_store().digest_cache, path, digest)
     load(exported)
     assert "damaged" not in caplog.text
     load(exported, verify="full")
@@ -242,7 +242,7 @@ HOSTILE = {
     "nested deeply": (sources("[" * 1_000_000), "not valid JSON"),
     "a lone surrogate": (sources('{"\ud800":"x"}'), "not valid JSON"),
     "a number": (sources("9" * 5000), "not valid JSON"),
-    "a shard twice": (sources('{"a.safetensors":"0","a.safetensors":"1"}'), "stands twice"),
+    "a shard twice": (sources('{"a.safetensors":"0","a.safetensors":"1"}'), "duplicate key"),
     "a list": (sources("[]"), "no map of 1 to 10,000 shards"),
     "an empty map": (sources("{}"), "no map of 1 to 10,000 shards"),
     "20,000 shards": (

@@ -1,4 +1,4 @@
-"""What a file's ctime is worth: by the type of its file system, and by what the file proves."""
+"""How far a ctime can be trusted: by the type of the file system, and by the file itself."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ LATE, EARLY, WHOLE = 1_700_000_000_123_456_789, 1_600_000_000_123_456_789, 1_700
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch):
+    # private: the results are cached for the life of the process
     monkeypatch.setattr(filesystems, "_known", {})
 
 
 @pytest.fixture
 def proc(monkeypatch):
-    """Mount rows by number in place of those in /proc; and a count of how often they are read."""
+    """Replace the mounts in /proc by these rows, and count how often they are read."""
     rows: dict[int, str] = {}
     reads = []
 
@@ -53,11 +54,11 @@ def kind_of(path) -> Ctime:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("ext4", Ctime.LOCAL), ("xfs", Ctime.LOCAL), ("btrfs", Ctime.LOCAL), ("tmpfs", Ctime.LOCAL),
-     ("ext3", Ctime.KEPT), ("nfs4", Ctime.KEPT), ("ceph", Ctime.KEPT), ("lustre", Ctime.KEPT),
+     ("ext3", Ctime.WEAK), ("nfs4", Ctime.WEAK), ("ceph", Ctime.WEAK), ("lustre", Ctime.WEAK),
      ("squashfs", Ctime.NONE), ("erofs", Ctime.NONE), ("iso9660", Ctime.NONE), ("vfat", Ctime.NONE),
      ("exfat", Ctime.NONE), ("fuse", Ctime.UNKNOWN), ("fuse.sshfs", Ctime.UNKNOWN),
      ("fuseblk", Ctime.UNKNOWN), ("9p", Ctime.UNKNOWN), ("virtiofs", Ctime.UNKNOWN),
-     ("cifs", Ctime.UNKNOWN), ("fs-of-tomorrow", Ctime.UNKNOWN)],
+     ("cifs", Ctime.UNKNOWN), ("unknown-fs", Ctime.UNKNOWN)],
 )  # fmt: skip
 def test_the_mount_of_the_descriptor_decides(proc, name, kind):
     proc[0].update({7: "proc proc rw", 8: f"{name} /dev/sdb1 rw,size=1k", 88: "ext4 /dev/sda rw"})
@@ -74,7 +75,7 @@ def test_mounts_are_read_once_for_each_file_system(proc):
     assert len(reads) == 3
 
 
-def test_a_system_that_does_not_name_the_mount_is_unknown(proc, monkeypatch):
+def test_a_mount_that_is_not_listed_is_unknown(proc, monkeypatch):
     assert ctime_kind(7, 1, 1) is Ctime.UNKNOWN
     proc[0][8] = "no source and no options"
     assert ctime_kind(8, 2, 1) is Ctime.UNKNOWN
@@ -91,7 +92,7 @@ def test_a_system_that_does_not_name_the_mount_is_unknown(proc, monkeypatch):
     [
         ("rw,lowerdir=/local:/local,upperdir=/local,workdir=/x", Ctime.LOCAL),
         ("rw,lowerdir=/local:/image,upperdir=/local", Ctime.NONE),
-        ("rw,lowerdir=/local,upperdir=/kept", Ctime.KEPT),
+        ("rw,lowerdir=/local,upperdir=/kept", Ctime.WEAK),
         ("rw,lowerdir+=/local,lowerdir+=/image,datadir+=/local", Ctime.NONE),
         ("ro,lowerdir=/local:/local::/image", Ctime.NONE),
         ("rw,lowerdir=/local,upperdir=/absent", Ctime.UNKNOWN),
@@ -100,12 +101,13 @@ def test_a_system_that_does_not_name_the_mount_is_unknown(proc, monkeypatch):
         ("rw", Ctime.UNKNOWN),
     ],
 )
-def test_an_overlay_is_worth_what_its_worst_layer_is(proc, monkeypatch, options, kind):
+def test_an_overlay_is_trusted_as_its_worst_layer(proc, monkeypatch, options, kind):
     def layer(path):
         if path == "/absent":
             raise FileNotFoundError
-        return {"/local": Ctime.LOCAL, "/kept": Ctime.KEPT, "/image": Ctime.NONE}[path]
+        return {"/local": Ctime.LOCAL, "/kept": Ctime.WEAK, "/image": Ctime.NONE}[path]
 
+    # private: an overlay of such layers cannot be mounted on every machine
     monkeypatch.setattr(filesystems, "_of_layer", layer)
     proc[0][8] = f"overlay overlay {options}"
     assert ctime_kind(8, 1, 1) is kind
@@ -119,8 +121,8 @@ def test_an_overlay_is_worth_what_its_worst_layer_is(proc, monkeypatch, options,
         (Ctime.LOCAL, LATE, EARLY, True),  # an mtime from the future
         (Ctime.LOCAL, EARLY, WHOLE, False),  # made by a program that builds images
         (Ctime.LOCAL, EARLY, 0, False),
-        (Ctime.KEPT, WHOLE, WHOLE, True),
-        (Ctime.KEPT, EARLY, 0, False),
+        (Ctime.WEAK, WHOLE, WHOLE, True),
+        (Ctime.WEAK, EARLY, 0, False),
         (Ctime.UNKNOWN, LATE, LATE, False),
         (Ctime.UNKNOWN, EARLY, LATE, True),
         (Ctime.UNKNOWN, LATE, EARLY, False),  # a time of birth looks so
@@ -130,7 +132,7 @@ def test_an_overlay_is_worth_what_its_worst_layer_is(proc, monkeypatch, options,
         (Ctime.NONE, LATE, LATE, False),
     ],
 )
-def test_times_count_where_a_ctime_is_kept_or_proves_itself(kind, mtime, ctime, shown):
+def test_times_count_by_kind_and_by_their_order(kind, mtime, ctime, shown):
     assert shows_changes(kind, FileStamp(1, 2, 3, mtime, ctime)) is shown
 
 
@@ -151,7 +153,7 @@ class _Statfs(ctypes.Structure):
 @pytest.mark.parametrize("symbol", ["fstatfs", "fstatfs$INODE64"])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(b"apfs", Ctime.LOCAL), (b"hfs", Ctime.KEPT), (b"nfs", Ctime.KEPT), (b"smbfs", Ctime.UNKNOWN),
+    [(b"apfs", Ctime.LOCAL), (b"hfs", Ctime.WEAK), (b"nfs", Ctime.WEAK), (b"smbfs", Ctime.UNKNOWN),
      (b"msdos", Ctime.NONE), (b"exfat", Ctime.NONE), (b"macfuse", Ctime.UNKNOWN)],
 )  # fmt: skip
 def test_on_macos_statfs_names_the_type(monkeypatch, symbol, name, kind):
@@ -177,7 +179,7 @@ def test_on_macos_statfs_names_the_type(monkeypatch, symbol, name, kind):
 
 
 @LINUX_ROOT
-def test_real_mounts_are_told_apart(tmp_path):
+def test_real_mounts_have_their_kinds(tmp_path):
     (tmp_path / "lower").mkdir()
     (tmp_path / "lower" / "x").write_bytes(b"x")
     image = squashed(tmp_path / "lower", tmp_path / "image")

@@ -1,4 +1,4 @@
-"""Digests: of the file, of each tensor, and every byte read once."""
+"""Hashes of files and of their tensors, each byte read once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ import os
 import pytest
 import xxhash
 
-from paroquant_stream.errors import SourceChangedError
-from paroquant_stream.files.hashing import SourceHasher, hash_entry, read_chunks
+from paroquant_stream.errors import SourceChangedError, UnreadableFileError
+from paroquant_stream.files.hashing import (
+    CHUNK,
+    SourceHasher,
+    hash_entry,
+    hash_parts,
+    read_chunks,
+    sha256_of,
+)
 from paroquant_stream.files.tensor_header import TensorInfo
 
 DATA = bytes(range(256)) * 50_000  # 12.8 MB, over three chunks
@@ -23,7 +30,7 @@ def fd(tmp_path):
     os.close(fd)
 
 
-def test_chunks_are_the_bytes_in_order_in_the_buffer_that_is_given(fd):
+def test_chunks_fill_the_buffer_in_order(fd):
     buffer = memoryview(bytearray(5_000_000))
     sizes, seen = [], bytearray()
     for chunk in read_chunks(fd, 3, len(DATA) - 2, "x", buffer):
@@ -54,7 +61,7 @@ WANTED = {
 }
 
 
-def test_one_pass_gives_the_hash_of_the_file_and_of_each_tensor(fd):
+def test_one_pass_hashes_the_file_and_each_tensor(fd):
     ticks: list[int] = []
     hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", ticks.append)
     found = hasher.finish()
@@ -63,7 +70,7 @@ def test_one_pass_gives_the_hash_of_the_file_and_of_each_tensor(fd):
     assert sum(ticks) == len(DATA)
 
 
-def test_bytes_that_were_read_for_another_end_are_not_read_again(fd, monkeypatch):
+def test_bytes_that_the_caller_has_read_are_not_read_again(fd, monkeypatch):
     hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", lambda _: None)
     hasher.advance(50)
     hasher.update(memoryview(DATA[50:5000]))
@@ -79,3 +86,41 @@ def test_bytes_that_were_read_for_another_end_are_not_read_again(fd, monkeypatch
 
 def test_an_entry_is_hashed_whole(fd):
     assert hash_entry(fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
+
+
+def test_another_head_is_hashed_in_place_of_the_first_bytes(fd):
+    head = b"x" * 1000
+    assert hash_parts(head, fd, "x") == xxhash.xxh3_128_hexdigest(head + DATA[1000:])
+    assert hash_parts(DATA[:1000], fd, "x") == hash_entry(fd, "x")
+
+
+def test_the_sha256_of_bytes_in_memory():
+    assert sha256_of(memoryview(b"abc")) == hashlib.sha256(b"abc").digest()
+
+
+def test_a_failed_read_names_the_file_and_the_reason(fd, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(UnreadableFileError, match="x: cannot be read: Input/output error"):
+        hash_entry(fd, "x")
+
+
+def test_a_caller_can_stop_after_any_chunk(fd):
+    def stop(count):
+        ticks.append(count)
+        raise KeyboardInterrupt
+
+    ticks: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        SourceHasher(fd, (), len(DATA), "x", stop).finish()
+    assert ticks == [CHUNK]
+
+
+def test_a_file_that_became_shorter_has_no_hash(fd, tmp_path):
+    hasher = SourceHasher(fd, (FIRST,), len(DATA), "x", lambda _: None)
+    hasher.advance(100)
+    os.truncate(tmp_path / "x", len(DATA) - 1)
+    with pytest.raises(SourceChangedError, match="x: became shorter"):
+        hasher.finish()

@@ -1,19 +1,21 @@
-"""A new file: whole blocks past the page cache, the rest through it, all of it or nothing."""
+"""Files written in one stream: full blocks with O_DIRECT, the rest without, atomically."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import random
+import threading
 
 import pytest
 import xxhash
 
 from paroquant_stream.errors import StoreError
-from paroquant_stream.files import atomic_file, new_file, temp_files
+from paroquant_stream.files import new_file
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.files.new_file import NewFile
+from paroquant_stream.files.new_file import NewFile, new_file_at
 from paroquant_stream.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -32,7 +34,7 @@ def publish(file: NewFile, tmp_path) -> None:
 
 
 def write(tmp_path, data: bytes, chunk: int = 3000) -> bytes:
-    """What lies under the published name, written in chunks from memory that is used again."""
+    """Write data in chunks from one buffer; return the content of the published file."""
     file = new(tmp_path, len(data))
     target = tmp_path / "entries" / "entry"
     try:
@@ -51,11 +53,12 @@ def write(tmp_path, data: bytes, chunk: int = 3000) -> bytes:
 
 
 def refuse(monkeypatch, name: str, times: int = 1) -> list[str]:
-    """os.<name> answers EINVAL to what asks for whole blocks, the first `times` times."""
+    """Let os.<name> refuse O_DIRECT with EINVAL, the first `times` times."""
     real, fired = getattr(os, name), []
 
     def call(where, what, *rest, **options):
-        fd_direct = name == "write" and new_file._past_the_cache(where)
+        # private: the same question that the writer asks
+        fd_direct = name == "write" and new_file._is_direct(where)
         if (fd_direct or (name == "open" and what & new_file._DIRECT)) and len(fired) < times:
             fired.append(name)
             if name == "open":
@@ -75,7 +78,7 @@ def test_the_bytes_are_those_that_were_written(tmp_path, size, chunk):
 
 
 @pytest.mark.skipif(not new_file._DIRECT, reason="this system has no O_DIRECT")
-def test_whole_blocks_go_past_the_page_cache_and_the_rest_through_it(tmp_path, monkeypatch):
+def test_full_blocks_are_written_with_o_direct(tmp_path, monkeypatch):
     real, seen = os.write, []
 
     def note(fd, data):
@@ -91,16 +94,14 @@ def test_whole_blocks_go_past_the_page_cache_and_the_rest_through_it(tmp_path, m
 
 @pytest.mark.skipif(not new_file._DIRECT, reason="this system has no O_DIRECT")
 @pytest.mark.parametrize("name", ["open", "write"])
-def test_a_file_system_that_refuses_whole_blocks_is_written_through_the_cache(
-    tmp_path, monkeypatch, name
-):
+def test_a_file_system_without_o_direct_is_written_all_the_same(tmp_path, monkeypatch, name):
     fired = refuse(monkeypatch, name)
     data = random.Random(0).randbytes(30_000)
     assert write(tmp_path, data) == data
     assert fired == [name]
 
 
-def test_an_error_of_the_writing_thread_reaches_the_caller(tmp_path, monkeypatch):
+def test_an_error_of_the_writer_thread_reaches_the_caller(tmp_path, monkeypatch):
     def full(_fd, _data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -110,9 +111,7 @@ def test_an_error_of_the_writing_thread_reaches_the_caller(tmp_path, monkeypatch
     assert os.listdir(tmp_path / "tmp") == os.listdir(tmp_path / "entries") == []
 
 
-def test_a_file_that_is_given_up_waits_for_the_block_on_its_way(tmp_path, monkeypatch):
-    import threading
-
+def test_a_discarded_file_waits_for_the_block_being_written(tmp_path, monkeypatch):
     real, go, written = os.write, threading.Event(), []
 
     def slow(fd, data):
@@ -131,15 +130,13 @@ def test_a_file_that_is_given_up_waits_for_the_block_on_its_way(tmp_path, monkey
 
 
 def test_no_more_than_a_few_blocks_are_in_memory(tmp_path, monkeypatch):
-    import mmap
-
     real, made = mmap.mmap, []
     monkeypatch.setattr(mmap, "mmap", lambda *a: made.append(a) or real(*a))
     write(tmp_path, bytes(100 * 4096))
     assert 1 <= len(made) <= new_file._BLOCKS + 1
 
 
-def test_a_trace_shows_the_writes(tmp_path):
+def test_a_trace_has_a_stage_for_each_write(tmp_path):
     trace = Trace()
     file = new(tmp_path, 5000, trace=trace)
     file.write(memoryview(bytes(5000)))
@@ -148,22 +145,71 @@ def test_a_trace_shows_the_writes(tmp_path):
     assert [span.stage for span in trace.spans] == ["write", "write"]
 
 
-def test_no_sweep_of_another_thread_can_see_a_temp_that_is_not_known_as_open(tmp_path, monkeypatch):
-    real, known = atomic_file._create, []
+def test_a_block_that_was_written_short_is_finished_without_o_direct(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:1000]))
+    data = random.Random(1).randbytes(10_000)
+    assert write(tmp_path, data) == data
 
-    def create(folder, name, *rest, **options):
-        known.append(temp_files.is_open(name))
-        return real(folder, name, *rest, **options)
 
-    monkeypatch.setattr(atomic_file, "_create", create)
-    new(tmp_path, 10).discard()
-    assert known == [True]
+def test_other_errors_of_a_write_are_not_tried_again(tmp_path, monkeypatch):
+    calls = []
 
-    def fail(_folder, name, *_, **__):
-        known.append(name)
-        raise OSError(errno.EIO, "bad")
+    def fail(_fd, data):
+        calls.append(len(data))
+        raise OSError(errno.EINVAL if len(calls) > 1 else errno.EIO, "bad")
 
-    monkeypatch.setattr(atomic_file, "_create", fail)
-    with pytest.raises(StoreError):
-        new(tmp_path, 10)
-    assert not temp_files.is_open(known[-1])
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(StoreError, match="bad"):
+        write(tmp_path, bytes(4096))
+    assert calls == [4096]
+
+
+@pytest.mark.parametrize("size", [9_999, 10_001])
+def test_a_file_with_fewer_or_more_bytes_is_not_published(tmp_path, size):
+    file = new(tmp_path, size)
+    file.write(memoryview(bytes(10_000)))
+    with pytest.raises(StoreError, match=f"10,000 bytes written, {size:,} expected"):
+        publish(file, tmp_path)
+    file.discard()
+    assert os.listdir(tmp_path / "tmp") == os.listdir(tmp_path / "entries") == []
+
+
+def test_a_lost_write_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", lambda _fd, data: len(data))
+    with pytest.raises(StoreError, match="0 bytes written, 5,000 expected"):
+        write(tmp_path, bytes(5000))
+
+
+def test_a_full_disk_is_an_error_of_the_store_at_once(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(StoreError, match="No space left on device; 5,000 bytes needed"):
+        new(tmp_path, 5000)
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_a_file_outside_a_store_is_published_after_the_body(tmp_path):
+    with new_file_at(tmp_path / "x", 5) as file:
+        file.write(memoryview(b"hello"))
+        assert file.size == 5
+        assert os.listdir(tmp_path) == ["x.part"]
+    assert (tmp_path / "x").read_bytes() == b"hello"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_body_that_fails_leaves_no_file(tmp_path):
+    with pytest.raises(KeyError), new_file_at(tmp_path / "x", 5) as file:
+        file.write(memoryview(b"hello"))
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_an_absent_directory_is_an_error_of_the_store(tmp_path):
+    with (
+        pytest.raises(StoreError, match="absent/x: No such file or directory"),
+        new_file_at(tmp_path / "absent" / "x", 5),
+    ):
+        pytest.fail("the body ran")

@@ -1,8 +1,8 @@
-"""Headers: what is accepted, what is refused, and how files are laid out."""
+"""Headers of safetensors files: which are accepted and which are refused."""
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +11,23 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from paroquant_stream.errors import MalformedFileError
-from paroquant_stream.files.descriptor import open_regular, pread_exactly
-from paroquant_stream.files.tensor_header import TensorSpec, read_header
-from paroquant_stream.files.tensor_writer import PAGE, TensorWriter, file_size, lay_out
+from paroquant_stream.files import tensor_header
+from paroquant_stream.files.descriptor import closing, open_regular
+from paroquant_stream.files.tensor_header import (
+    MAX_HEADER,
+    MAX_TENSORS,
+    TensorInfo,
+    TensorSpec,
+    check_name,
+    parse_header,
+    read_header,
+)
 from tests.helpers.tensor_files import REFUSED, file_of, tensor
 
 
 def read(path: Path):
-    fd = open_regular(path)
-    try:
+    with closing(open_regular(path)) as fd:
         return read_header(fd, path.name)
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -49,27 +54,6 @@ def test_names_a_git_lfs_pointer(tmp_path):
         read(tmp_path / "x")
 
 
-def test_refuses_a_pipe_without_hanging(tmp_path):
-    os.mkfifo(tmp_path / "x")
-    with pytest.raises(MalformedFileError, match="regular file"):
-        open_regular(tmp_path / "x")
-
-
-def test_follows_no_link_when_told_so(tmp_path):
-    (tmp_path / "target").write_bytes(b"x")
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    with pytest.raises(OSError, match="link"):
-        open_regular(tmp_path / "link", follow=False)
-
-
-def test_a_short_read_is_an_error(tmp_path):
-    (tmp_path / "x").write_bytes(bytes(10))
-    fd = open_regular(tmp_path / "x")
-    with pytest.raises(MalformedFileError, match="ends 5 bytes before"):
-        pread_exactly(fd, 5, 10, "x")
-    os.close(fd)
-
-
 @pytest.mark.parametrize(
     "metadata", [{}, {"__metadata__": None}, {"__metadata__": {"format": "pt"}}]
 )
@@ -92,63 +76,7 @@ def test_ranges_are_absolute(tmp_path):
     assert data[found.start : found.stop] == np.arange(3, dtype=np.int32).tobytes()
 
 
-SPECS = [
-    TensorSpec("small", "F16", (3,)),
-    TensorSpec("page", "U8", (PAGE,)),
-    TensorSpec("words", "U32", (5,)),
-    TensorSpec("pages", "F32", (PAGE // 2,)),
-    TensorSpec("empty", "F32", (0,)),
-]
-
-
-def written(specs) -> bytes:
-    header, tensors = lay_out(specs)
-    out = bytearray()
-    writer = TensorWriter(out.extend, header)
-    for index, info in enumerate(tensors):
-        writer.write(info, memoryview(bytes([index]) * info.nbytes))
-    writer.finish(file_size(specs))
-    return bytes(out)
-
-
-def test_pages_come_first_on_page_boundaries_and_the_rest_stays_aligned():
-    _, tensors = lay_out(SPECS)
-    assert [t.name for t in tensors] == ["page", "pages", "empty", "words", "small"]
-    assert all(t.start % PAGE == 0 for t in tensors[:3])
-    assert tensors[3].start % 4 == 0
-    assert tensors[4].start % 2 == 0
-
-
-def test_what_is_written_is_valid_for_us_and_for_safetensors(tmp_path):
-    (tmp_path / "x").write_bytes(written(SPECS))
-    assert read(tmp_path / "x").tensors == lay_out(SPECS)[1]
-    arrays = load(written(SPECS))
-    assert arrays["words"].shape == (5,)
-    assert {name: set(a.tobytes()) for name, a in arrays.items() if a.size}["pages"] == {1}
-
-
-def test_the_same_specs_give_the_same_bytes():
-    import hashlib
-
-    digest = hashlib.sha256(written(SPECS)).hexdigest()
-    assert digest == "474fbf2ebc87b2e71840fb21ba61b80422df80788bc14b74fc10f9f3cf069e18"
-
-
-def test_a_tensor_out_of_turn_or_too_long_is_never_written():
-    header, tensors = lay_out(SPECS)
-    writer = TensorWriter(lambda _: None, header)
-    with pytest.raises(AssertionError, match="pages"):
-        writer.write(tensors[1], memoryview(bytes(4)))
-    with pytest.raises(AssertionError, match="page"):
-        writer.write(tensors[0], memoryview(bytes(PAGE + 1)))
-    with pytest.raises(AssertionError, match="bytes were written"):
-        writer.finish(file_size(SPECS))
-
-
-def test_whatever_is_refused_here_but_not_by_safetensors_is_on_this_list(tmp_path):
-    """The second opinion: the differences between the two are known, and each is ours being
-    stricter.
-    """
+def test_only_these_cases_are_stricter_than_safetensors(tmp_path):
     stricter = set()
     for case, (header, data) in REFUSED.items():
         if case == "empty file":
@@ -165,3 +93,89 @@ def test_whatever_is_refused_here_but_not_by_safetensors_is_on_this_list(tmp_pat
         "a name of 10 kB", "1,000 dots", "newline in a name", "newline after a name", "rank 10,000",
         "zero size with huge rest",
     }  # fmt: skip
+
+
+def header_of(text: bytes, size: int | None = None):
+    """Parse a header that lies in memory."""
+    data = len(text).to_bytes(8, "little") + text
+    return parse_header(lambda at, n: data[at : at + n], size or len(data), "x")
+
+
+def test_a_header_can_be_read_by_any_function():
+    text = json.dumps({"a": tensor("U8", (3,), (0, 3))}).encode()
+    header = header_of(text, 8 + len(text) + 3)
+    start = 8 + len(text)
+    assert header.tensors == (TensorInfo("a", "U8", (3,), start, start + 3),)
+
+
+def test_the_shortest_header_is_that_of_no_tensors():
+    assert header_of(b"{}").tensors == ()
+    with pytest.raises(MalformedFileError, match="found 9 bytes"):
+        parse_header(lambda *_: b"", 9, "x")
+
+
+def test_a_header_that_a_server_cuts_short_is_refused():
+    data = (100).to_bytes(8, "little") + b"{}"
+    with pytest.raises(MalformedFileError, match="ends inside its header"):
+        parse_header(lambda at, n: data[at : at + n], 1000, "x")
+
+
+def test_a_header_over_the_limit_is_not_read():
+    lengths = []
+
+    def read(_at, length):
+        lengths.append(length)
+        return (MAX_HEADER + 1).to_bytes(8, "little")
+
+    with pytest.raises(MalformedFileError, match="header length of 33,554,433"):
+        parse_header(read, 1 << 40, "x")
+    assert max(lengths) <= 40
+
+
+def test_the_most_tensors_are_accepted_and_one_more_is_refused(monkeypatch):
+    monkeypatch.setattr(tensor_header, "MAX_TENSORS", 10)
+
+    def table(count: int) -> bytes:
+        names = (f'"t{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
+        return ("{" + ",".join(names) + "}").encode()
+
+    assert len(header_of(table(10)).tensors) == 10
+    with pytest.raises(MalformedFileError, match="11 tensors, over the limit"):
+        header_of(table(11))
+
+
+def test_too_many_keys_are_refused_before_they_are_parsed(monkeypatch):
+    monkeypatch.setattr(tensor_header, "strict_json", lambda *_: pytest.fail("it was parsed"))
+    with pytest.raises(MalformedFileError, match="over the limit of 100,000 tensors"):
+        header_of(b"{" + b'"":' * (4 * MAX_TENSORS + 1001))
+
+
+@pytest.mark.parametrize(
+    ("shape", "refused"),
+    [((2**31 - 1,), None), ((2**31,), "bad dimension"), ((1,) * 9, "at most 8 dimensions"),
+     ((0, 2**24, 2**24), None), ((0, 2**24, 2**24 + 1), "over 2[*][*]48 elements")],
+)  # fmt: skip
+def test_limits_of_a_shape(shape, refused):
+    size = 0 if 0 in shape else shape[0]
+    text = json.dumps({"a": tensor("U8", shape, (0, size))}).encode()
+    if refused is None:
+        assert header_of(text, 8 + len(text) + size).tensors[0].shape == shape
+    else:
+        with pytest.raises(MalformedFileError, match=refused):
+            header_of(text, 8 + len(text) + size)
+
+
+@pytest.mark.parametrize("name", ["a" * 256, ".".join("a" * 24), "l.65535.w", "a-b_c.0"])
+def test_names_within_the_limits_are_accepted(name):
+    check_name(name, "x")
+
+
+@pytest.mark.parametrize("name", ["a" * 257, ".".join("a" * 25), "l.65536.w", "a.__b", "a b", ".a"])
+def test_names_beyond_the_limits_are_refused(name):
+    with pytest.raises(MalformedFileError, match=r"x: '.*' is not a tensor name"):
+        check_name(name, "x")
+
+
+@pytest.mark.parametrize(("shape", "count"), [((), 4), ((3,), 12), ((3, 0), 0), ((2, 3, 5), 120)])
+def test_bytes_of_a_tensor(shape, count):
+    assert TensorSpec("a", "F32", shape).nbytes == count

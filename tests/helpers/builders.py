@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from paroquant_stream.files.descriptor import FileStamp
-from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES, Memo
+from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES, DigestCache
 
 SETTLED = """
 from paroquant_stream.files import descriptor, digest_cache, filesystems
@@ -188,11 +188,11 @@ def as_hub_snapshot(directory: Path, repository: Path) -> Path:
     return snapshot
 
 
-def remember(memo: Memo, path: Path, digest: str) -> None:
-    """Makes the memo say that the file, as it is, has this digest; with the fixture `settled`."""
+def remember(digest_cache: DigestCache, path: Path, digest: str) -> None:
+    """Store a digest for a file as it is now; needs the fixture `settled`."""
     fd = os.open(path, os.O_RDONLY)
-    memo.remember_written(fd, FileStamp.of(os.fstat(fd)), digest)
-    assert memo.lookup(fd) == digest
+    digest_cache.remember_written(fd, FileStamp.of(os.fstat(fd)), digest)
+    assert digest_cache.lookup(fd) == digest
     os.close(fd)
 
 
@@ -214,21 +214,11 @@ def uncovered(path: Path) -> int:
     return first + (gap + SAMPLE_SIZE) // 2
 
 
-def settle(directory: Path, seconds: float = 10) -> None:
-    """Sets every file's times into the past. ctime cannot be set, so see `forget_time` too."""
-    import time
-
-    old = time.time() - seconds
-    for path in directory.iterdir():
-        if path.is_file():
-            os.utime(path, (old, old))
-
-
 def temp_of(pid: int, **others: str | int) -> str:
     """The name of a temp of process `pid` of this system; `others`: fields that say otherwise."""
     from paroquant_stream.files import temp_files
 
-    fields = {**vars(temp_files._here()), "pid": pid, **others}
+    fields = {**vars(temp_files._this_system()), "pid": pid, **others}
     return "{machine}-{boot}-{space}-{pid}-{random}".format(random="0" * 32, **fields)
 
 

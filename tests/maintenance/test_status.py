@@ -58,7 +58,7 @@ def dry_run(directory) -> list[str]:
 
 def read_through(directory) -> None:
     """Remembers the digests of all shards, as a hash of them does."""
-    memo = make_request(directory).store.memo
+    memo = make_request(directory).store.digest_cache
     for path in directory.glob("model*.safetensors"):
         Shard(path.name, path).sha256(memo)
 

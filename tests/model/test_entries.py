@@ -87,7 +87,7 @@ def test_a_changed_header_is_noticed_despite_a_known_digest(converted):
     record = manifest.entries[0]
     path = store.entry_path(record.key)
     path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U16"', 1))
-    remember(store.memo, path, record.digest)
+    remember(store.digest_cache, path, record.digest)
     with pytest.raises(EntryDamagedError, match="the header is not the one that was written"):
         read_weights(manifest, store, everything)
 
@@ -234,7 +234,7 @@ def test_after_a_failure_of_mlx_every_entry_is_hashed(converted):
     record = manifest.entries[0]
     path = store.entry_path(record.key)
     flip(path, record.size - 1)
-    remember(store.memo, path, record.digest)
+    remember(store.digest_cache, path, record.digest)
     assert find_defect(record, store, full=False) is None
     with pytest.raises(EntryDamagedError, match="expected XXH3"), guard_reads([record], store):
         raise RuntimeError("cannot read")

@@ -101,7 +101,7 @@ def test_a_shard_that_changes_meanwhile_is_not_remembered(tmp_path, monkeypatch)
         with pytest.raises(SourceChangedError):
             run(directory)
     shard = Shard(NAME, directory / NAME)
-    assert shard.known_sha256(make_request(directory).store.memo) is None
+    assert shard.known_sha256(make_request(directory).store.digest_cache) is None
     assert digests(run(directory)) == golden(directory, tmp_path / "golden")
 
 
@@ -146,7 +146,7 @@ def test_a_young_blob_that_was_hashed_here_is_known_by_its_name(snapshot, hashed
     monkeypatch.setattr(descriptor, "RACY_SECONDS", 3600)
     monkeypatch.setattr(descriptor, "WIDE_SECONDS", 3600)
     run(snapshot)
-    memo = make_request(snapshot).store.memo
+    memo = make_request(snapshot).store.digest_cache
     if by == "verification":
         monkeypatch.setattr(digest_cache, "ctime_kind", lambda *_: Ctime.NONE)
         for file in memo.directory.iterdir():

@@ -21,7 +21,7 @@ from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.layout import Layout
 from paroquant_stream.checkpoint.quantization import Quantization
-from paroquant_stream.files.digest_cache import Memo
+from paroquant_stream.files.digest_cache import DigestCache
 from paroquant_stream.files.new_file import NewFile
 from paroquant_stream.plan.planner import Plan, make_plan
 from paroquant_stream.plan.task import Operation
@@ -175,7 +175,7 @@ def part_seconds(plan: Plan, model: Path, work: Path) -> float:
     """Seconds of a part's read beside its bytes: the smallest part of a small shard."""
     parts = [p for op in plan.tasks[0].operations for s in op.slices for p in s]
     part = min(parts, key=lambda part: part.stop - part.start)
-    source = Source(plan.tasks[0], model, Memo(work), lambda _: None)
+    source = Source(plan.tasks[0], model, DigestCache(work), lambda _: None)
     try:
         source.hash()
         return usual(lambda: [source.whole(part) for _ in range(1000)]) / 1000
