@@ -30,7 +30,7 @@ from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import end_of, lay_out, layout_defect
 from ..store.damage import forget_pages, take_out
 from ..store.format import stacks_in_pieces
-from ..store.lock import excludes
+from ..store.lock import locks_exclude
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 from .single_file import NAME, hash_single, metadata_of, with_digest
@@ -179,7 +179,7 @@ def _sweep(folder: Folder, target: str) -> None:
     """Removes what killed runs left beside a target."""
     prefix = f".{target}."
     with contextlib.suppress(OSError):
-        locks = excludes(folder)
+        locks = locks_exclude(folder)
         for name, _ in folder.files():
             temp = name.removeprefix(prefix)
             if (
