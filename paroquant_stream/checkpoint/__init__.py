@@ -1,4 +1,4 @@
-"""The source: a model directory or a Hub repository, its config, index, shards and layout.
+"""The source model: a directory or a Hub repository, its config, index, shards and layout.
 
-Imports files.
+Imports `files`, `errors` and `text`.
 """

@@ -1,7 +1,7 @@
-"""The source model directory: its config, its index, its shards and their headers.
+"""A model directory: its config, its shards and their headers.
 
-`model.safetensors.index.json` decides which files are shards; without it, exactly
-`model.safetensors`. Nothing is ever found by a glob: a stray file would change the model.
+`model.safetensors.index.json` lists the shards; without an index the only shard is
+`model.safetensors`. Files are never found by a glob, since a stray file would change the model.
 """
 
 from __future__ import annotations
@@ -19,41 +19,47 @@ from .shard import Shard
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its config and the shards in the order of their names."""
+    """The config of a model directory and its shards, sorted by name."""
 
     config: ModelConfig
     shards: tuple[Shard, ...]
-    given: Mapping[str, Header] = field(default_factory=dict)
-    """Headers of shards that the directory lacks, from the Hub or from before they were dropped."""
+    known_headers: Mapping[str, Header] = field(default_factory=dict)
+    """Headers of absent shards, read from the Hub or kept when the shards were removed."""
 
     @property
     def directory(self) -> Path:
-        """The model directory."""
+        """Return the model directory."""
         return self.config.directory
 
     def headers(self) -> dict[str, Header]:
-        """Every shard's header by shard name, checked against the index.
+        """Read the headers of all shards and check them against the index.
 
-        Raises CheckpointError listing each tensor that the index and the headers do not agree on,
-        and each tensor that two shards hold.
+        Returns:
+            Shard name -> its header.
+
+        Raises:
+            CheckpointError: The index and the headers disagree or a tensor is in two shards; lists
+                every such tensor. Or a shard cannot be opened.
+            MalformedFileError: A shard is not a valid safetensors file.
         """
-        headers = {s.name: self.given.get(s.name) or s.header() for s in self.shards}
+        headers = {s.name: self.known_headers.get(s.name) or s.header() for s in self.shards}
         issues: list[str] = []
-        home: dict[str, str] = {}
+        shard_of: dict[str, str] = {}
         for name, header in headers.items():
             for tensor in header.tensors:
-                if tensor.name in home:
+                if tensor.name in shard_of:
                     issues.append(
-                        f"{tensor.name}: lies in two shards, {home[tensor.name]} and {name}"
+                        f"{tensor.name}: in two shards, {shard_of[tensor.name]} and {name}"
                     )
-                home[tensor.name] = name
-        for tensor_name, name in (self.config.weight_map or home).items():
-            if home.get(tensor_name) != name:
-                found = home.get(tensor_name, "no shard")
-                issues.append(f"{tensor_name}: the index says {name}, it lies in {found}")
-        if self.config.weight_map is not None:
-            issues += [f"{t}: lies in {n}, the index does not name it" for t, n in home.items()
-                       if t not in self.config.weight_map]  # fmt: skip
+                shard_of[tensor.name] = name
+        weight_map = self.config.weight_map
+        for tensor_name, name in (weight_map or shard_of).items():
+            if shard_of.get(tensor_name) != name:
+                found = shard_of.get(tensor_name, "no shard")
+                issues.append(f"{tensor_name}: expected in {name} by the index, found in {found}")
+        if weight_map is not None:
+            unnamed = ((t, n) for t, n in shard_of.items() if t not in weight_map)
+            issues += [f"{tensor}: in {name}, missing in the index" for tensor, name in unnamed]
         if issues:
             raise CheckpointError(
                 f"{self.directory}: index and shards disagree:\n  " + "\n  ".join(issues)
@@ -64,21 +70,24 @@ class Checkpoint:
 def open_checkpoint(
     config: ModelConfig, may_lack: Callable[[str], bool] = lambda _: False
 ) -> Checkpoint:
-    """Open a checkpoint; reads no shard.
+    """List the shards of a model directory without opening them.
 
     Args:
-        config: Of its directory.
-        may_lack: Whether the directory may lack the shard of a name.
+        config: The config of the directory.
+        may_lack: Returns whether the shard of this name may be absent.
+
+    Returns:
+        The checkpoint.
 
     Raises:
-        CheckpointError: A shard is absent that must be there.
+        CheckpointError: A required shard is absent.
         MalformedFileError: The config or the index is malformed.
     """
-    directory, _ = config.directory, config.values  # a malformed config is told first
+    directory, _ = config.directory, config.values  # a malformed config is reported first
     shards = tuple(Shard(name, directory / name) for name in config.shard_names)
     absent = [s.name for s in shards if not os.path.lexists(s.path) and not may_lack(s.name)]
     if absent and config.weight_map is None:
-        raise CheckpointError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME} is there")
+        raise CheckpointError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME} exists")
     if absent:
         raise CheckpointError(
             f"{directory}: the index names absent shards: {', '.join(absent)}; download them"

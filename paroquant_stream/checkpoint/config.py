@@ -18,24 +18,31 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 EXPORTED = "paroquant_stream"
-"""The key of config.json that marks a directory written by `export`."""
+"""The key of config.json by which `export` marks the directories that it writes."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """config.json and the index of one model, read once; each is parsed when first used."""
+    """config.json and the index of one model, read once and parsed on first use."""
 
     directory: Path
     config_text: bytes
     index_text: bytes | None
-    """None without an index."""
+    """None if the directory has no index."""
 
     @classmethod
     def read(cls, directory: Path) -> ModelConfig:
         """Read both files.
 
+        Args:
+            directory: The model directory.
+
+        Returns:
+            Their bytes, not parsed yet.
+
         Raises:
             CheckpointError: The directory or its config is absent, or a file is too large.
+            MalformedFileError: One of the two is not a regular file.
         """
         if not os.path.isdir(directory):
             raise CheckpointError(f"{directory}: no such model directory")
@@ -48,19 +55,19 @@ class ModelConfig:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The settings in config.json; nobody may change them.
+        """Return the settings in config.json, which callers must not change.
 
         Raises:
-            MalformedFileError: It is no JSON object.
+            MalformedFileError: The file is not a JSON object.
         """
         return _parse_object(self.config_text, self.directory / CONFIG_NAME)
 
     @cached_property
     def weight_map(self) -> dict[str, str] | None:
-        """Tensor name -> shard name as the index gives it; None without an index.
+        """Return the index's map of tensor names to shard names; None without an index.
 
         Raises:
-            MalformedFileError: The index has no such map, or it names what is no shard.
+            MalformedFileError: The index has no such map, or a value is not a shard's name.
         """
         if self.index_text is None:
             return None
@@ -68,20 +75,20 @@ class ModelConfig:
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
-        """The names of the shards that the directory has or should have, sorted."""
+        """Return the sorted names of the model's shards, present or absent."""
         names = (SINGLE_NAME,) if self.weight_map is None else self.weight_map.values()
         return tuple(sorted(set(names)))
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the bytes of config.json and of the index."""
+        """Return the SHA-256 of the bytes of config.json and of the index, in hex."""
         digest = hashlib.sha256(self.config_text)
         digest.update(b"\0" if self.index_text is None else b"\1" + self.index_text)
         return digest.hexdigest()
 
     @property
     def is_export(self) -> bool:
-        """Whether `export` wrote the directory."""
+        """Return whether `export` wrote the directory."""
         return EXPORTED in self.values
 
 
@@ -108,8 +115,8 @@ def _parse_weight_map(text: bytes, path: Path) -> dict[str, str]:
     for name in set(map(str, weight_map.values())):
         if not SHARD_NAME.fullmatch(name):
             raise MalformedFileError(
-                f"{path}: {name[:80]!r} is no plain name of a .safetensors file"
+                f"{path}: {name[:80]!r} is not a plain name of a .safetensors file"
             )
     if not all(type(name) is str for name in weight_map.values()):
-        raise MalformedFileError(f"{path}: weight_map has a value that is no string")
+        raise MalformedFileError(f"{path}: weight_map has a value that is not a string")
     return weight_map

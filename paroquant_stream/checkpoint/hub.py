@@ -1,8 +1,8 @@
-"""Models named by a Hub repository id: their small files at once, their shards when asked.
+"""Models named by a Hub repository id: small files are fetched at once, shards on demand.
 
-The commit is the one of the first answer and every later request names it, so a branch that moves
-meanwhile never mixes two revisions. Files land in the Hub's own cache by its own functions, so that
-other programs share them.
+The first response fixes the commit and every later request names it, so that a branch that moves
+meanwhile never mixes two revisions. huggingface_hub's own functions download into its cache, which
+other programs share.
 """
 
 from __future__ import annotations
@@ -18,46 +18,62 @@ from pathlib import Path
 from ..errors import CheckpointError, ParoquantStreamError
 from ..files.tensor_header import Header, parse_header
 from ..text import one_line
-from .hub_watch import Watch, together
+from .hub_watch import Watch, run_calls
 from .model_files import size_limit
 
 logger = logging.getLogger(__name__)
 
 PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
-"""What a model needs beside its shards: no code (`*.py`) and no pickles (`*.bin`) are fetched."""
-_FIRST_BYTES = 1 << 18  # of a shard, by range; a header of 1,500 tensors fits
+"""The files of a model beside its shards; code (`*.py`) and pickles (`*.bin`) are not fetched."""
+_FIRST_BYTES = 1 << 18  # enough for the header of a shard of 1,500 tensors
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A repository at one commit; an `arrival.Remote`."""
+    """A repository at one commit; implements `prefetch.Remote`."""
 
     name: str
+    """The repository id, `owner/name`."""
     commit: str
 
     def headers(self, shards: Sequence[str]) -> dict[str, Header]:
-        """The headers of these shards, each by a range request of its first bytes.
+        """Read the headers of these shards, each by a range request for its first bytes.
 
-        Raises CheckpointError naming all of them when one cannot be had, MalformedFileError when one is
-        not valid.
+        Args:
+            shards: File names in the repository.
+
+        Returns:
+            Shard name -> its header.
+
+        Raises:
+            CheckpointError: A header cannot be downloaded; names the shards.
+            MalformedFileError: A header is not valid.
         """
         calls = [
             (f"{self.name}: header of {shard}", partial(self._header, shard)) for shard in shards
         ]
         try:
-            return dict(zip(shards, together(calls), strict=True))
+            return dict(zip(shards, run_calls(calls), strict=True))
         except ParoquantStreamError:
             raise
         except Exception as error:  # the Hub's client raises a dozen unrelated kinds
             listed = ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" * (len(shards) > 3))
             raise CheckpointError(
                 f"{self.name} at {self.commit[:12]}: not in the Hub's cache: {listed}; "
-                f"and the Hub does not give it: {one_line(error)}"
+                f"and cannot be downloaded from the Hub: {one_line(error)}"
             ) from error
 
     def fetch(self, shard: str, tick: Callable[[int], None]) -> None:
-        """Downloads a shard into the Hub's cache. Raises CheckpointError."""
-        together([_download(self.name, shard, self.commit, tick)])
+        """Download a shard into the Hub's cache.
+
+        Args:
+            shard: A file name in the repository.
+            tick: Called with the bytes of each chunk; may raise to stop the download.
+
+        Raises:
+            CheckpointError: It cannot be downloaded.
+        """
+        run_calls([_download(self.name, shard, self.commit, tick)])
 
     def _header(self, shard: str, _watch: Watch) -> Header:
         from huggingface_hub import hf_hub_url
@@ -75,12 +91,20 @@ class HubModel:
 
 
 def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubModel | None]:
-    """The directory of a model, and where its shards come from if it is named by a repository id.
+    """Find the directory of a model, downloading the small files of a Hub repository.
 
-    Of a repository the config, index and tokenizer are fetched, no shard; `revision` is a branch,
-    tag or commit, default `main`. Without a network what the Hub's cache has must do.
+    The config, index and tokenizer are fetched but no shard. Without a network the Hub's cache is
+    used as it is.
 
-    Raises CheckpointError when `model` is neither a directory nor a repository that can be had.
+    Args:
+        model: A directory or a repository id, `owner/name`.
+        revision: A branch, tag or commit of the repository, `main` by default.
+
+    Returns:
+        The directory, and for a repository id the remote that its absent shards come from.
+
+    Raises:
+        CheckpointError: `model` is neither a directory nor a repository that can be downloaded.
     """
     path = Path(model).expanduser()
     if os.path.isdir(path):  # pathlib raises on a disk error
@@ -93,9 +117,9 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
             f"{model}: neither a model directory nor a repository id like owner/name"
         )
     try:
-        directory = Path(together([_download(name, "config.json", revision)])[0]).parent
+        directory = Path(run_calls([_download(name, "config.json", revision)])[0]).parent
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; nor is there a directory of this name") from error
+        raise CheckpointError(f"{error}; and no directory of this name exists") from error
     remote = HubModel(name, directory.name)
     _fetch_small(remote)
     return directory, remote
@@ -104,28 +128,28 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
 def _fetch_small(remote: HubModel) -> None:
     from huggingface_hub import HfApi
 
-    def ask(_watch: Watch) -> list[str]:
+    def list_files(_watch: Watch) -> list[str]:
         info = HfApi().model_info(remote.name, revision=remote.commit)
         return [file.rfilename for file in info.siblings or []]
 
     try:
-        (names,) = together([(f"{remote.name}: its list of files", ask)])
-    except ParoquantStreamError:  # a Hub that is there and gives next to nothing
+        (names,) = run_calls([(f"{remote.name}: list of files", list_files)])
+    except ParoquantStreamError:  # the Hub responds, but too slowly
         raise
-    except Exception as error:  # no network, a token that expired: as above, a dozen kinds
-        logger.info("%s: going on with the Hub's cache: %s", remote.name, one_line(error))
+    except Exception as error:  # no network, an expired token: a dozen unrelated kinds
+        logger.info("%s: using the Hub's cache alone: %s", remote.name, one_line(error))
         return
     small = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in PATTERNS)]
-    together([_download(remote.name, name, remote.commit) for name in small])
+    run_calls([_download(remote.name, name, remote.commit) for name in small])
 
 
 def _download(
     name: str, file: str, revision: str | None, tick: Callable[[int], None] = lambda _: None
 ) -> tuple[str, Callable[[Watch], str]]:
-    """A call for `together`: the path of a file in the Hub's cache, downloaded if it is absent."""
+    """Make a call for `run_calls` that returns the path of a file in the Hub's cache."""
 
     def call(watch: Watch) -> str:
-        from huggingface_hub import hf_hub_download  # 0.3 s, for models from the Hub alone
+        from huggingface_hub import hf_hub_download  # slow, and only models from the Hub need it
 
         bar = watch.bar(tick, size_limit(file))
         try:
@@ -133,15 +157,14 @@ def _download(
         except ParoquantStreamError:  # from the bar
             raise
         except Exception as error:  # the Hub's client raises a dozen unrelated kinds
-            raise CheckpointError(
-                f"{name}: {file} cannot be had from the Hub: {one_line(error)}"
-            ) from error
+            raise CheckpointError(f"{label}: {one_line(error)}") from error
 
-    return f"{name}: {file} cannot be had from the Hub", call
+    label = f"{name}: {file} cannot be downloaded from the Hub"
+    return label, call
 
 
 def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
-    """The first `count` bytes of a file, or all if it is shorter, and its size."""
+    """Return up to `count` bytes from the start of a file, and the file's size."""
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -153,10 +176,10 @@ def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
         "GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT
     ) as response:
         hf_raise_for_status(response)
-        given = response.headers.get("Content-Range", "").rpartition("/")[2]
-        size = int(given or response.headers["Content-Length"])
+        whole_size = response.headers.get("Content-Range", "").rpartition("/")[2]
+        size = int(whole_size or response.headers["Content-Length"])
         head = bytearray()
-        for chunk in response.iter_bytes():  # a server that knows no ranges sends the whole file
+        for chunk in response.iter_bytes():  # a server without range support sends the whole file
             head += chunk
             if len(head) >= count:
                 break

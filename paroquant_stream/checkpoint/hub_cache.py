@@ -1,4 +1,4 @@
-"""The cache of huggingface_hub: its blobs, and which are still linked to."""
+"""The cache of huggingface_hub: its blobs, and which of them are still linked to."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from ..files.folder import Folder
 
 
 class HubCache:
-    """The repository of a Hub cache that a model directory is a snapshot of."""
+    """The repository in a Hub cache of which a model directory is a snapshot."""
 
     def __init__(self, repository: Path, blobs: Folder) -> None:
         self._repository, self._blobs = repository, identity(blobs.status())
-        self._shared = None  # <hub>/blobs, whose files repositories share
+        self._shared = None  # <hub>/blobs, for files that several repositories share
         with contextlib.suppress(OSError), Folder.open(repository.parent) as hub:
             with hub.child("blobs") as shared:
                 self._shared = identity(shared.status())
 
     @classmethod
     def of(cls, directory: Path) -> HubCache | None:
-        """The repository, or None for a directory that is no snapshot of one."""
+        """Find the repository of a model directory.
+
+        Args:
+            directory: The model directory, perhaps reached by a link.
+
+        Returns:
+            The repository; None if the directory is not a snapshot in a Hub cache.
+        """
         snapshots = Path(os.path.realpath(directory)).parent
         repository = snapshots.parent
         if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
@@ -32,11 +39,11 @@ class HubCache:
         return None
 
     def is_blob(self, folder: Folder) -> bool:
-        """Whether a directory is the repository's `blobs`."""
+        """Return whether an open directory is the repository's `blobs`."""
         return identity(folder.status()) == self._blobs
 
     def holds(self, folder: Folder) -> bool:
-        """Whether a directory is the repository's `blobs`, or one of the files that all share."""
+        """Return whether an open directory is the repository's `blobs` or holds shared blobs."""
         if self.is_blob(folder):
             return True
         above = identity(os.stat("..", dir_fd=folder.fd))
@@ -44,24 +51,36 @@ class HubCache:
 
     @property
     def blobs(self) -> Path:
-        """The directory of the blobs."""
+        """Return the path of the repository's blobs."""
         return self._repository / "blobs"
 
     def sweep_shared(self, shared: tuple[Folder, str, os.stat_result]) -> None:
-        """Remove a file that the Hub's client shares between repositories, if no other uses it."""
-        with contextlib.suppress(ImportError):  # from release 2 on, see pull request 4498 there
+        """Remove a blob that repositories share, unless another repository uses it.
+
+        Args:
+            shared: The blob's directory, name and status.
+        """
+        with contextlib.suppress(ImportError):  # from huggingface_hub 2 on, see its PR 4498
             from huggingface_hub.utils._shared_blobs import sweep_shared_blob
 
             path = Path(os.path.realpath(shared[0].path / shared[1]))
             sweep_shared_blob(path, cache_dir=self._repository.parent)
 
     def is_used(self, blob: str, link: tuple[Folder, str, os.stat_result]) -> bool:
-        """Whether a link other than `link` leads to a blob. Raises OSError."""
+        """Return whether a snapshot has another link to a blob.
+
+        Args:
+            blob: The blob's name.
+            link: The directory, name and status of the link that does not count.
+
+        Raises:
+            OSError: A directory of the snapshots cannot be examined.
+        """
         own = identity(link[0].status()), link[1]
         for directory, _, names in os.walk(self._repository / "snapshots"):
             here = identity(os.stat(directory))
             for name in names:
-                with contextlib.suppress(OSError):  # no link
+                with contextlib.suppress(OSError):  # not a link
                     parent, target = os.path.split(os.readlink(os.path.join(directory, name)))
                     there = identity(os.stat(os.path.join(directory, parent)))
                     if target == blob and there == self._blobs and (here, name) != own:
@@ -70,5 +89,5 @@ class HubCache:
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
-    """Tell one directory or file from every other: its device and inode."""
+    """Return the device and inode, which identify a file or directory."""
     return status.st_dev, status.st_ino

@@ -1,13 +1,12 @@
-"""Calls of the Hub's client in threads of their own, given up when next to nothing arrives.
+"""Runs calls of the Hub's client in background threads and ends those that receive too little.
 
-    caller:  waits, and looks at each call every 0.1 s ------------------> the results, or one error
-    daemon:  the Hub's client -- hooks of its session, its bar --> Watch: how many bytes have come
+    caller         waits, checks each call every 0.1 s --------------> the results, or one error
+    daemon thread  the Hub's client -- session hooks, progress bar --> Watch: bytes received
 
-The client bounds the wait for the next byte and reads 10 MB at a time, so a server that sends one
-byte a second holds it for years, and its bar shows nothing meanwhile. A response tells from outside
-how much it has received. A call that is given up has its connection shut; while it still waits for
-the head of an answer it has none that could be, and its thread stays, as a daemon: it cannot keep
-the process from ending.
+The client limits only the wait for the next byte and reads 10 MB at a time, so a server that sends
+a byte a second blocks it for years while its progress bar stands still; the response object counts
+the bytes. The connection of a stopped call is shut down once it is known, from the headers of the
+response; until then the thread stays, a daemon that does not keep the process from exiting.
 """
 
 from __future__ import annotations
@@ -23,53 +22,55 @@ from ..errors import CheckpointError, RunCancelledError
 
 T = TypeVar("T")
 
-SLOWEST = 1_000  # bytes a second: half of what a modem of 1991 brought
-WINDOW = 30.0  # s over which that is measured
-XET_WINDOW = 120.0  # s; its Rust client tells the bar alone, and nothing while it writes to a disk
-PAUSE = 600.0  # s for which the Hub may ask a client to wait; its limits count in 5 minutes
-POLL = 0.1  # s between two looks
-TOGETHER = 8  # calls at once
-_LEAVE = 1.0  # s that calls have to remove their temps once they are given up
+MIN_RATE = 1_000  # bytes/s
+WINDOW = 30.0  # s over which the rate is measured
+XET_WINDOW = 120.0  # s; the Rust client reports to the bar alone, and not while it writes to a disk
+RETRY_WINDOW = 600.0  # s that the Hub may ask a client to wait; its rate limits last 5 minutes
+POLL = 0.1  # s between two checks
+MAX_CALLS = 8  # at once
+_EXIT_TIMEOUT = 1.0  # s that stopped calls have to remove their temp files
 _LOGGERS = ("huggingface_hub.file_download", "huggingface_hub.utils._http")
 _current = threading.local()
-_left: dict[str, threading.Thread] = {}
-"""Calls that were given up and whose thread may still hold the lock of its file."""
+_stopped_calls: dict[str, threading.Thread] = {}
+"""Label -> thread of stopped calls that may still hold the lock of their file."""
 
 
 class Watch:
-    """What one call of the Hub's client is doing, as its hooks and bars tell another thread."""
+    """The progress of one call of the Hub's client, for a thread that checks its rate."""
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.error: BaseException | None = None
-        """What a bar raised; in a thread of the Rust client nobody else would see it."""
+        """What a progress bar raised; the Rust client's threads discard it."""
         self.stopped = False
-        """Whether the call was given up."""
+        """Whether the call was stopped."""
         self._requests = 0
         self._response: Any = None
-        self._bars = self._told = 0
+        self._bars = self._bar_bytes = 0
         self._phase: tuple[Any, ...] = ()
-        self._waited, self._before = 0.0, 0
+        self._waited, self._received = 0.0, 0
 
     def request(self) -> None:
-        """Note that a request is sent. Raises RunCancelledError once the call was given up."""
+        """Record that a request is sent.
+
+        Raises:
+            RunCancelledError: The call was stopped.
+        """
         if self.stopped:
-            raise RunCancelledError(f"{self.label}: given up")
+            raise RunCancelledError(f"{self.label}: stopped")
         self._requests, self._response = self._requests + 1, None
 
-    def answer(self, response: Any) -> None:
-        """Note the answer to the last request, whose body may still be on its way."""
+    def response(self, response: Any) -> None:
+        """Record the response to the last request, whose body may still be arriving."""
         self._response = response
 
     def bar(self, tick: Callable[[int], None], limit: int | None) -> type:
-        """Make a class that the Hub's client takes for a progress bar, for this one call.
+        """Return a progress bar class for this call that counts bytes and shows nothing.
 
         Args:
-            tick: Called with the bytes of each piece; may raise to end the call.
-            limit: The most bytes that the file may have.
+            tick: Called with the bytes of each chunk; may raise to end the call.
+            limit: The most bytes that the file may have; None for no limit.
 
-        Returns:
-            The class; its bars show nothing.
         """
         watch = self
 
@@ -81,7 +82,7 @@ class Watch:
 
             def update(self, n: float | None = 1) -> None:
                 self.n += int(n or 0)
-                watch._told += int(n or 0)
+                watch._bar_bytes += int(n or 0)
                 watch._check_size(self.n, limit)
                 try:
                     tick(int(n or 0))
@@ -90,7 +91,7 @@ class Watch:
                     raise
 
             def update_transfer(self, n: float | None = 1) -> None:
-                watch._told += int(n or 0)
+                watch._bar_bytes += int(n or 0)
 
             def close(self) -> None:
                 watch._bars -= self._open
@@ -98,50 +99,53 @@ class Watch:
 
         return Bar
 
-    def look(self, seconds: float) -> None:
-        """Look at the call after so many seconds.
+    def check(self, seconds: float) -> None:
+        """Check the rate of the call.
+
+        Args:
+            seconds: The time since the last check.
 
         Raises:
-            CheckpointError: Less has arrived than a line of `SLOWEST` brings.
+            CheckpointError: Less than `MIN_RATE` was received over a whole window.
         """
         if self.error:
             raise self.error
-        phase, patience = self._state()
-        received = self._told + (self._response.num_bytes_downloaded if self._response else 0)
-        if phase != self._phase or received < self._before:
-            self._phase, self._waited, self._before = phase, 0.0, received
+        phase, window = self._state()
+        received = self._bar_bytes + (self._response.num_bytes_downloaded if self._response else 0)
+        if phase != self._phase or received < self._received:
+            self._phase, self._waited, self._received = phase, 0.0, received
             return
-        self._waited += min(seconds, 1.0)  # time in which the process was stopped does not count
-        if self._waited < patience:
+        self._waited += min(seconds, 1.0)  # time in which the process was suspended does not count
+        if self._waited < window:
             return
-        if received - self._before < SLOWEST * WINDOW:
+        if received - self._received < MIN_RATE * WINDOW:
             raise CheckpointError(
-                f"{self.label}: the Hub sent {received - self._before:,} bytes in "
-                f"{self._waited:.0f} s, less than {SLOWEST:,} a second; run again when it is faster"
+                f"{self.label}: received {received - self._received:,} bytes from the Hub in "
+                f"{self._waited:.0f} s, less than {MIN_RATE:,} bytes/s; run again when it is faster"
             )
-        self._waited, self._before = 0.0, received
+        self._waited, self._received = 0.0, received
 
     def stop(self) -> None:
-        """Give the call up: no further request, and the end of the one that is answered."""
+        """Allow no further request and shut down the connection of the running one."""
         import socket  # 4 ms, for models from the Hub alone
 
         self.stopped = True
         response = self._response
-        if response is not None and not response.is_closed:  # else its connection serves others
-            with contextlib.suppress(Exception):  # it may be of any kind, and gone by now
+        if response is not None and not response.is_closed:  # else others use its connection
+            with contextlib.suppress(Exception):  # transports differ, and it may be closed by now
                 stream = response.extensions["network_stream"]
                 stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def _state(self) -> tuple[tuple[Any, ...], float]:
-        """What the call is waiting for, and for how long it may."""
+        """Return what the call is waiting for and the window for that, in seconds."""
         response = self._response
         if self._requests and (response is None or not response.is_closed):
             return ("request", self._requests), WINDOW
         if self._bars:
             return ("xet",), XET_WINDOW
         if response is not None and response.status_code >= 400:
-            return ("told to wait", self._requests), PAUSE
-        return (), float("inf")  # for a lock, perhaps, while another process downloads
+            return ("retry", self._requests), RETRY_WINDOW
+        return (), float("inf")  # perhaps for a lock while another process downloads
 
     def _check_size(self, size: int, limit: int | None) -> None:
         if limit is not None and size > limit:
@@ -152,7 +156,7 @@ class Watch:
 
 
 class _Bar:
-    """What a progress bar has beside what counts here."""
+    """The methods of a progress bar that have no effect."""
 
     def __enter__(self) -> _Bar:
         return self
@@ -161,31 +165,31 @@ class _Bar:
         self.close()
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
     def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *_, **__: None
 
 
-def together(calls: Sequence[tuple[str, Callable[[Watch], T]]]) -> list[T]:
-    """Make calls of the Hub's client, some at once, and end in a bounded time.
+def run_calls(calls: Sequence[tuple[str, Callable[[Watch], T]]]) -> list[T]:
+    """Run calls of the Hub's client, at most `MAX_CALLS` at once, in a bounded time.
 
     Args:
-        calls: For each what it is called in errors, and the call, which gets its watch.
+        calls: For each call its label, for errors, and a function, which gets its watch.
 
     Returns:
         Their results, in order.
 
     Raises:
-        CheckpointError: Next to nothing arrives, or an earlier call of this name still hangs.
+        CheckpointError: A call receives too little, or an earlier call of its label still hangs.
     """
     for label, _ in calls:
-        _await_left(label)
+        _wait_for_stopped(label)
     jobs = [_Job(label, call) for label, call in calls]
     waiting, changed = iter(jobs), threading.Condition()
     threads = [
         threading.Thread(target=_work, args=(waiting, changed), name="hub-call", daemon=True)
-        for _ in range(min(TOGETHER, len(jobs)))
+        for _ in range(min(MAX_CALLS, len(jobs)))
     ]
     for thread in threads:
         thread.start()
@@ -193,20 +197,20 @@ def together(calls: Sequence[tuple[str, Callable[[Watch], T]]]) -> list[T]:
         _watch(jobs, changed)
     except BaseException:
         with changed:
-            for _ in waiting:  # no thread begins another
+            for _ in waiting:  # empty it, so that no thread starts another call
                 pass
         for job in jobs:
             job.watch.stop()
-        until = time.monotonic() + _LEAVE
+        until = time.monotonic() + _EXIT_TIMEOUT
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
-        _left.update((j.watch.label, j.thread) for j in jobs if j.thread and not j.done)
+        _stopped_calls.update((j.watch.label, j.thread) for j in jobs if j.thread and not j.done)
         raise
     return [job.result for job in jobs]
 
 
 class _Job:
-    """One call: its watch, its thread once it has begun, and what came of it."""
+    """One call with its watch, its thread once it has started, and its result."""
 
     def __init__(self, label: str, call: Callable[[Watch], Any]) -> None:
         self.watch, self.call = Watch(label), call
@@ -216,10 +220,10 @@ class _Job:
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Make the call in this thread."""
+        """Run the call in this thread."""
         _current.watch = self.watch
         try:
-            _listen()
+            _install_hooks()
             self.result = self.call(self.watch)
         except BaseException as error:  # raised again by the caller
             self.error = error
@@ -240,8 +244,8 @@ def _work(waiting: Iterator[_Job], changed: threading.Condition) -> None:
 
 
 def _watch(jobs: Sequence[_Job], changed: threading.Condition) -> None:
-    """Returns when all jobs are done; raises the first error, or that of a watch."""
-    looked = time.monotonic()
+    """Wait until all jobs are done, or raise the first error of a job or watch."""
+    checked = time.monotonic()
     with changed:
         while True:
             for job in jobs:
@@ -250,28 +254,26 @@ def _watch(jobs: Sequence[_Job], changed: threading.Condition) -> None:
             if all(job.done for job in jobs):
                 return
             changed.wait(POLL)
-            passed, looked = time.monotonic() - looked, time.monotonic()
+            passed, checked = time.monotonic() - checked, time.monotonic()
             for job in jobs:
                 if job.thread and not job.done:
-                    job.watch.look(passed)
-            _listen()  # after a connection that failed, the client takes a new session
+                    job.watch.check(passed)
+            _install_hooks()  # the client makes a new session after a connection error
 
 
-def _await_left(label: str) -> None:
-    """Waits for the thread of an earlier call that was given up: it holds the lock of its file."""
-    thread = _left.get(label)
-    if thread is None:
-        return
-    thread.join(WINDOW)
-    if thread.is_alive():
-        raise CheckpointError(
-            f"{label}: an earlier request to the Hub still hangs in this process; start it anew"
-        )
-    _left.pop(label, None)
+def _wait_for_stopped(label: str) -> None:
+    """Wait for the thread of a stopped call of this label, which holds the lock of its file."""
+    if thread := _stopped_calls.get(label):
+        thread.join(WINDOW)
+        if thread.is_alive():
+            raise CheckpointError(
+                f"{label}: a stopped request to the Hub still hangs in this process; restart it"
+            )
+        _stopped_calls.pop(label, None)
 
 
-def _listen() -> None:
-    """Adds our hooks to the session that all of this process share; they are for our threads."""
+def _install_hooks() -> None:
+    """Add the hooks to the process's Hub session; they affect the threads of calls only."""
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks
@@ -279,22 +281,20 @@ def _listen() -> None:
         hooks["request"].append(_on_request)
         hooks["response"].append(_on_response)
     for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_has_to_say)  # added once, however often
+        logging.getLogger(name).addFilter(_is_current)  # a second addition has no effect
 
 
-def _has_to_say(_record: logging.LogRecord) -> bool:
-    """Whether what the client logs is news: of a call that was given up it says that it failed."""
+def _is_current(_record: logging.LogRecord) -> bool:
+    """Return whether to log a record: the errors of a stopped call are expected."""
     watch = getattr(_current, "watch", None)
     return not (watch and watch.stopped)
 
 
 def _on_request(_request: Any) -> None:
-    watch = getattr(_current, "watch", None)
-    if watch:
+    if watch := getattr(_current, "watch", None):
         watch.request()
 
 
 def _on_response(response: Any) -> None:
-    watch = getattr(_current, "watch", None)
-    if watch:
-        watch.answer(response)
+    if watch := getattr(_current, "watch", None):
+        watch.response(response)

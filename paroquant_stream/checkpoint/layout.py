@@ -1,12 +1,12 @@
-"""The layouts: how each spells the parts of a quantized linear, and which one a checkpoint is in.
+"""The layouts: the tensor names of a quantized linear, and which layout a checkpoint has.
 
     AUTOAWQ             X.qweight I32 (K, N/8), X.qzeros, X.scales, X.theta, ...
     AWQ_QLINEAR         X.qlinear.qweight I32 (K, N/8), X.qlinear.qzeros, ... X.rotation.theta, ...
     PARO_NATIVE         X.qlinear.qweight I16 (N/4, K), X.qlinear.scaled_zeros, ... X.rotation.theta
     PARO_NATIVE_LEGACY  the same names; TinyChat interleave, padded rows, negative scaled_zeros
 
-N outputs, K inputs, G the group size. AWQ_QLINEAR comes from an early AutoAWQ converter and is
-rare.
+X is the module, N its outputs, K its inputs, G the group size. AWQ_QLINEAR comes from an early
+AutoAWQ converter and is rare.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHARED = re.compile(
 
 
 class Layout(enum.Enum):
-    """How a checkpoint spells a quantized linear."""
+    """How a checkpoint names and packs the tensors of a quantized linear."""
 
     AUTOAWQ = "AUTOAWQ"
     AWQ_QLINEAR = "AWQ_QLINEAR"
@@ -35,18 +35,24 @@ class Layout(enum.Enum):
 
     @property
     def is_awq(self) -> bool:
-        """Whether the 4-bit words are packed as AutoAWQ packs them."""
+        """Return whether the 4-bit words are packed as AutoAWQ packs them."""
         return self in (Layout.AUTOAWQ, Layout.AWQ_QLINEAR)
 
     @property
     def roles(self) -> dict[str, str]:
-        """Suffix of a tensor's name -> the part it is: qweight, scales, zeros, bias, theta, ..."""
+        """Return suffix of a tensor's name -> role: qweight, scales, zeros, bias, theta, ..."""
         return _ROLES[self]
 
     def split(self, name: str) -> tuple[str, str] | None:
-        """Module path and part of a tensor's name, or None if no suffix of this layout fits.
+        """Split a tensor's name into its module and its role.
 
-        A `.bias` or `.scales` of a module without qweight is split too: the plan knows the modules.
+        The `.bias` of a module that is not quantized is split too; the planner knows the modules.
+
+        Args:
+            name: The name of a tensor in a checkpoint.
+
+        Returns:
+            Module path and role; None if the name ends in no suffix of this layout.
         """
         module, _, suffix = name.rpartition(".")
         if self is not Layout.AUTOAWQ:
@@ -56,7 +62,12 @@ class Layout(enum.Enum):
         return (module, role) if role else None
 
     def spell(self, module: str, role: str) -> str:
-        """The name of a module's part in this layout."""
+        """Return the name of a module's tensor in this layout; the inverse of `split`.
+
+        Args:
+            module: The path of the module.
+            role: One of the values of `roles`.
+        """
         return next(f"{module}.{suffix}" for suffix, known in self.roles.items() if known == role)
 
 
@@ -73,9 +84,17 @@ _ROLES = {layout: _roles(layout) for layout in Layout}
 
 
 def detect(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Layout:
-    """The layout of a checkpoint with this config and these tensor dtypes by name.
+    """Detect the layout of a checkpoint.
 
-    Raises LayoutError when no tensor is quantized, or when two layouts are mixed.
+    Args:
+        config: The parsed config.json.
+        dtypes: Tensor name -> dtype, as headers name it.
+
+    Returns:
+        The one layout of all quantized linears.
+
+    Raises:
+        LayoutError: No tensor is quantized, a dtype fits no layout, or two layouts are mixed.
     """
     found = {
         _layout_of(config, name, dtype)
@@ -96,7 +115,7 @@ def _layout_of(config: Mapping[str, Any], name: str, dtype: str) -> Layout:
     if dtype == "I32":
         return Layout.AWQ_QLINEAR if nested else Layout.AUTOAWQ
     if nested and dtype == "I16":
-        # Shapes cannot tell them apart when K/G is a multiple of the padding: the config must.
+        # The shapes are equal when K/G is a multiple of the padding; only the config differs.
         legacy = "paroquant_config" in config and "quantization_config" not in config
         return Layout.PARO_NATIVE_LEGACY if legacy else Layout.PARO_NATIVE
     raise LayoutError(
@@ -105,6 +124,13 @@ def _layout_of(config: Mapping[str, Any], name: str, dtype: str) -> Layout:
 
 
 def shared_rotation(name: str) -> str | None:
-    """The entry's name of a rotation that a layer's experts share, or None for any other tensor."""
+    """Return the stored name of a rotation that the experts of a layer share.
+
+    Args:
+        name: The name of a tensor in a checkpoint.
+
+    Returns:
+        Its name in an entry, as the model names it; None for any other tensor.
+    """
     match = _SHARED.fullmatch(name)
     return f"{match['base']}.switch_mlp.{match['which']}_rot_{match['leaf']}" if match else None

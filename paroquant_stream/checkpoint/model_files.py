@@ -1,11 +1,12 @@
-"""Which files are a model's: where they truly lie, what they are and how large they may be.
+"""Checks which files belong to a model: their real paths, types and sizes.
 
-A link may lead anywhere inside the model directory and, from a snapshot of a Hub cache, to the
-blobs of the snapshot's own repository, some of which are links to a file that repositories share:
+A link may lead anywhere inside the model directory and, from a snapshot in a Hub cache, to the
+blobs of the snapshot's own repository, some of which are links to blobs that repositories share:
 
     <hub>/models--X/snapshots/<rev>/f -> <hub>/models--X/blobs/<etag> [-> <hub>/blobs/ab/<64 hex>]
 
-Real paths decide, never how a link is spelled: `models--a/blobs/x` can be written anywhere.
+Only real paths are compared, since the text of a link is untrusted: any directory can be named
+`models--a/blobs`.
 """
 
 from __future__ import annotations
@@ -20,40 +21,29 @@ from pathlib import Path
 from ..errors import CheckpointError, MalformedFileError
 from ..files.descriptor import file_status, open_regular, unreadable
 
-MAX_JSON = 64 << 20  # bytes; the largest tokenizer.json that we know, of Gemma 3n, has 33 MB
-MAX_CONFIG = 16 << 20  # bytes; transformers takes 20 s and 0.7 GB for that much of its labels
-MAX_TEXT = 256 << 20  # bytes; vocabularies and merges take a few MB, models of sentencepiece ten
+MAX_JSON = 64 << 20  # bytes; the largest known tokenizer.json, of Gemma 3n, has 33 MB
+MAX_CONFIG = 16 << 20  # bytes; lower, as transformers takes long for many labels
+MAX_TEXT = 256 << 20  # bytes; vocabularies and merges take a few MB, sentencepiece models ten
 TEMPLATES = "additional_chat_templates"
-"""The one directory inside a model's from which transformers reads."""
+"""The one subdirectory of a model directory from which transformers reads."""
 _LIMITS = {".json": MAX_JSON, ".jinja": MAX_JSON} | dict.fromkeys(
     (".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab", ".yaml"), MAX_TEXT
 )
-"""Suffix -> bytes of what a tokenizer's or processor's class reads whole."""
-_NEVER_READ = {"trainer_state.json"}  # the log of a training, of any length
+"""Suffix -> the most bytes of a file that tokenizer or processor classes read whole."""
+_NEVER_READ = {"trainer_state.json"}  # a training log of any length
 _SHARED = re.compile("[0-9a-f]{64}")
 
 
-def true_place(path: Path, directory: Path) -> Path:
-    """Find where a file of a model truly lies, which is the one rule of what belongs to it.
-
-    Args:
-        path: The file's name, perhaps a link; what it leads to need not exist.
-        directory: The model directory.
-
-    Returns:
-        The path without any link.
-
-    Raises:
-        CheckpointError: It is outside of the model.
-    """
-    place, home = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
-    blobs = _blobs_beside(home)
-    if place.is_relative_to(home) or (blobs is not None and place.parent == blobs):
-        return place
-    if blobs is not None and hub_blob(path) is not None and _is_shared(place, blobs.parents[1]):
-        return place
+def _real_path(path: Path, directory: Path) -> Path:
+    """Resolve the links of a path and check that the result belongs to the model."""
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    blobs = _blobs_of(root)
+    if real.is_relative_to(root) or (blobs is not None and real.parent == blobs):
+        return real
+    if blobs is not None and hub_blob(path) is not None and _is_shared(real, blobs.parents[1]):
+        return real
     raise CheckpointError(
-        f"{path}: a link to {place}, outside of the model directory and of the blobs of its own "
+        f"{path}: a link to {real}, outside of the model directory and of the blobs of its own "
         "repository in a Hub cache; copy the file there or link the whole directory"
     )
 
@@ -61,27 +51,28 @@ def true_place(path: Path, directory: Path) -> Path:
 def open_inside(path: Path, directory: Path | None = None) -> int:
     """Open a file of a model for reading.
 
+    A link that is changed between the check and the opening is noticed.
+
     Args:
-        path: The file's name in the model directory, perhaps a link.
+        path: The file's path, perhaps a link.
         directory: The model directory, by default the one that holds `path`.
 
     Returns:
-        A descriptor of the regular file, which truly lies in the model: what was opened is what
-        was looked at before, though a link may be changed meanwhile.
+        A descriptor of a regular file that belongs to the model; the caller closes it.
 
     Raises:
-        CheckpointError: It lies elsewhere, or became another file meanwhile.
-        MalformedFileError: It is no regular file.
-        OSError: As `os.open` raises.
+        CheckpointError: The file is outside of the model, or was replaced meanwhile.
+        MalformedFileError: It is not a regular file.
+        OSError: It cannot be opened.
     """
     if directory is None and not os.path.islink(path):
         return open_regular(path, follow=False)
-    place = true_place(path, path.parent if directory is None else directory)
-    looked_at = os.lstat(place)
+    real = _real_path(path, path.parent if directory is None else directory)
+    expected = os.lstat(real)
     fd = open_regular(path)
     try:
-        if not os.path.samestat(os.fstat(fd), looked_at):
-            raise CheckpointError(f"{path}: became another file while it was opened; run again")
+        if not os.path.samestat(os.fstat(fd), expected):
+            raise CheckpointError(f"{path}: was replaced while it was opened; run again")
     except BaseException:
         os.close(fd)
         raise
@@ -89,28 +80,41 @@ def open_inside(path: Path, directory: Path | None = None) -> int:
 
 
 def read_inside(path: Path, limit: int) -> bytes:
-    """Read a small file of a model whole.
+    """Read a small file that belongs to the model.
 
     Args:
-        path: The file's name in the model directory.
-        limit: The most bytes that it may have; of a larger one nothing is read.
+        path: The file's path in the model directory.
+        limit: The most bytes that it may have; a larger file is not read.
 
     Returns:
-        Its bytes.
+        All of its bytes.
 
     Raises:
-        FileNotFoundError: It is not there.
-        CheckpointError: It lies elsewhere, cannot be opened or is too large.
-        MalformedFileError: It is no regular file.
+        FileNotFoundError: It does not exist.
+        CheckpointError: It is outside of the model, cannot be opened or is too large.
+        MalformedFileError: It is not a regular file.
         UnreadableFileError: The system cannot read it.
     """
     return _read(path, limit, open_inside)
 
 
 def read_linked(path: Path, limit: int) -> bytes:
-    """Read a small file whole, wherever it lies, as `read_inside` does with one of the model.
+    """Read a small file that may be a link to anywhere.
 
-    What is not given on may be a link to anywhere: people share tokenizers so.
+    For files that are never copied to others: users share tokenizers between models by links.
+
+    Args:
+        path: The file's path.
+        limit: The most bytes that it may have; a larger file is not read.
+
+    Returns:
+        All of its bytes.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        CheckpointError: It cannot be opened or is too large.
+        MalformedFileError: It is not a regular file.
+        UnreadableFileError: The system cannot read it.
     """
     return _read(path, limit, open_regular)
 
@@ -131,7 +135,16 @@ def _read(path: Path, limit: int, opener: Callable[[Path], int]) -> bytes:
 
 
 def check_size(path: Path, size: int, limit: int) -> None:
-    """Raise CheckpointError when a file of `size` bytes has more than `limit`."""
+    """Check the size of a file.
+
+    Args:
+        path: The file's path, for the error.
+        size: Its bytes.
+        limit: The most bytes that it may have.
+
+    Raises:
+        CheckpointError: The file is larger.
+    """
     if size > limit:
         raise CheckpointError(
             f"{path}: {size:,} bytes, over {limit >> 20} MiB, which no model needs; "
@@ -140,19 +153,19 @@ def check_size(path: Path, size: int, limit: int) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Look over a model directory before others open files in it: one stat for each name.
+    """Check the types and sizes of the files that other libraries will open.
 
-    They open what has the right name and read it whole: a pipe would hold them for ever, a file
-    of a terabyte take all memory. A link counts as what it leads to, or as absent. Shards are for
-    this package alone to open, which says what is wrong with one.
+    They open a file by its name and read it whole: a pipe would block them forever and a huge file
+    fill the memory. Links are followed and dangling links ignored. Shards are left out, as only
+    this package opens them and checks them then.
 
     Args:
         directory: The model directory.
 
     Raises:
-        MalformedFileError: Something in it is neither a file nor a directory.
-        CheckpointError: Settings, a template or a vocabulary are larger than any model's, or the
-            directory cannot be listed.
+        MalformedFileError: It contains a pipe, socket or device.
+        CheckpointError: A settings file, template or vocabulary is too large, or the directory
+            cannot be listed.
     """
     for entry in _entries(directory):
         try:
@@ -171,45 +184,55 @@ def check_directory(directory: Path) -> None:
 
 
 def size_limit(name: str) -> int | None:
-    """The most bytes of a file of this name, which somebody reads whole; None for any other."""
+    """Return the most bytes of a file that is read whole.
+
+    Args:
+        name: The file's name, without a directory.
+
+    Returns:
+        The limit in bytes; None for files that are not read whole.
+    """
     if name == "config.json":
         return MAX_CONFIG
     return None if name in _NEVER_READ else _LIMITS.get(os.path.splitext(name)[1].lower())
 
 
 def hub_blob(path: Path) -> Path | None:
-    """The blob that `path` links to in its own repository of a Hub cache, else None.
+    """Find the blob that a file in a snapshot of a Hub cache links to.
 
-    Exactly one hop, so that the name is the blob's own.
+    Only one link is followed, so that the name is the blob's own.
+
+    Args:
+        path: The file in the snapshot.
+
+    Returns:
+        The blob in the snapshot's own repository; None if the file is not a link to one.
     """
     try:
         link = os.readlink(path)
-    except OSError:  # no link, or no such file
+    except OSError:  # not a link, or absent
         return None
     directory = os.path.realpath(path.parent)
     parent, name = os.path.split(os.path.join(directory, link))
-    blobs = _blobs_beside(Path(directory))
+    blobs = _blobs_of(Path(directory))
     if blobs is None or name in ("", ".", "..") or Path(os.path.realpath(parent)) != blobs:
         return None
     return blobs / name
 
 
-def _blobs_beside(directory: Path) -> Path | None:
-    """The blobs of the repository whose snapshot a real directory is or lies in.
-
-    It is compared with real paths only, so blobs that are a link themselves are equal to none.
-    """
-    for place in (directory, *directory.parents):
-        repository = place.parent.parent
-        if place.parent.name == "snapshots" and repository.name.startswith("models--"):
+def _blobs_of(directory: Path) -> Path | None:
+    """Return the `blobs` of the repository whose snapshot contains a directory without links."""
+    for parent in (directory, *directory.parents):
+        repository = parent.parent.parent
+        if parent.parent.name == "snapshots" and repository.name.startswith("models--"):
             return repository / "blobs"
     return None
 
 
-def _is_shared(place: Path, hub: Path) -> bool:
-    """Whether a file lies where the Hub's client keeps what repositories share."""
-    return bool(_SHARED.fullmatch(place.name)) and (
-        place == hub / "blobs" / place.name[:2] / place.name
+def _is_shared(real: Path, hub: Path) -> bool:
+    """Return whether a path is that of a blob which repositories of a Hub cache share."""
+    return bool(_SHARED.fullmatch(real.name)) and (
+        real == hub / "blobs" / real.name[:2] / real.name
     )
 
 

@@ -1,8 +1,7 @@
-"""Which model is meant: its directory, and where shards come from that the directory lacks."""
+"""The model that a user named: its directory, and the remote of its absent shards."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,32 +16,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as the user named it, and as it was found."""
+    """The name, directory and remote of a model."""
 
     name: str
     """As the user named it: a path or a repository id."""
     directory: Path
     remote: Remote | None = None
-    """Where shards come from that the directory lacks."""
+    """Where absent shards are downloaded from; None for a local model."""
 
     @cached_property
     def config(self) -> ModelConfig:
-        """config.json and the index, read when first used.
+        """Return config.json and the index, read on first use.
 
         Raises:
             CheckpointError: The directory or its config is absent.
+            MalformedFileError: One of the files is not a regular file.
         """
         return ModelConfig.read(self.directory)
 
     @cached_property
     def resolved(self) -> Path:
-        """The directory without links."""
+        """Return the directory's path with all links resolved."""
         return self.directory.resolve()
 
     def shard(self, name: str) -> Shard:
-        """Give the shard of this name, which may be absent."""
+        """Return the shard of this name, which may be absent."""
         return Shard(name, self.directory / name)
-
-    def has_shard(self, name: str) -> bool:
-        """Tell whether the shard of this name is there."""
-        return os.path.exists(self.directory / name)

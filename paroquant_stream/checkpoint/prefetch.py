@@ -1,9 +1,9 @@
-"""Shards that are still on their way: who brings them, and how a conversion waits for them.
+"""Prefetches absent shards in background threads while a conversion runs.
 
-Two threads fetch in the order in which the tasks need the shards, each shard once. A job waits
-until its own shard and those that it borrows from are there. With a bound, a shard is fetched only
-when the task that needs it first is at most so many tasks ahead; the first unfinished task is never
-ahead, so its shards are always on their way and nothing can wait for itself.
+Two threads fetch the shards in the order in which the tasks need them, each shard once. A task
+waits until its own shard and those that it borrows from exist. With a limit, a shard is fetched
+only when the first task that needs it is at most so many tasks ahead of the finished ones. The
+first unfinished task is never ahead, so its shards are always being fetched: there is no deadlock.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from ..errors import CheckpointError, ParoquantStreamError, RunCancelledError
 from ..files.tensor_header import Header
 from .shard import Shard
 
-FETCHERS = 2  # one more than is converted, so that the line is busy while a request is answered
-POLL = 0.1  # s between two looks at whether the run was told to stop
-_PATIENCE = 1.0  # s that an ended run waits for fetchers to remove their temps
+FETCHERS = 2  # so that the network is busy while one request waits for its response
+POLL = 0.1  # s between two checks whether the run was cancelled
+_EXIT_TIMEOUT = 1.0  # s that the end of a run waits for the fetchers to remove their temp files
 
 
 class Remote(Protocol):
-    """Where the shards of a model are that are not in its directory yet."""
+    """Where the absent shards of a model are downloaded from."""
 
     def headers(self, shards: Sequence[str]) -> dict[str, Header]:
-        """The validated headers of these shards, without their tensors."""
+        """Read the validated headers of these shards without their tensors."""
 
     def fetch(self, shard: str, tick: Callable[[int], None]) -> None:
-        """Brings a shard into the model directory.
+        """Download a shard into the model directory.
 
-        Calls `tick(bytes)` after every chunk, which may raise to stop.
+        Args:
+            shard: Its name.
+            tick: Called with the bytes of each chunk; may raise to stop the download.
         """
 
 
-class Arrivals:
-    """The shards that a conversion still has to fetch; a context in which they are fetched."""
+class Prefetcher:
+    """Fetches absent shards inside its `with` block."""
 
     def __init__(
         self,
@@ -50,9 +52,15 @@ class Arrivals:
         tick: Callable[[str, int], None],
         ahead: int | None = None,
     ) -> None:
-        """`needs`: for each task in order the absent shards that it reads. `headers`: as planned.
+        """Set up the queue of shards.
 
-        `tick(shard, bytes)` follows what is downloaded. `ahead`: the bound, in tasks.
+        Args:
+            remote: Where shards come from; None if none is absent.
+            directory: The model directory.
+            needs: For each task, in order, the absent shards that it reads.
+            headers: Shard name -> the header that the plan was made with.
+            tick: Called with shard name and bytes of each downloaded chunk.
+            ahead: How many tasks ahead shards are fetched; None for no limit.
         """
         self._remote, self._directory, self._headers = remote, directory, headers
         self._report, self._ahead = tick, ahead
@@ -69,10 +77,10 @@ class Arrivals:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
-    def __enter__(self) -> Arrivals:
+    def __enter__(self) -> Prefetcher:
         if self._remote:
             for _ in range(min(FETCHERS, len(self._queue))):
-                # daemons, as a socket that hangs must not keep the process from ending
+                # daemons, so that a hanging socket does not keep the process from exiting
                 self._threads.append(threading.Thread(target=self._fetch_all, daemon=True))
                 self._threads[-1].start()
         return self
@@ -86,14 +94,19 @@ class Arrivals:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + _EXIT_TIMEOUT
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def wait_for(self, shards: Iterable[str], checkpoint: Callable[[], None]) -> None:
-        """Returns when all of `shards` are there; `checkpoint()` may raise meanwhile.
+    def wait_for(self, shards: Iterable[str], check: Callable[[], None]) -> None:
+        """Wait until all of these shards exist.
 
-        Raises the error that kept one of them from coming.
+        Args:
+            shards: Names; a shard that was not absent needs no waiting.
+            check: Called every `POLL` seconds; may raise to stop waiting.
+
+        Raises:
+            ParoquantStreamError: One of the shards cannot be fetched.
         """
         wanted = set(shards)
         with self._changed:
@@ -101,10 +114,10 @@ class Arrivals:
                 if self._error and not missing <= self._fetching:
                     raise self._error
                 self._changed.wait(POLL)
-                checkpoint()
+                check()
 
     def finish_task(self) -> None:
-        """Tells that one more task is done, so that the next shards may be fetched."""
+        """Count one more task as finished, so that the next shards may be fetched."""
         with self._changed:
             self._finished += 1
             self._changed.notify_all()
@@ -114,11 +127,11 @@ class Arrivals:
             try:
                 assert self._remote
                 self._remote.fetch(shard, partial(self._tick, shard))
-                self._check(shard)
+                self._check_header(shard)
                 error: BaseException | None = None
             except ParoquantStreamError as raised:
                 error = raised
-            except BaseException as raised:  # else a job would wait for this shard for ever
+            except BaseException as raised:  # else a task would wait for this shard forever
                 error = CheckpointError(f"{self._directory / shard}: cannot be fetched: {raised}")
             with self._changed:
                 self._fetching.discard(shard)
@@ -129,7 +142,7 @@ class Arrivals:
                 self._changed.notify_all()
 
     def _next(self) -> str | None:
-        """The next shard to fetch, as soon as it may be fetched; None when there is no more."""
+        """Wait until the next shard may be fetched and return it; None at the end."""
         with self._changed:
             while self._queue and not self._error and not self._stopped:
                 shard, task = self._queue[0]
@@ -141,13 +154,13 @@ class Arrivals:
 
     def _tick(self, shard: str, count: int) -> None:
         if self._stopped:
-            raise RunCancelledError("the run ended before this shard had arrived")
+            raise RunCancelledError("the run ended before this shard was downloaded")
         self._report(shard, count)
 
-    def _check(self, shard: str) -> None:
+    def _check_header(self, shard: str) -> None:
         found = Shard(shard, self._directory / shard).header()
-        if found != self._headers.get(shard, found):  # unknown: dropped meanwhile by another run
+        if found != self._headers.get(shard, found):  # absent if another run has just dropped it
             raise CheckpointError(
-                f"{self._directory / shard}: its header is not the one that the Hub gave before "
-                "the download; remove the file and run again"
+                f"{self._directory / shard}: the header differs from the one that the Hub sent "
+                "before the download; remove the file and run again"
             )

@@ -1,4 +1,4 @@
-"""What config.json says of the quantization."""
+"""The quantization settings in config.json."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from ..errors import LayoutError
 
 @dataclass(frozen=True)
 class Quantization:
-    """What config.json says of the 4-bit words."""
+    """Bits per weight and group size."""
 
     bits: int
     group_size: int
+    """Inputs that share a scale and a zero point."""
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization:
-    """Bits and group size of a checkpoint's config.
+    """Read bits and group size from a config.
 
-    Raises LayoutError when the config names no ParoQuant quantization, or values that cannot be.
+    Args:
+        config: The parsed config.json.
+
+    Returns:
+        The settings, with the defaults of ParoQuant for absent ones.
+
+    Raises:
+        LayoutError: The model is not quantized by ParoQuant, or a value is not supported.
     """
     block = _quantization_block(config)
     method = block.get("quant_method", "paroquant")

@@ -13,7 +13,7 @@ from ..files.tensor_header import Header, read_header
 from .model_files import hub_blob, open_inside
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
-"""What an index may name: nothing that leads out of the directory."""
+"""The names that an index may contain: none of them leads out of the directory."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,17 @@ class Shard:
     path: Path
 
     def open(self) -> int:
-        """A descriptor of the shard's bytes.
+        """Open the shard for reading.
 
         A symlink is followed only inside the model directory or to a blob of its own repository in
-        the Hub's cache. Raises CheckpointError when the file is absent or the link leads elsewhere.
+        the Hub's cache.
+
+        Returns:
+            A descriptor, which the caller closes.
+
+        Raises:
+            CheckpointError: The file is absent, cannot be opened or is a link to elsewhere.
+            MalformedFileError: It is not a regular file.
         """
         try:
             return open_inside(self.path)
@@ -37,27 +44,45 @@ class Shard:
             raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
 
     def header(self) -> Header:
-        """The validated header. Raises CheckpointError or MalformedFileError."""
+        """Read and validate the header.
+
+        Raises:
+            CheckpointError: The shard is absent or cannot be opened.
+            MalformedFileError: It is not a valid safetensors file.
+        """
         with closing(self.open()) as fd:
             return read_header(fd, str(self.path))
 
     def sha256(self, digest_cache: DigestCache) -> str:
-        """SHA-256 of the whole shard, read now and remembered."""
+        """Hash the whole shard and store its SHA-256 in the digest cache.
+
+        Args:
+            digest_cache: The digest cache.
+
+        Returns:
+            64 hex digits.
+
+        Raises:
+            CheckpointError: The shard is absent, cannot be read or changed meanwhile.
+        """
         with closing(self.open()) as fd:
             return hash_file(fd, str(self.path), digest_cache, self.hub_sha256)
 
     def known_sha256(self, digest_cache: DigestCache, fd: int | None = None) -> str | None:
-        """SHA-256 of the whole shard, if that is known without reading it through.
+        """Look up the shard's SHA-256 in the digest cache.
 
-        What the Hub's cache names it by is not enough: see `DigestCache.lookup`.
+        The name of a blob in the Hub's cache is not enough, see the digest cache.
 
         Args:
-            digest_cache: Of what was hashed before.
-            fd: The shard, if it is open.
+            digest_cache: The digest cache.
+            fd: A descriptor of the shard, if it is open.
+
+        Returns:
+            64 hex digits; None if the shard must be hashed.
 
         Raises:
-            CheckpointError: It is absent or cannot be opened.
-            MalformedFileError: It is no regular file.
+            CheckpointError: The shard is absent or cannot be opened.
+            MalformedFileError: It is not a regular file.
         """
         if fd is None:
             with closing(self.open()) as opened:
@@ -66,11 +91,11 @@ class Shard:
 
     @property
     def hub_sha256(self) -> str | None:
-        """The SHA-256 that the Hub's cache gives in the blob's name, if it is one.
+        """Return the SHA-256 in the name of the Hub's blob that the shard links to, or None.
 
-        Exactly one hop: since huggingface_hub PR 4498 the blob may itself be a link to a Xet hash,
-        which is 64 hex digits too and no SHA-256. It is the server's claim about the file that it
-        sent, so no identity of what lies there now.
+        Only one link is followed: since huggingface_hub PR 4498 the blob may itself be a link, and
+        its target is named by a Xet hash, which has 64 hex digits but is not a SHA-256. The name is
+        what the server announced; the bytes in the file may differ.
         """
         blob = hub_blob(self.path)
         return blob.name if blob and re.fullmatch("[0-9a-f]{64}", blob.name) else None

@@ -124,12 +124,12 @@ def _current(request: Request, needed: Needed | None) -> Manifest | None:
     if manifest is None or staleness(request, manifest, read_unknown, needed) is not None:
         return None
     if any(record.dropped for record in manifest.entries):
-        from ..store.drop_record import heal_records  # most models keep their sources
+        from ..store.drop_record import repair_records  # most models keep their sources
         from .find_dropped import agrees
 
         if not agrees(request, manifest):
             return None
         with suppress(StoreError):  # a cache that cannot be written serves all the same
-            heal_records(request.store)
+            repair_records(request.store)
     paths = [request.source.directory / record.shard for record in manifest.entries]
     return None if request.options.drop_source and any(map(os.path.lexists, paths)) else manifest

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..checkpoint.prefetch import Arrivals
+from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
 from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
@@ -54,20 +54,20 @@ def convert_shards(
     tally.announce()
     # at least `jobs`: of the tasks that hold a place, one is then always free to go on
     ahead = max(2, request.jobs) if request.options.drop_source else None
-    given = model.checkpoint.given
-    arrivals = Arrivals(
+    given = model.checkpoint.known_headers
+    prefetcher = Prefetcher(
         request.source.remote, request.source.directory, work.absent, given, tally.add, ahead
     )
     manifest_of = partial(_manifest, request, model)
-    with Dropper(request, model, home, manifest_of, trace) as dropper, arrivals:
+    with Dropper(request, model, home, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        for outcome in _run(request, work.tasks, known, arrivals, tally, trace):
+        for outcome in _run(request, work.tasks, known, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
             reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
             dropper.finish_task(record)
-            arrivals.finish_task()
+            prefetcher.finish_task()
             if progress:
                 progress(record.shard, record.source_size, record.source_size)
         kept |= dropper.dropped
@@ -98,7 +98,7 @@ def _run(
     request: Request,
     tasks: Sequence[Task],
     known: Mapping[str, EntryRecord],
-    arrivals: Arrivals,
+    prefetcher: Prefetcher,
     tally: Tally,
     trace: Trace,
 ) -> Iterator[Outcome]:
@@ -120,7 +120,7 @@ def _run(
             tally.add(job.task.shard, count)
 
         with trace.span("wait for the shard", job.task.shard):
-            arrivals.wait_for((job.task.shard, *job.task.borrowed), slot.check)
+            prefetcher.wait_for((job.task.shard, *job.task.borrowed), slot.check)
         with trace.span("shard", job.task.shard):
             return run(job, slot, tick)
 

@@ -82,7 +82,7 @@ def plan_model(request: Request) -> ModelPlan:
     elif lost := set(absent) - known.keys():
         reasons = dict.fromkeys(sorted(lost), "the header that was kept is damaged")
         raise gone_sources(request, reasons)
-    checkpoint = replace(checkpoint, given=known)
+    checkpoint = replace(checkpoint, known_headers=known)
     quantization = read_quantization(checkpoint.config.values)
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}

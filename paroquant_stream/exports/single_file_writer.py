@@ -30,7 +30,7 @@ from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import end_of, lay_out, layout_defect
 from ..store.damage import forget_pages, take_out
 from ..store.format import stacks_in_pieces
-from ..store.lock import excludes
+from ..store.lock import locks_exclude
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 from .single_file import NAME, hash_single, metadata_of, with_digest
@@ -179,7 +179,7 @@ def _new_file(path: Path, size: int) -> Iterator[int]:
     try:
         with Folder.open(path.parent) as folder:
             with contextlib.suppress(OSError):
-                temp_files.sweep_beside(folder, path.name, excludes(folder))
+                temp_files.sweep_beside(folder, path.name, locks_exclude(folder))
             temp = temp_files.name_beside(path.name)
             file = AtomicFile(folder, temp, size, 0o666, direct=False)
             try:

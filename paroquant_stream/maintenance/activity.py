@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import StoreError
 from ..files import temp_files
-from ..store.lock import excludes
+from ..store.lock import locks_exclude
 from ..store.store import Store
 
 QUIET = 3600.0  # s without a change after which a live process's temp is no work: a writer's grows
@@ -30,7 +30,7 @@ def running(store: Store) -> str | None:
         if path.suffix == ".lock" and _is_held(path):
             return f"{path} is held"
     with contextlib.suppress(OSError), store.opened("tmp") as tmp:
-        locks = excludes(tmp)
+        locks = locks_exclude(tmp)
         for name, status in tmp.files():
             age = time.time() - max(status.st_mtime, status.st_ctime)
             young = age < QUIET and not temp_files.is_dead(tmp, name, locks)

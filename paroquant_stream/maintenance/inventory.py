@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..files import temp_files
 from ..files.descriptor import FileStamp
-from ..store.lock import excludes
+from ..store.lock import locks_exclude
 from ..store.store import Store
 from .models import Model, read_models
 from .paroquant_cache import Foreign, foreign_directories
@@ -144,7 +144,7 @@ def _is_damaged(file: Found) -> bool:
 
 def _dead_temps(store: Store) -> Iterator[Found]:
     with contextlib.suppress(OSError), store.opened("tmp") as tmp:
-        locks = excludes(tmp)
+        locks = locks_exclude(tmp)
         for file in regular_files(tmp.path):
             name = file.path.name
             if temp_files.is_temp(name) and temp_files.is_dead(tmp, name, locks):

@@ -18,7 +18,7 @@ from ..files.descriptor import closing
 from ..files.digest_cache import DigestCache
 from ..files.hashing import hash_entry
 from ..store.damage import confirmed_defect, take_out
-from ..store.drop_record import heal_records, read_records
+from ..store.drop_record import read_records, repair_records
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 
@@ -127,7 +127,7 @@ def verify_store(store: Store) -> tuple[int, list[Problem]]:
         The number of entries read, and what is wrong with them.
     """
     with suppress(StoreError):  # a cache that cannot be written is read all the same
-        heal_records(store)
+        repair_records(store)
     manifests = [*manifests_of(store), *(record.manifest for record in read_records(store))]
     records = {record.key: record for manifest in manifests for record in manifest.entries}
     checks = [verify_entry(store, record) for record in records.values()]

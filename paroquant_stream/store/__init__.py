@@ -1,4 +1,4 @@
-"""The cache on disk: entries, manifests, records of removed sources, locks.
+"""The cache on disk: entries, manifests, drop records of removed sources, and locks.
 
-Imports files.
+Imports `files`, `errors` and `trace`.
 """

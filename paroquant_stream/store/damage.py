@@ -1,8 +1,8 @@
-"""What becomes of an entry whose bytes are not those that were written.
+"""Detects damaged entries and takes them out of use.
 
-It is read again first, past the page cache, as one bad read is no damage. What can be made again
-is taken out of use at once. What cannot, since sources were removed, is kept under a name that says
-so: most of its bytes are sound, and no other copy may exist.
+An entry is read a second time from the disk, past the page cache, since a single bad read is not
+damage. An entry that can be made again is discarded. One that cannot, because its source shards
+were removed, is moved to `damaged`: most of its bytes are intact and it may be the only copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def defect_of(record: EntryRecord, store: Store, fd: int) -> str | None:
-    """What is wrong with an open entry, every byte of it read; None where nothing is."""
+    """Check the layout and the digest of an open entry; every byte is read.
+
+    Args:
+        record: The manifest's record of the entry.
+        store: Holds the entry.
+        fd: A descriptor of the entry.
+
+    Returns:
+        The defect in words; None if the entry is intact.
+    """
     label = str(store.entry_path(record.key))
     if problem := layout_defect(fd, record.tensors, label):
         return problem
@@ -33,7 +42,15 @@ def defect_of(record: EntryRecord, store: Store, fd: int) -> str | None:
 
 
 def confirmed_defect(record: EntryRecord, store: Store) -> str | None:
-    """What is wrong with an entry as it lies on the disk now, opened and read anew."""
+    """Check an entry as `defect_of` does, opened anew and read from the disk.
+
+    Args:
+        record: The manifest's record of the entry.
+        store: Holds the entry.
+
+    Returns:
+        The defect in words; None if the entry is intact.
+    """
     try:
         fd = store.open_entry(record.key)
     except StoreError as error:
@@ -44,14 +61,23 @@ def confirmed_defect(record: EntryRecord, store: Store) -> str | None:
 
 
 def forget_pages(fd: int) -> None:
-    """Have the next read of a file come from the disk, where the system can."""
+    """Drop a file from the page cache where the system can, so that it is read from the disk."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def take_out(store: Store, record: EntryRecord, problem: str) -> EntryDamagedError:
-    """Take a damaged entry out of use, and return the error that says what became of it."""
+    """Take a damaged entry out of use.
+
+    Args:
+        store: Holds the entry.
+        record: The manifest's record of the entry.
+        problem: The result of `confirmed_defect`.
+
+    Returns:
+        The error to raise; its message says whether the entry was discarded, moved or left.
+    """
     error = EntryDamagedError(
         f"{store.entry_path(record.key)}: {problem}; {_remove(store, record)}"
     )
@@ -61,25 +87,31 @@ def take_out(store: Store, record: EntryRecord, problem: str) -> EntryDamagedErr
 
 def _remove(store: Store, record: EntryRecord) -> str:
     if store.read_only:
-        return "it stays, since nothing is written there"
+        return "left in place, since the store is opened read-only"
     if not is_only_copy(store, record.key):
         store.discard_entry(record.key)
         return "taken out of use"
     kept = keep_damaged(store, record.key)
     return (
-        f"kept as {kept}, as --drop-source removed what it was made from: put back "
-        f"{record.shard} with SHA-256 {record.source_sha256} and convert the model again"
+        f"kept as {kept}, since --drop-source removed its source: restore {record.shard} with "
+        f"SHA-256 {record.source_sha256} and convert the model again"
     )
 
 
 def is_only_copy(store: Store, key: str) -> bool:
-    """Whether an entry cannot be made again: its shard was removed, or one that lent to it.
+    """Return whether an entry cannot be made again because a source shard was removed.
 
-    Also where that cannot be told, as a manifest or record cannot be read.
+    Args:
+        store: Holds the entry and the drop records.
+        key: The entry's key.
+
+    Returns:
+        True if its shard or a shard that it borrows from was removed, or if that is unknown because
+        a drop record cannot be read.
     """
     try:
         records = [read_record(store, drop_id) for drop_id in record_ids(store)]
-    except ManifestError:  # of a newer version
+    except ManifestError:  # a newer format
         return True
     manifests = [record.manifest for record in records if record]
     for manifest in manifests:
@@ -91,15 +123,25 @@ def is_only_copy(store: Store, key: str) -> bool:
 
 
 def damaged_path(store: Store, key: str) -> Path | None:
-    """Where a damaged entry is kept that nothing could make again."""
+    """Return the path of a damaged entry that `keep_damaged` moved, or None.
+
+    Args:
+        store: Holds the entry.
+        key: The entry's key.
+    """
     names = [n for n in store.file_names("damaged") if n.startswith(f"{key}.")]
     return store.folder("damaged") / names[-1] if names else None
 
 
 def keep_damaged(store: Store, key: str) -> Path | None:
-    """Takes an entry that nothing can make again out of use, and keeps it under `damaged`.
+    """Move an entry that cannot be made again to `damaged`.
 
-    Returns where it is now; None where it stays, since nothing may be written.
+    Args:
+        store: Holds the entry.
+        key: The entry's key.
+
+    Returns:
+        Its new path; None if it was not moved, because the store is read-only or after an error.
     """
     if store.read_only:
         return None

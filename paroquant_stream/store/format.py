@@ -1,5 +1,7 @@
-"""Pieces of stacked experts: a shard's run of consecutive experts is stored as
-`<stack>.experts_<first>_<last>`, shape (last - first + 1, ...), until it is joined with the others.
+"""Versions of the entry format, dtypes, and the names of pieces of stacked experts.
+
+A run of consecutive experts in one shard is stored as the piece `<stack>.experts_<first>_<last>`
+of shape (last - first + 1, ...). Loading joins the pieces of a stack.
 """
 
 from __future__ import annotations
@@ -15,9 +17,16 @@ _PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
 
 
 def stacks_in_pieces(names: Iterable[str]) -> dict[str, list[str]]:
-    """Stack -> the names of its pieces in the order of the experts; other names are left out.
+    """Group the names of pieces by their stack.
 
-    Raises AssemblyError when experts between two pieces are in none.
+    Args:
+        names: Names of stored tensors; those that are not pieces are ignored.
+
+    Returns:
+        Stack -> the names of its pieces in the order of the experts.
+
+    Raises:
+        AssemblyError: Experts are missing before or between pieces, or in two of them.
     """
     found: dict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
     for name in names:
@@ -35,8 +44,6 @@ def stacks_in_pieces(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 ENTRY_FORMAT = 1
-
-
 OPERATION_VERSIONS = {
     "copy": 1,
     "quantize": 1,
@@ -48,21 +55,14 @@ OPERATION_VERSIONS = {
     "legacy_scales": 1,
     "legacy_biases": 1,
 }
-"""A fix to one operation raises its number, and only the entries made with it are rebuilt."""
-
-
+"""A fix of an operation increases its version, and only the entries made with it are rebuilt."""
 TRANSFORM = " ".join(
     [f"entry/{ENTRY_FORMAT}", *(f"{k}/{v}" for k, v in OPERATION_VERSIONS.items())]
 )
-"""All of it in one string: a manifest made with another one is checked task by task."""
-
-
+"""All versions in one string; a manifest with another string is checked task by task."""
 CAST_VERSION = 1
-"""Of `cast`; apart from the others, for entries in the source's dtypes must not depend on it."""
-
+"""The version of `cast`, separate because entries in the source's dtypes do not depend on it."""
 
 Dtype = Literal["source", "float16", "bfloat16"]
-
-
 DTYPES: dict[Dtype, str | None] = {"source": None, "float16": "F16", "bfloat16": "BF16"}
-"""What a user may ask for, and how a header spells it."""
+"""The values of `--dtype`, and their names in a safetensors header."""

@@ -1,13 +1,12 @@
-"""Locks: of a model directory, of a model's conversions in a cache, of removals from a cache.
+"""Locks: of a model directory, of a model's conversions in a cache, and of removals from a cache.
 
-A conversion holds its model directory's lock: shared, or exclusive when it writes into it or
-removes from it. So a run that removes sources is alone with the model, whatever cache, dtype or
-spelling of the path another run has. That lock is on the directory itself, by descriptor: nothing
-is written.
+A conversion holds the lock of its model directory: shared, or exclusive if it writes into it or
+removes files from it. So a run that removes sources has the model for itself, whatever cache, dtype
+or path another run uses. The lock is an flock on the directory, and no file is written.
 
-In a cache it also holds the model's own lock, which saves double work, and takes it while it holds
-the gate. A removal holds the gate from its last look at who is converting to its last unlink, so
-that none begins meanwhile.
+In a cache it also holds the model's lock, which saves double work. It takes that lock while it
+holds the gate, a lock that a removal holds from its last check for running conversions to its last
+unlink, so that no conversion starts in between.
 """
 
 from __future__ import annotations
@@ -30,25 +29,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 GATE = "removal.gate"
-PATIENCE = 3600.0  # s to wait for another run before going on beside it
-_GATE_PATIENCE = 30.0  # s; a conversion holds the gate for a moment
-_POLL = 0.1  # s; a thread that sleeps in flock could not be interrupted
+LOCK_TIMEOUT = 3600.0  # s to wait for another run
+_GATE_TIMEOUT = 30.0  # s; a conversion holds the gate only for a moment
+_POLL = 0.1  # s; a thread that blocks in flock could not be interrupted
 
 
 @contextlib.contextmanager
 def directory_lock(
     opened: Callable[[], AbstractContextManager[Folder]], *, exclusive: bool, required: bool
 ) -> Iterator[Folder | None]:
-    """Hold the lock of a directory during the body, which gets it open.
+    """Hold the lock of a directory during a `with` block.
 
     Args:
         opened: Opens the directory.
-        exclusive: Keep every other holder out, not only exclusive ones.
-        required: Fail where there is no lock to be had; else the body then runs without it.
+        exclusive: Exclude every other holder, not only exclusive ones.
+        required: Fail if the lock cannot be taken; otherwise the block runs without it.
+
+    Yields:
+        The open directory; None if it cannot be opened and the lock is not required.
 
     Raises:
-        StoreError: `required`, and locks do nothing on this file system, or another run held it
-            for `PATIENCE` seconds.
+        StoreError: A required lock cannot be taken, has no effect on this file system, or was held
+            by another run for `LOCK_TIMEOUT` seconds.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -56,39 +58,39 @@ def directory_lock(
         except OSError as error:
             if required:
                 raise StoreError(f"cannot be locked: {error}") from error
-            yield None  # what is wrong with the directory is found by whoever reads it
+            yield None  # reading the directory will report the error
             return
         path = folder.path
         problem = _acquire(folder, exclusive)
-        if not problem and required and not excludes(folder):
+        if not problem and required and not locks_exclude(folder):
             problem = "locks do nothing on this file system"
         if problem and required:
             raise StoreError(
-                f"{path}: {problem}; a run that removes sources must be alone with the model: "
+                f"{path}: {problem}; a run that removes sources needs the model for itself: "
                 "convert without --drop-source and remove them yourself"
             )
         if problem:
-            logger.warning("going on without the lock of %s: %s", path, problem)
+            logger.warning("continuing without the lock of %s: %s", path, problem)
         try:
             yield folder
         finally:
-            with contextlib.suppress(OSError):  # a child forked meanwhile has it open, too
+            with contextlib.suppress(OSError):  # closing is not enough if a forked child has it
                 fcntl.flock(folder.fd, fcntl.LOCK_UN)
 
 
 def _acquire(folder: Folder, exclusive: bool) -> str | None:
-    """Wait for the lock; return why it was not had."""
+    """Wait for the lock; return the reason if it cannot be taken."""
     how = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-    until, told = time.monotonic() + PATIENCE, False
+    until, logged = time.monotonic() + LOCK_TIMEOUT, False
     while True:
         try:
             fcntl.flock(folder.fd, how | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > until:
-                return f"another conversion of this model held its lock for {PATIENCE:.0f} s"
-            if not told:
+                return f"another conversion of this model held its lock for {LOCK_TIMEOUT:.0f} s"
+            if not logged:
                 logger.info("waiting for another conversion of %s", folder.path)
-                told = True
+                logged = True
             time.sleep(_POLL)
         except OSError as error:
             return f"it cannot be locked: {error.strerror}"
@@ -96,10 +98,14 @@ def _acquire(folder: Folder, exclusive: bool) -> str | None:
             return None
 
 
-def excludes(folder: Folder) -> bool:
-    """Whether a directory whose lock is held, or taken here for a moment, is seen to be locked.
+def locks_exclude(folder: Folder) -> bool:
+    """Test whether locks work on a directory's file system; some grant every lock.
 
-    Some network file systems grant every lock.
+    Args:
+        folder: The directory; it is locked for a moment if it is not locked already.
+
+    Returns:
+        Whether a second lock on it is refused.
     """
     with contextlib.suppress(OSError), Folder(_reopen(folder), folder.path) as first:
         with contextlib.suppress(BlockingIOError):  # held exclusively already
@@ -118,31 +124,31 @@ def _is_locked(folder: Folder) -> bool:
 
 
 def _reopen(folder: Folder) -> int:
-    """Open the same directory again: locks belong to an open file, not to a process."""
+    """Open the same directory again, since an flock belongs to an open file, not to a process."""
     return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder.fd)
 
 
 @contextlib.contextmanager
 def conversion_lock(locks: Path, name: str, mode: int) -> Iterator[None]:
-    """Hold the lock of a model's conversions in a cache during the body.
+    """Hold the lock of a model's conversions in a cache during a `with` block.
 
-    On a file system without locks, or after `PATIENCE` seconds, the body runs without it.
+    On a file system without locks, or after `LOCK_TIMEOUT` seconds, the block runs without it.
 
     Args:
         locks: The directory of the cache's locks.
         name: The name of the model's manifest.
-        mode: Of a lock file that is made.
+        mode: The mode of a new lock file.
     """
-    import filelock  # 9 ms, which a run without work saves
+    import filelock  # slow, and a run without work does not need it
 
     gate, lock = (
         filelock.UnixFileLock(locks / file, mode=mode, fallback_to_soft=False)
         for file in (GATE, f"{name}.lock")
     )
     try:
-        _pass(gate, lock, locks / name)
+        _acquire_behind_gate(gate, lock, locks / name)
     except (OSError, NotImplementedError, filelock.Timeout) as error:
-        logger.warning("going on without the lock %s: %s", locks / name, error)
+        logger.warning("continuing without the lock %s: %s", locks / name, error)
         yield
         return
     try:
@@ -151,11 +157,11 @@ def conversion_lock(locks: Path, name: str, mode: int) -> Iterator[None]:
         lock.release()
 
 
-def _pass(gate: UnixFileLock, lock: UnixFileLock, name: Path) -> None:
-    """Take a lock while the gate is held; raises Timeout."""
+def _acquire_behind_gate(gate: UnixFileLock, lock: UnixFileLock, name: Path) -> None:
+    """Take a lock while holding the gate, which is released between the attempts."""
     import filelock
 
-    until, told = time.monotonic() + PATIENCE, False
+    until, logged = time.monotonic() + LOCK_TIMEOUT, False
     while True:
         with gate.acquire(timeout=max(0.0, until - time.monotonic())):
             try:
@@ -164,26 +170,34 @@ def _pass(gate: UnixFileLock, lock: UnixFileLock, name: Path) -> None:
             except filelock.Timeout:
                 if time.monotonic() > until:
                     raise
-        if not told:
+        if not logged:
             logger.info("waiting for another conversion, which holds %s", name)
-            told = True
+            logged = True
         time.sleep(_POLL)
 
 
 @contextlib.contextmanager
 def removal_lock(locks: Path, mode: int) -> Iterator[None]:
-    """Let no conversion begin in a cache during the body. Raises StoreError."""
+    """Let no conversion start in a cache during a `with` block.
+
+    Args:
+        locks: The directory of the cache's locks.
+        mode: The mode of a new lock file.
+
+    Raises:
+        StoreError: Another removal held the gate too long.
+    """
     import filelock
 
     gate = filelock.UnixFileLock(locks / GATE, mode=mode, fallback_to_soft=False)
     try:
-        gate.acquire(timeout=_GATE_PATIENCE)
+        gate.acquire(timeout=_GATE_TIMEOUT)
     except filelock.Timeout:
         raise StoreError(
-            f"{locks / GATE}: held for {_GATE_PATIENCE:.0f} s by another removal; wait for it"
+            f"{locks / GATE}: held for {_GATE_TIMEOUT:.0f} s by another removal; wait for it"
         ) from None
     except (OSError, NotImplementedError) as error:
-        logger.warning("going on without the lock %s: %s", locks / GATE, error)
+        logger.warning("continuing without the lock %s: %s", locks / GATE, error)
         yield
         return
     try:

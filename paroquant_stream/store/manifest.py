@@ -1,9 +1,9 @@
-"""The manifest: which entry holds which shard, and what every tensor in it is.
+"""The manifest: the entry of each shard of a converted model, and the tensors in it.
 
     8 bytes magic | u32 major << 16 | minor | u64 body length | SHA-256 of the body | msgpack body
 
-A manifest is a memo that can be rebuilt: whatever is wrong with its bytes, it reads as no manifest.
-The hash is integrity, not authenticity.
+A manifest can be rebuilt: one with any defect counts as absent. Its hash protects integrity, not
+authenticity, so the body is untrusted input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..files.tensor_header import DTYPE_BYTES, TensorSpec, check_name
 
 MAGIC = b"PAROSTRM"
 MAJOR, MINOR = 1, 1  # 1.1: directory
-MAX_BYTES = 64 << 20  # 100,000 tensors take 7 MB
+MAX_BYTES = 64 << 20  # several times what the largest models need
 _MAX_PATH = 4096  # bytes, Linux's PATH_MAX
 _HEAD = struct.Struct("<8sIQ32s")
 _HEX64 = re.compile("[0-9a-f]{64}")
@@ -32,14 +32,14 @@ _HEX32 = re.compile("[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class EntryRecord:
-    """One entry of the store and the shard it was made from."""
+    """An entry of the store and the shard that it was made from."""
 
     shard: str
     source_sha256: str
     source_size: int
     """Bytes of the shard."""
     borrowed_sha256: tuple[str, ...]
-    """One SHA-256 for each shard that lent parts."""
+    """SHA-256 of each other shard that the task borrows tensors from."""
     task_sha256: str
     """SHA-256 of the task's canonical description."""
     key: str
@@ -48,33 +48,37 @@ class EntryRecord:
     size: int
     """Bytes of the entry."""
     tensors: tuple[TensorSpec, ...]
-    """In the order in which `lay_out` was given them; it decides every byte range."""
+    """In the order that was passed to `lay_out`, which determines every byte range."""
     dropped: bool = False
-    """Whether the source shard was removed on purpose once its entry was durable."""
+    """Whether `--drop-source` removed the source shard, or is about to."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A converted checkpoint: its entries, and what they were made from."""
+    """A converted model: its entries and their sources."""
 
     model: str
-    """The directory or repository as it was named; for people, never opened."""
+    """The directory or repository as the user named it; only displayed, never opened."""
     config_sha256: str
     """SHA-256 of the bytes of config.json and of the index."""
     transform: str
-    """The entry format and the version of every operation, as `task.TRANSFORM` was."""
+    """The value of `format.TRANSFORM` at the time of the conversion."""
     layout: str
     bits: int
     group_size: int
     entries: tuple[EntryRecord, ...]
     directory: str = ""
-    """The model's resolved directory, for the cache commands; empty beside a model, and before 1.1.
+    """The model's resolved directory; empty in a model directory's own store and before 1.1.
 
-    Believed only where the manifest's own name is the hash of it.
+    Used only if the manifest's file name is the hash of it.
     """
 
     def entries_with(self, wanted: Callable[[str], bool]) -> list[EntryRecord]:
-        """Give the entries that hold a tensor of a wanted name."""
+        """Return the entries with at least one wanted tensor.
+
+        Args:
+            wanted: Decides by the name of a tensor.
+        """
         return [
             record
             for record in self.entries
@@ -82,7 +86,7 @@ class Manifest:
         ]
 
     def encode(self) -> bytes:
-        """The bytes of a manifest file."""
+        """Return the bytes of a manifest file."""
         body = pack(
             {
                 "model": self.model.encode("utf-8", "replace").decode(),
@@ -99,8 +103,17 @@ class Manifest:
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """The manifest in a file's bytes. Raises ManifestError for any defect, NewerManifestError for a
-        newer major version.
+        """Decode a manifest.
+
+        Args:
+            data: The bytes of a manifest file, which are untrusted.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            NewerManifestError: The bytes have a newer major version.
+            ManifestError: They have any other defect.
         """
         body = unseal(MAGIC, data)
         try:
@@ -118,18 +131,36 @@ class Manifest:
             )
         except ManifestError:
             raise
-        except Exception as error:  # msgpack raises ten kinds on hostile bytes; each is a miss
+        except Exception as error:  # msgpack raises ten kinds of error for malformed bytes
             raise ManifestError(f"not a manifest: {type(error).__name__}: {error}") from None
 
 
 def seal(magic: bytes, body: bytes) -> bytes:
-    """The bytes of a file with this body, whose every change shows."""
+    """Return the bytes of a file: the header, with the SHA-256 of the body, and the body.
+
+    Args:
+        magic: 8 bytes that name the kind of file.
+        body: The content.
+    """
     digest = hashlib.sha256(body).digest()
     return _HEAD.pack(magic, MAJOR << 16 | MINOR, len(body), digest) + body
 
 
 def unseal(magic: bytes, data: bytes, limit: int = MAX_BYTES) -> bytes:
-    """The body of a sealed file. Raises ManifestError, NewerManifestError."""
+    """Check the header of a file that `seal` made, and return the body.
+
+    Args:
+        magic: 8 bytes that name the kind of file.
+        data: The bytes of the file, which are untrusted.
+        limit: The most bytes that it may have.
+
+    Returns:
+        The body.
+
+    Raises:
+        NewerManifestError: The file has a newer major version.
+        ManifestError: It has the wrong size, magic or hash.
+    """
     if len(data) < _HEAD.size or len(data) > limit:
         raise ManifestError(f"not a manifest: {len(data):,} bytes")
     found, version, length, sha256 = _HEAD.unpack_from(data)
@@ -139,20 +170,29 @@ def unseal(magic: bytes, data: bytes, limit: int = MAX_BYTES) -> bytes:
     if version >> 16 != MAJOR:
         raise NewerManifestError(f"manifest format {version >> 16}, this version reads {MAJOR}")
     if hashlib.sha256(body).digest() != sha256:
-        raise ManifestError("damaged: the body's SHA-256 does not fit")
+        raise ManifestError("damaged: the body has another SHA-256")
     return body
 
 
 def pack(value: Any) -> bytes:
-    """The msgpack bytes of a value."""
+    """Encode a value as msgpack."""
     body: bytes = msgpack.packb(value)
     return body
 
 
 def unpack(body: bytes, longest: int) -> Any:
-    """The value of msgpack bytes, none of it longer than a model needs; `longest`: of bytes.
+    """Decode untrusted msgpack bytes, with limits on every length.
 
-    Raises whatever msgpack raises on hostile bytes.
+    Args:
+        body: The bytes.
+        longest: The most bytes of a byte string.
+
+    Returns:
+        The value.
+
+    Raises:
+        ManifestError: A map has a key twice.
+        Exception: The bytes are malformed; msgpack raises ten kinds of error.
     """
     return msgpack.unpackb(
         body,
@@ -169,7 +209,7 @@ def unpack(body: bytes, longest: int) -> Any:
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ManifestError("a key stands twice")
+        raise ManifestError("a map has a key twice")
     return found
 
 
@@ -183,10 +223,10 @@ def _unpack_record(fields: dict[str, Any]) -> EntryRecord:
     if not all(
         type(h) is str and _HEX64.fullmatch(h) for h in _typed(fields, "borrowed_sha256", list)
     ):
-        raise ManifestError("borrowed_sha256 is no list of SHA-256")
+        raise ManifestError("borrowed_sha256: expected a list of SHA-256")
     shard: str = _typed(fields, "shard", str)
     if shard in ("", ".", "..") or "/" in shard or "\0" in shard:
-        raise ManifestError("shard: no file name")
+        raise ManifestError("shard: expected a file name")
     return EntryRecord(
         shard,
         _hex(fields, "source_sha256"),
@@ -207,14 +247,14 @@ def _unpack_tensor(fields: list[Any]) -> TensorSpec:
     if dtype not in DTYPE_BYTES or len(shape) > 8:
         raise ManifestError(f"{name}: unknown dtype or too many dimensions")
     if not all(type(dim) is int and 0 <= dim < 2**31 for dim in shape):
-        raise ManifestError(f"{name}: a dimension that no tensor has")
+        raise ManifestError(f"{name}: a dimension is negative, too large or not an integer")
     return TensorSpec(name, dtype, tuple(shape))
 
 
 def _directory(fields: dict[str, Any]) -> str:
     path: bytes = _typed({"directory": b"", **fields}, "directory", bytes)
     if path and (not path.startswith(b"/") or b"\0" in path):
-        raise ManifestError("directory: no absolute path")
+        raise ManifestError("directory: expected an absolute path")
     return os.fsdecode(path)
 
 
@@ -228,5 +268,5 @@ def _typed(fields: dict[str, Any], name: str, kind: type) -> Any:
 def _hex(fields: dict[str, Any], name: str, form: re.Pattern[str] = _HEX64) -> str:
     value: str = _typed(fields, name, str)
     if not form.fullmatch(value):
-        raise ManifestError(f"{name}: no hex digest")
+        raise ManifestError(f"{name}: expected a hex digest")
     return value

@@ -257,7 +257,7 @@ def test_a_hub_that_goes_away_is_one_error_and_the_next_run_goes_on(hub, right, 
         return "refuse"
 
     hub.fault = go_away
-    with pytest.raises(CheckpointError, match=f"{names()[3]} cannot be had from the Hub"):
+    with pytest.raises(CheckpointError, match=f"{names()[3]} cannot be downloaded from the Hub"):
         convert_checkpoint(REPO, jobs=1)
     assert gone
     kept = len(list((tmp_path / "user-cache").rglob("entries/*/*.safetensors")))
@@ -304,7 +304,7 @@ def digests_in(cache: Path) -> set[str]:
     [
         ("owner/absent", None, "Repository Not Found"),
         (REPO, "401", "401"),
-        (REPO, "refuse", "cannot be had from the Hub"),
+        (REPO, "refuse", "cannot be downloaded from the Hub"),
     ],
 )
 @pytest.mark.usefixtures("commit", "impatient")

@@ -17,21 +17,21 @@ from paroquant_stream import convert_checkpoint
 from paroquant_stream.checkpoint import hub as room
 from paroquant_stream.checkpoint import hub_watch
 from paroquant_stream.checkpoint.hub import locate
-from paroquant_stream.checkpoint.hub_watch import Watch, together
+from paroquant_stream.checkpoint.hub_watch import Watch, run_calls
 from paroquant_stream.errors import CheckpointError
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
 REPO = "owner/name"
 SHARD = "model-00002-of-00003.safetensors"
-SLOW = r"the Hub sent \d+ bytes in \d+ s, less than 1,000 a second"
+SLOW = r"received \d+ bytes from the Hub in \d+ s, less than 1,000 bytes/s"
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """What is measured over half a minute is measured over a second."""
     monkeypatch.setattr(hub_watch, "WINDOW", 1.0)
-    monkeypatch.setattr(hub_watch, "PAUSE", 1.5)
-    monkeypatch.setattr(hub_watch, "_left", {})
+    monkeypatch.setattr(hub_watch, "RETRY_WINDOW", 1.5)
+    monkeypatch.setattr(hub_watch, "_stopped_calls", {})
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def ends_soon():
 @pytest.mark.parametrize(
     ("where", "named"),
     [
-        ("config.json", "owner/name: config.json cannot be had from the Hub: "),
-        ("tokenizer.json", "owner/name: tokenizer.json cannot be had from the Hub: "),
-        ("api", "owner/name: its list of files: "),
+        ("config.json", "owner/name: config.json cannot be downloaded from the Hub: "),
+        ("tokenizer.json", "owner/name: tokenizer.json cannot be downloaded from the Hub: "),
+        ("api", "owner/name: list of files: "),
         (f"header of {SHARD}", f"owner/name: header of {SHARD}: "),
-        (SHARD, f"owner/name: {SHARD} cannot be had from the Hub: "),
+        (SHARD, f"owner/name: {SHARD} cannot be downloaded from the Hub: "),
     ],
 )
 @pytest.mark.usefixtures("source")
@@ -156,7 +156,7 @@ def test_the_command_ends_with_one_line_and_does_not_hang_when_it_exits(hub, whe
 
 @pytest.mark.usefixtures("source")
 def test_a_line_that_is_slow_and_fast_enough_is_waited_for(hub, monkeypatch):
-    monkeypatch.setattr(hub_watch, "SLOWEST", 50)
+    monkeypatch.setattr(hub_watch, "MIN_RATE", 50)
     hub.pause = 0.005  # at most 200 bytes a second
     hub.fault = trickles("config.json")
     directory, _ = locate(REPO)
@@ -189,14 +189,14 @@ def test_a_lock_that_another_process_holds_is_waited_for(hub, tmp_path):
 def test_a_file_of_settings_of_a_size_that_no_model_has_is_not_downloaded(hub, monkeypatch):
     monkeypatch.setattr(room, "size_limit", lambda name: 600 if name == "tokenizer.json" else None)
     told = refusal("which no model needs; it was not downloaded")
-    assert told.startswith("owner/name: tokenizer.json cannot be had from the Hub: over")
+    assert told.startswith("owner/name: tokenizer.json cannot be downloaded from the Hub: over")
 
 
 @pytest.mark.usefixtures("source")
 def test_a_second_try_does_not_wait_for_ever_for_the_lock_of_the_first(hub):
     hub.fault = trickles("config.json", fault="trickle head")
     refusal(SLOW)
-    refusal("an earlier request to the Hub still hangs in this process; start it anew")
+    refusal("a stopped request to the Hub still hangs in this process; restart it")
 
 
 @pytest.mark.usefixtures("hub")
@@ -217,10 +217,10 @@ def test_a_call_that_was_given_up_sends_no_further_request(ends_soon):
         raise CheckpointError("no")
 
     with pytest.raises(CheckpointError, match="no"):
-        together([("a", call), ("b", fails)])
+        run_calls([("a", call), ("b", fails)])
     go_on.set()
     assert ends_soon()
-    assert seen == ["a: given up"]
+    assert seen == ["a: stopped"]
 
 
 @pytest.mark.usefixtures("source")
@@ -235,7 +235,7 @@ def test_a_session_that_the_client_makes_anew_is_watched_too(hub):
         get_session().get(f"{hub.endpoint}/{REPO}/resolve/main/config.json", timeout=10)
 
     hub.fault = trickles("config.json")
-    refusal(SLOW, lambda: together([("x", call)]))
+    refusal(SLOW, lambda: run_calls([("x", call)]))
 
 
 @pytest.mark.usefixtures("source")
@@ -266,7 +266,7 @@ def test_what_a_bar_raises_ends_the_call_though_the_client_swallows_it():
 
     swallowed, stopped = [], threading.Event()
     with pytest.raises(CheckpointError, match="stopped at 3"):
-        together([("x", call)])
+        run_calls([("x", call)])
     stopped.set()
     assert swallowed
 
@@ -292,16 +292,16 @@ def test_the_rust_clients_progress_is_counted_once_and_watched():
     watch = Watch("x")
     with xet_reporter(watch.bar(ticks.append, None)) as reporter:
         reporter.update_progress(report(0, 2000), {})
-        watch.look(0.1)
+        watch.check(0.1)
         reporter.update_progress(report(60, 3000), {})
         reporter.update_progress(report(100, 3000), {})
         assert ticks == [60, 40]
-        with pytest.raises(CheckpointError, match="x: the Hub sent 0 bytes in 120 s"):
+        with pytest.raises(CheckpointError, match="x: received 0 bytes from the Hub in 120 s"):
             for _ in range(300):
-                watch.look(1)
-    watch.look(1)
+                watch.check(1)
+    watch.check(1)
     for _ in range(300):
-        watch.look(1)  # closed: what it waits for now is no answer
+        watch.check(1)  # closed: what it waits for now is no answer
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
@@ -309,9 +309,9 @@ def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
     watch = Watch("x")
     watch.request()
     for _ in range(3):
-        watch.look(3600)
-    with pytest.raises(CheckpointError, match="sent 0 bytes in 3 s"):
-        watch.look(3600)
+        watch.check(3600)
+    with pytest.raises(CheckpointError, match="received 0 bytes from the Hub in 3 s"):
+        watch.check(3600)
 
 
 def test_results_come_in_order_and_no_more_run_at_once_than_a_few():
@@ -329,9 +329,9 @@ def test_results_come_in_order_and_no_more_run_at_once_than_a_few():
 
         return run
 
-    assert together([(str(n), call(n)) for n in range(30)]) == list(range(30))
-    assert 1 < max(most) <= hub_watch.TOGETHER
-    assert together([]) == []
+    assert run_calls([(str(n), call(n)) for n in range(30)]) == list(range(30))
+    assert 1 < max(most) <= hub_watch.MAX_CALLS
+    assert run_calls([]) == []
 
 
 def test_after_an_error_no_further_call_is_begun():
@@ -343,6 +343,6 @@ def test_after_an_error_no_further_call_is_begun():
         raise CheckpointError("no")
 
     with pytest.raises(CheckpointError, match="no"):
-        together([(str(n), call) for n in range(50)])
+        run_calls([(str(n), call) for n in range(50)])
     time.sleep(0.3)
     assert len(begun) < 30

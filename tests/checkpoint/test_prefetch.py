@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from paroquant_stream.checkpoint.prefetch import Arrivals
+from paroquant_stream.checkpoint.prefetch import Prefetcher
 from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.errors import CheckpointError, RunCancelledError
 from tests.helpers.builders import cut_evenly, write_checkpoint
@@ -48,10 +48,10 @@ def names(shelf):
     return sorted(path.name for path in shelf.source.glob("*.safetensors"))
 
 
-def arrivals(shelf, needs, headers=None, **options):
+def prefetcher(shelf, needs, headers=None, **options):
     flat = [shard for shards in needs for shard in shards]
     headers = headers or shelf.headers(dict.fromkeys(flat))
-    return Arrivals(shelf, shelf.target, needs, headers, lambda *_: None, **options)
+    return Prefetcher(shelf, shelf.target, needs, headers, lambda *_: None, **options)
 
 
 def never() -> None:
@@ -60,19 +60,19 @@ def never() -> None:
 
 def test_each_shard_is_fetched_once_in_the_order_in_which_tasks_need_them(shelf, names):
     a, b, c, d, *_ = names
-    with arrivals(shelf, [[c], [a, d], [d, b]]) as coming:
+    with prefetcher(shelf, [[c], [a, d], [d, b]]) as coming:
         coming.wait_for([a, b, c, d], never)
     assert sorted(shelf.fetched) == [a, b, c, d]
     assert set(shelf.fetched[:2]) == {c, a}
 
 
 def test_what_is_there_already_is_not_waited_for(shelf, names):
-    with arrivals(shelf, []) as coming:
+    with prefetcher(shelf, []) as coming:
         coming.wait_for(names, lambda: pytest.fail("waited"))
 
 
 def test_no_more_is_fetched_than_the_bound_allows_until_a_task_is_done(shelf, names):
-    with arrivals(shelf, [[name] for name in names], ahead=2) as coming:
+    with prefetcher(shelf, [[name] for name in names], ahead=2) as coming:
         coming.wait_for(names[:3], never)
         time.sleep(0.05)
         assert sorted(shelf.fetched) == names[:3]
@@ -84,7 +84,7 @@ def test_no_more_is_fetched_than_the_bound_allows_until_a_task_is_done(shelf, na
 def test_a_task_that_borrows_from_the_last_shard_does_not_wait_for_ever(shelf, names):
     first, *_, last = names
     needs = [[first, last], *([name] for name in names[1:-1]), [last]]
-    with arrivals(shelf, needs, ahead=1) as coming:
+    with prefetcher(shelf, needs, ahead=1) as coming:
         for shards in needs:
             coming.wait_for(shards, never)
             coming.finish_task()
@@ -95,7 +95,7 @@ def test_an_error_reaches_who_waits_and_what_was_on_its_way_still_arrives(shelf,
     a, b, c, *_ = names
     shelf.errors[b] = CheckpointError("the Hub is gone")
     gate = shelf.gates[a] = threading.Event()
-    with arrivals(shelf, [[a], [b], [c]]) as coming:
+    with prefetcher(shelf, [[a], [b], [c]]) as coming:
         with pytest.raises(CheckpointError, match="the Hub is gone"):
             coming.wait_for([b], never)
         gate.set()
@@ -108,7 +108,7 @@ def test_an_error_reaches_who_waits_and_what_was_on_its_way_still_arrives(shelf,
 def test_any_other_error_is_told_with_the_file(shelf, names):
     shelf.errors[names[0]] = RuntimeError("odd")
     with (
-        arrivals(shelf, [names[:1]]) as coming,
+        prefetcher(shelf, [names[:1]]) as coming,
         pytest.raises(CheckpointError, match=f"{names[0]}: cannot be fetched: odd"),
     ):
         coming.wait_for(names[:1], never)
@@ -118,8 +118,8 @@ def test_a_header_that_is_not_the_planned_one_is_an_error(shelf, names):
     headers = shelf.headers(names)
     headers[names[0]] = headers[names[1]]
     with (
-        arrivals(shelf, [names[:1]], headers) as coming,
-        pytest.raises(CheckpointError, match="not the one that the Hub gave"),
+        prefetcher(shelf, [names[:1]], headers) as coming,
+        pytest.raises(CheckpointError, match="differs from the one that the Hub sent"),
     ):
         coming.wait_for(names[:1], never)
 
@@ -130,14 +130,14 @@ def test_a_wait_ends_when_the_run_is_told_to_stop(shelf, names):
     def stop() -> None:
         raise RunCancelledError("stop")
 
-    with arrivals(shelf, [names[:1]]) as coming, pytest.raises(RunCancelledError):
+    with prefetcher(shelf, [names[:1]]) as coming, pytest.raises(RunCancelledError):
         coming.wait_for(names[:1], stop)
 
 
 def test_leaving_stops_a_download_that_is_running(shelf, names):
     shelf.gates[names[0]] = threading.Event()  # never set
     started = time.monotonic()
-    with arrivals(shelf, [names[:1]]) as coming:
+    with prefetcher(shelf, [names[:1]]) as coming:
         while not shelf.fetched:
             time.sleep(0.001)
     assert time.monotonic() - started < 1

@@ -419,7 +419,7 @@ def test_where_locks_do_nothing_a_drop_is_refused(model_dir, monkeypatch, where)
 
 
 def test_a_drop_waits_for_every_other_run_of_the_model(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0.2)
     with directory_lock(partial(Folder.open, model_dir), exclusive=False, required=False):
         run(model_dir, cache_dir=tmp_path / "other")  # a conversion that removes nothing does not
         with pytest.raises(StoreError, match="another conversion of this model held its lock"):

@@ -27,7 +27,8 @@ def count(self, size):
     with open("firing") as file:
         target, number = map(int, file.read().split())
     target = target or os.getpid()
-    temps = [n for n in os.listdir(self._digest_cache.directory.parent / "tmp") if f"-{os.getpid()}-" in n]
+    tmp = self._digest_cache.directory.parent / "tmp"
+    temps = [name for name in os.listdir(tmp) if f"-{os.getpid()}-" in name]
     with open("firing", "w") as file:
         file.write(f"{target} {temps}")
     os.rename("firing", "fired")

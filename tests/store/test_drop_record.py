@@ -33,10 +33,10 @@ from paroquant_stream.store.damage import damaged_path
 from paroquant_stream.store.drop_record import (
     NOTE,
     DropRecord,
-    heal_records,
     read_note,
     read_records,
     record_ids,
+    repair_records,
     write_note,
 )
 from paroquant_stream.store.store import cache_store
@@ -323,7 +323,9 @@ def test_damage_of_a_conversion_beside_the_model_moves_nothing(model_dir):
     store = make_request(model_dir, in_place=True).store
     damage(store.entry_path(manifest.entries[0].key))
     before = {p: p.read_bytes() for p in model_dir.rglob("*") if p.is_file()}
-    with pytest.raises(EntryDamagedError, match="it stays, since nothing is written there"):
+    with pytest.raises(
+        EntryDamagedError, match="left in place, since the store is opened read-only"
+    ):
         load(model_dir, verify="full")
     assert {p: p.read_bytes() for p in model_dir.rglob("*") if p.is_file()} == before
 
@@ -334,10 +336,10 @@ def test_healing_is_of_the_copy_that_was_written_last(dropped):
     first, second = sorted(store.folder("dropped").iterdir())
     newest = first.read_bytes()
     damage(second)
-    heal_records(store)
+    repair_records(store)
     assert second.read_bytes() == newest
     damage(first)
-    heal_records(store)
+    repair_records(store)
     assert first.read_bytes() == newest
     assert [record.id for record in read_records(store)] == [drop_id]
 

@@ -159,7 +159,7 @@ def test_a_directory_that_is_no_absolute_path_is_noticed(directory):
 
 @pytest.mark.parametrize("shard", ["", ".", "..", "../x", "/x", "a/b", "a\0b"])
 def test_a_shard_that_is_no_file_name_is_noticed(shard):
-    with pytest.raises(ManifestError, match="shard: no file name"):
+    with pytest.raises(ManifestError, match="shard: expected a file name"):
         Manifest.decode(changed(shard=shard))
 
 
