@@ -41,7 +41,7 @@ def test_an_unknown_way_to_split_is_refused():
         (Split(parallel="tensor"), False, False),
         (Split(range(1), parallel="tensor"), True, False),
     ],
-    ids=str,
+    ids=["whole", "layers", "pipeline", "tensor", "tensor of no group", "layers, not tensors"],
 )
 def test_a_split_is_by_layers_or_by_tensors(split, by_layers, by_tensors):
     assert split.by_layers is by_layers
