@@ -62,16 +62,6 @@ def test_verify_of_an_unconverted_model_is_one_message(tmp_path, model_dir, caps
     assert "not converted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "wrong", [[], ["nonsense"], ["verify", "--sources"], ["verify", "--in-place"]]
-)
-def test_wrong_usage_exits_with_2(wrong, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cache.main(wrong)
-    assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
 def run(*words: str) -> int:
     return cache.main([*words])
 
@@ -242,22 +232,6 @@ def test_prune_takes_its_rules_from_the_command_line(model_dir, capsys):
     assert "removed, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["prune", "--max-size", "100"], "'100' is not a size: expected a number and B, kB"),
-        (["prune", "--older-than", "30"], "'30' is not an age: expected"),
-        (["ls", "--json", "-q"], "not allowed with"),
-        (["rm"], "required: MODEL"),
-    ],
-)
-def test_a_wrong_option_says_what_is_expected(words, told, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    assert stop.value.code == 2
-    assert told in capsys.readouterr().err
-
-
 def test_a_failure_is_one_line_and_exit_code_1(home, model_dir, capsys):
     home.chmod(0o777)
     assert run("rm", str(model_dir), "-y") == 1
@@ -284,17 +258,6 @@ def test_looking_imports_nothing_heavy(home):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("command", [[], ["ls"], ["path"], ["rm"], ["prune"], ["verify"]])
-def test_every_help_stands_alone(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(*command, "--help")
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: paroquant-stream cache")
-    assert len(out.splitlines()) > 5
 
 
 def test_backup_programs_skip_the_cache(root):

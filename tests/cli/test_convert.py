@@ -80,23 +80,6 @@ def test_force_converts_again(arguments, capsys):
     assert ": 3 converted" in capsys.readouterr().out.splitlines()[1]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        [],
-        ["--jobs", "0", "x"],
-        ["--jobs", "many", "x"],
-        ["x", "--in-place", "--cache-dir", "y"],
-        ["x", "--nope"],
-    ],
-)
-def test_wrong_usage_exits_with_2(wrong, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(wrong)
-    assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
 def test_a_failure_is_one_message_and_exit_code_1(tmp_path, capsys):
     assert main([str(tmp_path / "absent" / "deeper"), "--quiet"]) == 1
     out, err = capsys.readouterr()

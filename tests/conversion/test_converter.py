@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 
 from paroquant_stream.conversion import pipeline as shards
 from paroquant_stream.conversion import staleness as staleness_module
 from paroquant_stream.conversion.converter import convert
-from paroquant_stream.conversion.planning import survey
-from paroquant_stream.conversion.request import make_request, read_manifest
+from paroquant_stream.conversion.request import make_request
 from paroquant_stream.conversion.staleness import staleness
-from paroquant_stream.errors import CheckpointError, PlanError
-from paroquant_stream.files import descriptor
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.store.format import OPERATION_VERSIONS
-from paroquant_stream.store.manifest import Manifest
-from tests.helpers.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
+from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.helpers.conversions import actions, flip_byte, reasons, run
 
 pytestmark = pytest.mark.usefixtures("settled")
-
-
-def actions(result) -> dict[str, str]:
-    return {report.shard[6:11].lstrip("0"): report.action for report in result.shards}
-
-
-def reasons(result) -> dict[str, str]:
-    return {report.shard[6:11].lstrip("0"): report.why for report in result.shards}
-
-
-def run(directory, **options):
-    return convert(make_request(directory, jobs=1, **options))
-
-
-def flip_byte(directory, shard: int, tensor: str) -> None:
-    """Changes one byte of one tensor."""
-    from paroquant_stream.checkpoint.shard import Shard
-
-    name = sorted(p.name for p in directory.glob("model-*.safetensors"))[shard - 1]
-    found = {t.name: t for t in Shard(name, directory / name).header().tensors}[tensor]
-    with (directory / name).open("r+b") as file:
-        file.seek(found.start)
-        byte = file.read(1)[0]
-        file.seek(found.start)
-        file.write(bytes([byte ^ 1]))
-
-
-def entries(cache) -> set[str]:
-    return {path.name for path in cache.rglob("*.safetensors")}
 
 
 def test_the_first_run_converts_every_shard_and_the_second_none(model_dir):
@@ -130,15 +97,6 @@ def test_the_same_content_gives_the_same_bytes_in_another_store(model_dir, tmp_p
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("jobs", [1, 2, 8])
-def test_the_number_of_jobs_never_changes_a_bit(model_dir, tmp_path, jobs):
-    result = convert(make_request(model_dir, cache_dir=tmp_path / str(jobs), jobs=jobs))
-    reference = run(model_dir)
-    assert [r.digest for r in result.manifest.entries] == [
-        r.digest for r in reference.manifest.entries
-    ]
-
-
 def test_a_lost_manifest_costs_no_conversion(model_dir):
     first = run(model_dir)
     first.manifest_path.unlink()
@@ -212,52 +170,11 @@ def test_a_config_that_changes_no_entry_rebuilds_nothing(model_dir):
     assert staleness(make_request(model_dir), result.manifest) is None
 
 
-def test_nothing_is_written_for_a_defective_checkpoint(tmp_path):
-    tensors = llama_tensors()
-    del tensors["model.layers.0.mlp.up_proj.pairs"]
-    directory = write_checkpoint(tmp_path / "m", tensors, cut_apart(2))
-    with pytest.raises(PlanError):
-        run(directory, cache_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
 def test_a_truncated_shard_is_named(model_dir, tmp_path):
     shard = model_dir / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(Exception, match=r"model-00002-of-00003.*download it again"):
         run(model_dir, cache_dir=tmp_path / "cache")
-
-
-def test_an_absent_shard_is_named(model_dir):
-    (model_dir / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
-        run(model_dir)
-
-
-def test_a_survey_tells_the_same_as_the_run_and_writes_nothing(model_dir, tmp_path):
-    request = make_request(model_dir, cache_dir=tmp_path / "cache", jobs=1)
-    assert {r.action for r in survey(request)} == {"converted"}
-    assert not (tmp_path / "cache").exists()
-    convert(request)
-    flip_byte(model_dir, 1, "lm_head.weight")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
-    foretold = survey(request)
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
-    done = convert(request).shards
-    assert [(r.action, r.why, r.bytes_in, r.bytes_out) for r in foretold] == [
-        (r.action, r.why, r.bytes_in, r.bytes_out) for r in done
-    ]
-
-
-def test_one_file_and_ten_hold_the_same_tensors(tmp_path):
-    tensors = llama_tensors()
-    one = run(write_checkpoint(tmp_path / "one", tensors))
-    ten = run(write_checkpoint(tmp_path / "ten", tensors, cut_apart(10)))
-
-    def stored(result: Manifest):
-        return sorted((t.name, t.dtype, t.shape) for r in result.entries for t in r.tensors)
-
-    assert stored(one.manifest) == stored(ten.manifest)
 
 
 def test_in_place_writes_beside_the_model_and_names_no_path(model_dir, tmp_path):
@@ -266,42 +183,6 @@ def test_in_place_writes_beside_the_model_and_names_no_path(model_dir, tmp_path)
     assert result.manifest_path.name.startswith("model-")
     moved = model_dir.rename(tmp_path / "moved")
     assert set(actions(run(moved, in_place=True)).values()) == {"reused"}
-
-
-def test_a_shard_that_just_changed_is_not_trusted_by_its_stat(model_dir, monkeypatch):
-    monkeypatch.setattr(descriptor, "RACY_SECONDS", 2.0)
-    request = make_request(model_dir, jobs=1)
-    result = convert(request)
-    assert "never hashed" in staleness(request, result.manifest)
-    assert set(actions(run(model_dir)).values()) == {"reused"}  # hashed again, not converted
-
-
-def test_progress_ends_at_the_size_of_every_shard(model_dir):
-    last: dict[str, tuple[int, int]] = {}
-    convert(
-        make_request(model_dir, jobs=2),
-        lambda shard, done, size: last.update({shard: (done, size)}),
-    )
-    assert len(last) == 3
-    assert all(done == size for done, size in last.values())
-
-
-def test_a_read_only_survey_survives_a_store_that_is_not_there(model_dir, tmp_path):
-    request = make_request(model_dir, cache_dir=tmp_path / "nowhere" / "deep")
-    assert request.store.free_bytes() > 0
-    assert read_manifest(request) is None
-    assert replace(request.store, read_only=True).digest_cache.read_only
-
-
-def test_a_full_disk_is_reported_before_work_and_a_rerun_resumes(model_dir, monkeypatch):
-    from paroquant_stream.errors import StoreError
-    from paroquant_stream.store.store import Store
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "free_bytes", lambda _: 1000)
-        with pytest.raises(StoreError, match=r"[\d,]+ bytes needed for 3 shards, 1,000 free"):
-            run(model_dir)
-    assert set(actions(run(model_dir)).values()) == {"converted"}
 
 
 def test_a_cache_that_others_can_write_into_is_refused(model_dir):

@@ -8,33 +8,11 @@ import numpy as np
 import pytest
 
 from paroquant_stream.checkpoint.layout import Layout
-from paroquant_stream.checkpoint.quantization import Quantization
 from paroquant_stream.errors import PlanError
 from paroquant_stream.files.tensor_header import Header, TensorInfo
 from paroquant_stream.plan.planner import make_plan
-from tests.helpers.builders import awq_linear, cut_apart, cut_evenly, llama_tensors, rotation
-
-QUANTIZATION = Quantization(4, 32)
-DTYPES = {"float16": "F16", "int32": "I32", "int16": "I16", "float32": "F32"}
-
-
-def headers_of(tensors, cut=None) -> dict[str, Header]:
-    """The headers that a checkpoint of these tensors would have."""
-    homes = cut(sorted(tensors)) if cut else dict.fromkeys(sorted(tensors), "model.safetensors")
-    headers = {}
-    for shard in sorted(set(homes.values())):
-        position, infos = 1000, []
-        for name in (name for name, home in homes.items() if home == shard):
-            array = tensors[name]
-            dtype = DTYPES[str(array.dtype)]
-            infos.append(TensorInfo(name, dtype, array.shape, position, position + array.nbytes))
-            position += array.nbytes
-        headers[shard] = Header(tuple(infos), position, {})
-    return headers
-
-
-def plan_of(tensors, cut=None, experts=None):
-    return make_plan(headers_of(tensors, cut), Layout.AUTOAWQ, QUANTIZATION, experts)
+from tests.helpers.builders import cut_apart, cut_evenly, llama_tensors
+from tests.helpers.plans import QUANTIZATION, headers_of, moe_tensors, plan_of
 
 
 @pytest.mark.parametrize("cut", [None, cut_evenly(3), cut_apart(3), cut_apart(7)])
@@ -139,104 +117,6 @@ def test_a_shape_that_does_not_fit_is_named_with_both_shapes(part, array):
 def test_embedding_rows_must_divide_by_the_group_size():
     tensors = llama_tensors() | {"lm_head.weight": np.zeros((64, 40), np.float16)}
     with pytest.raises(PlanError, match="rows of 40 do not divide by group_size 32"):
-        plan_of(tensors)
-
-
-def moe_tensors(layers=1, experts=4) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for layer in range(layers):
-        base = f"model.layers.{layer}.mlp.experts"
-        for projection in ("gate_proj", "up_proj", "down_proj"):
-            for expert in range(experts):
-                linear = awq_linear(rng, f"{base}.{expert}.{projection}", 32, 32)
-                tensors |= {
-                    n: a for n, a in linear.items() if n.endswith(("qweight", "qzeros", ".scales"))
-                }
-        for which in ("gate_up_weight", "down_weight"):
-            shared = rotation(rng, "x", 32)
-            tensors |= {f"{base}.{which}_{name[2:]}": array for name, array in shared.items()}
-    return tensors
-
-
-def test_experts_in_one_shard_become_full_stacks():
-    (task,) = plan_of(moe_tensors()).tasks
-    shapes = {o.name: o.shape for o in task.outputs}
-    assert shapes["model.layers.0.mlp.switch_mlp.gate_proj.weight"] == (4, 32, 4)
-    assert shapes["model.layers.0.mlp.switch_mlp.down_rot_theta"] == (3, 16)
-
-
-def test_experts_spread_over_shards_become_runs():
-    def cut(names):
-        return {n: "b" if ".experts.2." in n and n.endswith("qweight") else "a" for n in names}
-
-    tasks = {task.shard: task for task in plan_of(moe_tensors(), cut).tasks}
-    base = "model.layers.0.mlp.switch_mlp.up_proj"
-    assert {o.name for o in tasks["b"].outputs if "up_proj" in o.name} == {
-        f"{base}.weight.experts_2_2"
-    }
-    assert {o.name for o in tasks["a"].outputs if "up_proj" in o.name} == {
-        f"{base}.weight.experts_0_1",
-        f"{base}.weight.experts_3_3",
-        f"{base}.scales",
-        f"{base}.biases",
-    }
-
-
-def test_a_missing_expert_is_named_with_layer_and_shard():
-    tensors = {n: a for n, a in moe_tensors().items() if ".experts.1.up_proj." not in n}
-    with pytest.raises(PlanError, match=r"layers\.0\.mlp: expert 1 has no up_proj.*lies in model"):
-        plan_of(tensors)
-
-
-def test_a_missing_last_expert_is_noticed_by_the_config():
-    tensors = {n: a for n, a in moe_tensors().items() if ".experts.3." not in n}
-    with pytest.raises(PlanError, match="expert 3 has no"):
-        plan_of(tensors, experts=4)
-
-
-def seconds_of_refusal(tensors, experts, words) -> float:
-    started = time.perf_counter()
-    with pytest.raises(PlanError, match=words):
-        plan_of(tensors, experts=experts)
-    return time.perf_counter() - started
-
-
-def test_an_absurd_number_of_experts_costs_no_more_time():
-    """It is a number of the config: 200,000 experts took 16 s, and 10,000,000 no end."""
-    small = min(seconds_of_refusal(moe_tensors(), 100, "expert 4 has no") for _ in range(3))
-    words = r"1,999,999,999,986 more of its 2,000,000,000,000 experts have no"
-    assert min(seconds_of_refusal(moe_tensors(), 2 * 10**12, words) for _ in range(3)) < 5 * small
-
-
-def test_a_stack_with_gaps_is_refused_in_linear_time():
-    """The nearest neighbour of each that is missing was looked for among all."""
-
-    def refusal(count: int) -> float:
-        one = moe_tensors(experts=1)
-        tensors = {
-            name.replace(".experts.0.", f".experts.{2 * i}."): array
-            for i in range(count)
-            for name, array in one.items()
-        }
-        return seconds_of_refusal(tensors, None, "expert 1 has no gate_proj")
-
-    assert min(refusal(4000) for _ in range(2)) < 10 * min(refusal(1000) for _ in range(2))
-
-
-@pytest.mark.parametrize(("absent", "near"), [((3,), 2), ((2, 3), 4), ((3, 4, 5), 2), ((0, 3), 2)])
-def test_the_shard_of_the_nearest_neighbour_is_named(absent, near):
-    gone = tuple(f".experts.{expert}.up_proj." for expert in absent)
-    tensors = {n: a for n, a in moe_tensors(experts=7).items() if not any(g in n for g in gone)}
-    homes = {name: "near" if f".experts.{near}." in name else "far" for name in tensors}
-    with pytest.raises(PlanError, match=r"expert 3 has no up_proj\.weight; .* lies in near"):
-        plan_of(tensors, lambda _: homes)
-
-
-def test_a_missing_shared_rotation_is_an_error():
-    tensors = moe_tensors()
-    del tensors["model.layers.0.mlp.experts.down_weight_pairs"]
-    with pytest.raises(PlanError, match="down_weight_pairs: in no shard"):
         plan_of(tensors)
 
 

@@ -1,0 +1,54 @@
+"""The tasks of a model, run by workers."""
+
+from __future__ import annotations
+
+import pytest
+
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.request import make_request
+from paroquant_stream.store.manifest import Manifest
+from tests.helpers.builders import cut_apart, llama_tensors, write_checkpoint
+from tests.helpers.conversions import actions, run
+
+pytestmark = pytest.mark.usefixtures("settled")
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 8])
+def test_the_number_of_jobs_never_changes_a_bit(model_dir, tmp_path, jobs):
+    result = convert(make_request(model_dir, cache_dir=tmp_path / str(jobs), jobs=jobs))
+    reference = run(model_dir)
+    assert [r.digest for r in result.manifest.entries] == [
+        r.digest for r in reference.manifest.entries
+    ]
+
+
+def test_one_file_and_ten_hold_the_same_tensors(tmp_path):
+    tensors = llama_tensors()
+    one = run(write_checkpoint(tmp_path / "one", tensors))
+    ten = run(write_checkpoint(tmp_path / "ten", tensors, cut_apart(10)))
+
+    def stored(result: Manifest):
+        return sorted((t.name, t.dtype, t.shape) for r in result.entries for t in r.tensors)
+
+    assert stored(one.manifest) == stored(ten.manifest)
+
+
+def test_progress_ends_at_the_size_of_every_shard(model_dir):
+    last: dict[str, tuple[int, int]] = {}
+    convert(
+        make_request(model_dir, jobs=2),
+        lambda shard, done, size: last.update({shard: (done, size)}),
+    )
+    assert len(last) == 3
+    assert all(done == size for done, size in last.values())
+
+
+def test_a_full_disk_is_reported_before_work_and_a_rerun_resumes(model_dir, monkeypatch):
+    from paroquant_stream.errors import StoreError
+    from paroquant_stream.store.store import Store
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "free_bytes", lambda _: 1000)
+        with pytest.raises(StoreError, match=r"[\d,]+ bytes needed for 3 shards, 1,000 free"):
+            run(model_dir)
+    assert set(actions(run(model_dir)).values()) == {"converted"}

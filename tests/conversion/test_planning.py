@@ -1,0 +1,53 @@
+"""What there is to do, found before any of it is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.planning import survey
+from paroquant_stream.conversion.request import make_request, read_manifest
+from paroquant_stream.errors import CheckpointError, PlanError
+from tests.helpers.builders import cut_apart, llama_tensors, write_checkpoint
+from tests.helpers.conversions import flip_byte, run
+
+pytestmark = pytest.mark.usefixtures("settled")
+
+
+def test_nothing_is_written_for_a_defective_checkpoint(tmp_path):
+    tensors = llama_tensors()
+    del tensors["model.layers.0.mlp.up_proj.pairs"]
+    directory = write_checkpoint(tmp_path / "m", tensors, cut_apart(2))
+    with pytest.raises(PlanError):
+        run(directory, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_absent_shard_is_named(model_dir):
+    (model_dir / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        run(model_dir)
+
+
+def test_a_survey_tells_the_same_as_the_run_and_writes_nothing(model_dir, tmp_path):
+    request = make_request(model_dir, cache_dir=tmp_path / "cache", jobs=1)
+    assert {r.action for r in survey(request)} == {"converted"}
+    assert not (tmp_path / "cache").exists()
+    convert(request)
+    flip_byte(model_dir, 1, "lm_head.weight")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    foretold = survey(request)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    done = convert(request).shards
+    assert [(r.action, r.why, r.bytes_in, r.bytes_out) for r in foretold] == [
+        (r.action, r.why, r.bytes_in, r.bytes_out) for r in done
+    ]
+
+
+def test_a_read_only_survey_survives_a_store_that_is_not_there(model_dir, tmp_path):
+    request = make_request(model_dir, cache_dir=tmp_path / "nowhere" / "deep")
+    assert request.store.free_bytes() > 0
+    assert read_manifest(request) is None
+    assert replace(request.store, read_only=True).digest_cache.read_only
