@@ -213,3 +213,16 @@ def test_a_file_in_an_absent_directory_is_an_error_of_the_store(tmp_path):
         new_file_at(tmp_path / "absent" / "x", 5),
     ):
         pytest.fail("the body ran")
+
+
+def test_einval_without_o_direct_is_not_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(_fd, data):
+        calls.append(len(data))
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(StoreError, match="Invalid argument"):
+        write(tmp_path, bytes(100))
+    assert calls == [100]

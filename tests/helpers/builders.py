@@ -117,7 +117,7 @@ def cut_evenly(shards: int) -> Cut:
 
 
 def cut_apart(shards: int) -> Cut:
-    """Adjacent names in different shards: qweight, qzeros and scales of one linear never together."""
+    """Adjacent names in different shards, so that no linear has two tensors in one shard."""
 
     def cut(names: list[str]) -> dict[str, str]:
         return {
