@@ -145,7 +145,7 @@ def test_a_trace_has_a_stage_for_each_write(tmp_path):
     assert [span.stage for span in trace.spans] == ["write", "write"]
 
 
-def test_a_block_that_was_written_short_is_finished_without_o_direct(tmp_path, monkeypatch):
+def test_a_block_that_was_written_short_is_finished(tmp_path, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:1000]))
     data = random.Random(1).randbytes(10_000)
