@@ -28,8 +28,8 @@ class AtomicFile:
 
         Args:
             folder: Directory of the temp file; must stay open as long as this object is used.
-            name: Name of the temp file. It ends with a name from `temp_files.temp_name`, so that
-                `temp_files.sweep` can remove it after a crash.
+            name: Name of the temp file; `temp_files.sweep` can remove it after a crash only if it
+                is from `temp_files.temp_name`.
             size: Bytes to reserve on the disk.
             mode: Permission bits.
             direct: Whether to bypass the page cache, where the file system can.

@@ -145,7 +145,7 @@ def test_a_trace_has_a_stage_for_each_write(tmp_path):
     assert [span.stage for span in trace.spans] == ["write", "write"]
 
 
-def test_a_block_that_was_written_short_is_finished_without_o_direct(tmp_path, monkeypatch):
+def test_a_block_that_was_written_short_is_finished(tmp_path, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:1000]))
     data = random.Random(1).randbytes(10_000)
@@ -213,3 +213,16 @@ def test_a_file_in_an_absent_directory_is_an_error_of_the_store(tmp_path):
         new_file_at(tmp_path / "absent" / "x", 5),
     ):
         pytest.fail("the body ran")
+
+
+def test_einval_without_o_direct_is_not_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(_fd, data):
+        calls.append(len(data))
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(StoreError, match="Invalid argument"):
+        write(tmp_path, bytes(100))
+    assert calls == [100]

@@ -194,7 +194,7 @@ def test_a_sweep_spares_open_temps_of_its_own_unless_asked(folder):
     assert folder.names() == []
 
 
-def test_a_temp_that_could_not_be_removed_goes_with_the_next_sweep(folder, monkeypatch):
+def test_a_temp_that_was_not_removed_goes_with_the_next_sweep(folder, monkeypatch):
     name = make(folder, os.getpid())
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "unlink", lambda *_: (_ for _ in ()).throw(PermissionError()))

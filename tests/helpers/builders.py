@@ -1,6 +1,4 @@
-"""Tiny checkpoints made on the spot: random bytes in the right shapes, no torch, a few
-milliseconds.
-"""
+"""Tiny checkpoints of random bytes in the right shapes."""
 
 from __future__ import annotations
 
@@ -119,7 +117,7 @@ def cut_evenly(shards: int) -> Cut:
 
 
 def cut_apart(shards: int) -> Cut:
-    """Neighbours in different shards: qweight, qzeros and scales of one linear never together."""
+    """Adjacent names in different shards, so that no linear has two tensors in one shard."""
 
     def cut(names: list[str]) -> dict[str, str]:
         return {
@@ -135,7 +133,7 @@ def write_checkpoint(
     cut: Cut | None = None,
     config: Mapping[str, object] = CONFIG,
 ) -> Path:
-    """Writes a model directory; without `cut`, one `model.safetensors` and no index."""
+    """Write a model directory; without `cut`, one `model.safetensors` and no index."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = llama_tensors() if tensors is None else tensors
     (directory / "config.json").write_text(json.dumps(config))
@@ -197,7 +195,7 @@ def remember(digest_cache: DigestCache, path: Path, digest: str) -> None:
 
 
 def flip(path: Path, at: int) -> None:
-    """Changes one bit of a file, in place."""
+    """Flip one bit of a file, in place."""
     with path.open("r+b") as file:
         file.seek(at)
         byte = file.read(1)[0]
@@ -206,7 +204,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def uncovered(path: Path) -> int:
-    """Where a byte lies that no sample of the file covers: in the middle of the widest gap."""
+    """Return the position of a byte that no sample covers, in the middle of the widest gap."""
     size = path.stat().st_size
     starts = [(size - SAMPLE_SIZE) * i // (SAMPLES - 1) for i in range(SAMPLES)]
     gap, first = max((after - before, before) for before, after in pairwise(starts))
@@ -215,7 +213,7 @@ def uncovered(path: Path) -> int:
 
 
 def temp_of(pid: int, **others: str | int) -> str:
-    """The name of a temp of process `pid` of this system; `others`: fields that say otherwise."""
+    """Return the temp file name of a process of this system, with some fields replaced."""
     from paroquant_stream.files import temp_files
 
     fields = {**vars(temp_files._this_system()), "pid": pid, **others}
