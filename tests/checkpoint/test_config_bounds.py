@@ -1,4 +1,4 @@
-"""Numbers of a model's settings that no tensor bears out are refused before a class is built."""
+"""Tests of the bounds for numbers in configs and tokenizer settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refuses(config, words: str, tensors=FEW) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in FIXTURES.glob("*/config.json")))
-def test_every_honest_config_passes(name):
+def test_the_config_of_every_fixture_is_accepted(name):
     checkpoint = open_checkpoint(ModelConfig.read(FIXTURES / name))
     tensors = [t for header in checkpoint.headers().values() for t in header.tensors]
     check_config(checkpoint.config.values, tensors, "x")
@@ -56,7 +56,7 @@ def test_every_honest_config_passes(name):
      "num_kv_shared_layers", "layers", "vision_layers"],
 )  # fmt: skip
 @pytest.mark.parametrize("section", ["", "text_config.", "vision_config.", "audio_config."])
-def test_a_count_of_layers_is_at_most_the_number_of_tensors(key, section):
+def test_layers_are_at_most_the_number_of_tensors(key, section):
     def config(count):
         return {section[:-1]: {key: count}} if section else {key: count}
 
@@ -68,21 +68,21 @@ def test_a_count_of_layers_is_at_most_the_number_of_tensors(key, section):
     refuses(config(float(HUGE)), "10,000,000")
 
 
-def test_no_model_has_more_layers_than_any_that_is_known():
+def test_layers_are_at_most_those_of_known_models():
     check_config({"num_hidden_layers": MAX_LAYERS}, MANY, "x")
     refuses(
         {"num_hidden_layers": MAX_LAYERS + 1}, "more than the 2,000 layers of any known model", MANY
     )
 
 
-def test_layers_of_stages_are_added_up_and_numbers_of_layers_are_not():
+def test_only_the_layers_of_stages_are_added_up():
     check_config({"depths": [10, 10], "mlp_only_layers": [27, 28, 29]}, FEW, "x")
     refuses({"depths": [10, 10, 11]}, "depths is 31")
     refuses({"mlp_only_layers": [1, HUGE]}, "mlp_only_layers is 10,000,000")
 
 
 @pytest.mark.parametrize("key", ["layer_types", "layers_block_type", "hybrid_override_pattern"])
-def test_a_list_with_something_for_each_layer_is_no_longer_than_the_layers(key):
+def test_a_list_with_an_item_per_layer_is_bounded(key):
     check_config({key: "M" * 64}, FEW, "x")
     refuses({key: ["M"] * 65}, f"the length of {key} is 65, more than the 64")
     refuses({key: "M" * HUGE}, f"the length of {key} is 10,000,000")
@@ -93,7 +93,7 @@ def test_a_list_with_something_for_each_layer_is_no_longer_than_the_layers(key):
     ["head_dim", "global_head_dim", "qk_rope_head_dim", "linear_key_head_dim", "rotary_dim",
      "hidden_size", "num_experts", "n_routed_experts", "num_local_experts", "num_labels", "n_embd"],
 )  # fmt: skip
-def test_a_width_is_at_most_the_widest_dimension_of_a_tensor(key):
+def test_a_width_is_at_most_that_of_the_widest_tensor(key):
     check_config({key: 100}, FEW, "x")
     refuses(
         {"text_config": {key: 101}}, f"text_config.{key} is 101, more than the 100 of the widest"
@@ -101,11 +101,11 @@ def test_a_width_is_at_most_the_widest_dimension_of_a_tensor(key):
     refuses({key: [1, 101]}, f"{key} is 101, more than the 100 of the widest")
 
 
-def test_a_tensor_without_bytes_is_not_wide():
+def test_an_empty_tensor_has_no_width():
     refuses({"head_dim": 101}, "head_dim is 101", [*FEW, TensorSpec("x", "F16", (2**31 - 1, 0))])
 
 
-def test_a_rotation_of_more_than_the_whole_head_is_refused():
+def test_a_rotary_fraction_is_at_most_one():
     check_config({"rope_parameters": {"partial_rotary_factor": 1.0}}, FEW, "x")
     refuses(
         {"a": [{"partial_rotary_factor": 1.5}]}, "partial_rotary_factor is 1.5, more than the 1"
@@ -120,13 +120,13 @@ def test_a_rotation_of_more_than_the_whole_head_is_refused():
      {"num_experts": True}, {"rope_theta": 1e9}, {"layer_types": None}, {"id2label": {}},
      {"no_split_modules": "x" * 1000}, {"sliding_window": 10**6}],
 )  # fmt: skip
-def test_other_numbers_are_not_looked_at(config):
+def test_other_numbers_are_not_bounded(config):
     check_config(config, FEW, "x")
 
 
 @pytest.mark.parametrize("section", ["", "text_config", "vision_config"])
-def test_more_settings_than_any_model_has_are_refused(section):
-    """Transformers takes quadratic time for them."""
+def test_too_many_settings_are_refused(section):
+    """They take transformers quadratic time."""
 
     def config(count):
         settings = {f"k{i}": i for i in range(count)}
@@ -142,7 +142,7 @@ def test_a_quantization_may_name_every_linear():
     check_config({"quantization_config": {f"layers.{i}.x": {} for i in range(50_000)}}, FEW, "x")
 
 
-def test_sections_may_be_nested_as_deep_as_a_parser_goes():
+def test_deeply_nested_sections_are_checked():
     config: dict = {"num_hidden_layers": HUGE}
     for _ in range(5000):
         config = {"x": [config]}
@@ -163,7 +163,7 @@ def changed(tmp_path, source, change):
 
 
 def never(*_, **__):
-    pytest.fail("a class was built, or a tokenizer loaded, by a config that was not checked")
+    pytest.fail("a class was built or a tokenizer loaded before the config was checked")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def never(*_, **__):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("force_text", [False, True])
-def test_a_load_is_refused_before_any_class_is_built(
+def test_load_checks_the_config_before_building_a_class(
     tmp_path, monkeypatch, name, change, key, force_text
 ):
     directory = changed(tmp_path, FIXTURES / name, change)
@@ -192,16 +192,14 @@ def test_a_load_is_refused_before_any_class_is_built(
         load(directory, force_text=force_text)
 
 
-def test_an_export_is_refused_before_any_class_is_built(tmp_path, monkeypatch):
+def test_export_checks_the_config_before_building_a_class(tmp_path, monkeypatch):
     directory = write_checkpoint(tmp_path / "m", config={**CONFIG, "num_hidden_layers": HUGE})
     monkeypatch.setattr(Backend, "build", never)
     with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
         export_model(directory, tmp_path / "out")
 
 
-def test_an_export_that_was_changed_is_refused_before_any_class_is_built(
-    model_dir, tmp_path, monkeypatch
-):
+def test_a_changed_export_is_checked_before_building(model_dir, tmp_path, monkeypatch):
     export_model(model_dir, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["num_hidden_layers"] = HUGE
@@ -211,7 +209,7 @@ def test_an_export_that_was_changed_is_refused_before_any_class_is_built(
         load(tmp_path / "out")
 
 
-def test_a_pipelines_split_is_refused_before_any_class_is_built(model_dir, monkeypatch):
+def test_a_pipeline_split_is_checked_before_building(model_dir, monkeypatch):
     from paroquant_stream.conversion.request import make_request
 
     manifest = convert(make_request(model_dir)).manifest
@@ -244,7 +242,6 @@ print(peak < 1_500_000)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_million_layers_take_neither_memory_nor_time(tmp_path):
-    """They took 3.5 GB."""
     directory = write_checkpoint(tmp_path / "m", config={**CONFIG, "num_hidden_layers": HUGE})
     command = [sys.executable, "-c", LIMITED, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -268,7 +265,7 @@ def tokenizer_with(directory, **settings):
         ({"added_tokens_decoder": {"9" * 5000: {}}}, "in added_tokens_decoder is 99,"),
     ],
 )  # fmt: skip
-def test_a_tokenizer_that_would_make_up_tokens_without_end_is_refused(model_dir, settings, words):
+def test_too_many_generated_tokens_are_refused(model_dir, settings, words):
     tokenizer_with(model_dir, **settings)
     with pytest.raises(AssemblyError, match=words) as error:
         load(model_dir)
@@ -277,8 +274,8 @@ def test_a_tokenizer_that_would_make_up_tokens_without_end_is_refused(model_dir,
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("key", ["extra_special_tokens", "additional_special_tokens"])
-def test_more_special_tokens_than_any_model_has_are_refused(model_dir, name, key):
-    """Transformers takes quadratic time for them."""
+def test_too_many_special_tokens_are_refused(model_dir, name, key):
+    """They take transformers quadratic time."""
     tokens = [f"<{i}>" for i in range(10_001)]
     (model_dir / name).write_text(json.dumps({key: tokens[1:]}))
     check_tokenizer(model_dir)
@@ -288,13 +285,13 @@ def test_more_special_tokens_than_any_model_has_are_refused(model_dir, name, key
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_more_settings_of_a_tokenizer_than_any_has_are_refused(model_dir, name):
+def test_too_many_tokenizer_settings_are_refused(model_dir, name):
     (model_dir / name).write_text(json.dumps({f"k{i}_token": "x" for i in range(2001)}))
     with pytest.raises(AssemblyError, match=rf"{name}: the number of settings is 2,001, more than"):
         check_tokenizer(model_dir)
 
 
-def test_what_tokenizers_really_say_is_let_through(model_dir):
+def test_usual_and_malformed_tokenizers_are_accepted(model_dir):
     tokenizer_with(model_dir, model_max_length=int(1e30), extra_ids=100,
                    added_tokens_decoder={"262143": {"content": "x"}, "x": {}})  # fmt: skip
     check_tokenizer(model_dir)

@@ -1,4 +1,4 @@
-"""Which files are a model's: real paths decide, not spellings, and nothing else is opened."""
+"""Tests of the files of a model: real paths, irregular files and sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from paroquant_stream.checkpoint import model_files as inside
+from paroquant_stream.checkpoint import model_files
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.model_files import (
@@ -54,7 +54,7 @@ def refuses(path, words: str, directory=None) -> None:
 
 
 def opened_during(action) -> list[str]:
-    """The paths that Python opens meanwhile."""
+    """List the paths that Python opens during an action."""
     found: list[str] = []
     watching = [True]
 
@@ -70,7 +70,7 @@ def opened_during(action) -> list[str]:
     return found
 
 
-def test_a_file_and_a_link_inside_of_the_model_are_opened(model_dir):
+def test_files_and_links_inside_the_model_are_opened(model_dir):
     (model_dir / "sub").mkdir()
     (model_dir / "sub" / "real").write_bytes(b"1")
     (model_dir / "plain").write_bytes(b"2")
@@ -80,7 +80,7 @@ def test_a_file_and_a_link_inside_of_the_model_are_opened(model_dir):
     assert content(model_dir / "sub" / "real", model_dir) == b"1"
 
 
-def test_a_model_directory_that_is_itself_reached_by_a_link_is_its_own(model_dir, tmp_path):
+def test_a_linked_model_directory_contains_its_files(model_dir, tmp_path):
     (tmp_path / "name").symlink_to(model_dir)
     (model_dir / "link").symlink_to(tmp_path / "model" / FIRST)
     assert content(tmp_path / "name" / "link") == (model_dir / FIRST).read_bytes()
@@ -88,7 +88,7 @@ def test_a_model_directory_that_is_itself_reached_by_a_link_is_its_own(model_dir
 
 @pytest.mark.parametrize("spelled", ["absolute", "relative", "by a link inside", "by a directory",
                                      "like a blob", "like a blob inside"])  # fmt: skip
-def test_what_truly_lies_elsewhere_is_not_even_opened(model_dir, tmp_path, secret, spelled):
+def test_files_outside_are_not_opened(model_dir, tmp_path, secret, spelled):
     path = model_dir / "tokenizer.json"
     path.unlink()
     match spelled:
@@ -117,12 +117,12 @@ def test_what_truly_lies_elsewhere_is_not_even_opened(model_dir, tmp_path, secre
     assert hub_blob(path) is None
 
 
-def test_a_subdirectory_that_leads_elsewhere_is_outside(model_dir, tmp_path, secret):
+def test_a_linked_subdirectory_is_outside(model_dir, tmp_path, secret):
     (model_dir / "sub").symlink_to(tmp_path)
     refuses(model_dir / "sub" / "secret", "outside of the model directory", model_dir)
 
 
-def test_a_blob_of_its_own_repository_belongs_to_a_snapshot(snapshot, tmp_path):
+def test_a_blob_of_the_own_repository_is_inside(snapshot, tmp_path):
     blob = tmp_path / "hub" / "models--owner--name" / "blobs" / ETAG
     assert content(snapshot / FIRST) == blob.read_bytes()
     assert hub_blob(snapshot / FIRST) == blob
@@ -132,13 +132,13 @@ def test_a_blob_of_its_own_repository_belongs_to_a_snapshot(snapshot, tmp_path):
     assert content(snapshot / "sub" / "x", snapshot) == blob.read_bytes()
 
 
-def test_a_snapshot_that_is_reached_by_a_link_has_its_blobs(snapshot, tmp_path):
+def test_a_linked_snapshot_has_its_blobs(snapshot, tmp_path):
     (tmp_path / "name").symlink_to(snapshot)
     assert hub_blob(tmp_path / "name" / FIRST) == hub_blob(snapshot / FIRST) is not None
     assert content(tmp_path / "name" / FIRST)
 
 
-def test_a_link_to_a_blob_in_another_revision_is_followed_and_names_no_blob(snapshot):
+def test_a_link_by_another_revision_is_inside_but_no_blob(snapshot):
     other = snapshot.parent / "other"
     other.mkdir()
     (other / FIRST).symlink_to(f"../rev/{FIRST}")
@@ -155,14 +155,14 @@ def test_a_blob_of_another_repository_is_outside(snapshot, tmp_path):
     assert hub_blob(snapshot / "x") is None
 
 
-def test_a_blob_that_leads_out_of_the_hubs_cache_is_outside(snapshot, tmp_path, secret):
+def test_a_blob_that_links_out_of_the_cache_is_outside(snapshot, tmp_path, secret):
     blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
     (blobs / XET).symlink_to(secret)
     (snapshot / "x").symlink_to(f"../../blobs/{XET}")
     refuses(snapshot / "x", "outside of the model directory")
 
 
-def test_blobs_that_are_a_link_themselves_are_no_blobs(snapshot, tmp_path):
+def test_a_linked_blobs_directory_is_outside(snapshot, tmp_path):
     blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
@@ -171,20 +171,20 @@ def test_blobs_that_are_a_link_themselves_are_no_blobs(snapshot, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/..", "/.", f"/{ETAG}/", "", "/"])
-def test_a_link_that_names_no_file_among_the_blobs_is_no_blob(snapshot, name):
+def test_a_link_to_a_directory_is_not_a_blob(snapshot, name):
     (snapshot / "x").symlink_to(f"../../blobs{name}")
     assert hub_blob(snapshot / "x") is None
 
 
 def share(snapshot, place):
-    """Moves the blob to `place` and leaves a link, as the Hub's client does for several users."""
+    """Move the blob to `place` and leave a link, as the Hub's client does for shared blobs."""
     blob = hub_blob(snapshot / FIRST)
     place.parent.mkdir(parents=True)
     blob.rename(place)
     blob.symlink_to(place)
 
 
-def test_a_blob_that_repositories_share_belongs_to_each(snapshot, tmp_path):
+def test_a_shared_blob_is_inside(snapshot, tmp_path):
     share(snapshot, tmp_path / "hub" / "blobs" / "bb" / XET)
     assert content(snapshot / FIRST)
     assert hub_blob(snapshot / FIRST).name == ETAG
@@ -193,13 +193,13 @@ def test_a_blob_that_repositories_share_belongs_to_each(snapshot, tmp_path):
 
 @pytest.mark.parametrize("place", ["hub/blobs/cc/X", "hub/blobs/bb/notes", "hub/other/bb/X",
                                    "blobs/bb/X", "hub/blobs/X"])  # fmt: skip
-def test_only_the_place_of_shared_blobs_counts_as_that(snapshot, tmp_path, place):
+def test_only_the_path_of_shared_blobs_is_accepted(snapshot, tmp_path, place):
     share(snapshot, tmp_path / place.replace("X", XET))
     refuses(snapshot / FIRST, "outside of the model directory")
 
 
-def test_a_shared_blob_that_no_blob_of_the_repository_leads_to_is_outside(snapshot, tmp_path):
-    """It may be of a repository that only some may read."""
+def test_a_direct_link_to_a_shared_blob_is_outside(snapshot, tmp_path):
+    """It may belong to a private repository."""
     shared = tmp_path / "hub" / "blobs" / "bb" / XET
     shared.parent.mkdir(parents=True)
     shared.write_bytes(b"private")
@@ -207,12 +207,10 @@ def test_a_shared_blob_that_no_blob_of_the_repository_leads_to_is_outside(snapsh
     refuses(snapshot / "x", "outside of the model directory")
 
 
-def test_a_link_that_is_changed_between_the_look_and_the_opening_is_an_error(
-    model_dir, secret, monkeypatch
-):
+def test_a_link_changed_before_the_opening_is_an_error(model_dir, secret, monkeypatch):
     (model_dir / "real").write_bytes(b"1")
     (model_dir / "link").symlink_to("real")
-    real_open = inside.open_regular
+    real_open = model_files.open_regular
 
     def swapped(path, **options):
         path.unlink()
@@ -222,13 +220,13 @@ def test_a_link_that_is_changed_between_the_look_and_the_opening_is_an_error(
         path.symlink_to("real")  # and back
         return fd
 
-    monkeypatch.setattr(inside, "open_regular", swapped)
+    monkeypatch.setattr(model_files, "open_regular", swapped)
     refuses(model_dir / "link", "was replaced while")
 
 
-def test_a_file_that_is_removed_once_it_is_open_stays_readable(snapshot, monkeypatch):
-    """Another process drops shards that it has converted while this one still reads them."""
-    real_open = inside.open_regular
+def test_a_file_removed_after_the_opening_is_readable(snapshot, monkeypatch):
+    """Another process may drop shards that this one still reads."""
+    real_open = model_files.open_regular
 
     def removed(path, **options):
         fd = real_open(path, **options)
@@ -236,27 +234,25 @@ def test_a_file_that_is_removed_once_it_is_open_stays_readable(snapshot, monkeyp
         path.unlink()
         return fd
 
-    monkeypatch.setattr(inside, "open_regular", removed)
+    monkeypatch.setattr(model_files, "open_regular", removed)
     assert content(snapshot / FIRST)
 
 
-def test_a_file_that_becomes_a_link_before_it_is_opened_is_not_followed(
-    model_dir, secret, monkeypatch
-):
-    real_open = inside.open_regular
+def test_a_file_replaced_by_a_link_is_not_followed(model_dir, secret, monkeypatch):
+    real_open = model_files.open_regular
 
     def swapped(path, **options):
         path.unlink()
         path.symlink_to(secret)
         return real_open(path, **options)
 
-    monkeypatch.setattr(inside, "open_regular", swapped)
+    monkeypatch.setattr(model_files, "open_regular", swapped)
     with pytest.raises(OSError, match="symbolic link"):
         open_inside(model_dir / FIRST)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_config_and_index_are_held_to_the_same_rule(model_dir, tmp_path, name):
+def test_config_and_index_must_be_inside_too(model_dir, tmp_path, name):
     (model_dir / name).rename(tmp_path / "other")
     (model_dir / name).symlink_to("../other")
     for read in (lambda d: open_checkpoint(ModelConfig.read(d)), ModelConfig.read):
@@ -264,15 +260,15 @@ def test_config_and_index_are_held_to_the_same_rule(model_dir, tmp_path, name):
             read(model_dir)
 
 
-def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
+def test_an_oversized_file_is_not_read(tmp_path):
     with (tmp_path / "x").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(CheckpointError, match="1,099,511,627,776 bytes, over 64 MiB, which no"):
-        read_inside(tmp_path / "x", inside.MAX_JSON)
+        read_inside(tmp_path / "x", model_files.MAX_JSON)
 
 
 def irregular(path, kind: str) -> None:
-    """Puts what must never be opened at `path`."""
+    """Create a file that must never be opened."""
     path.unlink(missing_ok=True)
     match kind:
         case "pipe":
@@ -293,7 +289,7 @@ KINDS = ["pipe", "socket", "device", "link to a pipe"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_file_is_never_opened(tmp_path, kind, monkeypatch):
+def test_an_irregular_file_is_never_opened(tmp_path, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
     irregular(tmp_path / "x", kind)
     opened = opened_during(lambda: refuses(tmp_path / "x", "expected a regular file|outside of"))
@@ -304,7 +300,7 @@ def test_what_is_no_file_is_never_opened(tmp_path, kind, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "merges.txt", "notes", "additional_chat_templates/x.jinja"]
 )
-def test_a_directory_with_anything_but_files_is_refused_by_name(model_dir, kind, name, monkeypatch):
+def test_a_directory_with_an_irregular_file_is_refused(model_dir, kind, name, monkeypatch):
     monkeypatch.chdir(model_dir)
     (model_dir / name).parent.mkdir(exist_ok=True)
     check_directory(model_dir)
@@ -314,13 +310,13 @@ def test_a_directory_with_anything_but_files_is_refused_by_name(model_dir, kind,
     assert "\n" not in str(error.value)
 
 
-def test_what_only_this_package_opens_is_for_it_to_refuse(model_dir):
-    """`load` goes on without a `converted_mlx.safetensors` that is a pipe, and names a shard."""
+def test_irregular_shards_are_left_to_their_reader(model_dir):
+    """`load` ignores a `converted_mlx.safetensors` that is a pipe, and reports a shard by name."""
     os.mkfifo(model_dir / "converted_mlx.safetensors")
     check_directory(model_dir)
 
 
-def test_links_that_lead_nowhere_and_directories_are_no_reason_to_refuse(model_dir):
+def test_dangling_links_and_directories_are_accepted(model_dir):
     (model_dir / "dropped.safetensors").symlink_to("../../blobs/gone")
     (model_dir / "loop.json").symlink_to("loop.json")
     (model_dir / "sub").mkdir()
@@ -334,7 +330,7 @@ def test_links_that_lead_nowhere_and_directories_are_no_reason_to_refuse(model_d
      ("vocab.txt", 256), ("tokenizer.model", 256), ("qwen.tiktoken", 256),
      ("additional_chat_templates/x.jinja", 64)],
 )  # fmt: skip
-def test_settings_and_vocabularies_of_a_size_that_no_model_has_are_refused(model_dir, name, mib):
+def test_oversized_settings_and_vocabularies_are_refused(model_dir, name, mib):
     path = model_dir / name
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
@@ -346,12 +342,12 @@ def test_settings_and_vocabularies_of_a_size_that_no_model_has_are_refused(model
 
 
 @pytest.mark.parametrize("name", ["other.safetensors", "pytorch_model.bin", "trainer_state.json"])
-def test_what_nobody_reads_whole_may_have_any_size(model_dir, name):
+def test_files_that_are_not_read_whole_may_be_large(model_dir, name):
     with (model_dir / name).open("wb") as file:
         file.truncate(1 << 40)
     check_directory(model_dir)
 
 
-def test_a_directory_that_cannot_be_listed_is_one_error(tmp_path):
+def test_an_unlisted_directory_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="absent: cannot be listed"):
         check_directory(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""Shards on their way: fetched in order and once, waited for without a deadlock."""
+"""Tests of prefetching: order, limit, errors and cancellation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from paroquant_stream.errors import CheckpointError, RunCancelledError
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
 
-class Shelf:
-    """A remote that copies from a directory; `gates` hold shards back."""
+class CopyingRemote:
+    """A remote that copies from a directory; `gates` delay shards."""
 
     def __init__(self, source, target):
         self.source, self.target = source, target
@@ -38,107 +38,108 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf(tmp_path):
-    (tmp_path / "there").mkdir()
-    return Shelf(write_checkpoint(tmp_path / "from", cut=cut_evenly(6)), tmp_path / "there")
+def remote(tmp_path):
+    (tmp_path / "model").mkdir()
+    return CopyingRemote(write_checkpoint(tmp_path / "from", cut=cut_evenly(6)), tmp_path / "model")
 
 
 @pytest.fixture
-def names(shelf):
-    return sorted(path.name for path in shelf.source.glob("*.safetensors"))
+def names(remote):
+    return sorted(path.name for path in remote.source.glob("*.safetensors"))
 
 
-def prefetcher(shelf, needs, headers=None, **options):
+def prefetcher(remote, needs, headers=None, **options):
     flat = [shard for shards in needs for shard in shards]
-    headers = headers or shelf.headers(dict.fromkeys(flat))
-    return Prefetcher(shelf, shelf.target, needs, headers, lambda *_: None, **options)
+    headers = headers or remote.headers(dict.fromkeys(flat))
+    return Prefetcher(remote, remote.target, needs, headers, lambda *_: None, **options)
 
 
 def never() -> None:
     pass
 
 
-def test_each_shard_is_fetched_once_in_the_order_in_which_tasks_need_them(shelf, names):
+def test_each_shard_is_fetched_once_in_the_order_of_tasks(remote, names):
     a, b, c, d, *_ = names
-    with prefetcher(shelf, [[c], [a, d], [d, b]]) as coming:
-        coming.wait_for([a, b, c, d], never)
-    assert sorted(shelf.fetched) == [a, b, c, d]
-    assert set(shelf.fetched[:2]) == {c, a}
+    with prefetcher(remote, [[c], [a, d], [d, b]]) as running:
+        running.wait_for([a, b, c, d], never)
+    assert sorted(remote.fetched) == [a, b, c, d]
+    assert set(remote.fetched[:2]) == {c, a}
 
 
-def test_what_is_there_already_is_not_waited_for(shelf, names):
-    with prefetcher(shelf, []) as coming:
-        coming.wait_for(names, lambda: pytest.fail("waited"))
+def test_present_shards_are_not_waited_for(remote, names):
+    with prefetcher(remote, []) as running:
+        running.wait_for(names, lambda: pytest.fail("waited"))
 
 
-def test_no_more_is_fetched_than_the_bound_allows_until_a_task_is_done(shelf, names):
-    with prefetcher(shelf, [[name] for name in names], ahead=2) as coming:
-        coming.wait_for(names[:3], never)
+def test_shards_are_fetched_only_so_many_tasks_ahead(remote, names):
+    with prefetcher(remote, [[name] for name in names], ahead=2) as running:
+        running.wait_for(names[:3], never)
         time.sleep(0.05)
-        assert sorted(shelf.fetched) == names[:3]
-        coming.finish_task()
-        coming.wait_for(names[:4], never)
-        assert sorted(shelf.fetched) == names[:4]
+        assert sorted(remote.fetched) == names[:3]
+        running.finish_task()
+        running.wait_for(names[:4], never)
+        assert sorted(remote.fetched) == names[:4]
 
 
-def test_a_task_that_borrows_from_the_last_shard_does_not_wait_for_ever(shelf, names):
+def test_a_task_that_needs_the_last_shard_does_not_deadlock(remote, names):
     first, *_, last = names
     needs = [[first, last], *([name] for name in names[1:-1]), [last]]
-    with prefetcher(shelf, needs, ahead=1) as coming:
+    with prefetcher(remote, needs, ahead=1) as running:
         for shards in needs:
-            coming.wait_for(shards, never)
-            coming.finish_task()
-    assert sorted(shelf.fetched) == names
+            running.wait_for(shards, never)
+            running.finish_task()
+    assert sorted(remote.fetched) == names
 
 
-def test_an_error_reaches_who_waits_and_what_was_on_its_way_still_arrives(shelf, names):
+def test_an_error_stops_all_but_running_downloads(remote, names):
     a, b, c, *_ = names
-    shelf.errors[b] = CheckpointError("the Hub is gone")
-    gate = shelf.gates[a] = threading.Event()
-    with prefetcher(shelf, [[a], [b], [c]]) as coming:
+    remote.errors[b] = CheckpointError("the Hub is gone")
+    gate = remote.gates[a] = threading.Event()
+    with prefetcher(remote, [[a], [b], [c]]) as running:
         with pytest.raises(CheckpointError, match="the Hub is gone"):
-            coming.wait_for([b], never)
+            running.wait_for([b], never)
         gate.set()
-        coming.wait_for([a], never)
+        running.wait_for([a], never)
         with pytest.raises(CheckpointError, match="the Hub is gone"):
-            coming.wait_for([c], never)
-    assert c not in shelf.fetched
+            running.wait_for([c], never)
+    assert c not in remote.fetched
 
 
-def test_any_other_error_is_told_with_the_file(shelf, names):
-    shelf.errors[names[0]] = RuntimeError("odd")
+def test_an_unexpected_error_names_the_file(remote, names):
+    remote.errors[names[0]] = RuntimeError("odd")
     with (
-        prefetcher(shelf, [names[:1]]) as coming,
+        prefetcher(remote, [names[:1]]) as running,
         pytest.raises(CheckpointError, match=f"{names[0]}: cannot be fetched: odd"),
     ):
-        coming.wait_for(names[:1], never)
+        running.wait_for(names[:1], never)
 
 
-def test_a_header_that_is_not_the_planned_one_is_an_error(shelf, names):
-    headers = shelf.headers(names)
+def test_a_header_unlike_the_planned_one_is_an_error(remote, names):
+    headers = remote.headers(names)
     headers[names[0]] = headers[names[1]]
     with (
-        prefetcher(shelf, [names[:1]], headers) as coming,
+        prefetcher(remote, [names[:1]], headers) as running,
         pytest.raises(CheckpointError, match="differs from the one that the Hub sent"),
     ):
-        coming.wait_for(names[:1], never)
+        running.wait_for(names[:1], never)
 
 
-def test_a_wait_ends_when_the_run_is_told_to_stop(shelf, names):
-    shelf.gates[names[0]] = threading.Event()
+def test_a_cancelled_run_stops_waiting(remote, names):
+    remote.gates[names[0]] = threading.Event()
 
     def stop() -> None:
         raise RunCancelledError("stop")
 
-    with prefetcher(shelf, [names[:1]]) as coming, pytest.raises(RunCancelledError):
-        coming.wait_for(names[:1], stop)
+    with prefetcher(remote, [names[:1]]) as running, pytest.raises(RunCancelledError):
+        running.wait_for(names[:1], stop)
 
 
-def test_leaving_stops_a_download_that_is_running(shelf, names):
-    shelf.gates[names[0]] = threading.Event()  # never set
-    started = time.monotonic()
-    with prefetcher(shelf, [names[:1]]) as coming:
-        while not shelf.fetched:
+def test_the_end_of_the_block_stops_a_running_download(remote, names):
+    remote.gates[names[0]] = threading.Event()  # never set
+    with prefetcher(remote, [names[:1]]) as running:
+        while not remote.fetched:
             time.sleep(0.001)
-    assert time.monotonic() - started < 1
-    assert not [thread for thread in coming._threads if thread.is_alive()]
+    # private: nothing else shows that the threads have ended
+    for thread in running._threads:
+        thread.join(60)
+        assert not thread.is_alive()

@@ -1,4 +1,4 @@
-"""The manifest: it comes back as it was, and any defect reads as no manifest."""
+"""Tests of manifests: they are decoded as encoded, and any defect is an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GOOD = MANIFEST.encode()
 
 
 def sealed(body: bytes, version: int = 1 << 16, magic: bytes = b"PAROSTRM") -> bytes:
-    """A manifest file of any body, its own hash right."""
+    """A manifest file of any body with the right hash."""
     head = struct.pack("<8sIQ32s", magic, version, len(body), hashlib.sha256(body).digest())
     return head + body
 
@@ -42,11 +42,11 @@ def changed(**fields) -> bytes:
     return sealed(msgpack.packb(body))
 
 
-def test_a_manifest_comes_back_as_it_was():
+def test_a_manifest_is_decoded_as_it_was_encoded():
     assert Manifest.decode(GOOD) == MANIFEST
 
 
-def test_a_newer_minor_version_is_read_and_a_newer_major_refused():
+def test_a_newer_minor_version_is_read_a_major_is_not():
     body = GOOD[52:]
     assert Manifest.decode(sealed(body, 1 << 16 | 7)) == MANIFEST
     with pytest.raises(ManifestError, match="format 2"):
@@ -94,7 +94,7 @@ def test_every_truncation_is_noticed():
         {"shard": 1},
     ],
 )
-def test_a_field_that_cannot_be_is_noticed(fields):
+def test_a_malformed_field_is_noticed(fields):
     with pytest.raises(ManifestError):
         Manifest.decode(changed(**fields))
 
@@ -117,27 +117,27 @@ def test_a_field_that_cannot_be_is_noticed(fields):
         b"\x82\xa1a\x01\xa1a\x02",
     ],
 )
-def test_a_body_that_is_no_manifest_is_noticed(body):
+def test_a_malformed_body_is_noticed(body):
     with pytest.raises(ManifestError):
         Manifest.decode(sealed(body))
 
 
 @given(st.binary(max_size=200))
 @settings(max_examples=300)
-def test_any_bytes_give_a_manifest_error(body):
+def test_random_bytes_are_a_manifest_error(body):
     for data in (body, sealed(body)):
         with pytest.raises(ManifestError):
             Manifest.decode(data)
 
 
-def test_a_model_name_that_is_no_utf8_can_be_written():
+def test_a_model_name_may_be_invalid_utf8():
     from dataclasses import replace
 
     named = replace(MANIFEST, model=b"bad\xff".decode("utf-8", "surrogateescape"))
     assert Manifest.decode(named.encode()).model == "bad?"
 
 
-def test_a_directory_comes_back_byte_for_byte_even_when_it_is_no_utf8():
+def test_a_directory_may_be_invalid_utf8():
     from dataclasses import replace
 
     directory = b"/models/bad\xff".decode("utf-8", "surrogateescape")
@@ -151,19 +151,19 @@ def test_a_manifest_from_before_1_1_has_no_directory():
 
 
 @pytest.mark.parametrize("directory", ["/text", b"relative", b"/nul\0", 1, None])
-def test_a_directory_that_is_no_absolute_path_is_noticed(directory):
+def test_a_relative_directory_is_noticed(directory):
     body = msgpack.unpackb(GOOD[52:]) | {"directory": directory}
     with pytest.raises(ManifestError):
         Manifest.decode(sealed(msgpack.packb(body)))
 
 
 @pytest.mark.parametrize("shard", ["", ".", "..", "../x", "/x", "a/b", "a\0b"])
-def test_a_shard_that_is_no_file_name_is_noticed(shard):
+def test_a_shard_that_is_not_a_file_name_is_noticed(shard):
     with pytest.raises(ManifestError, match="shard: expected a file name"):
         Manifest.decode(changed(shard=shard))
 
 
-def test_a_newer_major_version_is_told_apart_from_damage():
+def test_a_newer_major_version_has_an_error_of_its_own():
     with pytest.raises(NewerManifestError):
         Manifest.decode(sealed(GOOD[52:], 2 << 16))
     with pytest.raises(ManifestError) as caught:

@@ -1,0 +1,35 @@
+"""Tests of the quantization settings in a config."""
+
+from __future__ import annotations
+
+import pytest
+
+from paroquant_stream.checkpoint.quantization import Quantization, read_quantization
+from paroquant_stream.errors import LayoutError
+from tests.helpers.builders import CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 3}, "4 bits"),
+        ({"bits": True}, "4 bits"),
+        ({"group_size": 100}, "group_size"),
+        ({"quant_method": "awq"}, "paroquant"),
+    ],
+)
+def test_an_unsupported_value_is_refused(change, message):
+    block = CONFIG["quantization_config"] | change
+    with pytest.raises(LayoutError, match=message):
+        read_quantization({"quantization_config": block})
+
+
+def test_a_config_without_quantization_is_refused():
+    with pytest.raises(LayoutError, match="not a ParoQuant model"):
+        read_quantization({"model_type": "llama"})
+
+
+def test_quantization_in_text_config_is_found():
+    assert read_quantization(
+        {"text_config": {"paroquant_config": {"nbit": 4, "group_size": 64}}}
+    ) == (Quantization(4, 64))
