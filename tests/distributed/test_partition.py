@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -165,6 +166,28 @@ def test_no_placeholder_may_be_part_of_the_partition():
     part.check_placed(first, {"model.layers.1.norm.weight": array}, unread)
     with pytest.raises(AssemblyError, match=r"layers\.0\.norm\.weight: .* another layer's"):
         part.check_placed(first, {"model.layers.0.norm.weight": array}, unread)
+
+
+def test_a_barrier_waits_for_a_sum_over_all_ranks(monkeypatch):
+    sums = []
+
+    def all_sum(array, *, group, stream):
+        assert stream == mx.cpu  # a GPU kernel would wait within the driver's time limit
+        sums.append(array + 1)
+        return sums[-1]
+
+    evaluated, real = [], mx.eval
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    monkeypatch.setattr(mx, "eval", lambda *a: evaluated.extend(a) or real(*a))
+    part.barrier(Rank(0, 2))
+    assert len(evaluated) == 1
+    assert evaluated[0] is sums[0]
+
+
+@pytest.mark.parametrize(("layers", "fits"), [(range(2), True), (range(1, 3), False)])
+def test_the_last_layer_is_the_last_that_can_be_loaded(model_dir, layers, fits):
+    with nullcontext() if fits else pytest.raises(MissingPartError):
+        load(model_dir, layers=layers)
 
 
 def test_an_absent_layer_has_plain_attributes_only():

@@ -101,6 +101,19 @@ def test_a_model_is_not_split_twice():
     assert unchanged(model, before)
 
 
+def test_only_one_model_is_split_at_a_time():
+    locked = []
+
+    class Watched(Block):
+        def shard(self, group):
+            locked.append(sharding._lock.locked())  # private: guards the patched functions of mlx
+            super().shard(group)
+
+    split_tensors(Watched(linear), Rank(0, 2))
+    assert locked == [True]
+    assert not sharding._lock.locked()
+
+
 def test_mlx_is_restored_afterwards():
     original = sharding.distributed._shard  # private: what split_tensors replaces
     split_tensors(Block(linear), Rank(0, 2))

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from paroquant_stream.errors import OutOfRangeError
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.plan.task import Operation, Part
 from paroquant_stream.store.format import OPERATION_VERSIONS
@@ -89,3 +90,15 @@ def test_slices_of_a_stack_follow_each_other():
     one, two = part("a", "I16", (4,)), part("b", "I16", (4,))
     operation = Operation("copy", ((one,), (two,)), (TensorSpec("s", "I16", (2, 4)),))
     assert results(operation, Bytes({"a": b"11111111", "b": b"22222222"})) == [b"1111111122222222"]
+
+
+@pytest.mark.parametrize(("values", "count"), [([1.0, 65520.0], 1), ([1.0, 65519.0], 0)])
+def test_a_single_value_that_overflows_is_an_error(values, count):
+    source = part("norm", "F32", (2,))
+    operation = Operation("copy", ((source,),), (TensorSpec("norm", "F16", (2,)),), (), ("F32",))
+    data = Bytes({"norm": np.array(values, np.float32).tobytes()})
+    if not count:
+        assert results(operation, data) == [np.array(values, np.float16).tobytes()]
+        return
+    with pytest.raises(OutOfRangeError, match=r"norm of a\.safetensors: 1 values are beyond"):
+        results(operation, data)
