@@ -1,4 +1,4 @@
-"""A rank's byte ranges: what `load` reads for its part of every layer, and that it is right."""
+"""A rank reads only its part of every layer, and has the right values."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu", "alone")
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Ranks that are no processes meet at once."""
+    """Skip the barrier: these ranks are not processes."""
     monkeypatch.setattr(model, "barrier", lambda group: None)
 
 
 @pytest.fixture
 def slices_read(monkeypatch) -> list[Slice]:
-    """Every slice that is read as byte ranges."""
+    """Record every slice that is read as byte ranges."""
     found: list[Slice] = []
 
     def read(fd, tensor, part, label):
@@ -96,13 +96,13 @@ def test_about_half_of_the_bytes_are_read_and_held(tmp_path, monkeypatch, settle
     whole = sum(record.size for record in manifest.entries)
     counts, preadv = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
-    mx.clear_cache()  # a buffer that another test left may be larger than what is put into it
+    mx.clear_cache()  # else a larger buffer of another test is reused
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     loaded, _, _ = load(tmp_path / "m", group=Rank(0, 2), parallel="tensor")
     held = sum(array.nbytes for array in parameters(loaded).values())
     assert 0.5 * whole < held < 0.54 * whole
-    assert 0.5 * whole < sum(counts) < 0.72 * whole  # of short lines all is read, half is kept
+    assert 0.5 * whole < sum(counts) < 0.72 * whole  # short rows are read whole
     assert mx.get_peak_memory() - before < 1.1 * held
 
 

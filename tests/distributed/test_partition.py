@@ -42,7 +42,7 @@ def layers_of(names) -> int:
 
 
 def assert_ranges(directory: Path, whole: dict, **options) -> None:
-    """The first layer, and all others, have the whole model's parameters bit for bit."""
+    """Load the first layer, and all others; compare them to the whole model bit for bit."""
     for layers in (range(1), range(1, layers_of(whole))):
         found = parameters(load(directory, layers=layers, **options)[0])
         assert_same(found, of_layers(whole, layers))
@@ -73,7 +73,7 @@ def test_an_absent_layer_cannot_be_called(model_dir):
 
 @pytest.mark.parametrize("name", ["llama-awq-adversarial", "qwen3_5-awq-adversarial"])
 def test_two_halves_compute_the_logits_of_the_whole(name):
-    """The caches that the class makes and its masks fit, for absent layers tell what they are."""
+    """The class's caches and masks fit, because absent layers have the attributes of theirs."""
     from mlx_lm.models.base import create_attention_mask, create_ssm_mask
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -124,7 +124,7 @@ def test_more_ranks_than_layers_are_an_error():
 @pytest.mark.parametrize("name", ["qwen2-awq-size", MOE, "qwen3_5_moe-native-size"])
 def test_each_rank_has_the_layers_of_its_class(name, monkeypatch):
     met = []
-    monkeypatch.setattr(model, "barrier", met.append)  # only a group of real processes can meet
+    monkeypatch.setattr(model, "barrier", met.append)  # these ranks are not processes
     whole = parameters(load(FIXTURES / name, force_text=True)[0])
     for rank, layers in ((0, range(1, 2)), (1, range(1))):
         found = load(FIXTURES / name, force_text=True, group=Rank(rank, 2))[0]
@@ -134,7 +134,6 @@ def test_each_rank_has_the_layers_of_its_class(name, monkeypatch):
 
 
 def test_the_whole_model_is_checked_for_any_part(tmp_path):
-    """The whole model is checked, whatever is loaded of it."""
     directory = write_llama(
         tmp_path,
         drop=["model.layers.1.input_layernorm.weight"],
@@ -147,7 +146,7 @@ def test_the_whole_model_is_checked_for_any_part(tmp_path):
 
 
 def test_a_class_that_exchanges_layers_is_refused(model_dir, monkeypatch):
-    """A placeholder in a layer that was asked for would be zeros."""
+    """A placeholder in a requested layer would be zeros."""
     other = {".0.": ".1.", ".1.": ".0."}
 
     def exchanged(_model, found, _backend):

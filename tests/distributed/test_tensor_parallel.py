@@ -128,7 +128,7 @@ def test_a_group_of_one_changes_nothing():
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A llama of 26 MB: linears large beside everything else."""
+    """Write a llama of 26 MB, most of it linears."""
     directory = tmp_path_factory.mktemp("large")
     make_checkpoint(
         directory / "model",
@@ -146,7 +146,7 @@ def large(tmp_path_factory):
 def test_memory_holds_the_part_and_one_layer(large):
     model, _, _ = load(large, lazy=True)
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    mx.clear_cache()  # a buffer that another test left may be larger than what is put into it
+    mx.clear_cache()  # else a larger buffer of another test is reused
     start = mx.get_active_memory()
     mx.reset_peak_memory()
     split_tensors(model, Rank(0, 2))

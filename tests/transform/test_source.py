@@ -146,7 +146,7 @@ def test_no_chunk_is_larger_than_one_linear_or_the_read_size(directory, tmp_path
 
 @pytest.fixture
 def task(directory, tmp_path):
-    """The task of the only shard, and the store."""
+    """Return the task of the only shard, and the store."""
     request = make_request(directory, cache_dir=tmp_path / "cache")
     request.store.create()
     return plan_model(request).plan.tasks[0], request.store
@@ -196,7 +196,7 @@ def test_a_blob_with_another_hash_than_its_name_is_an_error(directory, tmp_path)
 
 
 def test_helpers_stop_hashing_when_the_conversion_fails(directory, task, monkeypatch):
-    """Else the run would wait until the whole shard is hashed."""
+    """The run must not wait until the whole shard is hashed."""
     monkeypatch.setattr(hashing, "CHUNK", 4096)
     failed, counts = threading.Event(), []
 

@@ -1,4 +1,4 @@
-"""run_task: one shard in, one published entry out, or nothing."""
+"""A job converts one shard and publishes its entry, or stores nothing."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_force_converts_an_entry_of_the_store_again(jobs):
     assert outcome.converted
 
 
-def test_a_known_record_of_another_shard_size_is_not_hashed_first(jobs, monkeypatch):
+def test_only_a_record_of_the_same_size_is_hashed_first(jobs, monkeypatch):
     monkeypatch.setattr(Source, "may_be_known", lambda _: False)
     record = converted(jobs[0])
     moved = replace(record, source_size=record.source_size + 1)
