@@ -14,8 +14,10 @@ import pytest
 
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.backends.mlx_lm import MlxLm
+from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.distributed import partition as part
 from paroquant_stream.distributed.partition import AbsentLayer, Partition
+from paroquant_stream.distributed.split import WHOLE
 from paroquant_stream.errors import (
     AssemblyError,
     MissingPartError,
@@ -165,6 +167,14 @@ def test_no_placeholder_may_be_part_of_the_partition():
     part.check_placed(first, {"model.layers.1.norm.weight": array}, unread)
     with pytest.raises(AssemblyError, match=r"layers\.0\.norm\.weight: .* another layer's"):
         part.check_placed(first, {"model.layers.0.norm.weight": array}, unread)
+
+
+def test_an_impossible_config_is_refused_first(tmp_path, monkeypatch):
+    directory = write_llama(tmp_path)
+    monkeypatch.setattr(part, "select_backend", lambda *_: pytest.fail("chosen"))
+    specs = [TensorSpec("model.layers.0.mlp.up_proj.weight", "F16", (4, 4))]
+    with pytest.raises(AssemblyError, match="hidden_size is 64, more than the 4"):
+        part.find_partition(WHOLE, ModelConfig.read(directory), specs, False, dict)
 
 
 def test_a_barrier_waits_for_a_sum_over_all_ranks(monkeypatch):

@@ -141,18 +141,20 @@ def test_an_interrupt_drops_the_jobs_in_the_queue(monkeypatch):
             return futures[-1]
 
     monkeypatch.setattr(threads, "ThreadPoolExecutor", Recording)
-    ran, stuck = [], threading.Event()
+    ran, ended, stuck = [], [], threading.Event()
 
     def work(item, _):
         ran.append(item)
         if item:
             stuck.wait(LIMIT)  # a system call that cannot be cut short
+            ended.append(item)
         return item
 
     results = run_all(work, range(20), 2)
     assert next(results) == 0
     with pytest.raises(KeyboardInterrupt):
-        results.throw(KeyboardInterrupt)  # returns although two jobs are still running
+        results.throw(KeyboardInterrupt)
+    assert not ended  # it returned although jobs are still running
     dropped = [future for future in futures if future.cancelled()]
     stuck.set()
     assert len(dropped) >= 17
