@@ -193,6 +193,26 @@ def test_a_reader_is_called_for_every_slice(large, monkeypatch):
     assert sum(counts) < 0.72 * whole  # slices of inputs are read in whole rows
 
 
+def test_what_the_class_computes_from_a_slice_is_not_replaced():
+    class Scaling(Block):
+        def shard(self, group):
+            super().shard(group)
+            self.first.scales = self.first.scales * 2
+
+    read = []
+
+    def reader(name, array, part):
+        read.append(name)
+        return part.of(array)
+
+    found, wanted = Scaling(linear), Scaling(linear)
+    split_tensors(found, Rank(0, 2), reader=reader)
+    split_tensors(wanted, Rank(0, 2))
+    assert "first.weight" in read
+    assert "first.scales" not in read
+    assert mx.array_equal(found.first.scales, wanted.first.scales)
+
+
 @pytest.mark.parametrize(
     "families", [["llama"], pytest.param(FAMILIES, marks=pytest.mark.long)], ids=["llama", "all"]
 )

@@ -77,7 +77,7 @@ def test_a_source_that_changes_is_never_stored_wrong(
     original = shard.read_bytes()
     step, refused = 0, 0
     while True:
-        step += 7  # every seventh of about 150 reads
+        step += 11  # every eleventh of about 150 reads
         shard.write_bytes(original)
         request = make_request(directory, cache_dir=tmp_path / f"cache{step}", jobs=threads)
         with monkeypatch.context() as patch:
@@ -219,6 +219,21 @@ def test_helpers_stop_hashing_when_the_conversion_fails(directory, task, monkeyp
         failed.set()
     source.close()
     assert sum(counts) < task[0].size
+
+
+def test_an_error_of_a_hashing_helper_is_raised(directory, task, monkeypatch):
+    def fail(_source):
+        raise MalformedFileError("ends too early")
+
+    source = opened(directory, task)
+    monkeypatch.setattr(Source, "hash", fail)
+    with (
+        ThreadPoolExecutor(3) as pool,
+        pytest.raises(MalformedFileError, match="too early"),
+        source.hashed_by(pool),
+    ):
+        pass
+    source.close()
 
 
 def test_closing_closes_every_shard(scattered_dir, tmp_path):

@@ -201,3 +201,11 @@ def test_a_new_entry_need_not_be_hashed_when_it_is_loaded(jobs, settled):
     record = converted(jobs[0])
     with jobs[0].store.entry_path(record.key).open("rb") as file:
         assert jobs[0].store.memo.lookup(file.fileno()) == record.digest
+
+
+def test_an_entry_without_a_digest_is_converted_again(jobs, monkeypatch):
+    record = converted(jobs[0])
+    monkeypatch.setattr(Store, "entry_digest", lambda *_: None)
+    monkeypatch.setattr(task_runner, "confirmed_defect", lambda *_: None)
+    outcome = run_task(jobs[0], Slot(), ignore)
+    assert (outcome.record, outcome.converted) == (record, True)
