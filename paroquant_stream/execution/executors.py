@@ -27,7 +27,6 @@ from .dask import CONNECT_TIMEOUT, client_name, client_of, translate_errors
 POLL_SECONDS = 0.2
 """Between checks for cancellation while a job runs on an executor."""
 _VERSIONS = ("paroquant_stream:__version__", "paroquant_stream.store.format:TRANSFORM")
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 

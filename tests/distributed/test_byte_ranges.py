@@ -1,4 +1,4 @@
-"""A rank's byte ranges: what `load` reads for its part of every layer, and that it is right."""
+"""A rank reads only its part of every layer, and has the right values."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from paroquant_stream.distributed.tensor_parallel import split_tensors
 from paroquant_stream.errors import SplitError
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.model import assemble as model
+from paroquant_stream.model.entries import read_weights
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
 from tests.helpers.builders import cut_apart, write_checkpoint
 from tests.helpers.paths import FIXTURES
@@ -28,13 +29,13 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu", "alone")
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Ranks that are no processes meet at once."""
+    """Skip the barrier: these ranks are not processes."""
     monkeypatch.setattr(model, "barrier", lambda group: None)
 
 
 @pytest.fixture
 def slices_read(monkeypatch) -> list[Slice]:
-    """Every slice that is read as byte ranges."""
+    """Record every slice that is read as byte ranges."""
     found: list[Slice] = []
 
     def read(fd, tensor, part, label):
@@ -96,13 +97,13 @@ def test_about_half_of_the_bytes_are_read_and_held(tmp_path, monkeypatch, settle
     whole = sum(record.size for record in manifest.entries)
     counts, preadv = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
-    mx.clear_cache()  # a buffer that another test left may be larger than what is put into it
+    mx.clear_cache()  # else a larger buffer of another test is reused
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     loaded, _, _ = load(tmp_path / "m", group=Rank(0, 2), parallel="tensor")
     held = sum(array.nbytes for array in parameters(loaded).values())
     assert 0.5 * whole < held < 0.54 * whole
-    assert 0.5 * whole < sum(counts) < 0.72 * whole  # of short lines all is read, half is kept
+    assert 0.5 * whole < sum(counts) < 0.72 * whole  # short rows are read whole
     assert mx.get_peak_memory() - before < 1.1 * held
 
 
@@ -157,6 +158,42 @@ def test_an_unsplittable_class_is_refused_before_any_read(slices_read):
 def test_an_unknown_way_to_split_is_refused(model_dir):
     with pytest.raises(ValueError, match="pipeline or tensor, not 'data'"):
         load(model_dir, group=Rank(0, 2), parallel="data")
+
+
+@pytest.fixture
+def stack():
+    """Provide slices of a model with a stack of experts in pieces, the stack and its name."""
+    directory = FIXTURES / "qwen3_moe-awq-adversarial"
+    manifest, store = convert_checkpoint(directory), make_request(directory).store
+    weights = read_weights(manifest, store, lambda _: True)
+    stored = {tensor.name for record in manifest.entries for tensor in record.tensors}
+    name = next(n for n in weights if n.endswith("down_proj.scales") and n not in stored)
+    with ranges.entry_slices(manifest.entries, store, weights) as slices:
+        yield slices, name, weights[name]
+
+
+def test_experts_divided_among_ranks_are_sliced_as_a_whole(stack, slices_read):
+    slices, name, array = stack
+    half = Slice(0, ((1, array.shape[0]),))
+    assert mx.array_equal(slices(name, array, half), array[1:])
+    assert not slices_read
+
+
+def test_a_joined_stack_is_evaluated_at_once(stack, slices_read, monkeypatch):
+    """Else the pieces of every stack would be in memory together."""
+    slices, name, array = stack
+    evaluated, real = [], mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *a: evaluated.append(a) or real(*a))
+    found = slices(name, array, Slice(1, ((0, 1),)))
+    assert any(a[0][0] is found for a in evaluated if isinstance(a[0], list))
+    assert mx.array_equal(found, array[:, :1])
+    assert len(slices_read) > 1
+
+
+def test_an_array_that_is_not_as_stored_is_sliced_in_memory(stack, slices_read):
+    slices, name, array = stack
+    assert mx.array_equal(slices(name, array + 1, Slice(1, ((0, 1),))), (array + 1)[:, :1])
+    assert not slices_read
 
 
 def test_no_descriptor_stays_open(tmp_path):

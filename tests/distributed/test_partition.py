@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,8 +14,10 @@ import pytest
 
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.backends.mlx_lm import MlxLm
+from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.distributed import partition as part
 from paroquant_stream.distributed.partition import AbsentLayer, Partition
+from paroquant_stream.distributed.split import WHOLE
 from paroquant_stream.errors import (
     AssemblyError,
     MissingPartError,
@@ -41,7 +44,7 @@ def layers_of(names) -> int:
 
 
 def assert_ranges(directory: Path, whole: dict, **options) -> None:
-    """The first layer, and all others, have the whole model's parameters bit for bit."""
+    """Load the first layer, and all others; compare them to the whole model bit for bit."""
     for layers in (range(1), range(1, layers_of(whole))):
         found = parameters(load(directory, layers=layers, **options)[0])
         assert_same(found, of_layers(whole, layers))
@@ -72,7 +75,7 @@ def test_an_absent_layer_cannot_be_called(model_dir):
 
 @pytest.mark.parametrize("name", ["llama-awq-adversarial", "qwen3_5-awq-adversarial"])
 def test_two_halves_compute_the_logits_of_the_whole(name):
-    """The caches that the class makes and its masks fit, for absent layers tell what they are."""
+    """The class's caches and masks fit, because absent layers have the attributes of theirs."""
     from mlx_lm.models.base import create_attention_mask, create_ssm_mask
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -123,7 +126,7 @@ def test_more_ranks_than_layers_are_an_error():
 @pytest.mark.parametrize("name", ["qwen2-awq-size", MOE, "qwen3_5_moe-native-size"])
 def test_each_rank_has_the_layers_of_its_class(name, monkeypatch):
     met = []
-    monkeypatch.setattr(model, "barrier", met.append)  # only a group of real processes can meet
+    monkeypatch.setattr(model, "barrier", met.append)  # these ranks are not processes
     whole = parameters(load(FIXTURES / name, force_text=True)[0])
     for rank, layers in ((0, range(1, 2)), (1, range(1))):
         found = load(FIXTURES / name, force_text=True, group=Rank(rank, 2))[0]
@@ -133,7 +136,6 @@ def test_each_rank_has_the_layers_of_its_class(name, monkeypatch):
 
 
 def test_the_whole_model_is_checked_for_any_part(tmp_path):
-    """The whole model is checked, whatever is loaded of it."""
     directory = write_llama(
         tmp_path,
         drop=["model.layers.1.input_layernorm.weight"],
@@ -146,7 +148,7 @@ def test_the_whole_model_is_checked_for_any_part(tmp_path):
 
 
 def test_a_class_that_exchanges_layers_is_refused(model_dir, monkeypatch):
-    """A placeholder in a layer that was asked for would be zeros."""
+    """A placeholder in a requested layer would be zeros."""
     other = {".0.": ".1.", ".1.": ".0."}
 
     def exchanged(_model, found, _backend):
@@ -165,6 +167,36 @@ def test_no_placeholder_may_be_part_of_the_partition():
     part.check_placed(first, {"model.layers.1.norm.weight": array}, unread)
     with pytest.raises(AssemblyError, match=r"layers\.0\.norm\.weight: .* another layer's"):
         part.check_placed(first, {"model.layers.0.norm.weight": array}, unread)
+
+
+def test_an_impossible_config_is_refused_first(tmp_path, monkeypatch):
+    directory = write_llama(tmp_path)
+    monkeypatch.setattr(part, "select_backend", lambda *_: pytest.fail("chosen"))
+    specs = [TensorSpec("model.layers.0.mlp.up_proj.weight", "F16", (4, 4))]
+    with pytest.raises(AssemblyError, match="hidden_size is 64, more than the 4"):
+        part.find_partition(WHOLE, ModelConfig.read(directory), specs, False, dict)
+
+
+def test_a_barrier_waits_for_a_sum_over_all_ranks(monkeypatch):
+    sums = []
+
+    def all_sum(array, *, group, stream):
+        assert stream == mx.cpu  # a GPU kernel would wait within the driver's time limit
+        sums.append(array + 1)
+        return sums[-1]
+
+    evaluated, real = [], mx.eval
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    monkeypatch.setattr(mx, "eval", lambda *a: evaluated.extend(a) or real(*a))
+    part.barrier(Rank(0, 2))
+    assert len(evaluated) == 1
+    assert evaluated[0] is sums[0]
+
+
+@pytest.mark.parametrize(("layers", "fits"), [(range(2), True), (range(1, 3), False)])
+def test_the_last_layer_is_the_last_that_can_be_loaded(model_dir, layers, fits):
+    with nullcontext() if fits else pytest.raises(MissingPartError):
+        load(model_dir, layers=layers)
 
 
 def test_an_absent_layer_has_plain_attributes_only():

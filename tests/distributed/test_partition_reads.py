@@ -37,7 +37,7 @@ MOE = "qwen3_moe-awq-adversarial"  # its experts are spread over the shards
 
 @pytest.fixture
 def deep(tmp_path, settled) -> Path:
-    """A llama of eight layers in eight shards, 16 MB, converted."""
+    """Convert a llama of eight layers in eight shards, 16 MB."""
     shapes = {"vocab": 256, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 2}
     make_checkpoint(tmp_path / "deep", layers=8, shards=8, **shapes)
     convert_checkpoint(tmp_path / "deep")
@@ -45,7 +45,7 @@ def deep(tmp_path, settled) -> Path:
 
 
 def entries(directory: Path, layers: range):
-    """The store, the entries of these layers, and the others."""
+    """Return the store, the entries of these layers, and the others."""
     manifest, store = convert_checkpoint(directory), make_request(directory).store
     needed = needed_entries(Split(layers), ModelConfig.read(directory), manifest, False)
     assert needed
@@ -59,10 +59,10 @@ def flip_last_bit(path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no count of bytes read")
 def test_only_bytes_of_its_own_layers_are_read(deep):
-    """Beside the tensors: config, tokenizer, of each entry the header, by us and by MLX, and of
+    """Besides the tensors: config, tokenizer, each entry's header twice (also by MLX), and of
     each entry and shard a sample.
     """
-    load(deep)  # whatever is imported or remembered at the first load
+    load(deep)  # imports, and fills the digest cache
     manifest, before, read = convert_checkpoint(deep), read_bytes(), {}
     for layers in (range(8), range(4), range(4, 8), range(2, 3)):
         load(deep, layers=layers)
@@ -78,11 +78,11 @@ def test_only_bytes_of_its_own_layers_are_read(deep):
 
 def test_memory_holds_only_its_own_layers(deep, monkeypatch):
     checked = []
-    monkeypatch.setattr(model, "_check_memory", checked.append)
+    monkeypatch.setattr(model, "_check_memory", checked.append)  # private: gets the byte count
     load(deep, layers=range(2, 4))
     mx.clear_cache()
     before = mx.get_active_memory()
-    mx.clear_cache()  # a buffer that another test left may be larger than what is put into it
+    mx.clear_cache()  # else a larger buffer of another test is reused
     mx.reset_peak_memory()
     found = load(deep, layers=range(2, 4))[0]
     own = sum(array.nbytes for array in parameters(found).values())
@@ -184,7 +184,7 @@ def test_full_hashes_only_the_entries_of_the_part(deep, monkeypatch):
 
 
 def test_a_truncated_entry_of_a_part_is_converted_again(deep, monkeypatch):
-    """The search for the damaged entry does not stumble over those of other layers."""
+    """The missing entries of other layers do not disturb the search for the damaged one."""
     layers, real, cut = range(2, 4), model.read_weights, []
     store, needed, others = entries(deep, layers)
     wanted = of_layers(parameters(load(deep)[0]), layers)
@@ -204,7 +204,7 @@ def test_a_truncated_entry_of_a_part_is_converted_again(deep, monkeypatch):
 
 
 def test_a_read_that_fails_at_once_is_examined_too(model_dir, monkeypatch):
-    """The file's system may answer before `async_eval` returns, which then raises."""
+    """A read may fail before `async_eval` returns, which then raises."""
     wanted = parameters(load(model_dir)[0])
     store, needed, _ = entries(model_dir, range(1))
     fired = []

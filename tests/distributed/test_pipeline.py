@@ -102,13 +102,13 @@ def test_both_ranks_compute_the_logits_of_the_whole(tmp_path, families):
     for name, ranks, expected in zip(families, found, wanted, strict=True):
         assert [(rank["size"], rank["layers"]) for rank in ranks] == [(2, 1), (2, 1)]
         largest = max(np.abs(np.subtract(rank["logits"], expected)).max() for rank in ranks)
-        assert largest <= 1e-5 * np.abs(expected).max(), name  # 0.0 where this was written
+        assert largest <= 1e-5 * np.abs(expected).max(), name
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no count of bytes read")
 @pytest.mark.long  # 1.5 GB, and as much again for its entries
 def test_each_rank_reads_and_holds_half_of_a_large_model(tmp_path):
-    """A small model goes first, for what the first load imports."""
+    """A small model is loaded first, for the imports of the first load."""
     models = [FIXTURES / FAMILIES[0], tmp_path / "large"]
     shapes = {"hidden": 4096, "intermediate": 14_336, "heads": 32, "kv_heads": 8}
     make_checkpoint(models[1], layers=12, shards=6, model_type="qwen2", **shapes)

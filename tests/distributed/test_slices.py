@@ -1,4 +1,4 @@
-"""Slices: the same bits as MLX cuts them, read from a file without what lies beside them."""
+"""Slices have the bits that MLX slices, read from a file without the bytes between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paroquant_stream.errors import MalformedFileError, UnreadableFileError
 from paroquant_stream.files.tensor_header import DTYPE_BYTES, TensorInfo
 
 START = 100
-"""Where the tensor begins in the file; nothing has to be aligned."""
+"""Offset of the tensor in the file; it need not be aligned."""
 
 
 class Rank:
@@ -32,7 +32,7 @@ class Rank:
 
 @pytest.fixture
 def stored(tmp_path):
-    """Writes random bytes as a tensor; gives its descriptor, its record and its array."""
+    """Write random bytes as a tensor; return its descriptor, its record and its array."""
     opened = []
 
     def store(dtype, shape):
@@ -55,7 +55,7 @@ def stored(tmp_path):
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """How many bytes each read asked for and got."""
+    """Record the number of bytes of each read."""
     counts = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
@@ -94,21 +94,21 @@ def test_a_slice_of_groups_is_scaled_to_channels():
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_every_dtype_keeps_its_bits(stored, dtype, axis):
-    """Among the random bits are NaNs of every payload."""
+    """The random bits contain NaNs with many payloads."""
     fd, tensor, array = stored(dtype, (16, 24))
     part = rank_slice(tensor.shape, axis, 2, 1, 2)
     assert same_bits(read_slice(fd, tensor, part, "file"), part.of(array))
 
 
-@pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole lines"])
+@pytest.mark.parametrize("piece", [0, 1 << 30], ids=["pieces", "whole rows"])
 @pytest.mark.parametrize(
     ("shape", "segments"),
     [((12,), 1), ((12, 30), 1), ((12, 24), [4, 16]), ((6, 12, 12), 3), ((6, 6, 6, 2), 1)],
     ids=str,
 )
 def test_any_axis_of_any_shape_is_read_alike(stored, monkeypatch, shape, segments, piece):
-    monkeypatch.setattr(slices, "_MIN_PIECE", piece)
-    monkeypatch.setattr(slices, "_CHUNK", 100)  # some lines at a time, never all
+    monkeypatch.setattr(slices, "_MIN_PIECE", piece)  # private: for both ways to read
+    monkeypatch.setattr(slices, "_CHUNK", 100)  # private: for several chunks of rows
     fd, tensor, array = stored("F16", shape)
     tried = 0
     for axis, count in itertools.product(range(len(shape)), (1, 2, 3)):
@@ -138,7 +138,7 @@ def test_a_slice_of_rows_is_one_read_of_its_own_bytes(stored, bytes_read):
 
 
 def test_large_pieces_are_read_alone(stored, bytes_read):
-    """As the experts of a stack: each has its share of outputs in one piece."""
+    """In a stack of experts, a rank's outputs of each expert are one piece."""
     fd, tensor, array = stored("U32", (4, 512, 128))
     part = rank_slice(tensor.shape, 1, 1, 0, 2)
     assert same_bits(read_slice(fd, tensor, part, "file"), part.of(array))

@@ -128,7 +128,7 @@ def test_a_group_of_one_changes_nothing():
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A llama of 26 MB: linears large beside everything else."""
+    """Write a llama of 26 MB, most of it linears."""
     directory = tmp_path_factory.mktemp("large")
     make_checkpoint(
         directory / "model",
@@ -146,7 +146,7 @@ def large(tmp_path_factory):
 def test_memory_holds_the_part_and_one_layer(large):
     model, _, _ = load(large, lazy=True)
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    mx.clear_cache()  # a buffer that another test left may be larger than what is put into it
+    mx.clear_cache()  # else a larger buffer of another test is reused
     start = mx.get_active_memory()
     mx.reset_peak_memory()
     split_tensors(model, Rank(0, 2))
@@ -191,6 +191,26 @@ def test_a_reader_is_called_for_every_slice(large, monkeypatch):
     assert sum(counts) > outputs // 2
     whole = sum(tensor.nbytes for _, tensor in stored.values())
     assert sum(counts) < 0.72 * whole  # slices of inputs are read in whole rows
+
+
+def test_what_the_class_computes_from_a_slice_is_not_replaced():
+    class Scaling(Block):
+        def shard(self, group):
+            super().shard(group)
+            self.first.scales = self.first.scales * 2
+
+    read = []
+
+    def reader(name, array, part):
+        read.append(name)
+        return part.of(array)
+
+    found, wanted = Scaling(linear), Scaling(linear)
+    split_tensors(found, Rank(0, 2), reader=reader)
+    split_tensors(wanted, Rank(0, 2))
+    assert "first.weight" in read
+    assert "first.scales" not in read
+    assert mx.array_equal(found.first.scales, wanted.first.scales)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -99,6 +100,50 @@ def test_a_model_is_not_split_twice():
     with pytest.raises(SplitError, match="is already split"):
         split_tensors(model, Rank(0, 2))
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(3, 2), (5, 4), (6, 4), (2, 3)])
+def test_heads_that_do_not_divide_are_refused(heads, ranks):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = heads
+
+        def shard(self, group):
+            self.heads = max(1, self.heads // group.size())
+
+    model = Model()
+    with pytest.raises(SplitError, match=f"heads of {heads} does not divide over {ranks} ranks"):
+        split_tensors(model, Rank(0, ranks))
+    assert model.heads == heads
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (2, 4), (1, 2)])
+def test_heads_that_divide_or_are_repeated_are_accepted(heads, ranks):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = heads
+
+        def shard(self, group):
+            self.heads = max(1, self.heads // group.size())
+
+    model = Model()
+    split_tensors(model, Rank(0, ranks))
+    assert model.heads == max(1, heads // ranks)
+
+
+def test_only_one_model_is_split_at_a_time():
+    locked = []
+
+    class Watched(Block):
+        def shard(self, group):
+            locked.append(sharding._lock.locked())  # private: guards the patched functions of mlx
+            super().shard(group)
+
+    split_tensors(Watched(linear), Rank(0, 2))
+    assert locked == [True]
+    assert not sharding._lock.locked()
 
 
 def test_mlx_is_restored_afterwards():

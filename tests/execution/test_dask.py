@@ -1,6 +1,4 @@
-"""A Dask cluster on loopback converts shards; some of its processes die, lack the package or do not
-see the files.
-"""
+"""A Dask cluster on loopback converts shards, even if processes die or lack the package."""
 
 from __future__ import annotations
 
@@ -214,7 +212,7 @@ def test_an_absent_scheduler_is_one_message(model, address):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_dead_scheduler_is_one_message_and_the_next_run_resumes(
+def test_a_dead_scheduler_is_one_message_and_a_run_resumes(
     model, right, tmp_path_factory, tmp_path
 ):
     cache = tmp_path / "cache"

@@ -1,6 +1,4 @@
-"""A Dask scheduler and its workers, each a process of its own, on loopback; no dashboards, no
-fixed ports.
-"""
+"""A Dask scheduler and its workers as processes on loopback, without dashboards and fixed ports."""
 
 from __future__ import annotations
 
@@ -40,10 +38,10 @@ WORKER = "from distributed.cli.dask_worker import main; main()"
 
 
 class LoopbackCluster:
-    """A context; ends every process when it is left."""
+    """A context manager that starts the processes and kills them."""
 
     def __init__(self, directory: Path, workers: int = 2, prelude: str = "") -> None:
-        """`prelude` runs in the scheduler's process before it listens."""
+        """Set up the cluster; `prelude` is code that the scheduler runs before it listens."""
         self.directory, self._count, self._prelude = directory, workers, prelude
         self._file = directory / "scheduler.json"
         self._log = directory / "log"
@@ -71,24 +69,22 @@ class LoopbackCluster:
             process.wait()
 
     def arm(self, target: int = 0, number: int = signal.SIGKILL) -> None:
-        """The first worker that is in the middle of a shard signals `target`, else itself."""
+        """Let the next worker that is writing an entry send a signal to `target`, or to itself."""
         (self.directory / "fired").unlink(missing_ok=True)
         (self.directory / "armed").write_text(f"{target} {int(number)}")
 
     def fired(self) -> str:
-        """Who was signalled, and the temps that the worker was writing then."""
+        """Return the process that was signalled, and the temporary files of the worker then."""
         return (self.directory / "fired").read_text()
 
     def add_worker(self, prelude: str = FAULT) -> subprocess.Popen[bytes]:
-        """A worker of one thread, without a nanny that would start it again; `prelude` runs before
-        it connects.
-        """
+        """Start a worker of one thread that is not restarted; `prelude` runs before it connects."""
         options = ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
         options += ["--local-directory", str(self.directory)]
         return self._start(f"{prelude}\n{WORKER}", self.address, *options)
 
     def wait(self, workers: int) -> None:
-        """Returns when so many workers are there."""
+        """Wait for this many workers."""
         from distributed import Client
 
         with Client(self.address, set_as_default=False) as client:
@@ -106,7 +102,7 @@ class LoopbackCluster:
         return process
 
     def _written(self) -> dict[str, str]:
-        """What the scheduler writes once it listens."""
+        """Wait for the file that the scheduler writes once it listens, and read it."""
         until = time.monotonic() + 30
         while time.monotonic() < until and self.scheduler.poll() is None:
             try:

@@ -1,4 +1,4 @@
-"""One rank of a pipeline: it loads its part of each model, runs it or not, and writes
+"""One rank of a pipeline: load its part of each model, perhaps run it, and write the results to
 OUT/<number of the model>-<rank>.json.
 
     mlx.launch -n 2 tests/helpers/pipeline_rank.py OUT load|run MODEL...
@@ -20,25 +20,25 @@ PROMPT = [3, 5, 7, 9, 11]
 
 
 def logits(model) -> list[list[float]]:
-    """Logits after the prompt and after one more token, with a cache."""
+    """Compute the logits after the prompt and after one more token, with a cache."""
     cache = make_prompt_cache(model)
     found = [model(mx.array([tokens]), cache=cache)[0, -1] for tokens in (PROMPT, [8])]
     return [array.astype(mx.float32).tolist() for array in found]
 
 
 def read_bytes() -> int:
-    """Bytes that this process asked the system to read so far."""
+    """Return the bytes that this process has read."""
     return int(Path("/proc/self/io").read_text().split()[1])  # rchar
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had so far."""
+    """Return the peak memory of this process in bytes."""
     status = Path("/proc/self/status").read_text()  # ru_maxrss begins with that of the parent
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Run one rank."""
     out, what, *models = sys.argv[1:]
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init()

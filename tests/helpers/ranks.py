@@ -1,4 +1,4 @@
-"""A program that every rank of a group runs, and starting two of them on this machine.
+"""A program that every rank of a group runs, and a function that starts two ranks here.
 
     mlx.launch -n 2 -- python -m tests.helpers.ranks OUT MODEL...
 
@@ -26,7 +26,7 @@ TOKENS = [[5, 9, 17, 42, 3]]
 
 
 class Rank:
-    """One of `size` ranks that are asked one after the other in this process."""
+    """One of `size` ranks of a group that exists only in this process."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -39,7 +39,7 @@ class Rank:
 
 
 def logits_of(model: Any) -> np.ndarray:
-    """The logits of a prompt and of each of three greedy tokens after it, through a cache."""
+    """Compute the logits of a prompt and of each of three greedy tokens, through a cache."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -52,7 +52,7 @@ def logits_of(model: Any) -> np.ndarray:
 
 
 def main(out: Path, models: list[str]) -> None:
-    """The work of one rank."""
+    """Run one rank."""
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
@@ -73,19 +73,19 @@ def main(out: Path, models: list[str]) -> None:
 
 
 def peak_rss() -> int:
-    """Bytes of memory that this process has had at most."""
+    """Return the peak memory of this process in bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read so far, from whatever; 0 where the system does not tell."""
+    """Return the bytes that this process has read; 0 if the system does not count them."""
     counts = Path("/proc/self/io")
     return int(counts.read_text().split()[1]) if counts.exists() else 0
 
 
 def run_two_ranks(out: Path, models: list[Path], timeout: float = 110) -> list[dict]:
-    """The results of two processes on loopback, with the environment that `mlx.launch` gives."""
+    """Run two ranks on loopback, with the environment of `mlx.launch`; return their results."""
     sockets = [socket.socket() for _ in range(2)]
     for found in sockets:
         found.bind(("127.0.0.1", 0))

@@ -41,13 +41,13 @@ FAMILIES = {
 
 
 VISION = ("qwen3_5-awq-adversarial", DELTA, {"linear_num_key_heads": 2})
-"""Model -> the fixture it is made from, and what two ranks need that it has not: linears with the
-outputs and inputs of two key heads, or of more groups, and what config.json says of them.
+"""The fixture, and the changes that two ranks need: linears with the outputs and inputs of two key
+heads or of more groups, and the settings of config.json for them. `FAMILIES` has the same fields.
 """
 
 
 def splittable(directory: Path, family: str) -> Path:
-    """A checkpoint that two ranks can split."""
+    """Write a checkpoint that two ranks can split."""
     fixture, linears, settings = VISION if family == "vision" else FAMILIES[family]
     config, tensors = CONFIG, {name: mx.array(a) for name, a in llama_tensors().items()}
     write_checkpoint(directory)

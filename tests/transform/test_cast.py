@@ -1,4 +1,4 @@
-"""One width for all that meets activations: every value rounded once, and only where it may be."""
+"""Casting rounds every value once, and a cast model has one dtype for its activations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WIDTHS = {"float16": "F16", "bfloat16": "BF16"}
 
 
 def value_of(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """float64 of 16-bit words, from the definition: sign, exponent, fraction."""
+    """Decode 16-bit floats to float64 by their definition: sign, exponent, fraction."""
     exponent_bits, fraction_bits = {"F16": (5, 10), "BF16": (8, 7)}[dtype]
     words = bits.astype(np.int64)
     exponent = (words >> fraction_bits) & (2**exponent_bits - 1)
@@ -47,7 +47,7 @@ def value_of(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The 16-bit word nearest to each finite value, the even one of two as near; by search."""
+    """Find the 16-bit float nearest to each finite value, ties to even, by search."""
     table = HALVES[:32768]
     table = table[np.isfinite(value_of(table, dtype))]
     grid = value_of(table, dtype)
@@ -55,7 +55,7 @@ def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
     above = np.clip(np.searchsorted(grid, size), 1, len(grid) - 1)
     low, high = size - grid[above - 1], grid[above] - size
     word = np.where((low < high) | ((low == high) & (table[above] % 2 == 1)), above - 1, above)
-    limit = grid[-1] + (grid[-1] - grid[-2]) / 2  # from here on the next word would be nearer
+    limit = grid[-1] + (grid[-1] - grid[-2]) / 2  # halfway to the next value beyond the largest
     return np.where(size >= limit, len(grid), word) | np.where(np.signbit(values), 0x8000, 0)
 
 
@@ -75,7 +75,7 @@ def test_every_half_is_rounded_to_nearest(found, wanted):
 @pytest.mark.parametrize("wanted", ["F16", "BF16"])
 @pytest.mark.parametrize("found", ["F16", "BF16", "F32"])
 def test_mlx_casts_to_the_same_bits(found, wanted):
-    if found == "F32":  # around every half: below, on and above the middle of two words
+    if found == "F32":  # below, at and above the midpoint of every two consecutive values
         upper = (HALVES.astype(np.uint32) << 16)[:, None]
         words = (upper + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).reshape(-1)
         array = mx.array(words).view(mx.float32)
@@ -95,8 +95,6 @@ def test_a_finite_value_that_becomes_infinite_is_counted():
     assert cast(memoryview(wide.tobytes()), "F32", "BF16")[1] == 1
 
 
-# A whole model.
-
 KEYS = {
     "llama-awq-adversarial": "6cae3d903b6faa70 2b576a7e6cb4e543 03158fb02e5b4ab7 6a4903ed8ba55273",
     "llama-native-size": "50fcb23949dcad8d 909587d8754325de 20bdbc0b2e6742db",
@@ -105,7 +103,7 @@ KEYS = {
         "4be61e9147e28db6 26066f79b4650de6 5c24e2831b2bb36d 73e279f6b5747613"
     ),
 }
-"""The first 16 digits of each entry's key, as they were before there was a dtype to choose."""
+"""The first 16 digits of each entry's key, as before `dtype` existed."""
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -180,7 +178,7 @@ def test_a_cast_model_computes_in_its_dtype(dtype, tmp_path):
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_every_parameter_is_rounded_once(tmp_path):
-    """Also of the embedding: quantized as in the source, then its scales and biases cast."""
+    """An embedding is quantized first, then its scales and biases are cast."""
     before, after = (
         dict(tree_flatten(load(MIXED, cache_dir=tmp_path, dtype=dtype)[0].parameters()))
         for dtype in ("source", "bfloat16")
@@ -210,11 +208,11 @@ def test_an_unknown_dtype_is_refused(tmp_path):
         convert_checkpoint(tmp_path, dtype="int8")
 
 
-# What it is good for: `pytest -m long tests/transform/test_cast.py -s` prints the figures.
+# `pytest -m long tests/transform/test_cast.py -s` prints the figures.
 
 
 def milliseconds(rows: int, x_dtype: str, scales_dtype: str) -> tuple[float, str]:
-    """Of one quantized_matmul with 1024 inputs and 1024 outputs, and the dtype that it returns."""
+    """Time one quantized_matmul of 1024 x 1024; return that and the dtype of its result."""
     rng = np.random.default_rng(0)
     weight, scales, biases = mx.quantize(mx.array(rng.normal(size=(1024, 1024))), 128, 4)
     scales, biases = (a.astype(MLX[scales_dtype]) for a in (scales, biases))
@@ -230,7 +228,7 @@ def milliseconds(rows: int, x_dtype: str, scales_dtype: str) -> tuple[float, str
 
 
 def tokens_a_second(model) -> tuple[float, float]:
-    """Of prefill with 32 tokens and of decoding, the best of three."""
+    """Measure tokens per second of prefill with 32 tokens and of decoding, the best of three."""
     best = [0.0, 0.0]
     for _ in range(3):
         cache = make_prompt_cache(model)
@@ -251,7 +249,7 @@ def perplexity(model, tokens: np.ndarray) -> float:
 
 
 def sampled_text(model, count: int) -> np.ndarray:
-    """What the model itself writes at temperature 0.25, so that its perplexity is not chance's."""
+    """Sample tokens from the model at temperature 0.25, for a perplexity that is meaningful."""
     mx.random.seed(0)
     cache, tokens = make_prompt_cache(model), [5]
     for _ in range(count):

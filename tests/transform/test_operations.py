@@ -1,4 +1,4 @@
-"""Operations: every kind is implemented, and gives the bytes that MLX would hold."""
+"""Every kind of operation is implemented and returns the bytes that MLX would have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from paroquant_stream.errors import OutOfRangeError
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.plan.task import Operation, Part
 from paroquant_stream.store.format import OPERATION_VERSIONS
@@ -14,7 +15,7 @@ from paroquant_stream.transform.operations import run_operation
 
 
 class Bytes:
-    """A source that holds its parts in memory."""
+    """A source with its parts in memory."""
 
     parallel_map = map
 
@@ -56,7 +57,7 @@ def test_a_copy_has_the_same_bytes():
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("chunk", [1, 1000, 10**6])
 def test_an_embedding_is_quantized_the_same_in_chunks(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(operations, "_QUANTIZE_ROWS_BYTES", 700)
+    monkeypatch.setattr(operations, "_QUANTIZE_ROWS_BYTES", 700)  # private: for several chunks
     kind = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}[dtype]
     array = mx.array(np.random.default_rng(0).normal(size=(50, 128))).astype(kind)
     raw = array if dtype != "BF16" else array.view(mx.uint16)
@@ -73,7 +74,7 @@ def test_an_embedding_is_quantized_the_same_in_chunks(dtype, chunk, monkeypatch)
 
 
 def test_mx_quantize_has_the_bits_of_existing_entries():
-    """Golden: if MLX changes its rounding, entries of two MLX versions must not share a key."""
+    """If MLX changes its rounding, entries of two MLX versions must not share a key."""
     import hashlib
 
     weight = mx.array(np.sin(np.arange(64 * 256, dtype=np.float32)).reshape(64, 256)).astype(
@@ -89,3 +90,15 @@ def test_slices_of_a_stack_follow_each_other():
     one, two = part("a", "I16", (4,)), part("b", "I16", (4,))
     operation = Operation("copy", ((one,), (two,)), (TensorSpec("s", "I16", (2, 4)),))
     assert results(operation, Bytes({"a": b"11111111", "b": b"22222222"})) == [b"1111111122222222"]
+
+
+@pytest.mark.parametrize(("values", "count"), [([1.0, 65520.0], 1), ([1.0, 65519.0], 0)])
+def test_a_single_value_that_overflows_is_an_error(values, count):
+    source = part("norm", "F32", (2,))
+    operation = Operation("copy", ((source,),), (TensorSpec("norm", "F16", (2,)),), (), ("F32",))
+    data = Bytes({"norm": np.array(values, np.float32).tobytes()})
+    if not count:
+        assert results(operation, data) == [np.array(values, np.float16).tobytes()]
+        return
+    with pytest.raises(OutOfRangeError, match=r"norm of a\.safetensors: 1 values are beyond"):
+        results(operation, data)

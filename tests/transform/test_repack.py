@@ -1,4 +1,4 @@
-"""Repacking against a reference of one nibble at a time, and against the public loader."""
+"""Repacking equals a reference that packs one nibble at a time, and the public loader."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = [(8, 8), (32, 8), (64, 64), (24, 72), (256, 1048), (2088, 56), (1056, 2
 
 
 def awq_packed(codes: np.ndarray) -> np.ndarray:
-    """AutoAWQ's words of codes (rows, N)."""
+    """Pack codes (rows, N) as AutoAWQ does."""
     rows, outputs = codes.shape
     words = np.zeros((rows, outputs // 8), np.uint32)
     for nibble, output in enumerate(ORDER):
@@ -31,7 +31,7 @@ def awq_packed(codes: np.ndarray) -> np.ndarray:
 
 
 def mlx_packed(codes: np.ndarray) -> np.ndarray:
-    """MLX's words of codes (N, K)."""
+    """Pack codes (N, K) as MLX does."""
     words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
     for nibble in range(8):
         words |= codes[:, nibble::8].astype(np.uint32) << np.uint32(4 * nibble)
@@ -44,7 +44,7 @@ def rng() -> np.random.Generator:
 
 
 def awq_weight(packed: np.ndarray) -> np.ndarray:
-    """The whole weight that the stripes join to."""
+    """Join the stripes to the whole weight."""
     return np.concatenate([stripe.copy() for stripe in repack.awq_stripes(packed)])
 
 
@@ -73,7 +73,7 @@ def test_tiles_of_every_depth_give_the_same_words(rng, monkeypatch, inputs):
     raw = codes(rng, inputs, 120)
     packed = awq_packed(raw)
     for size in (1, 5000, 1 << 30):
-        monkeypatch.setattr(repack, "_TILE_BYTES", size)
+        monkeypatch.setattr(repack, "_TILE_BYTES", size)  # private: for tiles of every depth
         assert np.array_equal(awq_weight(packed), mlx_packed(raw.T))
 
 
@@ -184,7 +184,7 @@ def test_a_zero_point_of_zero_gives_minus_zero():
 
 
 def legacy_packed(raw: np.ndarray) -> np.ndarray:
-    """TinyChat's interleave of codes (N, K), one nibble at a time."""
+    """Pack codes (N, K) in TinyChat's interleave, one nibble at a time."""
     outputs, inputs = raw.shape
     slots = np.zeros_like(raw)
     for start in range(0, inputs, 32):

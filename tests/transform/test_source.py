@@ -1,18 +1,21 @@
-"""A task's source: what is hashed is what is converted, or nothing is stored."""
+"""A shard that changes while it is read is an error, and nothing is stored."""
 
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.planning import plan_model
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import MalformedFileError, SourceChangedError
+from paroquant_stream.errors import MalformedFileError, SourceChangedError, SourceDamagedError
 from paroquant_stream.files import hashing
 from paroquant_stream.transform.source import Source
 from tests.benchmarks.end_to_end.checkpoint import as_saved, make_checkpoint
-from tests.helpers.builders import write_checkpoint
+from tests.helpers.builders import as_hub_snapshot, flip, write_checkpoint
 
 
 def entries(tmp_path) -> list:
@@ -25,7 +28,7 @@ def directory(tmp_path):
 
 
 def change_after(monkeypatch, reads: int, change) -> list[int]:
-    """Calls `change` right after the `reads`-th read of any file."""
+    """Call `change` right after the `reads`-th read of any file."""
     calls: list[int] = []
     for name in ("pread", "preadv"):
         real = getattr(os, name)
@@ -69,14 +72,12 @@ def append(path):
 def test_a_source_that_changes_is_never_stored_wrong(
     directory, tmp_path, monkeypatch, change, threads
 ):
-    """At each read in turn, until the last: an entry is never filed under a hash its bytes do not
-    have.
-    """
+    """An entry is never stored under a hash that its bytes do not have, whenever they change."""
     shard = directory / "model.safetensors"
     original = shard.read_bytes()
     step, refused = 0, 0
     while True:
-        step += 7  # every seventh of about 150 reads
+        step += 11  # every eleventh of about 150 reads
         shard.write_bytes(original)
         request = make_request(directory, cache_dir=tmp_path / f"cache{step}", jobs=threads)
         with monkeypatch.context() as patch:
@@ -93,7 +94,7 @@ def test_a_source_that_changes_is_never_stored_wrong(
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_fingerprints_reveal_a_change_that_stat_hides(directory, tmp_path, monkeypatch, threads):
-    """A store through mmap may leave every time as it was; here between hash and conversion."""
+    """Writing through mmap may leave all times unchanged; here between hash and conversion."""
     real, fired = Source.hash, []
 
     def hash_then_change(self):
@@ -103,7 +104,7 @@ def test_fingerprints_reveal_a_change_that_stat_hides(directory, tmp_path, monke
             rewrite(directory / "model.safetensors")()
         return digest
 
-    monkeypatch.setattr(Source, "_unchanged", lambda self: True)
+    monkeypatch.setattr(Source, "_unchanged", lambda self: True)  # private: what compares stats
     monkeypatch.setattr(Source, "may_be_known", lambda self: True)  # so it is hashed first
     monkeypatch.setattr(Source, "hash", hash_then_change)
     with pytest.raises(SourceChangedError, match="changed during the conversion"):
@@ -141,3 +142,115 @@ def test_no_chunk_is_larger_than_one_linear_or_the_read_size(directory, tmp_path
     monkeypatch.setattr(os, "preadv", lambda f, v, at: sizes.append(len(v[0])) or real(f, v, at))
     convert(make_request(directory, cache_dir=tmp_path / "cache", jobs=1))
     assert 0 < max(sizes) <= hashing.CHUNK
+
+
+@pytest.fixture
+def task(directory, tmp_path):
+    """Return the task of the only shard, and the store."""
+    request = make_request(directory, cache_dir=tmp_path / "cache")
+    request.store.create()
+    return plan_model(request).plan.tasks[0], request.store
+
+
+def opened(directory, task, tick=lambda _: None) -> Source:
+    return Source(task[0], directory, task[1].memo, tick)
+
+
+def first_part(task):
+    return task[0].operations[0].slices[0][0]
+
+
+def test_a_part_that_changes_between_two_reads_is_an_error(directory, task):
+    part = first_part(task)
+    source = opened(directory, task)
+    source.hash()
+    source.whole(part)
+    flip(directory / part.shard, part.start)
+    with pytest.raises(SourceChangedError, match="changed while it was read"):
+        source.whole(part)
+    with pytest.raises(SourceChangedError, match="changed while it was read"):
+        list(source.chunks(part))
+    source.close()
+
+
+def test_a_file_that_changed_since_it_was_opened_is_an_error(directory, task):
+    source = opened(directory, task)
+    source.hash()
+    os.utime(directory / "model.safetensors", (1, 1))
+    with pytest.raises(SourceChangedError, match="its size or times changed"):
+        source.check()
+    source.close()
+
+
+def test_a_blob_with_another_hash_than_its_name_is_an_error(directory, tmp_path):
+    snapshot = as_hub_snapshot(directory, tmp_path / "models--owner--name")
+    (blob,) = (tmp_path / "models--owner--name" / "blobs").iterdir()
+    flip(blob, blob.stat().st_size - 1)
+    request = make_request(snapshot, cache_dir=tmp_path / "cache")
+    request.store.create()
+    shard = plan_model(request).plan.tasks[0], request.store
+    source = opened(snapshot, shard)
+    with pytest.raises(SourceDamagedError, match=f"expected SHA-256 {blob.name}"):
+        source.check()
+    source.close()
+
+
+def test_helpers_stop_hashing_when_the_conversion_fails(directory, task, monkeypatch):
+    """The run must not wait until the whole shard is hashed."""
+    monkeypatch.setattr(hashing, "CHUNK", 4096)
+    failed, counts = threading.Event(), []
+
+    def tick(count):
+        counts.append(count)
+        failed.wait(30)
+
+    source = opened(directory, task, tick)
+
+    class DiskFull(Exception):
+        pass
+
+    def fail():
+        with source.hashed_by(pool):
+            raise DiskFull
+
+    with ThreadPoolExecutor(3) as pool:
+        with pytest.raises(DiskFull):
+            fail()
+        failed.set()
+    source.close()
+    assert sum(counts) < task[0].size
+
+
+def test_an_error_of_a_hashing_helper_is_raised(directory, task, monkeypatch):
+    def fail(_source):
+        raise MalformedFileError("ends too early")
+
+    source = opened(directory, task)
+    monkeypatch.setattr(Source, "hash", fail)
+    with (
+        ThreadPoolExecutor(3) as pool,
+        pytest.raises(MalformedFileError, match="too early"),
+        source.hashed_by(pool),
+    ):
+        pass
+    source.close()
+
+
+def test_closing_closes_every_shard(scattered_dir, tmp_path):
+    request = make_request(scattered_dir, cache_dir=tmp_path / "cache")
+    request.store.create()
+    task = next(task for task in plan_model(request).plan.tasks if task.borrowed)
+    before = len(os.listdir("/dev/fd"))
+    source = Source(task, scattered_dir, request.store.memo, lambda _: None)
+    source.borrowed_sha256()
+    assert len(os.listdir("/dev/fd")) > before + 1
+    source.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_damaged_header_leaves_no_descriptor(directory, task):
+    before = len(os.listdir("/dev/fd"))
+    (directory / "model.safetensors").write_bytes(b"\xff" * task[0].size)
+    with pytest.raises(MalformedFileError):
+        opened(directory, task)
+    assert len(os.listdir("/dev/fd")) == before
