@@ -80,12 +80,12 @@ def load(
         ModelError: Tensors and parameters do not match, or the model has no such part.
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
-    split = Split(layers, group, parallel)
+    full, split = _is_full(verify), Split(layers, group, parallel)
     request = make_request(
         model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
     )
     with written_to(trace) as timed:
-        options = _Options(lazy, force_text, verify == "full", timed, split)
+        options = _Options(lazy, force_text, full, timed, split)
         return _load_repairing(request, options, progress)
 
 
@@ -103,6 +103,12 @@ class _Options:
         """Return the options of `assemble_from`, which reads no entries."""
         options = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
         return {**options, "force_text": force_text}
+
+
+def _is_full(verify: str) -> bool:
+    if verify not in ("header", "full"):
+        raise ValueError(f"verify is header or full, not {verify!r}")
+    return verify == "full"
 
 
 _Loaded = tuple[Any, Any, bool]

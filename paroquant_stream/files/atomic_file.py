@@ -45,7 +45,7 @@ class AtomicFile:
             self._is_temp = True  # set after the creation: a file that was there is not ours
             temp_files.hold(name, self.fd)
             _reserve(self.fd, size)
-        except OSError:
+        except BaseException:  # an interrupt too must leave neither file nor lease
             self.discard()
             raise
 

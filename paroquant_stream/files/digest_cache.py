@@ -195,8 +195,9 @@ class DigestCache:
             contextlib.suppress(OSError, ParoquantStreamError),
             self._open_folder(create=True) as folder,
         ):
+            fd = os.open(temp, flags, 0o600, dir_fd=folder.fd)
             try:
-                with open(os.open(temp, flags, 0o600, dir_fd=folder.fd), "wb") as file:
+                with open(fd, "wb") as file:
                     file.write(json.dumps([_VERSION, seen.identity, digest, trusted]).encode())
                 folder.replace(temp, folder, name)
             except OSError:

@@ -225,3 +225,8 @@ def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
         with pytest.raises(CheckpointError, match="no conversion"):
             load(model_dir, **options)
     assert [needed is None for needed in asked] == [True, False, True]
+
+
+def test_another_kind_of_verification_is_refused(model_dir):
+    with pytest.raises(ValueError, match="verify is header or full, not 'ful'"):
+        load(model_dir, verify="ful")

@@ -222,3 +222,15 @@ def test_another_error_is_explained_by_its_reason(tmp_path):
     error = write_error(tmp_path / "x", 5, OSError(errno.EROFS, "Read-only file system"))
     assert isinstance(error, StoreError)
     assert str(error) == f"{tmp_path}/x: Read-only file system"
+
+
+def test_an_interrupt_while_it_is_made_leaves_no_file_or_lease(folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic_file, "_reserve", interrupted)
+    name = temp_files.temp_name()
+    with pytest.raises(KeyboardInterrupt):
+        AtomicFile(folder, name, 4, 0o600, False)
+    assert folder.names() == []
+    assert not temp_files.is_open(name)
