@@ -27,7 +27,7 @@ TABLE = {
     "execution": "errors text trace",
     "store": "errors trace files",
     "checkpoint": "errors text files",
-    "plan": "errors checkpoint store files",
+    "plan": "errors text checkpoint store files",
     "distributed": "errors rotation backends store checkpoint files",
     "transform": "errors plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",

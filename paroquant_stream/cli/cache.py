@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..checkpoint.model_source import ModelSource
 from ..conversion.converter import convert
+from ..conversion.find_dropped import find_manifest
 from ..conversion.request import Request, Target, default_jobs, make_request, model_id
-from ..errors import StoreError
+from ..errors import ParoquantStreamError, StoreError
 from ..maintenance.inventory import Inventory, take_inventory
 from ..maintenance.models import Model
 from ..maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
@@ -129,15 +130,23 @@ def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _request_to_verify(arguments: argparse.Namespace) -> Request:
-    return make_request(arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place)
+def _requests_to_verify(arguments: argparse.Namespace) -> list[Request]:
+    """Return a request for each dtype that the model was converted to."""
+    requests = [
+        make_request(
+            arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place, dtype=dtype
+        )
+        for dtype in DTYPES
+    ]
+    return [r for r in requests if find_manifest(r)] or requests[:1]
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         count, problems = verify_store(cache_store(arguments.cache_dir))
     else:
-        count, problems = verify_model(_request_to_verify(arguments), arguments.sources)
+        found = [verify_model(r, arguments.sources) for r in _requests_to_verify(arguments)]
+        count, problems = sum(n for n, _ in found), [p for _, ps in found for p in ps]
     if arguments.json:
         listed = [{"path": str(p.path), "expected": p.expected, "found": p.found} for p in problems]
         print(json.dumps({"files": count, "problems": listed}))
@@ -154,10 +163,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
     """Convert the models of these entries again, if asked to, else say how that is done."""
     if arguments.model is not None:
-        requests = [_request_to_verify(arguments)]
+        requests = _requests_to_verify(arguments)
     else:
         store = cache_store(arguments.cache_dir)
-        models = take_inventory(store).models
+        models = [m for m in take_inventory(store).models if m.directory]
         requests = [
             Request(
                 ModelSource(str(m.directory), m.directory),
@@ -169,13 +178,28 @@ def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
         ]
     say = print if not arguments.json else (lambda _: None)
     if not arguments.repair:
-        names = " ".join(shlex.quote(request.source.name) for request in requests)
-        say(f"to make what is damaged again: paroquant-stream convert {names}, or --repair")
+        for request in requests:
+            say(f"to repair: {_command_of(request)}, or --repair")
         return False
+    failed: dict[str, ParoquantStreamError] = {}
     for request in requests:
-        convert(request)
-        say(shown(f"{request.source.name}: converted again"))
+        try:
+            convert(request)
+            say(shown(f"{request.source.name}: converted again"))
+        except ParoquantStreamError as error:
+            failed[request.source.name] = error
+    if failed:
+        from ..conversion.batch import some_failed  # brings threads
+
+        raise some_failed(failed, len(requests))
     return True
+
+
+def _command_of(request: Request) -> str:
+    dtype = request.target.dtype
+    options = "" if dtype == "source" else f" --dtype {dtype}"
+    options += " --in-place" if request.target.in_place else ""
+    return f"paroquant-stream convert {shlex.quote(request.source.name)}{options}"
 
 
 _COMMANDS = {"ls": _ls, "path": _path, "rm": _rm, "prune": _prune, "verify": _verify}

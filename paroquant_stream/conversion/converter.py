@@ -77,7 +77,7 @@ def _convert_alone(
     from .source_file import put_all_back
 
     with suppress(StoreError) if not request.options.drop_source else nullcontext():
-        put_all_back(request.source.directory)
+        put_all_back(request.source.directory, request.source.config.shard_names)
     with trace.span("plan"):
         model = plan_model(request)
     if request.options.drop_source:

@@ -29,11 +29,20 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
 
-from ..errors import EntryDamagedError, SourceChangedError, StoreError
+from ..errors import SourceChangedError, StoreError
 from ..files.folder import Folder
 from ..plan.task import Task
-from ..store.damage import confirmed_defect
-from ..store.drop_record import DropRecord, is_stored, new_id, read_note, write_note, write_record
+from ..store.damage import confirmed_defect, take_out
+from ..store.drop_record import (
+    DropRecord,
+    is_stored,
+    new_id,
+    read_note,
+    read_records,
+    record_ids,
+    write_note,
+    write_record,
+)
 from ..store.location import IN_PLACE
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import NO_TRACE, Trace
@@ -76,7 +85,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._noted = False
         self.dropped = dict(model.dropped)
         self._finished = dict(self.dropped)
-        for shard in self.dropped:
+        for shard in self.dropped if request.options.drop_source else ():
             if home is not None:
                 remove_dangling_link(home, shard)
 
@@ -150,7 +159,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         source = self._source(home, shard)
         self._write_record(shard, source.header())
         if not self._noted and self._needs_note():
-            write_note(home, self._record.id)
+            write_note(home, self._record.id, required=self._has_older())
         self._noted = True
         source.remove()
         self.dropped[shard] = replace(self._finished[shard], dropped=True)
@@ -192,11 +201,7 @@ class Dropper(AbstractContextManager["Dropper"]):
             if not problem:
                 break
         else:
-            store.discard_entry(record.key)
-            raise EntryDamagedError(
-                f"{store.entry_path(record.key)}: {problem} when it was read back; taken out of "
-                f"use, {shard} was not removed; run again"
-            )
+            raise take_out(store, record, f"{problem} when it was read back; {shard} stays")
         self._sound.add(shard)
 
     def _write_record(self, shard: str, header: bytes) -> None:
@@ -208,6 +213,18 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._record = replace(self._record, manifest=manifest, headers=headers)
         write_record(self._request.store, self._record)
 
+    def _has_older(self) -> bool:
+        """Tell whether an older conversion or drop would be used if there were no note."""
+        directory, config = self._request.source.directory, self._request.source.config
+        return (
+            os.path.lexists(directory / IN_PLACE)
+            or read_note(directory) is not None
+            or any(
+                record.id != self._record.id and record.manifest.config_sha256 == config.sha256
+                for record in read_records(self._request.store)
+            )
+        )
+
     def _needs_note(self) -> bool:
         """Tell whether the path alone may lead to another record later.
 
@@ -216,7 +233,10 @@ class Dropper(AbstractContextManager["Dropper"]):
         """
         directory, request = self._request.source.directory, self._request
         if request.target.in_place or request.source.remote is not None:
-            older = not request.target.in_place and os.path.lexists(directory / IN_PLACE)
+            if request.target.in_place:
+                older = any(i != self._record.id for i in record_ids(request.store))
+            else:
+                older = os.path.lexists(directory / IN_PLACE)
             return older or read_note(directory) is not None
         return True
 

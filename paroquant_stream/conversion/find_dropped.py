@@ -15,7 +15,15 @@ from pathlib import Path
 
 from ..checkpoint.shard import Shard
 from ..errors import CheckpointError, SourceDroppedError
-from ..store.drop_record import NOTE, DropRecord, new_id, read_note, read_record, read_records
+from ..store.drop_record import (
+    NOTE,
+    DropRecord,
+    new_id,
+    read_note,
+    read_record,
+    read_records,
+    record_ids,
+)
 from ..store.manifest import Manifest
 from .request import Request, read_manifest
 from .staleness import source_staleness
@@ -64,12 +72,15 @@ def find_manifest(request: Request) -> Manifest | None:
     if manifest := read_manifest(request):
         return manifest
     names = set(request.source.config.shard_names)
-    complete = [
-        record.manifest
+    records = [
+        record
         for record in read_records(request.store)
         if record.dtype == request.target.dtype
+        and record.manifest.config_sha256 == request.source.config.sha256
         and names == {entry.shard for entry in record.manifest.entries}
     ]
+    noted = read_note(request.source.directory)
+    complete = [r.manifest for r in records if r.id == noted] or [r.manifest for r in records]
     sources = {frozenset((e.shard, e.source_sha256) for e in m.entries) for m in complete}
     return complete[0] if len(sources) == 1 else None
 
@@ -97,30 +108,52 @@ def agrees(request: Request, manifest: Manifest) -> bool:
     A directory without shards may have been moved there since; then it has a note.
     """
     dropped = {(e.shard, e.source_sha256) for e in manifest.entries if e.dropped}
-    noted = read_note(request.source.directory) if dropped and not request.target.in_place else None
+    noted = read_note(request.source.directory) if dropped else None
     if noted is None:
         return True
     record = read_record(request.store, noted)
-    return record is not None and dropped <= {
+    if record is None:  # in place: the note is of a drop into the cache
+        return request.target.in_place or noted in record_ids(request.store)  # else damaged
+    return dropped <= {
         (entry.shard, entry.source_sha256) for entry in record.manifest.entries if entry.dropped
     }
 
 
 def _by_evidence(request: Request, records: Sequence[DropRecord]) -> Iterator[list[DropRecord]]:
     """Yield the records that something speaks for, the best evidence first."""
-    if request.target.in_place:  # the tree beside the model holds no other's
+    noted = read_note(request.source.directory)
+    known = read_record(request.store, noted) if noted else None
+    if request.target.in_place and known is None:  # the tree holds no other model's
         yield list(records)
         return
-    here = str(request.source.resolved)
-    if noted := read_note(request.source.directory):
+    if noted:
         yield [record for record in records if record.id == noted]
+        if known:  # of another dtype, and of the same shards
+            yield [record for record in records if _is_of_sources(record, known)]
         return  # any other is of another model, or of this one as it was before
+    here = str(request.source.resolved)
     config = request.source.config.sha256
     alike = [r for r in records if r.manifest.config_sha256 == config]
     yield [r for r in alike if r.manifest.directory == here]
     revision = _revision(here)
     yield [r for r in alike if revision and _revision(r.manifest.directory) == revision]
-    yield [r for r in alike if not (revision and _revision(r.manifest.directory))]
+    if request.source.remote is not None:  # its shards can be downloaded
+        return
+    yield [
+        r
+        for r in alike
+        if not (revision and _revision(r.manifest.directory)) and _has_moved(r.manifest.directory)
+    ]
+
+
+def _is_of_sources(record: DropRecord, other: DropRecord) -> bool:
+    known = {entry.shard: entry.source_sha256 for entry in other.manifest.entries}
+    return all(known.get(e.shard) == e.source_sha256 for e in record.manifest.entries)
+
+
+def _has_moved(directory: str) -> bool:
+    """Tell whether no model lies at a path: else another directory is no moved one."""
+    return not os.path.exists(Path(directory) / "config.json")
 
 
 def _revision(directory: str) -> tuple[str, str] | None:

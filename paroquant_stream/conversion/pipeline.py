@@ -37,11 +37,11 @@ def convert_shards(
     """Convert what is missing, publish the manifest, and report what became of each shard.
 
     Args:
-        request: Model, target and options.
-        model: The plan.
+        request: The model.
+        model: Its plan.
         home: The locked model directory, None where no shard is to be removed.
-        progress: Called with a shard's name, its finished bytes and its size.
-        trace: Gets the time of each stage.
+        progress: As for `convert`.
+        trace: As for `convert`.
         started: `time.monotonic()` at the start of the conversion.
     """
     before = read_manifest(request)

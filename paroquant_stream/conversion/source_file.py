@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from ..checkpoint.hub_cache import HubCache, identity
@@ -26,8 +26,9 @@ from ..plan.task import Part
 
 logger = logging.getLogger(__name__)
 _ASIDE = ".removing"
-_ASIDE_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.removing")
+_ASIDE_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.removing")
 """A file about to be removed; its former name stands between the first dot and the last two."""
+_BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _Name = tuple[Folder, str, os.stat_result]
 """A name in a directory, and what `lstat` said of it."""
 _HOPS = 8  # links that may lead to a file; a loop has more
@@ -183,8 +184,12 @@ def put_back(folder: Folder, aside: str) -> None:
         os.rename(aside, name, **where)
 
 
-def put_all_back(directory: Path) -> None:
+def put_all_back(directory: Path, shards: Container[str]) -> None:
     """Give the files that killed runs had renamed to be removed their names again.
+
+    Args:
+        directory: The model directory.
+        shards: The names of its shards; other files of such a name are not of this program.
 
     Raises:
         StoreError: The system does not rename them.
@@ -194,7 +199,8 @@ def put_all_back(directory: Path) -> None:
         try:
             with Folder.open(path) as folder:
                 for name in folder.names():
-                    if _ASIDE_NAME.fullmatch(name):
+                    match = _ASIDE_NAME.fullmatch(name)
+                    if match and (match[1] in shards or _BLOB.fullmatch(match[1])):
                         put_back(folder, name)
         except OSError as error:
             raise StoreError(

@@ -1,4 +1,9 @@
-"""export_model(): a converted model as an MLX model directory, one tensor in memory at a time."""
+"""export_model(): a converted model as an MLX model directory, one tensor in memory at a time.
+
+The directory appears complete or not at all, and shares no file with the cache. It holds the
+model's parameters under their own names; `load` of this package reads it. Of a vision model the
+text part is written.
+"""
 
 from __future__ import annotations
 
@@ -68,15 +73,11 @@ def export_model(
 ) -> Export:
     """Write a model as an MLX model directory, converting first what is not in the cache.
 
-    The directory appears complete or not at all, and shares no file with the cache. It holds the
-    model's parameters under their own names; `load` of this package reads it. Of a vision model the
-    text part is written.
-
     Args:
         model_path: A model directory, or a Hub repository id.
         out: The directory to write, which must not exist.
-        self_contained: Add a Python file by which mlx-lm reads it too, without this package, and
-            which mlx-lm runs only with `trust_remote_code`.
+        self_contained: Add a Python file by which mlx-lm reads it without this package; mlx-lm runs
+            it only with `trust_remote_code`.
         shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
         cache_dir: As for `convert_checkpoint`.
         jobs: As for `convert_checkpoint`.

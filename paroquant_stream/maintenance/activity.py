@@ -29,6 +29,9 @@ def running(store: Store) -> str | None:
     for path in _files(store.folder("locks")):
         if path.suffix == ".lock" and _is_held(path):
             return f"{path} is held"
+    in_place = any(name.startswith("model-") for name in store.manifest_names())
+    if in_place and _is_held(store.root.parent):
+        return f"{store.root.parent} is locked"
     with contextlib.suppress(OSError), store.opened("tmp") as tmp:
         locks = locks_exclude(tmp)
         for name, status in tmp.files():

@@ -74,20 +74,32 @@ def _set_aside(plan: PrunePlan) -> list[Found]:
     A model that was used since the plan was made keeps its manifest, and so its entries.
     """
     aside = []
-    for file in (file for model in plan.models for file in model.files):
-        path = file.path.with_name(f"{file.path.name}.removed")
-        try:
-            if os.stat(file.path, follow_symlinks=False).st_mtime_ns == file.mtime_ns:
+    for model in plan.models:
+        if not all(map(_is_as_found, model.files)):
+            continue
+        for file in model.files:
+            path = file.path.with_name(f"{file.path.name}.removed")
+            try:
                 os.replace(file.path, path)
                 aside.append(replace(file, path=path))
-        except FileNotFoundError:  # another removal was faster
-            continue
-        except OSError as error:
-            raise _failed(file.path, error) from error
+            except FileNotFoundError:  # another removal was faster
+                continue
+            except OSError as error:
+                raise _failed(file.path, error) from error
     for kind in ("manifests", "dropped"):
         with contextlib.suppress(OSError):
             sync_directory(plan.inventory.store.folder(kind))
     return aside
+
+
+def _is_as_found(file: Found) -> bool:
+    """Tell whether a file was not used since it was found; an absent one was not."""
+    try:
+        return os.stat(file.path, follow_symlinks=False).st_mtime_ns == file.mtime_ns
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise _failed(file.path, error) from error
 
 
 def _unlink(file: Found) -> int:

@@ -88,7 +88,7 @@ def take_out(store: Store, record: EntryRecord, problem: str) -> EntryDamagedErr
 def _remove(store: Store, record: EntryRecord) -> str:
     if store.read_only:
         return "left in place, since the store is opened read-only"
-    if not is_only_copy(store, record.key):
+    if not (record.dropped or is_only_copy(store, record.key)):
         store.discard_entry(record.key)
         return "taken out of use"
     kept = keep_damaged(store, record.key)

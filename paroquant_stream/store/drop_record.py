@@ -16,6 +16,7 @@ model is found after its directory was moved, and told apart from one of equal c
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -250,11 +251,15 @@ def read_note(directory: Path) -> str | None:
             found = strict_json(file.read(_MAX_NOTE), NOTE)
         drop_id = found.get("id") if type(found) is dict else None
         if type(drop_id) is str and re.fullmatch("[0-9a-f]{64}", drop_id):
-            return drop_id
+            return drop_id if found.get("check", _check_of(drop_id)) == _check_of(drop_id) else None
     return None
 
 
-def write_note(folder: Folder, drop_id: str) -> None:
+def _check_of(drop_id: str) -> str:
+    return hashlib.sha256(drop_id.encode()).hexdigest()[:16]
+
+
+def write_note(folder: Folder, drop_id: str, required: bool = False) -> None:
     """Write the durable note that names the drop record of a model directory.
 
     An error is only logged, since the record is found by the directory's path too; but then the
@@ -263,16 +268,21 @@ def write_note(folder: Folder, drop_id: str) -> None:
     Args:
         folder: The model directory.
         drop_id: The id of the record.
+        required: Raise an error instead of logging it.
 
     Raises:
-        StoreError: A note of another drop can be neither replaced nor removed.
+        StoreError: A required note cannot be written, or a note of another drop can be neither
+            replaced nor removed.
     """
-    text = json.dumps({"id": drop_id, "text": _NOTE_TEXT}, indent=2) + "\n"
+    fields = {"id": drop_id, "check": _check_of(drop_id), "text": _NOTE_TEXT}
+    text = json.dumps(fields, indent=2) + "\n"
     try:
         temp_files.sweep_beside(folder, NOTE, locks=True)  # without locks a drop is refused
         with new_file_in(folder, NOTE, len(text)) as file:
             file.write(memoryview(text.encode()))
     except (OSError, StoreError) as error:
+        if required:
+            raise StoreError(f"{folder.path / NOTE}: cannot be written: {error}") from error
         _remove_note(folder, error)
         logger.warning("%s: not written: %s", folder.path / NOTE, error)
 

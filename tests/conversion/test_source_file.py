@@ -259,7 +259,7 @@ def test_the_next_run_restores_a_file_renamed_for_removal(home, tmp_path, monkey
     assert not (tmp_path / NAME).exists()
     if not links:
         monkeypatch.setattr(os, "link", lambda *_, **__: os.stat(tmp_path / "absent"))
-    put_all_back(tmp_path)
+    put_all_back(tmp_path, {NAME})
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     assert (tmp_path / NAME).read_bytes() == b"x"
 
@@ -268,7 +268,7 @@ def test_a_blob_on_its_way_out_gets_its_name_back(tmp_path):
     shard = snapshot(tmp_path, "one", b"x")
     blob = shard.resolve()
     blob.rename(blob.with_name(f".{blob.name}.0123456789abcdef.removing"))
-    put_all_back(shard.parent)
+    put_all_back(shard.parent, {NAME})
     assert shard.read_bytes() == b"x"
 
 
@@ -276,6 +276,6 @@ def test_a_restored_file_takes_no_name_that_another_has(tmp_path):
     aside = tmp_path / f".{NAME}.0123456789abcdef.removing"
     aside.write_bytes(b"x")
     (tmp_path / NAME).write_bytes(b"y")
-    put_all_back(tmp_path)
+    put_all_back(tmp_path, {NAME})
     assert (tmp_path / NAME).read_bytes() == b"y"
     assert aside.read_bytes() == b"x"

@@ -134,8 +134,11 @@ def test_twins_without_notes_are_found_by_path_only(twins, tmp_path):
     assert same(weights(one), first)
     assert same(weights(two), second)
     two.rename(tmp_path / "elsewhere")
+    assert same(weights(tmp_path / "elsewhere"), second)  # one still lies where it was dropped
+    one.rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").rename(tmp_path / "again")
     with pytest.raises(CheckpointError, match=rf"of two models .*{NOTE}"):
-        load(tmp_path / "elsewhere")
+        load(tmp_path / "again")
 
 
 def test_a_reused_path_keeps_both_models(twins, tmp_path):
@@ -248,7 +251,7 @@ def test_the_listing_shows_an_interrupted_conversion(model_dir, monkeypatch):
         run(model_dir, drop_source=True)
     (model,) = take_inventory(cache_store()).models
     row = make_row(take_inventory(cache_store()), model)
-    assert "cut off; run it again" in row.freshness.why
+    assert "was interrupted; run it again" in row.freshness.why
 
 
 def test_a_damaged_only_copy_is_kept_until_converted_again(model_dir, tmp_path):
@@ -281,3 +284,44 @@ def test_damage_in_a_models_own_store_moves_nothing(model_dir):
     ):
         load(model_dir, verify="full")
     assert {p: p.read_bytes() for p in model_dir.rglob("*") if p.is_file()} == before
+
+
+def test_another_model_never_gets_the_weights_of_a_dropped_one(twins):
+    """Its config and index are equal, its shards not downloaded yet."""
+    (one, first), (two, _) = twins
+    run(one, drop_source=True)
+    for path in two.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="absent shards"):
+        load(two)
+    assert same(weights(one), first)
+
+
+def test_a_note_with_a_flipped_bit_is_none(dropped):
+    directory, right = dropped
+    note = json.loads((directory / NOTE).read_text())
+    note["id"] = ("0" if note["id"][0] != "0" else "1") + note["id"][1:]
+    (directory / NOTE).write_text(json.dumps(note))
+    assert same(weights(directory), right)
+
+
+def test_a_second_dtype_is_found_through_the_note_of_the_first(model_dir, tmp_path):
+    right, keep = weights(model_dir, cache_dir=tmp_path / "right"), tmp_path / "keep"
+    shutil.copytree(model_dir, keep)
+    run(model_dir, drop_source=True)
+    for path in keep.glob("*.safetensors"):
+        shutil.copy2(path, model_dir / path.name)
+    run(model_dir, drop_source=True, dtype="float16")
+    model_dir.rename(tmp_path / "moved")
+    assert same(weights(tmp_path / "moved"), right)
+
+
+def test_a_model_used_while_rm_asks_keeps_its_records(dropped):
+    directory, right = dropped
+    inventory = take_inventory(cache_store())
+    plan = plan_removal(inventory, inventory.models)
+    os.utime(inventory.models[0].files[0].path)
+    execute(plan)
+    for path in cache_store().folder("manifests").iterdir():
+        path.unlink()
+    assert same(weights(directory), right)
