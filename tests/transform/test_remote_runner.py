@@ -169,10 +169,9 @@ def test_a_thread_keeps_its_buffers_from_shard_to_shard(model, tmp_path, thread_
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_job_releases_its_slot(model, tmp_path, thread_slots, fails):
     with sent(model, tmp_path / "cache") as (job, lease):
-        if fails:
-            job = replace(job, directory=tmp_path / "nowhere")
+        lost = replace(job, directory=tmp_path / "nowhere")
         with pytest.raises(CheckpointError) if fails else nullcontext():
-            run_remote(job, lease, HOST)
+            run_remote(lost if fails else job, lease, HOST)
     assert thread_slots().try_acquire() is not None
 
 
