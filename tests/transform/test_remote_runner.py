@@ -7,8 +7,9 @@ import fcntl
 import os
 import pickle
 import re
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -138,31 +139,40 @@ def test_only_some_errors_mean_that_the_lease_was_removed(tmp_path, monkeypatch,
     def fail(_path):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "stat", fail)
-    # private: what decides that a run has ended
-    assert remote_runner._lease_exists(tmp_path) is exists
+    with monkeypatch.context() as patch:  # pytest itself needs os.stat to report a failure
+        patch.setattr(os, "stat", fail)
+        found = remote_runner._lease_exists(tmp_path)  # private: decides that a run has ended
+    assert found is exists
 
 
-def test_a_thread_keeps_its_buffers_from_shard_to_shard(model, tmp_path):
-    slots_of = remote_runner._thread_slots  # private: what keeps a worker's memory bounded
-    with sent(model, tmp_path / "cache") as (job, lease), ThreadPoolExecutor(1) as pool:
-        slots = pool.submit(slots_of).result()
-        before = Slot(slots)
-        memory = before.buffers
-        before.release()
+@pytest.fixture
+def thread_slots(monkeypatch):
+    """Give this thread new slots, as a thread of a worker has."""
+    monkeypatch.setattr(remote_runner, "_thread", threading.local())  # private: holds them
+    return remote_runner._thread_slots  # private: what keeps a worker's memory bounded
+
+
+def test_a_thread_keeps_its_buffers_from_shard_to_shard(model, tmp_path, thread_slots):
+    slots = thread_slots()
+    before = Slot(slots)
+    memory = before.buffers
+    before.release()
+    with sent(model, tmp_path / "cache") as (job, lease):
         for _ in range(2):
-            pool.submit(run_remote, job, lease, HOST).result()
-        assert pool.submit(slots_of).result() is slots
-        assert Slot(slots).buffers is memory
-        assert slots_of() is not slots
+            run_remote(job, lease, HOST)
+    assert thread_slots() is slots
+    assert Slot(slots).buffers is memory
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(thread_slots).result() is not slots
 
 
-def test_a_failed_job_releases_its_slot(model, tmp_path):
-    with sent(model, tmp_path / "cache") as (job, lease), ThreadPoolExecutor(1) as pool:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_job_releases_its_slot(model, tmp_path, thread_slots, fails):
+    with sent(model, tmp_path / "cache") as (job, lease):
         lost = replace(job, directory=tmp_path / "nowhere")
-        with pytest.raises(CheckpointError):
-            pool.submit(run_remote, lost, lease, HOST).result()
-        assert pool.submit(run_remote, job, lease, HOST).result(60).converted
+        with pytest.raises(CheckpointError) if fails else nullcontext():
+            run_remote(lost if fails else job, lease, HOST)
+    assert thread_slots().try_acquire() is not None
 
 
 def test_a_worker_needs_no_lock(model, tmp_path, monkeypatch):
