@@ -156,7 +156,7 @@ def test_a_header_of_exactly_the_first_bytes_is_one_request(hub, source, commit,
     monkeypatch.setattr("paroquant_stream.checkpoint.hub._FIRST_BYTES", header)
     found = HubModel(REPO, commit).headers([name])
     assert found == {name: Shard(name, source / name).header()}
-    assert set(header_requests(hub)) == {f"bytes=0-{header - 1}"}
+    assert header_requests(hub) == [f"bytes=0-{header - 1}"] * 2  # the redirect and the bytes
 
 
 def test_a_server_without_ranges_does_not_send_a_whole_shard(hub, tmp_path):

@@ -346,7 +346,7 @@ def test_after_an_error_no_further_call_starts():
     assert len(begun) < 30
 
 
-def test_a_shorter_response_between_two_checks_starts_a_new_window():
+def test_a_shorter_response_starts_a_new_window():
     def closed(size: int) -> SimpleNamespace:
         return SimpleNamespace(is_closed=True, status_code=200, num_bytes_downloaded=size)
 

@@ -14,6 +14,7 @@ from tests.helpers.builders import CONFIG
     [
         ({"bits": 3}, "4 bits"),
         ({"bits": True}, "4 bits"),
+        ({"bits": 4.0}, "4 bits"),
         ({"group_size": 100}, "group_size"),
         ({"quant_method": "awq"}, "paroquant"),
     ],

@@ -87,7 +87,7 @@ def test_a_64_digit_name_outside_of_a_hub_cache_is_ignored(model_dir, tmp_path):
 
 
 class RecordingCache:
-    """A digest cache that knows one digest and records what it is asked and told."""
+    """A digest cache with one digest that records its calls."""
 
     def __init__(self):
         self.calls = []

@@ -26,7 +26,7 @@ NOBODY = 4194305  # over Linux's largest process number
 
 
 def temp(store: Store, pid: int, **fields: str) -> Path:
-    """A temp that process `pid` of this system would write, and that nobody has locked."""
+    """Create an unlocked temp file with the name that process `pid` of this system gives it."""
     path = store.folder("tmp") / temp_of(pid, **fields)
     path.write_bytes(b"1234")
     return path
