@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
-from paroquant_stream.errors import CheckpointError
+from paroquant_stream.errors import CheckpointError, MalformedFileError
 from tests.helpers.builders import llama_tensors, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -70,3 +71,38 @@ def test_a_tensor_in_two_shards_is_an_error(model_dir):
     (model_dir / "model-00002-of-00003.safetensors").write_bytes((model_dir / FIRST).read_bytes())
     with pytest.raises(CheckpointError, match=r"in two shards, .*00001.* and .*00002"):
         open_checkpoint(ModelConfig.read(model_dir)).headers()
+
+
+def test_a_shard_may_be_absent_if_its_header_is_known(model_dir):
+    whole = open_checkpoint(ModelConfig.read(model_dir)).headers()
+    (model_dir / FIRST).unlink()
+    config = ModelConfig.read(model_dir)
+    with pytest.raises(CheckpointError, match=f"the index names absent shards: {FIRST}; download"):
+        open_checkpoint(config)
+    checkpoint = open_checkpoint(config, lambda name: name == FIRST)
+    with pytest.raises(CheckpointError, match=f"{FIRST}: the shard is absent"):
+        checkpoint.headers()
+    assert replace(checkpoint, known_headers={FIRST: whole[FIRST]}).headers() == whole
+
+
+def test_a_known_header_must_agree_with_the_index_too(model_dir):
+    checkpoint = open_checkpoint(ModelConfig.read(model_dir))
+    headers = checkpoint.headers()
+    wrong = {FIRST: headers["model-00002-of-00003.safetensors"]}
+    with pytest.raises(CheckpointError, match="index and shards disagree"):
+        replace(checkpoint, known_headers=wrong).headers()
+
+
+def test_every_disagreement_is_listed(model_dir):
+    set_weight_map(
+        model_dir, lambda weights: weights.update({"model.one": FIRST, "model.two": FIRST})
+    )
+    with pytest.raises(CheckpointError, match=r"model\.one: .*\n  model\.two: "):
+        open_checkpoint(ModelConfig.read(model_dir)).headers()
+
+
+def test_a_malformed_config_is_reported_before_an_absent_shard(model_dir):
+    (model_dir / "config.json").write_text("[]")
+    (model_dir / FIRST).unlink()
+    with pytest.raises(MalformedFileError, match=r"config\.json: expected a JSON object"):
+        open_checkpoint(ModelConfig.read(model_dir))

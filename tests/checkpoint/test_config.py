@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -30,7 +31,7 @@ def test_an_absent_directory_or_config_is_an_error(tmp_path):
     "name",
     ["../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x.safetensors", "", ".", "..",
      "x\0y.safetensors", "sub/x.safetensors", "x" * 300 + ".safetensors", "x.bin", "-x.safetensors",
-     1, None, [], {}],
+     "x.safetensors.bin", "x.safetensors/y", "x.safetensors\n", 1, None, [], {}],
 )  # fmt: skip
 def test_a_shard_name_must_be_a_plain_file_name(model_dir, name):
     set_weight_map(model_dir, lambda weights: weights.update({"model.norm.weight": name}))
@@ -67,3 +68,24 @@ def test_an_oversized_index_or_config_is_refused(model_dir, monkeypatch, name, b
     monkeypatch.setattr(f"paroquant_stream.checkpoint.config.{bound}", 100)
     with pytest.raises(CheckpointError, match=f"{name}: .*, which no model needs"):
         open_checkpoint(ModelConfig.read(model_dir))
+
+
+def test_the_digest_tells_an_empty_index_from_none(tmp_path):
+    """Manifests contain it, so it must not change."""
+    assert ModelConfig(tmp_path, b"{}", None).sha256 == hashlib.sha256(b"{}\0").hexdigest()
+    assert ModelConfig(tmp_path, b"{}", b"").sha256 == hashlib.sha256(b"{}\1").hexdigest()
+    assert ModelConfig(tmp_path, b"{}", b"[]").sha256 == hashlib.sha256(b"{}\1[]").hexdigest()
+
+
+def test_shard_names_are_sorted_and_listed_once(tmp_path):
+    weights = {"b": "y.safetensors", "a": "y.safetensors", "c": "x.safetensors"}
+    index = json.dumps({"weight_map": weights}).encode()
+    config = ModelConfig(tmp_path, b"{}", index)
+    assert config.shard_names == ("x.safetensors", "y.safetensors")
+    assert config.weight_map == weights
+    assert ModelConfig(tmp_path, b"{}", None).shard_names == ("model.safetensors",)
+
+
+def test_only_an_export_has_its_mark(tmp_path):
+    assert ModelConfig(tmp_path, b'{"paroquant_stream": {}}', None).is_export
+    assert not ModelConfig(tmp_path, b'{"paroquant_config": {}}', None).is_export

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from paroquant_stream import convert_checkpoint
 from paroquant_stream.checkpoint.hub import PATTERNS, HubModel, locate
+from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.conversion.planning import survey
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import (
@@ -139,3 +142,37 @@ def test_offline_the_cache_is_used_and_absent_shards_named(hub, right, tmp_path,
     convert_checkpoint(REPO, cache_dir=tmp_path / "second")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert digests(convert_checkpoint(REPO)) == right
+
+
+def header_requests(hub) -> list[str]:
+    return [range_ for method, what, range_ in hub.log
+            if method == "GET" and what.endswith(".safetensors") and range_]  # fmt: skip
+
+
+def test_a_header_of_exactly_the_first_bytes_is_one_request(hub, source, commit, monkeypatch):
+    name = names()[0]
+    header = 8 + int.from_bytes((source / name).read_bytes()[:8], "little")
+    # private: the size of the first request is not an option
+    monkeypatch.setattr("paroquant_stream.checkpoint.hub._FIRST_BYTES", header)
+    found = HubModel(REPO, commit).headers([name])
+    assert found == {name: Shard(name, source / name).header()}
+    assert header_requests(hub) == [f"bytes=0-{header - 1}"] * 2  # the redirect and the bytes
+
+
+def test_a_server_without_ranges_does_not_send_a_whole_shard(hub, tmp_path):
+    directory = write_checkpoint(tmp_path / "large")
+    path = directory / "model.safetensors"
+    save_file({"x": np.zeros(64 << 20, np.uint8)}, path)
+    commit = hub.push("owner/large", directory)
+    hub.fault = lambda *_: "no ranges"
+    headers = HubModel("owner/large", commit).headers([path.name])
+    assert headers == {path.name: Shard(path.name, path).header()}
+    assert hub.sent < path.stat().st_size
+
+
+def test_an_unavailable_header_names_the_first_shards(hub, commit):
+    hub.fault = lambda _, what: "401" if what.startswith("header of") else None
+    with pytest.raises(CheckpointError) as error:
+        HubModel(REPO, commit).headers(names())
+    assert f"not in the Hub's cache: {', '.join(names()[:3])} and 3 more; " in str(error.value)
+    assert commit[:12] in str(error.value)

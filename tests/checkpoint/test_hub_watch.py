@@ -344,3 +344,18 @@ def test_after_an_error_no_further_call_starts():
         run_calls([(str(n), call) for n in range(50)])
     time.sleep(0.3)
     assert len(begun) < 30
+
+
+def test_a_shorter_response_starts_a_new_window():
+    def closed(size: int) -> SimpleNamespace:
+        return SimpleNamespace(is_closed=True, status_code=200, num_bytes_downloaded=size)
+
+    watch = Watch("x")
+    watch.bar(lambda _: None, None)()
+    for size in (500_000, 100):
+        watch.request()
+        watch.response(closed(size))
+        for _ in range(int(hub_watch.XET_WINDOW)):
+            watch.check(1)
+    with pytest.raises(CheckpointError, match="received 0 bytes from the Hub in 120 s"):
+        watch.check(1)

@@ -51,3 +51,12 @@ def test_a_shared_rotation_is_named_as_in_the_model():
     name = "model.layers.3.mlp.experts.gate_up_weight_theta"
     assert shared_rotation(name) == "model.layers.3.mlp.switch_mlp.gate_up_rot_theta"
     assert shared_rotation("model.layers.3.mlp.experts.3.down_proj.scales") is None
+
+
+def test_the_two_awq_layouts_pack_words_alike():
+    assert [layout for layout in Layout if layout.is_awq] == [Layout.AUTOAWQ, Layout.AWQ_QLINEAR]
+
+
+def test_both_configs_mean_the_current_native_layout():
+    config = {"paroquant_config": {}, "quantization_config": {}}
+    assert detect(config, {"x.qlinear.qweight": "I16"}) is Layout.PARO_NATIVE

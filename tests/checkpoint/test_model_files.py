@@ -16,6 +16,7 @@ from paroquant_stream.checkpoint.model_files import (
     hub_blob,
     open_inside,
     read_inside,
+    read_linked,
 )
 from paroquant_stream.errors import CheckpointError, MalformedFileError
 from tests.helpers.builders import cut_evenly, write_checkpoint
@@ -351,3 +352,30 @@ def test_files_that_are_not_read_whole_may_be_large(model_dir, name):
 def test_an_unlisted_directory_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="absent: cannot be listed"):
         check_directory(tmp_path / "absent")
+
+
+def test_a_linked_file_may_be_anywhere(tmp_path, secret):
+    (tmp_path / "link").symlink_to(secret)
+    assert read_linked(tmp_path / "link", 100) == b"of somebody"
+    with pytest.raises(CheckpointError, match="link: 11 bytes, over 0 MiB"):
+        read_linked(tmp_path / "link", 10)
+    with pytest.raises(FileNotFoundError):
+        read_linked(tmp_path / "absent", 10)
+
+
+def test_a_file_of_exactly_the_limit_is_read(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_inside(tmp_path / "x", 5) == b"12345"
+    with pytest.raises(CheckpointError, match="5 bytes, over"):
+        read_inside(tmp_path / "x", 4)
+
+
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"1")
+
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(model_files, "open_regular", fail)
+    with pytest.raises(CheckpointError, match="x: cannot be opened: Permission denied"):
+        read_inside(tmp_path / "x", 5)

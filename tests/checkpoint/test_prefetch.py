@@ -143,3 +143,31 @@ def test_the_end_of_the_block_stops_a_running_download(remote, names):
     for thread in running._threads:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def test_the_first_of_several_errors_is_raised(remote, names):
+    a, b, *_ = names
+    remote.errors[a] = CheckpointError("first")
+    remote.errors[b] = CheckpointError("second")
+    gate = remote.gates[b] = threading.Event()
+    with prefetcher(remote, [[a], [b]]) as running:
+        with pytest.raises(CheckpointError, match="first"):
+            running.wait_for([a], never)
+        gate.set()
+        with pytest.raises(CheckpointError, match="first"):
+            running.wait_for([b], never)
+
+
+def test_ticks_name_the_shard_and_add_up_to_its_size(remote, names):
+    ticks = []
+    headers = remote.headers(names)
+    running = Prefetcher(remote, remote.target, [names], headers, lambda *tick: ticks.append(tick))
+    with running:
+        running.wait_for(names, never)
+    assert sorted(ticks) == [(name, (remote.source / name).stat().st_size) for name in names]
+
+
+def test_a_shard_without_a_planned_header_is_accepted(remote, names):
+    """Another run dropped it after the plan was made."""
+    with prefetcher(remote, [names[:1]], {"other": None}) as running:
+        running.wait_for(names[:1], never)

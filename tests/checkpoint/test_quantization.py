@@ -14,6 +14,7 @@ from tests.helpers.builders import CONFIG
     [
         ({"bits": 3}, "4 bits"),
         ({"bits": True}, "4 bits"),
+        ({"bits": 4.0}, "4 bits"),
         ({"group_size": 100}, "group_size"),
         ({"quant_method": "awq"}, "paroquant"),
     ],
@@ -33,3 +34,28 @@ def test_quantization_in_text_config_is_found():
     assert read_quantization(
         {"text_config": {"paroquant_config": {"nbit": 4, "group_size": 64}}}
     ) == (Quantization(4, 64))
+
+
+def test_absent_values_have_the_defaults_of_paroquant():
+    assert read_quantization({"quantization_config": {}}) == Quantization(4, 128)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_group_sizes_of_mlx_are_accepted(group_size):
+    config = {"quantization_config": {"group_size": group_size, "quant_method": "ParoQuant"}}
+    assert read_quantization(config) == Quantization(4, group_size)
+
+
+@pytest.mark.parametrize("value", [True, 16, 256, "128", 128.0])
+def test_other_group_sizes_are_refused(value):
+    with pytest.raises(LayoutError, match="expected a group_size of 32, 64 or 128"):
+        read_quantization({"quantization_config": {"group_size": value}})
+
+
+def test_the_first_block_counts():
+    config = {
+        "paroquant_config": {"group_size": 32},
+        "quantization_config": "not a block",
+        "text_config": {"quantization_config": {"group_size": 64}},
+    }
+    assert read_quantization(config).group_size == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.model_files import hub_blob
+from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.errors import CheckpointError, MalformedFileError
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 
@@ -82,3 +84,46 @@ def test_a_64_digit_name_outside_of_a_hub_cache_is_ignored(model_dir, tmp_path):
     (model_dir / FIRST).rename(target)
     (model_dir / FIRST).symlink_to(target)
     assert open_checkpoint(ModelConfig.read(model_dir)).shards[0].hub_sha256 is None
+
+
+class RecordingCache:
+    """A digest cache with one digest that records its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def lookup(self, fd, name=None):
+        self.calls.append((os.fstat(fd).st_ino, name))
+        return "known"
+
+    def begin(self, fd):
+        return "state"
+
+    def remember(self, fd, before, digest, name=None):
+        self.calls.append((before, digest, name))
+
+
+def test_a_hash_is_stored_with_the_name_of_the_blob(tmp_path):
+    snapshot = hub_snapshot(tmp_path, llama_tensors(), "a" * 64)
+    shard, cache = open_checkpoint(ModelConfig.read(snapshot)).shards[0], RecordingCache()
+    digest = hashlib.sha256(shard.path.read_bytes()).hexdigest()
+    assert shard.sha256(cache) == digest
+    assert cache.calls == [("state", digest, "a" * 64)]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_known_hash_is_looked_up_by_file_and_name(tmp_path, is_open):
+    snapshot = hub_snapshot(tmp_path, llama_tensors(), "a" * 64)
+    shard, cache = open_checkpoint(ModelConfig.read(snapshot)).shards[0], RecordingCache()
+    fd = shard.open() if is_open else None
+    assert shard.known_sha256(cache, fd) == "known"
+    assert cache.calls == [(shard.path.stat().st_ino, "a" * 64)]
+    if fd is not None:
+        os.close(fd)  # it was left open
+
+
+def test_an_absent_shard_is_named(tmp_path):
+    shard = Shard("x.safetensors", tmp_path / "x.safetensors")
+    for action in (shard.open, shard.header, lambda: shard.known_sha256(RecordingCache())):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors: the shard is absent; download"):
+            action()

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 Fault = Callable[[str, str], str | None]
 """`(method, what)` -> None, or `cut` (half of the bytes), `refuse` (no answer), `401`, `corrupt`,
-`trickle` (a byte at a time), `trickle head` (even the answer's head), `wait` (for an hour).
+`trickle` (a byte at a time), `trickle head` (even the headers), `wait` (for an hour), `no ranges`.
 
 `what` is a file's name, or `api`; of a range request of a header, `header of` its name.
 """
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         status, body = 200, data
         if fault == "corrupt":
             body = data[:-1] + bytes([data[-1] ^ 1])
-        if range_:
+        if range_ and fault != "no ranges":
             first, _, last = range_.removeprefix("bytes=").partition("-")
             stop = min(int(last) + 1 if last else len(data), len(data))
             status, body = 206, body[int(first) : stop]

@@ -159,13 +159,13 @@ def test_syncing_an_entry_syncs_both_directories(store, monkeypatch):
 
 
 def test_only_a_user_cache_has_a_tag_and_lock_files(tmp_path, store):
-    beside = Store(tmp_path / "mlx", private=False)
-    beside.create()
+    in_model = Store(tmp_path / "mlx", private=False)
+    in_model.create()
     assert {path.name for path in store.root.iterdir()} == {"CACHEDIR.TAG", "v1"}
-    assert {path.name for path in beside.root.iterdir()} == {"v1"}
+    assert {path.name for path in in_model.root.iterdir()} == {"v1"}
     kinds = {"entries", "manifests", "dropped", "memo", "tmp"}
     assert {path.name for path in (store.root / "v1").iterdir()} == kinds | {"locks"}
-    assert {path.name for path in (beside.root / "v1").iterdir()} == kinds
+    assert {path.name for path in (in_model.root / "v1").iterdir()} == kinds
 
 
 def test_a_file_is_read_up_to_one_byte_over_the_limit(store):

@@ -48,7 +48,7 @@ def same(one, two) -> bool:
 
 @pytest.fixture
 def twins(tmp_path):
-    """Two models of equal config and index and other weights, and what each should load."""
+    """Two models that differ only in their weights, each with the weights it should load."""
     paths = [
         write_checkpoint(tmp_path / name, llama_tensors(seed), cut_evenly(3))
         for seed, name in enumerate(("one", "two"))
@@ -58,7 +58,7 @@ def twins(tmp_path):
 
 @pytest.fixture
 def dropped(model_dir):
-    """A model without sources, and what it should load."""
+    """A model whose shards were removed, with the weights it should load."""
     right = weights(model_dir, cache_dir=model_dir.parent / "right")
     run(model_dir, drop_source=True)
     return model_dir, right

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paroquant_stream.errors import ManifestError, NewerManifestError
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.store.manifest import EntryRecord, Manifest
+from paroquant_stream.store.manifest import EntryRecord, Manifest, seal, unseal
 
 RECORD = EntryRecord(
     shard="model-00001-of-00002.safetensors",
@@ -169,3 +169,33 @@ def test_a_newer_major_version_has_an_error_of_its_own():
     with pytest.raises(ManifestError) as caught:
         Manifest.decode(GOOD[:-1])
     assert not isinstance(caught.value, NewerManifestError)
+
+
+def test_a_key_that_is_there_twice_is_noticed():
+    body = GOOD[52:]
+    assert body[0] == 0x88  # a map of eight keys
+    doubled = b"\x89" + body[1:] + msgpack.packb("bits") + msgpack.packb(4)
+    with pytest.raises(ManifestError, match="a map has a key twice"):
+        Manifest.decode(sealed(doubled))
+
+
+@pytest.mark.parametrize("dim", [2**31 - 1, 2**31, -1])
+def test_dimensions_have_31_bits(dim):
+    data = changed(tensors=[["x", "U32", [dim]]])
+    if 0 <= dim < 2**31:
+        assert Manifest.decode(data).entries[0].tensors[0].shape == (dim,)
+    else:
+        with pytest.raises(ManifestError, match="x: a dimension"):
+            Manifest.decode(data)
+
+
+def test_a_file_over_the_limit_is_not_hashed():
+    sealed_bytes = seal(b"PAROSTRM", b"body")
+    assert unseal(b"PAROSTRM", sealed_bytes, len(sealed_bytes)) == b"body"
+    with pytest.raises(ManifestError, match=f"{len(sealed_bytes)} bytes"):
+        unseal(b"PAROSTRM", sealed_bytes, len(sealed_bytes) - 1)
+
+
+def test_entries_are_found_by_the_names_of_their_tensors():
+    assert MANIFEST.entries_with(lambda name: name == "x.empty") == [RECORD]
+    assert MANIFEST.entries_with(lambda name: name == "y") == []

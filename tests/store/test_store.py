@@ -17,15 +17,16 @@ import xxhash
 from paroquant_stream.errors import StoreError
 from paroquant_stream.files import temp_files
 from paroquant_stream.store.damage import keep_damaged
-from paroquant_stream.store.store import Store
+from paroquant_stream.store.store import Store, cache_store
 from tests.helpers.builders import temp_of
+from tests.helpers.records import manifest_of
 from tests.helpers.stores import KEY, publish, temps
 
 NOBODY = 4194305  # over Linux's largest process number
 
 
 def temp(store: Store, pid: int, **fields: str) -> Path:
-    """A temp that process `pid` of this system would write, and that nobody has locked."""
+    """Create an unlocked temp file with the name that process `pid` of this system gives it."""
     path = store.folder("tmp") / temp_of(pid, **fields)
     path.write_bytes(b"1234")
     return path
@@ -272,3 +273,46 @@ def test_an_absent_manifest_or_a_directory_is_none(store):
     assert store.load_manifest("m") is None
     store.manifest_path("m").mkdir()
     assert store.load_manifest("m") is None
+
+
+def test_a_damaged_or_newer_manifest_is_none(store):
+    store.write_manifest("m", manifest_of())
+    assert store.load_manifest("m") == manifest_of()
+    path = store.manifest_path("m")
+    data = bytearray(path.read_bytes())
+    for position in (-1, 10):  # the body, and the major version
+        changed = bytearray(data)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        assert store.load_manifest("m") is None
+
+
+def test_only_manifests_are_listed(store):
+    store.write_manifest("m", manifest_of())
+    store.write_file("manifests", "m.msgpack.removed", b"")
+    assert store.manifest_names() == ["m"]
+
+
+def test_touching_a_manifest_sets_its_mtime_and_nothing_else(store):
+    store.write_manifest("m", manifest_of())
+    path = store.manifest_path("m")
+    os.utime(path, (0, 0))
+    store.touch_manifest("m")
+    assert path.stat().st_mtime > 0
+    store.touch_manifest("absent")
+    assert store.manifest_names() == ["m"]
+
+
+def test_a_link_in_place_of_a_manifest_is_not_touched(store, tmp_path):
+    (tmp_path / "victim").write_text("")
+    os.utime(tmp_path / "victim", (0, 0))
+    store.manifest_path("m").symlink_to(tmp_path / "victim")
+    store.touch_manifest("m")
+    assert (tmp_path / "victim").stat().st_mtime == 0
+
+
+def test_the_given_directory_or_the_users_is_the_cache(tmp_path, monkeypatch):
+    assert cache_store(tmp_path).root == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_store("~/x").root == tmp_path / "x"
+    assert cache_store().root == tmp_path / "user-cache"
