@@ -1,4 +1,4 @@
-"""The README's three examples run as they are written, on a model of the fixtures."""
+"""The README's examples run as they are written, on a model of the fixtures."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ print(type(model.model.layers[0].self_attn.q_proj).__module__)
 
 
 def blocks(language: str) -> list[str]:
-    section = README.read_text().split("## Three ways to use it")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def run(command: list[str], directory: Path) -> str:
@@ -51,7 +50,17 @@ def test_a_model_is_loaded(tmp_path):
     assert run([sys.executable, "-c", script], tmp_path) == "TokenizerWrapper False\n"
 
 
-def test_a_program_that_loads_by_paroquant_has_our_loader(tmp_path):
+def test_the_cache_commands_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAROQUANT_STREAM_CACHE", str(tmp_path / "cache"))
+    text = blocks("console")[1].replace("owner/name", MODEL)
+    convert, listed, prune, verify = [shlex.split(l, comments=True) for l in text.splitlines()]
+    run(convert, tmp_path)
+    assert "1 model" in run(listed, tmp_path)
+    assert "nothing to remove" in run([*prune, "-y"], tmp_path)
+    assert "0 differ" in run(verify, tmp_path)
+
+
+def test_a_program_that_loads_through_paroquant_has_this_loader(tmp_path):
     (command,) = lines(blocks("console")[0])
     (tmp_path / "program.py").write_text(PROGRAM)
     assert run(command, tmp_path) == "paroquant_stream.rotation.layers\n"
@@ -59,6 +68,6 @@ def test_a_program_that_loads_by_paroquant_has_our_loader(tmp_path):
 
 @pytest.mark.timeout(120)
 def test_an_export_runs_in_stock_mlx_lm(tmp_path):
-    export, generate = lines(blocks("console")[1])
+    export, generate = lines(blocks("console")[2])
     assert "contains code" in run(export, tmp_path)
     assert "Generation: " in run(generate, tmp_path)

@@ -20,7 +20,7 @@ from ..trace import Trace
 from ..transform.remote_runner import runner
 from ..transform.task_runner import Job, Outcome
 from .drop_source import Dropper
-from .planning import ModelPlan, work_of
+from .planning import ModelPlan, Work, work_of
 from .progress import Progress, Tally
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
@@ -52,12 +52,9 @@ def convert_shards(
     reports = {n: report_reused(r, r) for n, r in kept.items()}
     tally = Tally(progress, work.tasks, work.absent)
     tally.announce()
-    # at least `jobs`: of the tasks that hold a place, one is then always free to go on
+    # at least `jobs`, so that one of the tasks with a slot can always continue
     ahead = max(2, request.jobs) if request.options.drop_source else None
-    given = model.checkpoint.known_headers
-    prefetcher = Prefetcher(
-        request.source.remote, request.source.directory, work.absent, given, tally.add, ahead
-    )
+    prefetcher = _prefetcher(request, model, work, tally, ahead)
     manifest_of = partial(_manifest, request, model)
     with Dropper(request, model, home, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
@@ -78,6 +75,13 @@ def convert_shards(
     dropper.keep(manifest)
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
+
+
+def _prefetcher(
+    request: Request, model: ModelPlan, work: Work, tally: Tally, ahead: int | None
+) -> Prefetcher:
+    source, known = request.source, model.checkpoint.known_headers
+    return Prefetcher(source.remote, source.directory, work.absent, known, tally.add, ahead)
 
 
 def _report(

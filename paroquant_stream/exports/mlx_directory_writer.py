@@ -89,18 +89,9 @@ def export_model(
         StoreError: It cannot be written.
         ModelError: As `load` raises.
     """
-    target = Path(os.path.abspath(Path(out).expanduser()))
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target}: exists; remove it or name another directory")
-    if not os.path.isdir(target.parent):  # before hours of conversion
-        raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
+    target = _target(out)
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
-    if request.source.config.is_export:
-        raise CheckpointError(
-            f"{request.source.directory}: is an export already; export its original"
-        )
-    check_directory(request.source.directory)
-    files_to_export(request.source.directory)  # as above
+    _check_source(request)
 
     def attempt() -> Export:
         try:
@@ -111,11 +102,27 @@ def export_model(
             raise
         return _write_directory(request, manifest, store, target, self_contained, shard_size)
 
-    with contextlib.suppress(
-        EntryDamagedError
-    ):  # logged, and taken out of use: it is converted again
+    with contextlib.suppress(EntryDamagedError):  # logged; the entry is converted again
         return attempt()
     return attempt()
+
+
+def _target(out: str | Path) -> Path:
+    """Return the absolute path of the new directory; checked before hours of conversion."""
+    target = Path(os.path.abspath(Path(out).expanduser()))
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target}: exists; remove it or name another directory")
+    if not os.path.isdir(target.parent):
+        raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
+    return target
+
+
+def _check_source(request: Request) -> None:
+    directory = request.source.directory
+    if request.source.config.is_export:
+        raise CheckpointError(f"{directory}: is an export already; export its original")
+    check_directory(directory)
+    files_to_export(directory)
 
 
 def _write_directory(

@@ -145,7 +145,7 @@ def test_a_rank_that_fails_ends_the_other_one(tmp_path):
 
 @pytest.mark.long  # 8 s of imports
 def test_the_readmes_program_prints_what_one_process_generates(tmp_path):
-    section = (ROOT / "README.md").read_text().split("## Several machines")[1]
+    section = (ROOT / "paroquant_stream/distributed/README.md").read_text()
     script = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     script = script.replace("path/to/model", str(FIXTURES / FAMILIES[2]))
     (tmp_path / "ranks.py").write_text(script)

@@ -1,0 +1,56 @@
+"""What is asked of a conversion: options that are checked, and the names of manifests."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from paroquant_stream import ConvertOptions
+from paroquant_stream.checkpoint.model_source import ModelSource
+from paroquant_stream.conversion.request import Target, default_jobs, make_request, model_id
+from paroquant_stream.store.store import Store
+
+
+@pytest.mark.parametrize("jobs", [0, -1, 1.0, True, "2"])
+def test_jobs_are_a_whole_number_from_1(jobs):
+    with pytest.raises(ValueError, match="jobs is a whole number, 1 or more, or None"):
+        ConvertOptions(jobs=jobs)
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"dtype is one of source, .*, not 'int8'"):
+        ConvertOptions(dtype="int8")
+
+
+def test_an_unknown_option_is_refused(model_dir):
+    with pytest.raises(TypeError, match="nope"):
+        make_request(model_dir, nope=1)
+
+
+def test_by_default_there_is_a_job_per_core_and_at_most_8(monkeypatch, model_dir):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert 1 <= default_jobs() <= 8
+    assert make_request(model_dir, jobs=3).jobs == 3
+
+
+def test_an_executor_gives_the_number_of_jobs(model_dir):
+    with ThreadPoolExecutor(5) as pool:
+        assert make_request(model_dir, executor=pool).jobs >= 1
+
+
+def test_the_model_id_is_of_path_and_dtype():
+    one, other = Path("/m"), Path("/n")
+    assert len({model_id(p, d) for p in (one, other) for d in ("source", "float16")}) == 4
+
+
+def test_an_in_place_manifest_is_named_without_a_path():
+    store = Store(Path("/c"))
+    names = {
+        Target(store, in_place=True).manifest_name(ModelSource("m", Path(path)))
+        for path in ("/m", "/n")
+    }
+    assert len(names) == 1
+    assert names.pop().startswith("model-")
