@@ -53,7 +53,9 @@ def test_a_model_is_loaded(tmp_path):
 def test_the_cache_commands_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PAROQUANT_STREAM_CACHE", str(tmp_path / "cache"))
     text = blocks("console")[1].replace("owner/name", MODEL)
-    convert, listed, prune, verify = [shlex.split(l, comments=True) for l in text.splitlines()]
+    convert, listed, prune, verify = [
+        shlex.split(line, comments=True) for line in text.splitlines()
+    ]
     run(convert, tmp_path)
     assert "1 model" in run(listed, tmp_path)
     assert "nothing to remove" in run([*prune, "-y"], tmp_path)

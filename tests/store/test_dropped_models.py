@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
@@ -12,23 +13,27 @@ from mlx.utils import tree_flatten
 
 from paroquant_stream.api.load import load
 from paroquant_stream.cli.cache_listing import make_row
+from paroquant_stream.conversion import drop_source
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
     CheckpointError,
     EntryDamagedError,
     SourceDroppedError,
+    StoreError,
 )
+from paroquant_stream.maintenance.activity import demand_quiet
 from paroquant_stream.maintenance.inventory import take_inventory
 from paroquant_stream.maintenance.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.maintenance.removal import execute
 from paroquant_stream.store.damage import damaged_path
 from paroquant_stream.store.drop_record import (
     NOTE,
+    read_records,
     record_ids,
 )
-from paroquant_stream.store.store import cache_store
-from tests.helpers.builders import CONFIG, cut_evenly, llama_tensors, write_checkpoint
+from paroquant_stream.store.store import Store, cache_store
+from tests.helpers.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
 
 def run(directory, **options):
@@ -325,3 +330,67 @@ def test_a_model_used_while_rm_asks_keeps_its_records(dropped):
     for path in cache_store().folder("manifests").iterdir():
         path.unlink()
     assert same(weights(directory), right)
+
+
+@contextmanager
+def interrupted_after(removals: int):
+    """Ctrl-C after so many shards are removed."""
+    real, done = drop_source.SourceFile.remove, []
+
+    def remove(self):
+        real(self)
+        done.append(self.path.name)
+        if len(done) == removals:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drop_source.SourceFile, "remove", remove)
+        with pytest.raises(KeyboardInterrupt):
+            yield done
+    assert len(done) == removals
+
+
+def test_an_older_tree_is_not_used_after_a_cut_in_place_drop(model_dir, tmp_path):
+    first, second = llama_tensors(0), llama_tensors(1)
+    homes = cut_evenly(3)(sorted(first))
+    mixed = {n: (second if "00001" in homes[n] else first)[n] for n in homes}
+    run(model_dir, in_place=True, drop_source=True)
+    other = write_checkpoint(tmp_path / "other", mixed, cut_evenly(3))
+    right = weights(other, cache_dir=tmp_path / "right")
+    for path in other.glob("*.safetensors"):
+        shutil.copy2(path, model_dir / path.name)
+    with interrupted_after(1):
+        run(model_dir, in_place=True, drop_source=True)
+    with pytest.raises(SourceDroppedError):
+        load(model_dir)  # the older tree fits no more, and the newer one is not complete
+    run(model_dir, in_place=True, drop_source=True)
+    assert same(weights(model_dir), right)
+
+
+def test_a_damaged_entry_whose_lender_was_removed_is_kept(tmp_path):
+    directory = write_checkpoint(tmp_path / "m", llama_tensors(), cut_apart(2))
+    with interrupted_after(1) as done:
+        run(directory, drop_source=True)
+    (record,) = read_records(cache_store())
+    (entry,) = [e for e in record.manifest.entries if e.shard not in done]
+    assert entry.borrowed_sha256
+    path = cache_store().entry_path(entry.key)
+    damage(path)
+    with pytest.raises(EntryDamagedError, match="kept as"):
+        run(directory, drop_source=True)
+    assert damaged_path(cache_store(), entry.key)
+
+
+def test_rm_of_a_tree_waits_for_its_drop(model_dir):
+    run(model_dir, in_place=True)
+    store, refused = Store(model_dir / "mlx"), []
+
+    def remove(self):
+        with pytest.raises(StoreError, match="is locked"):
+            demand_quiet(store)
+        refused.append(self.path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drop_source.SourceFile, "remove", remove)
+        run(model_dir, in_place=True, drop_source=True)
+    assert len(refused) == 3
