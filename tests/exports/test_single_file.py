@@ -95,7 +95,7 @@ def test_a_file_cut_short_is_never_served(exported, size, caplog):
     load(exported)
     assert f"not used: {path}" in caplog.text
     remove_sources(exported)
-    with pytest.raises(CheckpointError, match=rf"(?s)model\.safetensors is there.*{NAME}"):
+    with pytest.raises(CheckpointError, match=rf"(?s)model\.safetensors exists.*{NAME}"):
         load(exported, cache_dir=exported / "empty")
 
 
