@@ -50,7 +50,7 @@ def test_a_malformed_index_is_refused(model_dir, text):
 
 def test_a_duplicate_key_in_the_config_is_refused(model_dir):
     (model_dir / "config.json").write_text('{"a": 1, "a": 2}')
-    with pytest.raises(MalformedFileError, match="stands twice"):
+    with pytest.raises(MalformedFileError, match="duplicate key"):
         open_checkpoint(ModelConfig.read(model_dir))
 
 

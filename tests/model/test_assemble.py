@@ -192,7 +192,7 @@ def test_stacks_that_ranks_cut_are_joined_lazily(model_dir, monkeypatch, split, 
 
 def test_ranks_wait_for_each_other_after_the_load(model_dir, monkeypatch):
     waited, group = [], Rank(0, 1)
-    monkeypatch.setattr(assembling, "meet", waited.append)
+    monkeypatch.setattr(assembling, "barrier", waited.append)
     load(model_dir)
     assert waited == []
     load(model_dir, group=group, parallel="tensor")

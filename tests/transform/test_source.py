@@ -153,7 +153,7 @@ def task(directory, tmp_path):
 
 
 def opened(directory, task, tick=lambda _: None) -> Source:
-    return Source(task[0], directory, task[1].memo, tick)
+    return Source(task[0], directory, task[1].digest_cache, tick)
 
 
 def first_part(task):
@@ -241,7 +241,7 @@ def test_closing_closes_every_shard(scattered_dir, tmp_path):
     request.store.create()
     task = next(task for task in plan_model(request).plan.tasks if task.borrowed)
     before = len(os.listdir("/dev/fd"))
-    source = Source(task, scattered_dir, request.store.memo, lambda _: None)
+    source = Source(task, scattered_dir, request.store.digest_cache, lambda _: None)
     source.borrowed_sha256()
     assert len(os.listdir("/dev/fd")) > before + 1
     source.close()

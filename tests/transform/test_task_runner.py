@@ -200,7 +200,7 @@ def test_no_descriptor_remains_open(jobs, fails):
 def test_a_new_entry_need_not_be_hashed_when_it_is_loaded(jobs, settled):
     record = converted(jobs[0])
     with jobs[0].store.entry_path(record.key).open("rb") as file:
-        assert jobs[0].store.memo.lookup(file.fileno()) == record.digest
+        assert jobs[0].store.digest_cache.lookup(file.fileno()) == record.digest
 
 
 def test_an_entry_without_a_digest_is_converted_again(jobs, monkeypatch):
