@@ -8,6 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.model_source import ModelSource
@@ -132,20 +133,19 @@ def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
 
 def _requests_to_verify(arguments: argparse.Namespace) -> list[Request]:
     """Return a request for each dtype that the model was converted to."""
-    requests = [
-        make_request(
-            arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place, dtype=dtype
-        )
-        for dtype in DTYPES
-    ]
+    request = make_request(  # once: a Hub id is looked up on the Hub
+        arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place
+    )
+    requests = [replace(request, target=replace(request.target, dtype=d)) for d in DTYPES]
     return [r for r in requests if find_manifest(r)] or requests[:1]
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    if arguments.model is None:
+    requests = None if arguments.model is None else _requests_to_verify(arguments)
+    if requests is None:
         count, problems = verify_store(cache_store(arguments.cache_dir))
     else:
-        found = [verify_model(r, arguments.sources) for r in _requests_to_verify(arguments)]
+        found = [verify_model(request, arguments.sources) for request in requests]
         count, problems = sum(n for n, _ in found), [p for _, ps in found for p in ps]
     if arguments.json:
         listed = [{"path": str(p.path), "expected": p.expected, "found": p.found} for p in problems]
@@ -155,27 +155,27 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(shown(problem))
         print(f"{count} files read, {len(problems)} differ")
     damaged = {problem.key for problem in problems if problem.key}
-    if damaged and _repair(arguments, damaged):
+    if damaged and _repair(arguments, requests or _requests_of(arguments, damaged)):
         problems = [problem for problem in problems if not problem.key]
     return int(bool(problems))
 
 
-def _repair(arguments: argparse.Namespace, damaged: set[str]) -> bool:
-    """Convert the models of these entries again, if asked to, else say how that is done."""
-    if arguments.model is not None:
-        requests = _requests_to_verify(arguments)
-    else:
-        store = cache_store(arguments.cache_dir)
-        models = [m for m in take_inventory(store).models if m.directory]
-        requests = [
-            Request(
-                ModelSource(str(m.directory), m.directory),
-                Target(store, dtype=m.dtype),
-                jobs=default_jobs(),
-            )
-            for m in models
-            if m.directory and damaged & {record.key for record in m.records}
-        ]
+def _requests_of(arguments: argparse.Namespace, damaged: set[str]) -> list[Request]:
+    """Return a request for each model of the cache that has one of these entries."""
+    store = cache_store(arguments.cache_dir)
+    return [
+        Request(
+            ModelSource(str(m.directory), m.directory),
+            Target(store, dtype=m.dtype),
+            jobs=default_jobs(),
+        )
+        for m in take_inventory(store).models
+        if m.directory and damaged & {record.key for record in m.records}
+    ]
+
+
+def _repair(arguments: argparse.Namespace, requests: Sequence[Request]) -> bool:
+    """Convert these models again, if asked to, else say how that is done."""
     say = print if not arguments.json else (lambda _: None)
     if not arguments.repair:
         for request in requests:
