@@ -102,17 +102,20 @@ def test_a_model_is_not_split_twice():
     assert unchanged(model, before)
 
 
+class Heads(nn.Module):
+    """Divides its number of heads over the ranks, as the classes of mlx-lm do."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def shard(self, group) -> None:
+        self.heads = max(1, self.heads // group.size())
+
+
 @pytest.mark.parametrize(("heads", "ranks"), [(3, 2), (5, 4), (6, 4), (2, 3)])
 def test_heads_that_do_not_divide_are_refused(heads, ranks):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.heads = heads
-
-        def shard(self, group):
-            self.heads = max(1, self.heads // group.size())
-
-    model = Model()
+    model = Heads(heads)
     with pytest.raises(SplitError, match=f"heads of {heads} does not divide over {ranks} ranks"):
         split_tensors(model, Rank(0, ranks))
     assert model.heads == heads
@@ -120,15 +123,7 @@ def test_heads_that_do_not_divide_are_refused(heads, ranks):
 
 @pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (2, 4), (1, 2)])
 def test_heads_that_divide_or_are_repeated_are_accepted(heads, ranks):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.heads = heads
-
-        def shard(self, group):
-            self.heads = max(1, self.heads // group.size())
-
-    model = Model()
+    model = Heads(heads)
     split_tensors(model, Rank(0, ranks))
     assert model.heads == max(1, heads // ranks)
 

@@ -16,22 +16,16 @@ from paroquant_stream.errors import StoreError
 from paroquant_stream.maintenance.inventory import Inventory, take_inventory
 from paroquant_stream.maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.store.manifest import Manifest
-from paroquant_stream.store.store import Store, cache_store
-from tests.helpers.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
+from paroquant_stream.store.store import Store
+from tests.helpers.builders import temp_of
 
 pytestmark = pytest.mark.usefixtures("settled")
 DAY = 86_400.0
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
-    """A cache with models a, b and c of three shards each; b shares every entry with a."""
-    write_checkpoint(tmp_path / "a", cut=cut_evenly(3))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    write_checkpoint(tmp_path / "c", llama_tensors(1), cut_evenly(3))
-    for name in ("a", "b", "c"):
-        convert_checkpoint(tmp_path / name, jobs=1)
-    return cache_store()
+def store(three_models) -> Store:
+    return three_models
 
 
 def manifest_path(store: Store, directory: Path) -> Path:

@@ -23,21 +23,15 @@ from paroquant_stream.maintenance import removal
 from paroquant_stream.maintenance.inventory import take_inventory
 from paroquant_stream.maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
 from paroquant_stream.maintenance.removal import execute
-from paroquant_stream.store.store import Store, cache_store
-from tests.helpers.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
+from paroquant_stream.store.store import Store
+from tests.helpers.builders import temp_of
 
 pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
-    """A cache with the models a and b, which share their entries, and c."""
-    write_checkpoint(tmp_path / "a", cut=cut_evenly(3))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    write_checkpoint(tmp_path / "c", llama_tensors(1), cut_evenly(3))
-    for name in ("a", "b", "c"):
-        convert_checkpoint(tmp_path / name, jobs=1)
-    return cache_store()
+def store(three_models) -> Store:
+    return three_models
 
 
 def plan_of(store: Store, *names: str) -> PrunePlan:
