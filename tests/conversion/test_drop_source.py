@@ -35,6 +35,7 @@ from paroquant_stream.store import lock
 from paroquant_stream.store.drop_record import read_records, write_record
 from paroquant_stream.store.lock import directory_lock
 from tests.helpers.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
+from tests.helpers.processes import killed_at
 
 FIRST, SECOND, THIRD = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 
@@ -303,22 +304,7 @@ def test_interrupted_at_any_change_the_next_run_completes(
     assert cut > 30
 
 
-KILL = """
-import os, signal, sys
-from paroquant_stream.cli import convert
-step, calls = int(sys.argv[1]), 0
-def deadly(real):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-    return call
-for name in ("replace", "unlink"):
-    setattr(os, name, deadly(getattr(os, name)))
-sys.exit(convert.main(sys.argv[2:]))
-"""
+KILL = killed_at("replace", "unlink")
 
 
 @pytest.mark.parametrize("steps", [(5, 9, 13), pytest.param(range(1, 40), marks=pytest.mark.long)])

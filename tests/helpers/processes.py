@@ -18,3 +18,29 @@ def default_sigint() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def killed_at(*calls: str, setup: str = "") -> str:
+    """Return a script that converts and is killed before the n-th of these calls of `os`.
+
+    Its arguments are n and those of the convert command; `setup` runs before.
+    """
+    return (
+        setup
+        + f"""
+import os, signal, sys
+from paroquant_stream.cli import convert
+step, calls = int(sys.argv[1]), 0
+def deadly(real):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+for name in {calls!r}:
+    setattr(os, name, deadly(getattr(os, name)))
+sys.exit(convert.main(sys.argv[2:]))
+"""
+    )

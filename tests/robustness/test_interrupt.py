@@ -19,27 +19,12 @@ from paroquant_stream.conversion.request import make_request
 from paroquant_stream.files.hashing import hash_entry
 from paroquant_stream.store.store import Store
 from tests.helpers.builders import SETTLED
+from tests.helpers.processes import killed_at
 
-KILL = (
-    SETTLED
-    + """
-import os, signal, sys
-from paroquant_stream.cli import convert
-from paroquant_stream.files import new_file
-new_file._BLOCK = 4096
-step, calls = int(sys.argv[1]), 0
-def deadly(real):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-    return call
-for name in ("fsync", "replace", "posix_fallocate", "open", "write", "mkdir"):
-    setattr(os, name, deadly(getattr(os, name)))
-sys.exit(convert.main(sys.argv[2:]))
-"""
+SMALL_BLOCKS = "from paroquant_stream.files import new_file\nnew_file._BLOCK = 4096\n"
+KILL = killed_at(
+    *("fsync", "replace", "posix_fallocate", "open", "write", "mkdir"),
+    setup=SETTLED + SMALL_BLOCKS,
 )
 
 SLOW = """
