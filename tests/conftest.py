@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,16 @@ import pytest
 from paroquant_stream.files import descriptor, digest_cache, new_file
 from paroquant_stream.files.filesystems import Ctime
 from tests.helpers.builders import cut_apart, cut_evenly, write_checkpoint
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _default_sigint():
+    """Processes that tests start can be interrupted: they inherit an ignored SIGINT, which is how a
+    shell starts jobs in the background.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ from paroquant_stream.execution import executors
 from tests.helpers.builders import cut_apart, write_checkpoint
 from tests.helpers.cache_files import entries, temps
 from tests.helpers.loopback_cluster import LoopbackCluster
-from tests.helpers.processes import default_sigint
 
 ABSENT = "import sys; sys.modules['paroquant_stream'] = None"
 OLDER = "import paroquant_stream; paroquant_stream.__version__ = '0.0.9'"
@@ -141,10 +140,9 @@ def test_an_interrupt_ends_the_run_and_its_jobs_on_the_cluster(
     armed, cache = str(cluster.directory / "armed"), tmp_path / "cache"
     (cluster.directory / "fired").unlink(missing_ok=True)
     command = [sys.executable, "-c", ARMED, armed, str(int(number))]
-    with default_sigint():
-        done = subprocess.run(
-            [*command, *arguments(cluster, model, cache)], capture_output=True, text=True
-        )
+    done = subprocess.run(
+        [*command, *arguments(cluster, model, cache)], capture_output=True, text=True
+    )
     assert re.fullmatch(r"\d+ \['.+'\]", cluster.fired())
     assert (done.returncode, done.stderr.count("\n")) == (code, 1)
     assert done.stderr.startswith("interrupted; finished shards are kept")

@@ -20,7 +20,6 @@ from paroquant_stream.transform import remote_runner
 from tests.helpers import slow_worker
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.cache_files import entries, temps
-from tests.helpers.processes import default_sigint
 
 LIMIT = 60  # seconds to wait for what happens at once; reached only by a failure
 SLOW = """
@@ -84,11 +83,10 @@ def test_a_dead_worker_is_one_message_and_the_next_run_resumes(model_dir, tmp_pa
 def test_no_worker_outlives_the_run(model_dir, tmp_path, number, group, code):
     """Every worker has stderr open: `communicate` returns when the last one has ended."""
     arguments = [str(model_dir), "--cache-dir", str(tmp_path / "cache"), "--jobs", "2"]
-    with default_sigint():
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, *arguments, "--executor", "process"],
-            stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments, "--executor", "process"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
     assert process.stderr.readline().startswith(b"ticking")
     os.killpg(process.pid, number) if group else process.send_signal(number)
     _, stderr = process.communicate(timeout=LIMIT)
