@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from .threads import INTERRUPT_TIMEOUT
 
@@ -23,7 +24,7 @@ def processes(count: int) -> Iterator[Executor]:
     Args:
         count: How many processes.
     """
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _initialize_worker)
+    pool = _Pool(count, multiprocessing.get_context("spawn"), _initialize_worker)
     shutdown = threading.Thread(target=partial(pool.shutdown, cancel_futures=True), daemon=True)
     timeout: float | None = None
     try:
@@ -38,9 +39,19 @@ def processes(count: int) -> Iterator[Executor]:
         shutdown.join(timeout)
 
 
+class _Pool(ProcessPoolExecutor):
+    """A pool whose workers never see Ctrl-C, which a terminal sends to the whole group."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:  # starts workers
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by them
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _initialize_worker() -> None:
-    """Ignore Ctrl-C, which a terminal sends to the whole group, and watch the parent process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Watch the parent process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

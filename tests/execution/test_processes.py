@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -100,10 +101,14 @@ def test_no_worker_outlives_the_run(model_dir, tmp_path, number, group, code):
     assert not temps(tmp_path / "cache")
 
 
-def test_workers_ignore_ctrl_c():
+def test_ctrl_c_does_not_reach_a_worker_even_while_it_starts():
     with processes(1) as pool:
-        handler = pool.submit(signal.getsignal, signal.SIGINT).result(LIMIT)
-    assert handler == signal.SIG_IGN
+        answer = pool.submit(os.getpid)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGINT)  # it has not started Python yet
+        assert answer.result(LIMIT) == worker.pid
+        os.kill(worker.pid, signal.SIGINT)
+        assert pool.submit(os.getpid).result(LIMIT) == worker.pid
 
 
 def test_the_pool_has_as_many_jobs_as_processes():
