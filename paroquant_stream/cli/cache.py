@@ -179,7 +179,7 @@ def _repair(arguments: argparse.Namespace, requests: Sequence[Request]) -> bool:
     say = print if not arguments.json else (lambda _: None)
     if not arguments.repair:
         for request in requests:
-            say(f"to repair: {_command_of(request)}, or --repair")
+            say(f"to repair: {_command_of(request, arguments.cache_dir)}, or --repair")
         return False
     failed: dict[str, ParoquantStreamError] = {}
     for request in requests:
@@ -195,10 +195,11 @@ def _repair(arguments: argparse.Namespace, requests: Sequence[Request]) -> bool:
     return True
 
 
-def _command_of(request: Request) -> str:
+def _command_of(request: Request, cache_dir: str | None) -> str:
     dtype = request.target.dtype
     options = "" if dtype == "source" else f" --dtype {dtype}"
     options += " --in-place" if request.target.in_place else ""
+    options += f" --cache-dir {shlex.quote(cache_dir)}" if cache_dir else ""
     return f"paroquant-stream convert {shlex.quote(request.source.name)}{options}"
 
 

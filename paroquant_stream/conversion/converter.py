@@ -87,7 +87,11 @@ def _convert_alone(
             check_assembly(request.source.config, model.plan)
     elif reason := _why_not_loadable(model):
         logger.warning("%s: %s", request.source.name, reason)
-    request.store.create()
+    try:
+        request.store.create()
+    except StoreError:
+        if len(model.dropped) < len(model.plan.tasks):
+            raise
     request.store.sweep()
     with request.store.lock(request.manifest_name):
         if request.options.drop_source and not request.store.locks_work():

@@ -33,14 +33,13 @@ from ..errors import SourceChangedError, StoreError
 from ..files.folder import Folder
 from ..plan.task import Task
 from ..store.damage import confirmed_defect, take_out
+from ..store.drop_note import read_note, write_note
 from ..store.drop_record import (
     DropRecord,
     is_stored,
     new_id,
-    read_note,
     read_records,
     record_ids,
-    write_note,
     write_record,
 )
 from ..store.location import IN_PLACE

@@ -15,15 +15,8 @@ from pathlib import Path
 
 from ..checkpoint.shard import Shard
 from ..errors import CheckpointError, SourceDroppedError
-from ..store.drop_record import (
-    NOTE,
-    DropRecord,
-    new_id,
-    read_note,
-    read_record,
-    read_records,
-    record_ids,
-)
+from ..store.drop_note import NOTE, read_note
+from ..store.drop_record import DropRecord, new_id, read_record, read_records, record_ids
 from ..store.manifest import Manifest
 from .request import Request, read_manifest
 from .staleness import source_staleness

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +26,8 @@ from .planning import ModelPlan, Work, work_of
 from .progress import Progress, Tally
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
+
+logger = logging.getLogger(__name__)
 
 
 def convert_shards(
@@ -71,10 +75,22 @@ def convert_shards(
     names = [task.shard for task in model.plan.tasks]
     manifest = manifest_of([kept[name] for name in names])
     if manifest != before:  # equal, and a cache that cannot be written still serves
-        request.store.write_manifest(request.manifest_name, manifest)
+        with _optional(all(record.dropped for record in manifest.entries)):
+            request.store.write_manifest(request.manifest_name, manifest)
     dropper.keep(manifest)
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _optional(optional: bool) -> Iterator[None]:
+    """Only log that something is not written: a dropped model is found by its record too."""
+    try:
+        yield
+    except StoreError as error:
+        if not optional:
+            raise
+        logger.warning("%s", error)
 
 
 def _prefetcher(

@@ -84,8 +84,9 @@ class SourceFile:
             )
             if not inside or name in ("", ".", ".."):
                 raise StoreError(
-                    f"{self.path}: a link to {folder.path / name}, outside of the model directory "
-                    "and of its Hub cache; it is not removed"
+                    f"{self.path}: a link to {folder.path / name}, which lies neither directly in "
+                    "the model directory nor in its Hub cache; it is not removed: convert without "
+                    "--drop-source and remove it yourself"
                 )
         raise StoreError(f"{self.path}: more than {_HOPS} links lead to it; it is not removed")
 

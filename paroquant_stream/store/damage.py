@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import EntryDamagedError, ManifestError, StoreError
@@ -92,8 +94,9 @@ def _remove(store: Store, record: EntryRecord) -> str:
         store.discard_entry(record.key)
         return "taken out of use"
     kept = keep_damaged(store, record.key)
+    where = f"kept as {kept}" if kept else "left in place, as it cannot be moved"
     return (
-        f"kept as {kept}, since --drop-source removed its source: restore {record.shard} with "
+        f"{where}, since --drop-source removed its source: restore {record.shard} with "
         f"SHA-256 {record.source_sha256} and convert the model again"
     )
 
@@ -129,8 +132,18 @@ def damaged_path(store: Store, key: str) -> Path | None:
         store: Holds the entry.
         key: The entry's key.
     """
-    names = [n for n in store.file_names("damaged") if n.startswith(f"{key}.")]
-    return store.folder("damaged") / names[-1] if names else None
+    numbers = _kept_numbers(store.file_names("damaged"), key)
+    return store.folder("damaged") / _kept_name(key, max(numbers)) if numbers else None
+
+
+def _kept_name(key: str, number: int) -> str:
+    return f"{key}.{number}.safetensors"
+
+
+def _kept_numbers(names: Sequence[str], key: str) -> list[int]:
+    """Return the numbers of the kept copies of an entry."""
+    matches = (re.fullmatch(rf"{key}\.(\d{{1,9}})\.safetensors", name) for name in names)
+    return [int(match[1]) for match in matches if match]
 
 
 def keep_damaged(store: Store, key: str) -> Path | None:
@@ -145,10 +158,9 @@ def keep_damaged(store: Store, key: str) -> Path | None:
     """
     if store.read_only:
         return None
-    with contextlib.suppress(OSError), store.opened("entries", key[:2]) as folder:
+    with contextlib.suppress(OSError, StoreError), store.opened("entries", key[:2]) as folder:
         with store.opened("damaged", create=True) as damaged:
-            numbers = (f"{key}.{n}.safetensors" for n in range(1, 1000))
-            name = next(name for name in numbers if name not in set(damaged.names()))
+            name = _kept_name(key, 1 + max(_kept_numbers(damaged.names(), key), default=0))
             folder.replace(f"{key}.safetensors", damaged, name)
             damaged.sync()
             return damaged.path / name

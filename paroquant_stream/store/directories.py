@@ -120,6 +120,12 @@ class StoreDirectories:
             return [name for name, _ in folder.files()]
         return []
 
+    def folder_size(self, kind: str) -> int:
+        """Return the bytes of the regular files in a directory, as for `folder`."""
+        with contextlib.suppress(OSError), self.opened(kind) as folder:
+            return sum(status.st_size for _, status in folder.files())
+        return 0
+
     def read_file(self, kind: str, name: str, limit: int) -> bytes | None:
         """Read a small file.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,26 @@ def test_verify_names_what_differs_and_exits_with_1(arguments, tmp_path, capsys)
     assert lines[0].startswith(f"{path}: expected XXH3 ")
     assert ", got " in lines[0]
     assert lines[1] == "3 files read, 1 differ"
+
+
+def test_the_repair_that_verify_prints_repairs(arguments, tmp_path, model_dir, capsys):
+    damaged(tmp_path)
+    assert cache.main(["verify", *arguments]) == 1
+    advice = capsys.readouterr().out.splitlines()[-1]
+    command, _, rest = advice.removeprefix("to repair: ").partition(", or ")
+    program, name, *words = shlex.split(command)
+    assert (program, name, rest) == ("paroquant-stream", "convert", "--repair")
+    assert convert.main(words) == 0
+    assert cache.main(["verify", *arguments]) == 0
+    assert str(model_dir) in words
+
+
+def test_verify_repairs_what_it_found_if_asked(arguments, tmp_path, capsys):
+    path = damaged(tmp_path)
+    assert cache.main(["verify", "--repair", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": converted again")
+    assert path.exists()
+    assert cache.main(["verify", *arguments]) == 0
 
 
 def test_verify_in_json(arguments, tmp_path, capsys):

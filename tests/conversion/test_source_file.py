@@ -131,7 +131,7 @@ def test_a_link_to_another_models_file_removes_nothing(tmp_path, spelling):
     (model / "inner").symlink_to(blobs)
     (model / NAME).symlink_to(spelling.format(hub=tmp_path / "hub", etag=etag))
     assert (model / NAME).read_bytes() == b"precious"
-    with pytest.raises(StoreError, match="outside of the model directory"):
+    with pytest.raises(StoreError, match="neither directly in the model directory"):
         remove(model / NAME)
     assert victim.read_bytes() == (model / NAME).read_bytes() == b"precious"
 
@@ -143,7 +143,7 @@ def test_a_link_to_another_repositorys_blob_removes_nothing(tmp_path):
     shard.symlink_to(
         f"../../../models--owner--victim/blobs/{os.path.basename(os.readlink(victim))}"
     )
-    with pytest.raises(StoreError, match="outside of the model directory"):
+    with pytest.raises(StoreError, match="neither directly in the model directory"):
         remove(shard)
     assert victim.read_bytes() == b"precious"
 

@@ -28,6 +28,7 @@ from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import ParoquantStreamError, StoreError
 from paroquant_stream.store.store import Store
 from tests.helpers.builders import SETTLED, cut_evenly, write_checkpoint
+from tests.helpers.parameters import assert_same, parameters
 from tests.helpers.paths import ROOT
 
 ERRNOS = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE", "EINTR", "ESTALE")
@@ -431,6 +432,18 @@ def test_a_read_only_cache_serves_what_it_has(model, cache, right, tmp_path):
         assert right(cache)
         with pytest.raises(StoreError, match="Read-only file system"):
             run(other, cache)
+
+
+@LINUX_ROOT
+def test_a_read_only_cache_serves_a_moved_dropped_model(model, cache, tmp_path):
+    directory = Path(shutil.copytree(model, tmp_path / "model"))
+    expected = parameters(load(directory, cache_dir=cache)[0])
+    run(directory, cache, drop_source=True)
+    moved = directory.rename(tmp_path / "moved")
+    assert not list(moved.glob("*.safetensors"))
+    with mounted(cache, "--bind", cache) as remount:
+        remount("bind,ro")
+        assert_same(parameters(load(moved, cache_dir=cache)[0]), expected)
 
 
 @contextlib.contextmanager

@@ -91,6 +91,25 @@ def test_an_only_copy_is_kept_and_its_source_named(store):
     assert store.entry_size(KEY) is None
 
 
+def test_an_only_copy_that_cannot_be_moved_is_left_in_place(store):
+    record = publish_entry(store)
+    write_record(store, drop_record(replace(record, dropped=True)))
+    store.folder("damaged").touch()  # a file where the directory should be
+    error = str(take_out(store, record, "the problem"))
+    assert "left in place, as it cannot be moved, since --drop-source" in error
+    assert store.entry_size(KEY) == record.size
+
+
+def test_kept_copies_are_counted_as_numbers(store):
+    for number in (2, 9, 10, 1000):
+        (store.root / "v1" / "damaged").mkdir(exist_ok=True)
+        (store.folder("damaged") / f"{KEY}.{number}.safetensors").touch()
+        publish(store, b"bad")
+        kept = store.folder("damaged") / f"{KEY}.{number + 1}.safetensors"
+        assert keep_damaged(store, KEY) == kept
+        assert damaged_path(store, KEY) == kept
+
+
 def test_a_read_only_store_leaves_a_damaged_entry(store):
     record = publish_entry(store)
     error = take_out(replace(store, read_only=True), record, "the problem")

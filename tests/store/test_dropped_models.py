@@ -27,11 +27,8 @@ from paroquant_stream.maintenance.inventory import take_inventory
 from paroquant_stream.maintenance.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.maintenance.removal import execute
 from paroquant_stream.store.damage import damaged_path
-from paroquant_stream.store.drop_record import (
-    NOTE,
-    read_records,
-    record_ids,
-)
+from paroquant_stream.store.drop_note import NOTE
+from paroquant_stream.store.drop_record import read_records, record_ids
 from paroquant_stream.store.store import Store, cache_store
 from tests.helpers.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 
@@ -189,7 +186,7 @@ def test_another_dtype_after_a_drop_names_the_stored_one(dropped):
 
 
 def test_a_note_that_cannot_be_written_is_only_logged(model_dir, monkeypatch, caplog):
-    from paroquant_stream.store import drop_record as module
+    from paroquant_stream.store import drop_note as module
 
     def full(*_):
         raise OSError(28, "No space left on device")
