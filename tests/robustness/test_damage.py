@@ -193,7 +193,7 @@ def bad_reads(in_place: bool, stride: int) -> tuple[int, list[str]]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("in_place", [False, True], ids=["cache", "in place"])
-@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_of_a_dropped_model_loses_nothing(in_place, stride):
     """What was read wrong is read again before it counts as damaged."""
     fired, wrong = bad_reads(in_place, stride)
@@ -203,7 +203,7 @@ def test_one_bad_read_of_a_dropped_model_loses_nothing(in_place, stride):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("clock", [60, pytest.param(0, marks=pytest.mark.long)])
-@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [53, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_inside_a_drop_loses_nothing(stride, clock):
     """Of a shard or of an entry that is read back: one more run completes the model. With the clock
     ahead, files count as left alone, and what was read once is remembered.
@@ -222,7 +222,7 @@ def test_one_bad_read_inside_a_drop_loses_nothing(stride, clock):
             if not (verdict := completes(model, right)):
                 wrong.append(f"{what}: ({ended.code}) {verdict.why}")
         at += stride
-    assert fired >= 4
+    assert fired >= 3
     assert not wrong, f"{len(wrong)} of {fired}:\n" + "\n".join(wrong)
 
 

@@ -116,12 +116,12 @@ def differential(path: Path, examples: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "examples",
-    [2_000, pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
+    [300, pytest.param(200_000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
 )
 def test_what_is_accepted_safetensors_accepts_too(tmp_path, examples):
     made, accepted = differential(tmp_path / "x", examples)
     assert made >= examples
-    assert 20 < accepted < made / 2
+    assert 5 < accepted < made / 2
 
 
 @pytest.mark.parametrize("case", REFUSED)
