@@ -206,15 +206,15 @@ def test_helpers_stop_hashing_when_the_conversion_fails(directory, task, monkeyp
 
     source = opened(directory, task, tick)
 
-    class DiskFull(Exception):
+    class DiskFullError(Exception):
         pass
 
     def fail():
         with source.hashed_by(pool):
-            raise DiskFull
+            raise DiskFullError
 
     with ThreadPoolExecutor(3) as pool:
-        with pytest.raises(DiskFull):
+        with pytest.raises(DiskFullError):
             fail()
         failed.set()
     source.close()
