@@ -73,7 +73,7 @@ HOMES = {
 """Third-party package -> the only packages or files that import it."""
 
 
-def home(path: Path) -> str:
+def package_of(path: Path) -> str:
     """The package that a module belongs to, or its own name at the top."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return parts[0]
@@ -99,7 +99,7 @@ def name_of(path: Path) -> str:
 
 
 def test_the_table_names_every_package_and_has_no_cycle():
-    assert {home(path) for path in MODULES} == set(TABLE)
+    assert {package_of(path) for path in MODULES} == set(TABLE)
     below: set[str] = set()
     for package, allowed in TABLE.items():
         assert set(allowed.split()) <= below, package
@@ -108,7 +108,7 @@ def test_the_table_names_every_package_and_has_no_cycle():
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_down(path):
-    package = home(path)
+    package = package_of(path)
     found = {name for name, ours in imports(path) if ours} - {package}
     assert found <= set(TABLE[package].split())
 
@@ -117,17 +117,17 @@ def test_imports_point_down(path):
 def test_a_third_party_package_has_one_place(path):
     for name, ours in imports(path):
         if not ours and name in HOMES:
-            assert {home(path), name_of(path)} & HOMES[name], name
+            assert {package_of(path), name_of(path)} & HOMES[name], name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_what_is_imported_late_is_not_imported_at_the_top(path):
     top = {name for name, ours in imports(path, late=False) if ours}
-    assert not {(home(path), name) for name in top} & LATE
+    assert not {(package_of(path), name) for name in top} & LATE
 
 
 def test_packages_have_a_docstring_and_about_ten_files():
-    count = Counter(home(path) for path in MODULES if path.parent != PACKAGE)
+    count = Counter(package_of(path) for path in MODULES if path.parent != PACKAGE)
     assert max(count.values()) <= 13  # with __init__
     for path in PACKAGE.glob("*/__init__.py"):
         tree = ast.parse(path.read_text())

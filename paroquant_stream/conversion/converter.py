@@ -57,15 +57,15 @@ def convert(
     if current is None:
         drop = request.options.drop_source
         opened = partial(Folder.open, request.source.directory)
-        with directory_lock(opened, exclusive=drop, required=drop) as home:
-            return _convert_alone(request, home, progress, trace, needed, started)
+        with directory_lock(opened, exclusive=drop, required=drop) as model_dir:
+            return _convert_alone(request, model_dir, progress, trace, needed, started)
     request.store.sweep()
     return _unchanged(request, current, started)
 
 
 def _convert_alone(
     request: Request,
-    home: Folder | None,
+    model_dir: Folder | None,
     progress: Progress | None,
     trace: Trace,
     needed: Needed | None,
@@ -101,7 +101,7 @@ def _convert_alone(
             )
         current = _current(request, needed)  # another process may have just done it
         if current is None:
-            return convert_shards(request, model, home, progress, trace, started)
+            return convert_shards(request, model, model_dir, progress, trace, started)
     return _unchanged(request, current, started)
 
 

@@ -59,7 +59,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self,
         request: Request,
         model: ModelPlan,
-        home: Folder | None,
+        model_dir: Folder | None,
         manifest_of: Callable[[Sequence[EntryRecord]], Manifest],
         trace: Trace = NO_TRACE,
     ) -> None:
@@ -68,13 +68,13 @@ class Dropper(AbstractContextManager["Dropper"]):
         Args:
             request: The run.
             model: The plan of the whole model, and what earlier runs removed of it.
-            home: The model directory that this run has locked, open; another one may get its path
-                meanwhile. None where nothing is to be removed.
+            model_dir: The model directory that this run has locked, open, since its path may come
+                to name another one. None where nothing is to be removed.
             manifest_of: Gives a manifest of some records.
             trace: Where the stages are timed.
         """
         self._request, self._manifest_of, self._trace = request, manifest_of, trace
-        self._home = home
+        self._model_dir = model_dir
         self._tasks = {task.shard: task for task in model.plan.tasks}
         self._related = _related(model.plan.tasks)
         self._before = model.drop
@@ -85,8 +85,8 @@ class Dropper(AbstractContextManager["Dropper"]):
         self.dropped = dict(model.dropped)
         self._finished = dict(self.dropped)
         for shard in self.dropped if request.options.drop_source else ():
-            if home is not None:
-                remove_dangling_link(home, shard)
+            if model_dir is not None:
+                remove_dangling_link(model_dir, shard)
 
     def __exit__(
         self,
@@ -107,12 +107,12 @@ class Dropper(AbstractContextManager["Dropper"]):
             StoreError: Something cannot be written, read or removed.
         """
         self._finished[record.shard] = record
-        if not self._request.options.drop_source or self._home is None:
+        if not self._request.options.drop_source or self._model_dir is None:
             return
         for shard in (record.shard, *sorted(self._related_to(record.shard))):
             if shard not in self.dropped and self._is_free(shard):
                 with self._trace.span("drop", shard):
-                    self._drop(shard, self._home)
+                    self._drop(shard, self._model_dir)
 
     def keep(self, manifest: Manifest) -> None:
         """Bring the record up to date with a published manifest, once anything was removed.
@@ -146,29 +146,29 @@ class Dropper(AbstractContextManager["Dropper"]):
         needed = {shard} | self._related_to(shard)
         return needed <= self._finished.keys()
 
-    def _drop(self, shard: str, home: Folder) -> None:
+    def _drop(self, shard: str, model_dir: Folder) -> None:
         lenders = self._tasks[shard].borrowed.keys()
         borrowers = [n for n in self._related[shard] if shard in self._tasks[n].borrowed]
         for name in (shard, *borrowers):
             self._read_back(name)
         for lender in lenders:
-            self._check_lent(home, lender, shard)
+            self._check_lent(model_dir, lender, shard)
         for borrower in borrowers:
-            self._check_lent(home, shard, borrower)
-        source = self._source(home, shard)
+            self._check_lent(model_dir, shard, borrower)
+        source = self._source(model_dir, shard)
         self._write_record(shard, source.header())
         if not self._noted and self._needs_note():
-            write_note(home, self._record.id, required=self._has_older())
+            write_note(model_dir, self._record.id, required=self._has_older())
         self._noted = True
         source.remove()
         self.dropped[shard] = replace(self._finished[shard], dropped=True)
         self._proved.pop(shard).close()
 
-    def _source(self, home: Folder, shard: str) -> SourceFile:
+    def _source(self, model_dir: Folder, shard: str) -> SourceFile:
         """Open a source, once, and hash it: it must be the one that was converted."""
         if shard not in self._proved:
             record, path = self._finished[shard], self._request.source.directory / shard
-            source = SourceFile(home, shard)
+            source = SourceFile(model_dir, shard)
             with contextlib.ExitStack() as stack:
                 stack.callback(source.close)
                 if source.sha256() != record.source_sha256:
@@ -177,13 +177,13 @@ class Dropper(AbstractContextManager["Dropper"]):
             self._proved[shard] = source
         return self._proved[shard]
 
-    def _check_lent(self, home: Folder, lender: str, borrower: str) -> None:
+    def _check_lent(self, model_dir: Folder, lender: str, borrower: str) -> None:
         """Raise SourceChangedError unless a lender holds what the borrower's entry was made of."""
         if lender in self.dropped:  # checked when it was removed
             return
         parts = self._tasks[borrower].borrowed
         before = dict(zip(parts, self._finished[borrower].borrowed_sha256, strict=True))[lender]
-        source = self._source(home, lender)
+        source = self._source(model_dir, lender)
         if source.lent_sha256(parts[lender]) != before:
             raise SourceChangedError(
                 f"{source.path}: what {borrower} borrowed from it changed since that was "

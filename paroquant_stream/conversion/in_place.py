@@ -41,7 +41,7 @@ def inside_model(request: Request) -> Request:
 def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:
     """Return the conversion inside the model directory, if it exists and fits the sources.
 
-    Somebody else may have made it: it is only read, and files whose hashes are not remembered are
+    Another user may have made it: it is only read, and files whose hashes are not remembered are
     hashed at every load.
 
     Args:

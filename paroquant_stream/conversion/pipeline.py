@@ -1,4 +1,4 @@
-"""The tasks of a model: converted as shards arrive, then the manifest that names their entries."""
+"""Converts the tasks of a model as their shards become present, then writes the manifest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def convert_shards(
     request: Request,
     model: ModelPlan,
-    home: Folder | None,
+    model_dir: Folder | None,
     progress: Progress | None,
     trace: Trace,
     started: float,
@@ -43,7 +43,7 @@ def convert_shards(
     Args:
         request: The model.
         model: Its plan.
-        home: The locked model directory, None where no shard is to be removed.
+        model_dir: The locked model directory, None where no shard is to be removed.
         progress: As for `convert`.
         trace: As for `convert`.
         started: `time.monotonic()` at the start of the conversion.
@@ -60,7 +60,7 @@ def convert_shards(
     ahead = max(2, request.jobs) if request.options.drop_source else None
     prefetcher = _prefetcher(request, model, work, tally, ahead)
     manifest_of = partial(_manifest, request, model)
-    with Dropper(request, model, home, manifest_of, trace) as dropper, prefetcher:
+    with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
         for outcome in _run(request, work.tasks, known, prefetcher, tally, trace):
@@ -150,7 +150,7 @@ def _run(
 
 
 def _check_space(request: Request, tasks: Sequence[Task]) -> None:
-    """Raise StoreError when what will surely be converted has no room.
+    """Raise StoreError when what will surely be converted has no space.
 
     Counts shards of unknown size; when sources are dropped, only what is made at once.
     """
@@ -164,7 +164,7 @@ def _check_space(request: Request, tasks: Sequence[Task]) -> None:
     if needed > free:
         raise StoreError(
             f"{request.store.root}: {needed:,} bytes needed for {len(sure)} shards, {free:,} free; "
-            "make room or choose another --cache-dir"
+            "free some space or choose another --cache-dir"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a conversion: which model, where to, and how."""
+"""The request of a conversion: which model, where to, and how."""
 
 from __future__ import annotations
 

@@ -37,21 +37,21 @@ _HOPS = 8  # links that may lead to a file; a loop has more
 class SourceFile:
     """A shard's file, open, with every name that leads to it."""
 
-    def __init__(self, home: Folder, shard: str) -> None:
+    def __init__(self, model_dir: Folder, shard: str) -> None:
         """Open a shard.
 
         Args:
-            home: The model directory.
+            model_dir: The model directory.
             shard: The name of the shard.
 
         Raises:
             StoreError: It is absent, or leads out of the directory and of its Hub cache.
             MalformedFileError: It is no regular file.
         """
-        self.path, self._hub = home.path / shard, HubCache.of(home.path)
+        self.path, self._hub = model_dir.path / shard, HubCache.of(model_dir.path)
         self._stack = contextlib.ExitStack()
         try:
-            self._names = self._locate(home, shard)
+            self._names = self._locate(model_dir, shard)
             folder, name, _ = self._names[-1]
             self.fd = self._stack.enter_context(closing(folder.open_file(name)))
             self.stamp = FileStamp.of_fd(self.fd, str(self.path))
@@ -66,9 +66,9 @@ class SourceFile:
         """Close the file and the directories that lead to it."""
         self._stack.close()
 
-    def _locate(self, home: Folder, shard: str) -> list[_Name]:
+    def _locate(self, model_dir: Folder, shard: str) -> list[_Name]:
         """Return each name that leads to the file, with its `lstat`; the file's own is the last."""
-        folder, name = home, shard
+        folder, name = model_dir, shard
         own, names = identity(folder.status()), list[_Name]()
         for _ in range(_HOPS):
             status = folder.stat(name)
@@ -209,15 +209,17 @@ def put_all_back(directory: Path, shards: Container[str]) -> None:
             ) from error
 
 
-def remove_dangling_link(home: Folder, shard: str) -> None:
+def remove_dangling_link(model_dir: Folder, shard: str) -> None:
     """Remove the link that a killed run left to a file that it had removed. Raises StoreError."""
     try:
-        if stat.S_ISLNK(home.stat(shard).st_mode):
+        if stat.S_ISLNK(model_dir.stat(shard).st_mode):
             try:
-                os.stat(shard, dir_fd=home.fd)
+                os.stat(shard, dir_fd=model_dir.fd)
             except FileNotFoundError:
-                home.unlink(shard)
+                model_dir.unlink(shard)
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise StoreError(f"{home.path / shard}: cannot be removed: {error.strerror}") from error
+        raise StoreError(
+            f"{model_dir.path / shard}: cannot be removed: {error.strerror}"
+        ) from error

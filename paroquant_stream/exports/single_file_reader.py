@@ -110,7 +110,7 @@ def _why_unused(file: SingleFile, request: Request, full: bool) -> str | None:
         return None
     if file.origin.transform != TRANSFORM:
         return "made by another version"
-    request.store.check_owner()  # since its digest cache is believed
+    request.store.check_owner()  # since its digest cache is trusted
     with contextlib.suppress(StoreError):  # without a digest cache everything is hashed again
         request.store.create()
     for name in sorted({*named, *file.origin.sources}):

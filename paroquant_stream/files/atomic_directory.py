@@ -46,7 +46,7 @@ def _check_free_space(target: Path, needed: int) -> None:
         raise _unwritable(target, error) from error
     if free < needed:
         raise UnwritableFileError(
-            f"{target}: {needed:,} bytes needed, {free:,} free; make room and run again"
+            f"{target}: {needed:,} bytes needed, {free:,} free; free some space and run again"
         )
 
 

@@ -155,5 +155,5 @@ def write_problem(path: Path, needed: int, error: OSError) -> str:
         reason += f"; {needed:,} bytes needed"
         with contextlib.suppress(OSError):
             reason += f", {free_bytes(path.parent):,} free"
-        reason += "; make room and run again"
+        reason += "; free some space and run again"
     return reason

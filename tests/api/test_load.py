@@ -125,8 +125,8 @@ def test_an_entry_truncated_during_a_load_is_converted_again(model_dir, monkeypa
     loaded, _, _ = load(model_dir)
     assert cut
     assert path.read_bytes() == good
-    wanted = load(model_dir)[0].model.norm.weight
-    assert loaded.model.norm.weight.tolist() == wanted.tolist()
+    expected = load(model_dir)[0].model.norm.weight
+    assert loaded.model.norm.weight.tolist() == expected.tolist()
 
 
 def test_an_entry_truncated_while_joined_is_converted_again(tmp_path, monkeypatch):

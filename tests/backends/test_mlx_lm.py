@@ -69,7 +69,7 @@ def test_a_config_without_a_type_is_read(model_dir):
 
 
 def test_code_of_a_tokenizer_is_refused_without_a_question(model_dir, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked the user"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers prompted the user"))
     (model_dir / "mine.py").write_text("raise SystemExit('the code was run')")
     settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (model_dir / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -143,7 +143,7 @@ def test_damaged_downloads_are_reported_and_not_stored(hub, right, tmp_path):
     assert "\n" not in str(error.value)
     assert digests_in(tmp_path / "user-cache") <= set(right)
     hub.fault = lambda *_: None
-    with pytest.raises(SourceDamagedError):  # it is not believed the second time either
+    with pytest.raises(SourceDamagedError):  # it is not trusted the second time either
         convert_checkpoint(REPO)
     blob.unlink()
     assert digests(convert_checkpoint(REPO)) == right

@@ -18,7 +18,7 @@ def test_wrong_usage_exits_with_2(wrong, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["prune", "--max-size", "100"], "'100' is not a size: expected a number and B, kB"),
         (["prune", "--older-than", "30"], "'30' is not an age: expected"),
@@ -26,11 +26,11 @@ def test_wrong_usage_exits_with_2(wrong, capsys):
         (["rm"], "required: MODEL"),
     ],
 )
-def test_a_wrong_option_says_what_is_expected(words, told, capsys):
+def test_a_wrong_option_says_what_is_expected(words, expected, capsys):
     with pytest.raises(SystemExit) as stop:
         cache.main([*words])
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["ls"], ["path"], ["rm"], ["prune"], ["verify"]])

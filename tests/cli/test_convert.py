@@ -170,7 +170,7 @@ def test_a_shard_without_an_embedding_is_converted_without_mlx(tmp_path):
 
 
 class Person:
-    """A terminal with somebody who answers."""
+    """A terminal at which a user answers."""
 
     def __init__(self, answer: str) -> None:
         self.answer = answer

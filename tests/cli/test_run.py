@@ -78,9 +78,9 @@ def test_a_module_runs_as_python_m_runs_it(here, name):
     ours = run("-m", name, "--jobs", "-h", cwd=here).stdout
     command = [sys.executable, "-m", name, "--jobs", "-h"]
     plain = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True)
-    *wanted, loader = json.loads(plain.stdout)
+    *correct, loader = json.loads(plain.stdout)
     assert loader == "paroquant.inference.backends.mlx.load"
-    assert json.loads(ours) == [*wanted, "paroquant_stream.integrations.loader_patch"]
+    assert json.loads(ours) == [*correct, "paroquant_stream.integrations.loader_patch"]
 
 
 def test_the_options_are_those_of_every_load(here):
@@ -89,8 +89,8 @@ def test_the_options_are_those_of_every_load(here):
         "print([loader.keywords for loader in _installed])"
     )
     shown = run("--cache-dir", "c", "--jobs", "3", "--dtype", "bfloat16", "-m", "shows", cwd=here)
-    wanted = [{"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}]
-    assert shown.stdout.strip() == str(wanted)
+    correct = [{"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}]
+    assert shown.stdout.strip() == str(correct)
 
 
 def test_a_directory_with_a_main_runs(here):

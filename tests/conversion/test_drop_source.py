@@ -344,7 +344,7 @@ def test_before_a_removal_the_record_names_every_related_shard(scattered_dir, mo
     assert [len(headers) for _, headers in seen] == [1, 2, 3]
 
 
-def test_a_record_that_lies_about_lenders_is_not_believed(scattered_dir):
+def test_a_record_that_misstates_lenders_is_not_trusted(scattered_dir):
     run(scattered_dir, drop_source=True)
     request = make_request(scattered_dir)
     (record,) = read_records(request.store)

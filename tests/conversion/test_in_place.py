@@ -32,7 +32,7 @@ def look(*directories) -> dict:
 
 @pytest.fixture
 def outside(tmp_path):
-    """Files of somebody else, some of a form that is ours, a day and more old."""
+    """Files of another user, some with names of our form, a day and more old."""
     outside = tmp_path / "outside"
     for name in ("v1/tmp", "v1/entries/ab", "v1/manifests", "v1/memo", "v1/dropped", "ab"):
         (outside / name).mkdir(parents=True)
@@ -65,13 +65,13 @@ def test_nothing_outside_changes_whatever_a_link_leads_to(model_dir, outside, pl
 @pytest.mark.parametrize("dropped", [False, True])
 def test_a_load_of_a_tree_beside_a_model_writes_nothing_there(model_dir, tmp_path, dropped):
     convert_checkpoint(model_dir, in_place=True, drop_source=dropped)
-    shutil.copytree(model_dir, tmp_path / "somebody's")
+    shutil.copytree(model_dir, tmp_path / "another user's")
     user = make_request(model_dir).store
     convert_checkpoint(write_checkpoint(tmp_path / "other"))
-    before = look(tmp_path / "somebody's", user.root)
-    load(tmp_path / "somebody's")
-    load(tmp_path / "somebody's", verify="full")
-    assert look(tmp_path / "somebody's", user.root) == before
+    before = look(tmp_path / "another user's", user.root)
+    load(tmp_path / "another user's")
+    load(tmp_path / "another user's", verify="full")
+    assert look(tmp_path / "another user's", user.root) == before
 
 
 def test_a_damaged_in_place_tree_stays_and_sources_are_converted(model_dir, caplog):

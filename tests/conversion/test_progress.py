@@ -7,24 +7,24 @@ from paroquant_stream.plan.task import Task
 
 
 def test_a_byte_counts_once_per_download_hash_and_conversion():
-    told = []
+    reported = []
     tasks = [Task("here", 60, ()), Task("there", 60, ())]
-    tally = Tally(lambda *given: told.append(given), tasks, [[], ["there"]])
+    tally = Tally(lambda *given: reported.append(given), tasks, [[], ["there"]])
     tally.add("here", 60)
     tally.add("there", 60)
     tally.add("here", 60)
     tally.add("there", 60)
-    assert told == [("here", 30, 60), ("there", 20, 60), ("here", 60, 60), ("there", 40, 60)]
+    assert reported == [("here", 30, 60), ("there", 20, 60), ("here", 60, 60), ("there", 40, 60)]
 
 
 def test_more_ticks_than_bytes_never_pass_the_size():
-    told = []
-    tally = Tally(lambda *given: told.append(given), [Task("a", 10, ())], [])
+    reported = []
+    tally = Tally(lambda *given: reported.append(given), [Task("a", 10, ())], [])
     tally.add("a", 100)
-    assert told == [("a", 10, 10)]
+    assert reported == [("a", 10, 10)]
 
 
 def test_nobody_is_told_of_a_shard_that_no_task_of_this_run_owns():
-    told = []
-    Tally(lambda *given: told.append(given), [Task("a", 10, ())], [["b"]]).add("b", 5)
-    assert told == []
+    reported = []
+    Tally(lambda *given: reported.append(given), [Task("a", 10, ())], [["b"]]).add("b", 5)
+    assert reported == []

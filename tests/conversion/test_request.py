@@ -1,4 +1,4 @@
-"""What is asked of a conversion: options that are checked, and the names of manifests."""
+"""The request of a conversion: options that are checked, and the names of manifests."""
 
 from __future__ import annotations
 

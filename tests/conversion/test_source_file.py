@@ -1,4 +1,4 @@
-"""A source goes only if it is the file that was read, and only from where it truly lies."""
+"""A source goes only if it is the file that was read, and only from where it really is."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NAME = "model.safetensors"
 
 
 def remove(path: Path) -> None:
-    with Folder.open(path.parent) as home:
-        source = SourceFile(home, path.name)
+    with Folder.open(path.parent) as model_dir:
+        source = SourceFile(model_dir, path.name)
         try:
             source.remove()
         finally:
@@ -25,9 +25,9 @@ def remove(path: Path) -> None:
 
 
 @pytest.fixture
-def home(tmp_path):
-    with Folder.open(tmp_path) as home:
-        yield home
+def model_dir(tmp_path):
+    with Folder.open(tmp_path) as model_dir:
+        yield model_dir
 
 
 def snapshot(hub: Path, repository: str, data: bytes, commit: str = "c" * 40) -> Path:
@@ -179,13 +179,13 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_file_that_changed_since_it_was_read_stays(home, tmp_path, change, linked):
+def test_a_file_that_changed_since_it_was_read_stays(model_dir, tmp_path, change, linked):
     path = tmp_path / NAME
     file = tmp_path / "real.bin" if linked else path
     file.write_bytes(b"x")
     if linked:
         path.symlink_to("real.bin")
-    source = SourceFile(home, NAME)
+    source = SourceFile(model_dir, NAME)
     assert source.sha256() == hashlib.sha256(b"x").hexdigest()
     CHANGES[change](file)
     before = sorted(tmp_path.iterdir())
@@ -195,9 +195,9 @@ def test_a_file_that_changed_since_it_was_read_stays(home, tmp_path, change, lin
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_file_that_changes_while_it_is_hashed_has_no_hash(home, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_hashed_has_no_hash(model_dir, tmp_path, monkeypatch):
     (tmp_path / NAME).write_bytes(b"x")
-    source, real, done = SourceFile(home, NAME), os.preadv, []
+    source, real, done = SourceFile(model_dir, NAME), os.preadv, []
 
     def change(*arguments):
         if not done:
@@ -211,23 +211,23 @@ def test_a_file_that_changes_while_it_is_hashed_has_no_hash(home, tmp_path, monk
     assert done
 
 
-def test_a_link_that_a_killed_run_left_goes_and_no_other(home, tmp_path):
+def test_a_link_that_a_killed_run_left_goes_and_no_other(model_dir, tmp_path):
     (tmp_path / NAME).symlink_to("gone")
     (tmp_path / "kept").symlink_to("real")
     (tmp_path / "real").write_bytes(b"x")
     for name in (NAME, "kept", "real", "absent"):
-        remove_dangling_link(home, name)
+        remove_dangling_link(model_dir, name)
     assert {path.name for path in tmp_path.iterdir()} == {"kept", "real"}
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_file_replaced_during_its_removal_stays(home, tmp_path, monkeypatch, linked):
+def test_a_file_replaced_during_its_removal_stays(model_dir, tmp_path, monkeypatch, linked):
     path = tmp_path / NAME
     file = tmp_path / "real.bin" if linked else path
     file.write_bytes(b"x")
     if linked:
         path.symlink_to("real.bin")
-    source, real, done = SourceFile(home, NAME), os.rename, []
+    source, real, done = SourceFile(model_dir, NAME), os.rename, []
 
     def replace_first(*names, **where):
         if not done:
@@ -244,9 +244,9 @@ def test_a_file_replaced_during_its_removal_stays(home, tmp_path, monkeypatch, l
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_next_run_restores_a_file_renamed_for_removal(home, tmp_path, monkeypatch, links):
+def test_the_next_run_restores_a_file_renamed_for_removal(model_dir, tmp_path, monkeypatch, links):
     (tmp_path / NAME).write_bytes(b"x")
-    source = SourceFile(home, NAME)
+    source = SourceFile(model_dir, NAME)
 
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -95,8 +95,8 @@ def test_two_halves_compute_the_logits_of_the_whole(name):
     x = half.model.norm(x)
     tied = "lm_head" not in head
     found = half.model.embed_tokens.as_linear(x) if tied else head.lm_head(x)
-    wanted = load(FIXTURES / name, force_text=True)[0](tokens)
-    assert mx.array_equal(found, wanted)
+    expected = load(FIXTURES / name, force_text=True)[0](tokens)
+    assert mx.array_equal(found, expected)
 
 
 def test_layers_beyond_the_model_are_named(model_dir):

@@ -111,11 +111,11 @@ def test_entries_of_other_layers_may_be_missing(deep):
     layers = range(2, 4)
     store, needed, others = entries(deep, layers)
     assert len(needed) in range(3, 6)  # those of the layers, of the embedding and of the head
-    wanted = of_layers(parameters(load(deep)[0]), layers)
+    expected = of_layers(parameters(load(deep)[0]), layers)
     for record in others:
         store.entry_path(record.key).unlink()
         (deep / record.shard).unlink()
-    assert_same(parameters(load(deep, layers=layers)[0]), wanted)
+    assert_same(parameters(load(deep, layers=layers)[0]), expected)
     with pytest.raises(CheckpointError, match=others[0].shard):
         load(deep)
 
@@ -137,10 +137,10 @@ def test_part_of_an_in_place_conversion_is_enough(deep):
 def test_a_missing_entry_of_its_own_is_converted_again(deep):
     layers = range(2, 4)
     store, needed, others = entries(deep, layers)
-    wanted = of_layers(parameters(load(deep)[0]), layers)
+    expected = of_layers(parameters(load(deep)[0]), layers)
     for record in (needed[1], others[0]):
         store.entry_path(record.key).unlink()
-    assert_same(parameters(load(deep, layers=layers)[0]), wanted)
+    assert_same(parameters(load(deep, layers=layers)[0]), expected)
     assert store.entry_size(needed[1].key) == needed[1].size
     store.entry_path(needed[1].key).unlink()
     (deep / needed[1].shard).unlink()
@@ -187,7 +187,7 @@ def test_a_truncated_entry_of_a_part_is_converted_again(deep, monkeypatch):
     """The missing entries of other layers do not disturb the search for the damaged one."""
     layers, real, cut = range(2, 4), model.read_weights, []
     store, needed, others = entries(deep, layers)
-    wanted = of_layers(parameters(load(deep)[0]), layers)
+    expected = of_layers(parameters(load(deep)[0]), layers)
     for record in others:
         store.entry_path(record.key).unlink()
 
@@ -199,13 +199,13 @@ def test_a_truncated_entry_of_a_part_is_converted_again(deep, monkeypatch):
         return found
 
     monkeypatch.setattr(model, "read_weights", read_then_cut)
-    assert_same(parameters(load(deep, layers=layers)[0]), wanted)
+    assert_same(parameters(load(deep, layers=layers)[0]), expected)
     assert cut
 
 
 def test_a_read_that_fails_at_once_is_examined_too(model_dir, monkeypatch):
     """A read may fail before `async_eval` returns, which then raises."""
-    wanted = parameters(load(model_dir)[0])
+    expected = parameters(load(model_dir)[0])
     store, needed, _ = entries(model_dir, range(1))
     fired = []
 
@@ -216,5 +216,5 @@ def test_a_read_that_fails_at_once_is_examined_too(model_dir, monkeypatch):
             raise RuntimeError("[read] Unable to read from file.")
 
     monkeypatch.setattr(mx, "async_eval", begin)
-    assert_same(parameters(load(model_dir)[0]), wanted)
+    assert_same(parameters(load(model_dir)[0]), expected)
     assert fired

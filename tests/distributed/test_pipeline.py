@@ -97,9 +97,9 @@ def found_by_ranks(out: Path, what: str, models: list[Path]) -> list[list[dict]]
 )
 def test_both_ranks_compute_the_logits_of_the_whole(tmp_path, families):
     models = [FIXTURES / name for name in families]
-    wanted = [logits(load(model, force_text=True)[0]) for model in models]
+    correct = [logits(load(model, force_text=True)[0]) for model in models]
     found = found_by_ranks(tmp_path / "out", "run", models)
-    for name, ranks, expected in zip(families, found, wanted, strict=True):
+    for name, ranks, expected in zip(families, found, correct, strict=True):
         assert [(rank["size"], rank["layers"]) for rank in ranks] == [(2, 1), (2, 1)]
         largest = max(np.abs(np.subtract(rank["logits"], expected)).max() for rank in ranks)
         assert largest <= 1e-5 * np.abs(expected).max(), name

@@ -62,11 +62,11 @@ def bytes_read(monkeypatch):
     return counts
 
 
-def same_bits(found, wanted):
+def same_bits(found, expected):
     return (
-        found.dtype == wanted.dtype
-        and found.shape == wanted.shape
-        and mx.array_equal(found.view(mx.uint8), wanted.view(mx.uint8))
+        found.dtype == expected.dtype
+        and found.shape == expected.shape
+        and mx.array_equal(found.view(mx.uint8), expected.view(mx.uint8))
     )
 
 
@@ -76,9 +76,9 @@ def test_a_rank_has_the_slice_that_mlx_gives_it(segments, axis):
     array = mx.arange(48 * 96).reshape(48, 96)
     for count, rank in [(2, 0), (2, 1), (4, 3)]:
         predicate = lambda _, __: (axis, segments)  # noqa: E731
-        wanted = distributed._shard({"x": array}, predicate, Rank(rank, count))["x"]
+        expected = distributed._shard({"x": array}, predicate, Rank(rank, count))["x"]
         found = rank_slice(array.shape, axis, segments, rank, count).of(array)
-        assert mx.array_equal(found, wanted)
+        assert mx.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("segments", [1, 5, [10], [0.4], [28], [16, 8]], ids=str)

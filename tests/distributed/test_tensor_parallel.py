@@ -30,8 +30,8 @@ def own_sums(monkeypatch):
     monkeypatch.setattr(mx.distributed, "all_sum", lambda array, **_: array)
 
 
-def near(found: mx.array, wanted: mx.array) -> bool:
-    return bool(mx.linalg.norm(found - wanted) < 1e-5 * mx.linalg.norm(wanted))
+def near(found: mx.array, expected: mx.array) -> bool:
+    return bool(mx.linalg.norm(found - expected) < 1e-5 * mx.linalg.norm(expected))
 
 
 def split(make, size: int) -> list:
@@ -55,9 +55,9 @@ SIZES = [
 @pytest.mark.parametrize("size", [2, 4])
 def test_outputs_of_all_ranks_have_the_bits_of_the_whole(size, sizes):
     x = mx.random.normal((3, 64 * 8))
-    wanted = linear(64 * 8, 64 * 12, **sizes)(x)
+    expected = linear(64 * 8, 64 * 12, **sizes)(x)
     parts = [m.first for m in split(lambda: Block(lambda i, o: linear(i, o, **sizes)), size)]
-    assert mx.array_equal(mx.concatenate([part(x) for part in parts], axis=-1), wanted)
+    assert mx.array_equal(mx.concatenate([part(x) for part in parts], axis=-1), expected)
     assert all(part.weight.shape[0] == 64 * 12 // size for part in parts)
     assert all(part.pairs.shape[1] == 64 * 8 for part in parts)
     assert all(part.ranks is None for part in parts)
@@ -83,25 +83,25 @@ def test_ranks_with_part_of_the_inputs_sum_to_the_whole(size, sizes):
 @pytest.mark.parametrize("segments", [3, [64, 256], [1 / 3, 2 / 3]], ids=str)
 def test_a_fused_layer_is_split_in_every_segment(segments):
     x = mx.random.normal((3, 64 * 8))
-    wanted = linear(64 * 8, 64 * 12, bias=True)(x)
+    expected = linear(64 * 8, 64 * 12, bias=True)(x)
     models = split(lambda: Block(lambda i, o: linear(i, o, bias=True), segments), 2)
     bounds = {3: [256, 512], (64, 256): [64, 256]}.get(
         segments if isinstance(segments, int) else tuple(segments), [256, 512]
     )
     halves = [mx.split(m.first(x), [b // 2 for b in bounds], axis=-1) for m in models]
     found = [piece for pair in zip(*halves, strict=True) for piece in pair]
-    assert mx.array_equal(mx.concatenate(found, axis=-1), wanted)
+    assert mx.array_equal(mx.concatenate(found, axis=-1), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("size", [2, 4])
 def test_experts_of_all_ranks_sum_to_the_whole(size, tokens):
     x, experts = mx.random.normal((1, tokens, 256)), mx.array([[[0, 5]] * tokens])
-    wanted = Experts().switch_mlp(x, experts)
+    expected = Experts().switch_mlp(x, experts)
     layers = [model.switch_mlp for model in split(Experts, size)]
     found = [layer(x, experts) for layer in layers]
-    assert near(sum(found), wanted)
-    assert not near(found[0], wanted)
+    assert near(sum(found), expected)
+    assert not near(found[0], expected)
     assert {layer.gate_up_rot_pairs.shape for layer in layers} == {(4, 256)}
     assert {layer.down_rot_pairs.shape for layer in layers} == {(4, 512 // size)}
     assert {layer.down_proj.weight.shape for layer in layers} == {(6, 256, 64 // size)}
@@ -109,12 +109,12 @@ def test_experts_of_all_ranks_sum_to_the_whole(size, tokens):
 
 def test_tables_are_computed_again_for_the_part():
     model, x = Block(linear), mx.random.normal((2, 64 * 8))
-    wanted = model.second(x)
+    expected = model.second(x)
     others = Block(linear)
     for rank, block in enumerate((model, others)):
         split_tensors(block, Rank(rank, 2))
     halves = mx.split(x, 2, axis=-1)
-    assert near(model.second(halves[0]) + others.second(halves[1]), wanted)
+    assert near(model.second(halves[0]) + others.second(halves[1]), expected)
 
 
 def test_a_group_of_one_changes_nothing():
@@ -175,13 +175,13 @@ def test_a_reader_is_called_for_every_slice(large, monkeypatch):
         with path.open("rb") as file:
             return read_slice(file.fileno(), tensor, part, str(path))
 
-    found, wanted = load(large, lazy=True)[0], load(large, lazy=True)[0]
+    found, expected = load(large, lazy=True)[0], load(large, lazy=True)[0]
     monkeypatch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
     split_tensors(found, Rank(1, 2), reader=reader)
-    split_tensors(wanted, Rank(1, 2))
-    wanted = dict(tree_flatten(wanted.parameters()))
+    split_tensors(expected, Rank(1, 2))
+    expected = dict(tree_flatten(expected.parameters()))
     for name, array in tree_flatten(found.parameters()):
-        assert mx.array_equal(array, wanted[name])
+        assert mx.array_equal(array, expected[name])
     outputs = sum(
         tensor.nbytes
         for name, (_, tensor) in stored.items()
@@ -205,12 +205,12 @@ def test_what_the_class_computes_from_a_slice_is_not_replaced():
         read.append(name)
         return part.of(array)
 
-    found, wanted = Scaling(linear), Scaling(linear)
+    found, expected = Scaling(linear), Scaling(linear)
     split_tensors(found, Rank(0, 2), reader=reader)
-    split_tensors(wanted, Rank(0, 2))
+    split_tensors(expected, Rank(0, 2))
     assert "first.weight" in read
     assert "first.scales" not in read
-    assert mx.array_equal(found.first.scales, wanted.first.scales)
+    assert mx.array_equal(found.first.scales, expected.first.scales)
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_what_the_class_computes_from_a_slice_is_not_replaced():
 def test_two_processes_have_the_logits_of_one(tmp_path, families):
     """Through a cache, over the ring backend."""
     models = [splittable(tmp_path / family, family) for family in families]
-    wanted = []
+    expected = []
     for directory in models:
         model, _, _ = load(directory)
         assert any(isinstance(module, RotatedLayer) for module in model.modules())
-        wanted.append(logits_of(model))
+        expected.append(logits_of(model))
     for results in run_two_ranks(tmp_path, models):
-        for number, (directory, logits) in enumerate(zip(models, wanted, strict=True)):
+        for number, (directory, logits) in enumerate(zip(models, expected, strict=True)):
             found = results[f"logits{number}"]
             assert np.abs(found - logits).max() < 2e-5 * np.abs(logits).max(), directory.name

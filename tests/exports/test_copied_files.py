@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from paroquant_stream.errors import CheckpointError, MalformedFileError
-from paroquant_stream.exports import copied_files as room
+from paroquant_stream.exports import copied_files as module
 from paroquant_stream.exports.copied_files import (
     JSON,
     OTHER,
@@ -59,7 +59,7 @@ def test_templates_in_their_directory_are_taken_along(model_dir, out):
 @pytest.mark.parametrize("link", ["directory", "file"])
 def test_templates_that_truly_lie_elsewhere_are_an_error(model_dir, tmp_path, link):
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "x.jinja").write_text("of somebody")
+    (tmp_path / "elsewhere" / "x.jinja").write_text("of another user")
     templates = model_dir / "additional_chat_templates"
     if link == "directory":
         templates.symlink_to("../elsewhere")
@@ -93,7 +93,7 @@ def test_another_name_is_left_behind(model_dir, out, name):
 @pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "merges.txt"])
 @pytest.mark.parametrize("link", ["../secret", "models--a/blobs/x", "inner"])
 def test_a_file_outside_is_an_error_however_it_is_spelled(model_dir, tmp_path, name, link):
-    (tmp_path / "secret").write_text("of somebody")
+    (tmp_path / "secret").write_text("of another user")
     (model_dir / "models--a" / "blobs").mkdir(parents=True)
     (model_dir / "models--a" / "blobs" / "x").symlink_to(tmp_path / "secret")
     (model_dir / "inner").symlink_to("../secret")
@@ -104,7 +104,7 @@ def test_a_file_outside_is_an_error_however_it_is_spelled(model_dir, tmp_path, n
 
 
 def test_a_file_that_becomes_a_link_later_is_not_followed(model_dir, tmp_path, out):
-    (tmp_path / "secret").write_text("of somebody")
+    (tmp_path / "secret").write_text("of another user")
     names = files_to_export(model_dir)
     (model_dir / "tokenizer.json").unlink()
     (model_dir / "tokenizer.json").symlink_to("../secret")
@@ -174,7 +174,7 @@ def test_a_large_vocabulary_is_copied_in_chunks(model_dir, out):
 
 
 def test_json_of_several_chunks_arrives_whole(model_dir, out, monkeypatch):
-    monkeypatch.setattr(room, "CHUNK", 7)
+    monkeypatch.setattr(module, "CHUNK", 7)
     export(model_dir, out)
     assert (out / "tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
 

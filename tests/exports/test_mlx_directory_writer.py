@@ -135,7 +135,7 @@ def test_a_conversion_beside_the_model_is_used(model_dir, tmp_path):
 
 
 def test_a_file_outside_the_model_is_refused_before_any_work(model_dir, tmp_path):
-    (tmp_path / "secret").write_text("of somebody")
+    (tmp_path / "secret").write_text("of another user")
     (model_dir / "merges.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="outside of the model directory"):
         export_model(model_dir, tmp_path / "out", cache_dir=tmp_path / "cache")
@@ -209,7 +209,7 @@ def test_a_full_disk_is_told_before_anything_is_written(model_dir, tmp_path, mon
     real = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda path: full if path == tmp_path else real(path))
     before = names(tmp_path)
-    with pytest.raises(ParoquantStreamError, match="bytes needed, 8,192 free; make room"):
+    with pytest.raises(ParoquantStreamError, match="bytes needed, 8,192 free; free some space"):
         export_model(model_dir, tmp_path / "out")
     assert names(tmp_path) == before
 
@@ -256,14 +256,14 @@ def test_a_failing_call_leaves_no_export_and_the_store_unchanged(
     while True:
         with monkeypatch.context() as patch:
             failing = Failing(patch, name, number, code)
-            told = message_of(model_dir, parent / "out", tmp_path / "cache")
+            message = message_of(model_dir, parent / "out", tmp_path / "cache")
         if failing.calls < number:  # none was left to fail
             break
-        if told is None:  # one that may fail, like mkdir of what is there
+        if message is None:  # one that may fail, like mkdir of what is there
             assert names(parent / "out") == PLAIN
             shutil.rmtree(parent / "out")
         else:
-            assert os.strerror(code) in told
+            assert os.strerror(code) in message
             assert names(parent) == set()
             errors += 1
         number += 1

@@ -53,12 +53,12 @@ def edit(path: Path, change) -> None:
 @pytest.mark.parametrize("force_text", [False, True])
 def test_gives_the_model_that_the_entries_give_bit_for_bit(name, force_text, tmp_path):
     directory = shutil.copytree(FIXTURES / name, tmp_path / "model")
-    wanted, _, was_vlm = load(directory, force_text=force_text, cache_dir=tmp_path / "cache")
+    correct, _, was_vlm = load(directory, force_text=force_text, cache_dir=tmp_path / "cache")
     export(directory, tmp_path / "cache")
     remove_sources(directory)
     found, tokenizer, is_vlm = load(directory, force_text=force_text)
     assert is_vlm == was_vlm
-    assert_same(parameters(found), parameters(wanted))
+    assert_same(parameters(found), parameters(correct))
     assert tokenizer is not None
 
 
@@ -232,23 +232,23 @@ FOREIGN = [
 @pytest.mark.parametrize(("name", "text"), FOREIGN)
 def test_the_file_of_pull_request_50_gives_our_model_bit_for_bit(name, text, tmp_path, caplog):
     directory = shutil.copytree(FIXTURES / name, tmp_path / "model")
-    wanted, _, was_vlm = load(directory, force_text=text)
+    correct, _, was_vlm = load(directory, force_text=text)
     as_pull_request_50(directory, text)
     found, _, is_vlm = load(directory)
     assert is_vlm == was_vlm
     assert ("saved without its vision tower" in caplog.text) == (
         text and "vision_config" in (directory / "config.json").read_text()
     )
-    assert_same(parameters(found), parameters(wanted))
+    assert_same(parameters(found), parameters(correct))
     lazy, _, _ = load(directory, lazy=True)
-    assert_same(parameters(lazy), parameters(wanted))
+    assert_same(parameters(lazy), parameters(correct))
 
 
 def test_the_text_part_of_a_pull_request_50_vision_file_loads(tmp_path):
     directory = shutil.copytree(FIXTURES / VISION, tmp_path / "model")
-    wanted, _, _ = load(directory, force_text=True)
+    correct, _, _ = load(directory, force_text=True)
     as_pull_request_50(directory, force_text=False)
-    assert_same(parameters(load(directory, force_text=True)[0]), parameters(wanted))
+    assert_same(parameters(load(directory, force_text=True)[0]), parameters(correct))
 
 
 @pytest.mark.parametrize("name", [VISION, "gemma4_e2b-awq-adversarial"])
@@ -256,13 +256,13 @@ def test_the_text_part_of_a_pull_request_50_vision_file_loads(tmp_path):
 def test_a_tower_under_model_names_is_loaded_or_left(name, force_text, tmp_path):
     """What the public loader would save if it kept every tower, embeddings quantized already."""
     directory = shutil.copytree(FIXTURES / name, tmp_path / "model")
-    wanted, _, was_vlm = load(directory, force_text=force_text)
+    correct, _, was_vlm = load(directory, force_text=force_text)
     whole = parameters(load(directory)[0])
     remove_sources(directory)
     mx.save_safetensors(str(directory / NAME), whole)
     found, _, is_vlm = load(directory, force_text=force_text)
     assert is_vlm == was_vlm == (not force_text)
-    assert_same(parameters(found), parameters(wanted))
+    assert_same(parameters(found), parameters(correct))
 
 
 def test_the_file_of_pull_request_50_is_not_used_beside_a_source(tmp_path, caplog):

@@ -61,23 +61,23 @@ def test_holds_every_tensor_of_the_entries_bit_for_bit(model, target, monkeypatc
     monkeypatch.setattr(single_write, "CHUNK", chunk)
     size = write_single_file(*model, target)
     assert size == target.stat().st_size
-    found, wanted = load_file(target), entries(*model)
-    assert found.keys() == wanted.keys()
-    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    found, expected = load_file(target), entries(*model)
+    assert found.keys() == expected.keys()
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def test_joins_the_pieces_of_a_stack_in_the_order_of_the_experts(tmp_path, target):
     manifest, store = converted(MOE, tmp_path / "cache")
-    wanted = entries(manifest, store)
-    stacks = stacks_in_pieces(wanted)
+    expected = entries(manifest, store)
+    stacks = stacks_in_pieces(expected)
     assert any(len(pieces) > 2 for pieces in stacks.values())
     write_single_file(manifest, store, target)
     found = load_file(target)
     for stack, pieces in stacks.items():
-        parts = [wanted.pop(piece) for piece in pieces]
+        parts = [expected.pop(piece) for piece in pieces]
         assert found[stack].shape == (sum(map(len, parts)), *parts[0].shape[1:])
         assert found[stack].tobytes() == b"".join(part.tobytes() for part in parts)
-    assert found.keys() == wanted.keys() | stacks.keys()
+    assert found.keys() == expected.keys() | stacks.keys()
 
 
 def test_two_runs_give_the_same_bytes(model, target):
@@ -205,8 +205,8 @@ def test_short_writes_are_gone_on_with(model, target, monkeypatch):
     monkeypatch.setattr(os, "pwrite", pwrite)
     write_single_file(*model, target)
     assert any(short)
-    found, wanted = load_file(target), entries(*model)
-    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    found, expected = load_file(target), entries(*model)
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def test_bytes_are_durable_before_the_name(model, target, monkeypatch):

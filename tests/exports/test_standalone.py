@@ -134,8 +134,8 @@ def test_every_float16_angle_has_the_tables_cosine_and_sine():
     every = every[np.isfinite(every)]
     for here, there in ((math.cos, np.cos), (math.sin, np.sin)):
         found = np.array(standalone._each(here, mx.array(every[None])))[0]
-        wanted = there(every.astype(np.float64)).astype(np.float32)
-        assert np.array_equal(found, wanted)
+        expected = there(every.astype(np.float64)).astype(np.float32)
+        assert np.array_equal(found, expected)
 
 
 def test_weights_are_not_changed_again_on_their_way_in(exports):
@@ -179,9 +179,9 @@ def test_the_rotation_has_our_bits(dtype, rows, group, krot):
     parameters = random_rotation(rng, 256, group, krot)
     x = mx.array(rng.normal(0, 1, (rows, 256)).astype(np.float32)).astype(dtype)
     found = standalone.Rotation(*parameters, group_size=group)(x)
-    wanted = kernels.rotate(x, kernels.RotationTables(*parameters, group))
+    expected = kernels.rotate(x, kernels.RotationTables(*parameters, group))
     assert found.dtype == dtype
-    assert mx.array_equal(found, wanted)
+    assert mx.array_equal(found, expected)
 
 
 def test_a_round_that_names_a_channel_twice_is_refused():
@@ -243,8 +243,8 @@ def on_both(ranks: list[Rank], work) -> list:
         return list(pool.map(on_one, ranks))
 
 
-def near(found: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted))
+def near(found: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected))
 
 
 def test_two_ranks_have_the_logits_of_one(tmp_path, ranks):
@@ -264,9 +264,9 @@ def test_two_ranks_have_the_logits_of_one(tmp_path, ranks):
         shapes += [layer.mlp.up_proj.pairs.shape, layer.mlp.down_proj.pairs.shape]
         return np.array(part(tokens)), shapes
 
-    wanted = np.array(whole(tokens))
+    expected = np.array(whole(tokens))
     for logits, shapes in on_both(ranks, work):
-        assert near(logits, wanted)
+        assert near(logits, expected)
         assert shapes == [(64, 8), (64, 8), (3, 64), (3, 64)]
 
 
@@ -290,7 +290,7 @@ def test_each_rank_has_its_part_of_the_experts(exports, ranks):
     """Their sum is left to mlx-lm's MoE block, so here it is taken by hand."""
     x, experts = mx.random.normal((1, 40, 64)), mx.array([[[0, 3]] * 40])
     whole = loaded(exports["qwen3_moe-awq-adversarial"]).model.layers[0].mlp.switch_mlp
-    wanted = np.array(whole(x, experts))
+    expected = np.array(whole(x, experts))
     parts = []
     for rank in ranks:
         layer = loaded(exports["qwen3_moe-awq-adversarial"]).model.layers[0].mlp.switch_mlp
@@ -298,8 +298,8 @@ def test_each_rank_has_its_part_of_the_experts(exports, ranks):
         assert layer.down_rot_pairs.shape == (4, 32)
         assert layer.gate_up_rot_pairs.shape == (4, 64)
         parts.append(np.array(layer(x, experts)))
-    assert near(parts[0] + parts[1], wanted)
-    assert not near(parts[0], wanted)
+    assert near(parts[0] + parts[1], expected)
+    assert not near(parts[0], expected)
 
 
 def standalone_shard(layer, rank: Rank) -> None:

@@ -51,8 +51,8 @@ def test_a_directory_made_meanwhile_is_kept(tmp_path):
         new_directory(tmp_path / "out", 10),
     ):
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "of somebody else").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "of somebody else"]
+        (tmp_path / "out" / "of another user").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "of another user"]
 
 
 def test_a_directory_that_cannot_be_synced_is_removed(tmp_path, monkeypatch):

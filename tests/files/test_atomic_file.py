@@ -212,7 +212,7 @@ def test_a_full_disk_is_explained_with_the_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_file, "free_bytes", lambda _: 1234)
     assert write_problem(tmp_path / "x", 56789, FULL) == (
         f"{tmp_path}/x: No space left on device; 56,789 bytes needed, 1,234 free; "
-        "make room and run again"
+        "free some space and run again"
     )
     quota = OSError(errno.EDQUOT, "Disk quota exceeded")
     assert "56,789 bytes needed" in str(write_error(tmp_path / "x", 56789, quota))

@@ -161,9 +161,9 @@ def test_on_macos_statfs_names_the_type(monkeypatch, symbol, name, kind):
         def __init__(self, path):
             assert path is None
 
-        def __getattr__(self, wanted):
-            if wanted != symbol:
-                raise AttributeError(wanted)
+        def __getattr__(self, expected):
+            if expected != symbol:
+                raise AttributeError(expected)
             return self.call
 
         @staticmethod

@@ -72,7 +72,7 @@ def in_loop(image: Path, where: Path, device: str = "") -> Iterator[str]:
     """Mounts an image read-only through a loop device, a free one or this one; gives its name."""
     if device:
         call("losetup", "-r", device, image)
-    else:  # found and taken at once: other tests want one, too
+    else:  # found and taken at once: other tests need one too
         device = call("losetup", "-r", "-f", "--show", image)
     try:
         with mounted("-o", "ro", device, where):

@@ -28,9 +28,9 @@ def bits(array: mx.array) -> tuple[str, tuple[int, ...], bytes]:
     return str(array.dtype), array.shape, bytes(memoryview(raw))
 
 
-def assert_same(found: dict[str, mx.array], wanted: dict[str, mx.array]) -> None:
-    assert found.keys() == wanted.keys()
-    unequal = [name for name in wanted if bits(found[name]) != bits(wanted[name])]
+def assert_same(found: dict[str, mx.array], correct: dict[str, mx.array]) -> None:
+    assert found.keys() == correct.keys()
+    unequal = [name for name in correct if bits(found[name]) != bits(correct[name])]
     assert unequal == []
 
 

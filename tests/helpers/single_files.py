@@ -31,7 +31,7 @@ def export(directory: Path, cache: Path) -> Path:
 
 
 def as_pull_request_50(directory: Path, force_text: bool) -> None:
-    """Leaves in the directory only what its users are told to keep: the public loader's model,
+    """Leaves in the directory only what its documentation says to keep: the public loader's model,
     saved under the model's names before embeddings and head were quantized.
     """
     stored = {k: a for path in shards(directory) for k, a in mx.load(str(path)).items()}

@@ -226,8 +226,8 @@ print(importlib.reload(home).load is loader_patch.load)
 uninstall()
 print(home.load("m"), importlib.reload(home).load("m"), loader_patch._finder in sys.meta_path)
 """
-    wanted = f"True SourceFileLoader {loader_patch.LOADER_MODULE}\nTrue\ntheirs theirs False"
-    assert python(stand_in(tmp_path), code) == wanted
+    expected = f"True SourceFileLoader {loader_patch.LOADER_MODULE}\nTrue\ntheirs theirs False"
+    assert python(stand_in(tmp_path), code) == expected
 
 
 def test_a_moved_loader_is_an_error_with_the_version(tmp_path):

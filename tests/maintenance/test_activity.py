@@ -8,7 +8,7 @@ import os
 import pytest
 
 from paroquant_stream.errors import StoreError
-from paroquant_stream.maintenance import activity as room
+from paroquant_stream.maintenance import activity as module
 from paroquant_stream.maintenance.activity import demand_quiet, running
 from paroquant_stream.store.store import Store
 from tests.helpers.builders import temp_of
@@ -47,7 +47,7 @@ def test_a_temp_of_a_dead_process_shows_nothing(store):
 
 def test_a_temp_that_has_not_grown_for_an_hour_shows_nothing(store, monkeypatch):
     write_temp(store, os.getppid())
-    monkeypatch.setattr(room, "QUIET", -1)
+    monkeypatch.setattr(module, "QUIET", -1)
     assert running(store) is None
 
 

@@ -1,4 +1,4 @@
-"""What lies in a store: models, entries, sharing, and what nobody names."""
+"""What a store holds: models, entries, sharing, and files that no manifest names."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def mark_dropped(store: Store, directory: Path) -> None:
     path.write_bytes(replace(manifest, entries=records).encode())
 
 
-def pick(inventory: Inventory, *wanted: str):
-    return [model for model in inventory.models if Path(model.name).name in wanted]
+def pick(inventory: Inventory, *expected: str):
+    return [model for model in inventory.models if Path(model.name).name in expected]
 
 
 def test_entries_that_two_models_share_stay_until_both_go(store):

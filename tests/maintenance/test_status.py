@@ -1,4 +1,4 @@
-"""Whether a model still holds, told without reading it, in the words of a dry run."""
+"""Whether a model is still up to date, found without reading it, in the words of a dry run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safete
 
 
 def look(directory) -> Freshness:
-    """The freshness, told without a byte of any shard being read."""
+    """The freshness, found without a byte of any shard being read."""
     made = make_request(directory, jobs=1)
     manifest = read_manifest(made)
 
@@ -186,11 +186,11 @@ def test_a_changed_lender_may_have_changed_borrowed_parts(scattered_dir):
     change(scattered_dir, FIRST)
     read_through(scattered_dir)
     states = whys(look(scattered_dir))
-    told = dry_run(scattered_dir)
-    assert states[0][1] == told[0] == "content changed"
+    found = dry_run(scattered_dir)
+    assert states[0][1] == found[0] == "content changed"
     assert (UNKNOWN, "perhaps borrowed part changed") in states
     assert all(
-        told[i] in ("unchanged", "borrowed part changed")
+        found[i] in ("unchanged", "borrowed part changed")
         for i, (state, _) in enumerate(states)
         if state == UNKNOWN
     )

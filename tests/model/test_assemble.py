@@ -82,8 +82,8 @@ def test_bfloat16_embeddings_keep_their_dtype_and_bits(tmp_path):
     arrays = {n: mx.array(a) for n, a in tensors.items()} | {"model.embed_tokens.weight": embed}
     mx.save_safetensors(str(path), arrays)
     found = parameters(load(directory)[0])
-    wanted = mx.quantize(embed, 32, 4, stream=mx.cpu)
-    for leaf, array in zip(("weight", "scales", "biases"), wanted, strict=True):
+    expected = mx.quantize(embed, 32, 4, stream=mx.cpu)
+    for leaf, array in zip(("weight", "scales", "biases"), expected, strict=True):
         stored = found[f"model.embed_tokens.{leaf}"]
         assert stored.dtype == array.dtype
         assert mx.array_equal(stored, array)

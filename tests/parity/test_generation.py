@@ -116,8 +116,8 @@ def test_tokens_equal_those_of_dense_weights_with_the_rotation(directory):
     ours, written = logits_of(model, tokens), greedy(model, tokens, 24)
     reference = folded(load(directory, force_text=True)[0])
     reference.set_dtype(mx.float32)
-    wanted = logits_of(reference, tokens)
-    assert np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) < 1e-4
+    correct = logits_of(reference, tokens)
+    assert np.linalg.norm(ours - correct) / np.linalg.norm(correct) < 1e-4
     assert written == greedy(reference, tokens, 24)
 
 
@@ -185,8 +185,8 @@ def test_text_logits_of_mlx_vlm_equal_those_of_mlx_lm(name):
     vision.set_dtype(mx.float32)
     text.set_dtype(mx.float32)
     found = np.array(vision.language_model(tokens).logits)
-    wanted = np.array(text(tokens))
-    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
+    correct = np.array(text(tokens))
+    assert np.linalg.norm(found - correct) / np.linalg.norm(correct) < 1e-5
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU and MLX's CUDA backend")

@@ -31,17 +31,19 @@ def matrix(tmp_path_factory):
     return out, make_matrix(out)
 
 
-def outcome(loader, directory, force_text: bool, wanted) -> str:
-    """Return `right`, `wrong` or `refused`, compared with the parameters wanted."""
+def outcome(loader, directory, force_text: bool, correct) -> str:
+    """Return `right`, `wrong` or `refused`, compared with the parameters correct."""
     try:
         model, _, is_vlm = loader(str(directory), force_text=force_text)
     except Exception as error:
         return f"refused ({type(error).__name__})"
     found = parameters(model)
-    if wanted is None:
+    if correct is None:
         return "loaded"
-    missing = wanted.keys() - found.keys()
-    unequal = [name for name in wanted if name in found and bits(found[name]) != bits(wanted[name])]
+    missing = correct.keys() - found.keys()
+    unequal = [
+        name for name in correct if name in found and bits(found[name]) != bits(correct[name])
+    ]
     if not force_text and not is_vlm:
         return "wrong (no vision model)"
     return "right" if not missing and not unequal else f"wrong ({len(missing) + len(unequal)})"
@@ -66,13 +68,13 @@ def test_every_family_layout_and_cut_gives_the_same_bits(matrix):
     ours, theirs = Counter(), Counter()
     for row in rows:
         for force_text in (True, False) if row["vision"] else (True,):
-            wanted = reference(out, row, force_text)
-            mine = outcome(load, out / row["name"], force_text, wanted)
-            public = outcome(public_load, out / row["name"], force_text, wanted)
+            correct = reference(out, row, force_text)
+            mine = outcome(load, out / row["name"], force_text, correct)
+            public = outcome(public_load, out / row["name"], force_text, correct)
             print(f"{row['name']:36} {'text' if force_text else 'vision':6} {mine:24} {public}")
             ours[mine.split()[0]] += 1
             theirs[public.split()[0]] += 1
-            expected = "right" if wanted is not None else f"refused ({AssemblyError.__name__})"
+            expected = "right" if correct is not None else f"refused ({AssemblyError.__name__})"
             assert mine == expected, row["name"]
     mx.set_default_device(before)
     print("ours:", dict(ours), " public loader:", dict(theirs))

@@ -72,8 +72,8 @@ def test_every_value_of_a_tower_is_loaded(row):
     ]
     assert sum(array.size for array in tower.values()) == sum(array.size for array in stored)
     total = sum(array.astype(mx.float32).sum().item() for array in tower.values() if finite(array))
-    wanted = sum(array.astype(mx.float32).sum().item() for array in stored if finite(array))
-    assert total == pytest.approx(wanted, rel=1e-3)
+    correct = sum(array.astype(mx.float32).sum().item() for array in stored if finite(array))
+    assert total == pytest.approx(correct, rel=1e-3)
 
 
 def finite(array: mx.array) -> bool:
@@ -106,9 +106,9 @@ def test_every_parameter_equals_the_public_loaders(row):
 def test_the_public_loader_still_drops_native_biases():
     """If this fails, that case can join the comparison with the public loader."""
     theirs, _, _ = public_load(str(FIXTURES / "qwen2-native-adversarial"), force_text=True)
-    wanted = mx.load(str(EXPECTED / "qwen2.safetensors"))
+    correct = mx.load(str(EXPECTED / "qwen2.safetensors"))
     bias = "model.layers.0.self_attn.q_proj.bias"
-    assert bits(parameters(theirs)[bias]) != bits(wanted[bias])
+    assert bits(parameters(theirs)[bias]) != bits(correct[bias])
 
 
 def test_the_committed_fixtures_stay_small():

@@ -54,7 +54,7 @@ def test_an_absurd_number_of_experts_costs_no_more_time():
 
 
 def test_a_stack_with_gaps_is_refused_in_linear_time():
-    """The nearest neighbour of each that is missing was looked for among all."""
+    """The nearest expert of each that is missing was looked for among all."""
 
     def refusal(count: int) -> float:
         one = moe_tensors(experts=1)
@@ -69,7 +69,7 @@ def test_a_stack_with_gaps_is_refused_in_linear_time():
 
 
 @pytest.mark.parametrize(("absent", "near"), [((3,), 2), ((2, 3), 4), ((3, 4, 5), 2), ((0, 3), 2)])
-def test_the_shard_of_the_nearest_neighbour_is_named(absent, near):
+def test_the_shard_of_the_nearest_expert_is_named(absent, near):
     gone = tuple(f".experts.{expert}.up_proj." for expert in absent)
     tensors = {n: a for n, a in moe_tensors(experts=7).items() if not any(g in n for g in gone)}
     homes = {name: "near" if f".experts.{near}." in name else "far" for name in tensors}

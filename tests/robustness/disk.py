@@ -1,6 +1,6 @@
 """Small file systems: one that is full, and one whose image is copied while it is in use.
 
-The copy is what a disk would hold if the power went at that moment: the kernel has not been told.
+The copy is what a disk would hold if the power went at that moment: the kernel does not know.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What befalls a run, from inside of its own process: `install` puts itself around the calls of
-`os` that touch files below some directories, and reacts to the one that it was told to wait for.
+`os` that touch files below some directories, and reacts to the one given to it.
 
     do        at the N-th call that counts
     log       nothing; the calls are listed all the same

@@ -1,4 +1,4 @@
-"""A bit that flips in the only copy: told, kept, and repaired by the shard; never loaded, never
+"""A flipped bit in the only copy: reported, kept, and repaired by the shard; never loaded, never
 deleted.
 """
 
@@ -32,7 +32,7 @@ from tests.robustness.harness import (
     undisturbed,
 )
 
-KEPT = pytest.mark.new("the damaged only copy of somebody's weights is kept")
+KEPT = pytest.mark.new("a damaged only copy of weights is kept")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def dropped(place: Path, cut: str = "a chain", in_place: bool = False) -> Droppe
     return Dropped(model, right, backup)
 
 
-def commands_of_a_day(model: Model) -> list[str]:
-    """What somebody may try with a damaged model; how each ended."""
+def usual_commands(model: Model) -> list[str]:
+    """What a user may try with a damaged model; how each ended."""
     tries = {
         "load": model.load,
         "load verify=full": lambda: model.load("--verify", "full"),
@@ -71,12 +71,12 @@ def commands_of_a_day(model: Model) -> list[str]:
         "prune --older-than": lambda: prune(model, "--older-than", "1s"),
         "load again": model.load,
     }
-    said = []
+    outcomes = []
     for name, run in tries.items():
         ended = run()
         assert "Traceback" not in ended.err, f"{name}: {ended.err}"
-        said.append(f"{name}: {one_line(ended)}")
-    return said
+        outcomes.append(f"{name}: {one_line(ended)}")
+    return outcomes
 
 
 @KEPT
@@ -92,9 +92,9 @@ def test_a_flipped_bit_in_the_only_copy_is_kept_and_repaired(place, at):
     assert loaded.code == 1, "the damage was loaded"
     assert entry.stem in loaded.err, one_line(loaded)
     assert "Traceback" not in loaded.err
-    said = commands_of_a_day(it.model)
+    outcomes = usual_commands(it.model)
     kept = holds(it.model.root, damaged)
-    assert kept, "the only copy is gone: " + "\n".join(line[:120] for line in said)
+    assert kept, "the only copy is gone: " + "\n".join(line[:120] for line in outcomes)
     put_back(it.model, it.backup)
     assert it.model.convert().code == 0
     assert_loads(it.model, it.right)
@@ -245,7 +245,7 @@ def quietly_damaged(model: Model) -> Path:
 
 @pytest.mark.parametrize("drop", [False, True], ids=["converted", "dropped"])
 @pytest.mark.parametrize("how", ["the directory is moved", "the manifest is lost"])
-def test_a_damaged_entry_without_its_record_is_not_believed(place, how, drop):
+def test_a_damaged_entry_without_its_record_is_not_trusted(place, how, drop):
     model, right = converted(place)
     quietly_damaged(model)
     if how == "the directory is moved":

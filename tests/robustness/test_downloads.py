@@ -1,4 +1,4 @@
-"""A model of the Hub whose shards are dropped as they arrive: stopped anywhere, one more run
+"""A model of the Hub whose shards are dropped after their download: stopped anywhere, one more run
 completes it, and no shard that was removed is downloaded twice.
 """
 

@@ -1,4 +1,4 @@
-"""Faults from the outside: calls that fail, processes that are killed, full disks, neighbours.
+"""Faults from the outside: calls that fail, processes that are killed, full disks, other runs.
 
 Whatever happens, an entry has the right bytes or is not there, and the next run goes on. Every
 fault proves that it fired: a sweep that injects nothing is a failure.
@@ -340,12 +340,12 @@ def mounted(path, *options: str):
 
 
 @LINUX_ROOT
-@pytest.mark.parametrize("asks", [True, False], ids=["asked before", "full meanwhile"])
+@pytest.mark.parametrize("checks", [True, False], ids=["checked before", "full meanwhile"])
 @pytest.mark.parametrize("size", [4, 20, 44, 60, 88, 112])
-def test_a_full_disk_tells_needed_and_free_and_goes_on_with_more(
-    model, cache, golden, monkeypatch, size, asks
+def test_a_full_disk_names_the_space_and_resumes_with_more(
+    model, cache, golden, monkeypatch, size, checks
 ):
-    if not asks:
+    if not checks:
         monkeypatch.setattr(Store, "free_bytes", lambda _: 1 << 40)
     with mounted(cache, "-t", "tmpfs", "-o", f"size={size}k,mode=700", "none") as remount:
         with pytest.raises(StoreError, match=r"bytes needed.* free"):
@@ -416,11 +416,13 @@ def right(model, tmp_path, on_the_cpu):
         flat = tree_flatten(load(model, cache_dir=cache)[0].parameters())
         return {name: np.array(value) for name, value in flat}
 
-    want = parameters(tmp_path / "undisturbed")
+    expected = parameters(tmp_path / "undisturbed")
 
     def check(cache) -> bool:
         got = parameters(cache)
-        return want.keys() == got.keys() and all(np.array_equal(got[n], want[n]) for n in want)
+        return expected.keys() == got.keys() and all(
+            np.array_equal(got[n], expected[n]) for n in expected
+        )
 
     return check
 

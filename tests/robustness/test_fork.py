@@ -23,12 +23,12 @@ from paroquant_stream import convert_checkpoint
 model, cache, drops = sys.argv[1], sys.argv[2], sys.argv[3] == "drop"
 inside, go_on = threading.Event(), threading.Event()
 
-def told(*_):
+def on_progress(*_):
     inside.set()
     go_on.wait(60)
 
 def work():
-    convert_checkpoint(model, cache_dir=cache, jobs=1, drop_source=drops, progress=told)
+    convert_checkpoint(model, cache_dir=cache, jobs=1, drop_source=drops, progress=on_progress)
 
 thread = threading.Thread(target=work)
 thread.start()

@@ -1,4 +1,4 @@
-"""Runs that are killed at every file-system step, or told to stop: nothing is lost, nothing half
+"""Runs that are killed at every file-system step, or asked to stop: nothing is lost, nothing half
 done.
 """
 

@@ -158,12 +158,12 @@ def aged(directory: Path) -> Path:
     return directory
 
 
-def stranger(place: Path) -> Path:
-    """Somebody's directory: notes, files as old temps, a digest, a lock."""
-    directory = place / "stranger"
+def elsewhere(place: Path) -> Path:
+    """Another user's directory: notes, files as old temps, a digest, a lock."""
+    directory = place / "elsewhere"
     (directory / "deep").mkdir(parents=True)
     for name in ("notes.txt", TEMP, "12345-fe00-1", f"{'a' * 64}.lock", "deep/notes.txt"):
-        (directory / name).write_text("somebody's")
+        (directory / name).write_text("another user's")
     return aged(directory)
 
 
@@ -185,64 +185,64 @@ def replace_by_link(path: Path, target: Path) -> None:
 
 
 def link_mlx(model: Model, place: Path) -> None:
-    replace_by_link(model.root, stranger(place))
+    replace_by_link(model.root, elsewhere(place))
 
 
 def link_mlx_to_a_tree(model: Model, place: Path) -> None:
-    shutil.copytree(model.root, place / "stranger")
-    replace_by_link(model.root, aged(place / "stranger"))
+    shutil.copytree(model.root, place / "elsewhere")
+    replace_by_link(model.root, aged(place / "elsewhere"))
 
 
 def link_v1(model: Model, place: Path) -> None:
-    replace_by_link(model.root / "v1", stranger(place))
+    replace_by_link(model.root / "v1", elsewhere(place))
 
 
 def link_v1_to_a_tree(model: Model, place: Path) -> None:
-    shutil.copytree(model.root / "v1", place / "stranger")
-    (place / "stranger" / "tmp" / TEMP).write_text("somebody's")
-    replace_by_link(model.root / "v1", aged(place / "stranger"))
+    shutil.copytree(model.root / "v1", place / "elsewhere")
+    (place / "elsewhere" / "tmp" / TEMP).write_text("another user's")
+    replace_by_link(model.root / "v1", aged(place / "elsewhere"))
 
 
 def link_a_folder(name: str) -> Callable[[Model, Path], None]:
     def link(model: Model, place: Path) -> None:
-        replace_by_link(model.root / "v1" / name, stranger(place))
+        replace_by_link(model.root / "v1" / name, elsewhere(place))
 
     return link
 
 
 def link_entries_of_the_user(model: Model, place: Path) -> None:
     """To the entries of the user's cache, of which one is damaged."""
-    other = Model(model.directory, place / "stranger")
+    other = Model(model.directory, place / "elsewhere")
     assert other.convert().code == 0
     entry = other.entries[0]
     for path in model.entries:
-        folder = place / "stranger" / "v1" / "entries" / path.parent.name
+        folder = place / "elsewhere" / "v1" / "entries" / path.parent.name
         replace_by_link(path.parent, folder)
     flip(entry, 0.7)
 
 
 def link_an_entry(model: Model, place: Path) -> None:
-    (place / "stranger").mkdir()
+    (place / "elsewhere").mkdir()
     entry = model.entries[0]
-    shutil.copy(entry, place / "stranger" / entry.name)
-    flip(place / "stranger" / entry.name, 0.7)
-    replace_by_link(entry, place / "stranger" / entry.name)
+    shutil.copy(entry, place / "elsewhere" / entry.name)
+    flip(place / "elsewhere" / entry.name, 0.7)
+    replace_by_link(entry, place / "elsewhere" / entry.name)
 
 
 def link_the_manifest(model: Model, place: Path) -> None:
-    (place / "stranger").mkdir()
+    (place / "elsewhere").mkdir()
     for path in (model.root / "v1" / "manifests").iterdir():
-        shutil.copy(path, place / "stranger" / path.name)
-        replace_by_link(path, place / "stranger" / path.name)
-    aged(place / "stranger")
+        shutil.copy(path, place / "elsewhere" / path.name)
+        replace_by_link(path, place / "elsewhere" / path.name)
+    aged(place / "elsewhere")
 
 
 def link_every_digest(model: Model, place: Path) -> None:
-    (place / "stranger").mkdir()
+    (place / "elsewhere").mkdir()
     for path in (model.root / "v1" / "memo").iterdir():
-        (place / "stranger" / path.name).write_text("somebody's")
-        replace_by_link(path, place / "stranger" / path.name)
-    aged(place / "stranger")
+        (place / "elsewhere" / path.name).write_text("another user's")
+        replace_by_link(path, place / "elsewhere" / path.name)
+    aged(place / "elsewhere")
 
 
 LINKS = {
@@ -293,10 +293,10 @@ def test_a_link_in_the_tree_leads_nowhere(place, link, command):
     model = tree(place)
     right = undisturbed(model)
     LINKS[link](model, place)
-    before = snapshot(place / "stranger")
+    before = snapshot(place / "elsewhere")
     ended = COMMANDS[command](model)
     assert "Traceback" not in ended.err, ended.err
-    after = snapshot(place / "stranger")
+    after = snapshot(place / "elsewhere")
     changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
     assert not changed, f"changed outside: {sorted(p.replace(str(place), '') for p in changed)}"
     if len(model.sources) < 3:

@@ -123,24 +123,24 @@ def test_a_drop_on_a_disk_of_any_size_resumes_with_space(cut, where):
 
 
 def full_disks(cut: str, where: str, kibibytes) -> tuple[list[int], list[str]]:
-    """Exit codes of drops with so much room beside the model, and what was wrong with each."""
+    """Exit codes of drops with this free space beside the model, and what was wrong with each."""
     codes, wrong = [], []
     with scratch() as place:
         right = undisturbed(Model(write_tiny(place / "model", CUTS[cut]), None))
         size = sum(path.stat().st_size for path in (place / "model").iterdir()) >> 10
-        for room in kibibytes:
+        for free in kibibytes:
             held = size + 64 if where == "in place" else 0
-            with memory(place / "disk", f"{held + room}k") as disk:
+            with memory(place / "disk", f"{held + free}k") as disk:
                 if where == "in place":
                     model = Model(write_tiny(disk / "model", CUTS[cut]), None)
                 else:
-                    directory = write_tiny(place / f"model {room}", CUTS[cut])
+                    directory = write_tiny(place / f"model {free}", CUTS[cut])
                     model = Model(directory, disk / "cache")
                 ended = model.drop()
                 codes.append(ended.code)
                 if ended.code not in (0, 1) or "Traceback" in ended.err:
-                    wrong.append(f"{room} KiB: ended badly: {ended.message}")
+                    wrong.append(f"{free} KiB: ended badly: {ended.message}")
                 grow(disk, "16m")
                 if not (verdict := completes(model, right)):
-                    wrong.append(f"{room} KiB: {verdict.why}")
+                    wrong.append(f"{free} KiB: {verdict.why}")
     return codes, wrong

@@ -241,7 +241,7 @@ def test_two_fine_tunes_that_swap_places_load_their_weights(place):
 
 @pytest.mark.long
 def test_a_moved_model_never_loads_anothers_weights(place):
-    """Where it cannot be told whose weights they are, a message; never those of the other."""
+    """Where it is unknown whose weights they are, a message; never those of the other."""
     one, first = dropped(place, "one", seed=0)
     _, second = dropped(place, "two", seed=1)
     model = one.moved(place / "elsewhere")

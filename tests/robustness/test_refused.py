@@ -93,9 +93,9 @@ def test_without_mlx_lm_a_drop_says_how_to_install_it(place):
     ended = process(CONVERT, *arguments, PYTHONPATH=path)
     assert digests(model) == before, f"shards were removed; exit code {ended.code}"
     assert ended.code == 1
-    told = [line for line in ended.err.splitlines() if "install" in line]
-    assert len(told) == 1
-    assert "lm" in told[0]
+    advice = [line for line in ended.err.splitlines() if "install" in line]
+    assert len(advice) == 1
+    assert "lm" in advice[0]
     assert process(CONVERT, *model.arguments(), PYTHONPATH=path).code == 0  # which needs no class
 
 
@@ -112,7 +112,7 @@ def test_a_value_out_of_range_in_the_last_shard_keeps_all_shards(place, in_place
 
 
 def test_a_shard_that_cannot_be_read_to_its_end_keeps_all_shards(place):
-    """The last shard has a wrong header: nothing that was asked for can come of it."""
+    """The last shard has a wrong header: the run must end in an error."""
     model = model_of(write_tiny(place / "model", CUTS["between linears"]), place)
     last = model.directory / model.sources[-1]
     last.write_bytes(last.read_bytes()[:-3])

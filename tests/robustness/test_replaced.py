@@ -159,7 +159,7 @@ def test_a_shard_that_was_replaced_before_its_removal_stays(text):
 
 def beyond(calls: Calls, text: str) -> int:
     """The number beyond the last call at which an exchange can be seen: of a file that is written
-    in place between the last look at it and its removal nobody can know.
+    in place between the last look at it and its removal cannot be noticed.
     """
     return calls.gone + 2 if text == BY_NAME else calls.aside
 
@@ -192,7 +192,7 @@ def test_another_model_under_the_path_keeps_its_shards(place):
 
 
 def test_a_write_through_mmap_is_seen_before_the_removal(place):
-    """The memo knows the file by its stat, which is as before; only its bytes tell."""
+    """The digest cache knows the file by its stat, which is as before; only its bytes differ."""
     model = Model(write_tiny(place / "model"), place / "cache")
     shard = model.directory / model.sources[1]
     with shard.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:

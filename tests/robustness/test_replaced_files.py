@@ -58,7 +58,7 @@ def golden(directory, cache: Path) -> list[str]:
 
 
 def seen(path: Path):
-    """All that the memo sees of a file; no public function gives it, for nobody else needs it."""
+    """All that the digest cache sees of a file; no public function gives it."""
     with path.open("rb") as file:
         return _observe(file.fileno())
 
@@ -113,7 +113,7 @@ def snapshot(tmp_path) -> Path:
 @pytest.mark.parametrize("again", [run, load])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.usefixtures("settled")
-def test_a_blob_overwritten_in_place_is_not_believed_by_name(snapshot, again, sampled):
+def test_a_blob_overwritten_in_place_is_not_trusted_by_name(snapshot, again, sampled):
     run(snapshot)
     again(snapshot)
     blob = (snapshot / NAME).resolve()

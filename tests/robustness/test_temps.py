@@ -33,7 +33,7 @@ CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
 OTHER_HOST = ("unshare", "--uts", "sh", "-c", 'hostname other.example; exec "$@"', "sh")
 OTHER_CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--uts",
                    "sh", "-c", 'hostname other.example; exec "$@"', "sh")  # fmt: skip
-NEIGHBOURS = {
+OTHER_RUNS = {
     "this host": (),
     "a container": CONTAINER,
     "another host": OTHER_HOST,
@@ -76,7 +76,7 @@ def ended_well(running: Running) -> None:
 
 
 def sweep(model: Model, under, other: Path, module: str = CONVERT) -> None:
-    """What a neighbour does on the same cache: it begins or ends by a sweep."""
+    """What another run does on the same cache: it begins or ends by a sweep."""
     where = ("--cache-dir", model.cache)
     arguments = {
         CONVERT: (other, *where, "--quiet"),
@@ -88,9 +88,9 @@ def sweep(model: Model, under, other: Path, module: str = CONVERT) -> None:
     assert module != CONVERT or done.code == 0, done.err
 
 
-def swept(place: Path, neighbour: str, drop: bool, old: bool, modules=(CONVERT,)) -> None:
-    """Asserts that a run that has stopped while it writes is none the worse for its neighbour."""
-    under = NEIGHBOURS[neighbour]
+def swept(place: Path, other: str, drop: bool, old: bool, modules=(CONVERT,)) -> None:
+    """Asserts that a run that has stopped while it writes is not harmed by another run."""
+    under = OTHER_RUNS[other]
     if not can(under):
         pytest.skip(f"{under[0]} is not allowed here")
     model = Model(write_tiny(place / "model", CUT), place / "cache")
@@ -122,9 +122,9 @@ def test_old_temps_of_a_live_drop_survive_another_hosts_sweep(place):
 @LINUX_ROOT
 @pytest.mark.parametrize("old", [False, True], ids=["young", "two days old"])
 @pytest.mark.parametrize("drop", [False, True], ids=["convert", "drop"])
-@pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_what_a_live_run_writes_survives_every_sweep_from(place, neighbour, drop, old):
-    swept(place, neighbour, drop, old, (CONVERT, LOAD, CACHE))
+@pytest.mark.parametrize("other", OTHER_RUNS)
+def test_what_a_live_run_writes_survives_every_sweep_from(place, other, drop, old):
+    swept(place, other, drop, old, (CONVERT, LOAD, CACHE))
 
 
 def test_a_live_run_in_a_tree_beside_the_model_keeps_its_temps(place):

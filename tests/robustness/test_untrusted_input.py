@@ -1,4 +1,4 @@
-"""Files from strangers: refused in one line, never executed, never believed, never too large."""
+"""Untrusted files: refused in one line, never executed, their sizes and hashes never trusted."""
 
 from __future__ import annotations
 
@@ -323,7 +323,7 @@ OPENED_BY_NAME = [
     "chat_template.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "additional_chat_templates/x.jinja", "notes",
 ]  # fmt: skip
-"""What mlx-lm, mlx-vlm and transformers open in a model directory, and a name that nobody opens."""
+"""What mlx-lm, mlx-vlm and transformers open in a model, and a name that none opens."""
 
 
 def loadable(form: str, directory: Path, tmp_path: Path):
@@ -349,7 +349,7 @@ def test_a_pipe_in_place_of_any_file_does_not_hold_a_load(tmp_path, form, name, 
     os.mkfifo(directory / name)
     with pytest.raises(MalformedFileError, match=f"{name}: expected a regular file, found a pipe"):
         load(directory, force_text=force_text, cache_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()  # told before any work
+    assert not (tmp_path / "cache").exists()  # refused before any work
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])

@@ -22,7 +22,7 @@ from tests.helpers.builders import temp_of
 from tests.helpers.records import manifest_of
 from tests.helpers.stores import KEY, publish, temps
 
-NOBODY = 4194305  # over Linux's largest process number
+NO_PROCESS = 4194305  # over Linux's largest process number
 
 
 def temp(store: Store, pid: int, **fields: str) -> Path:
@@ -186,7 +186,7 @@ def test_a_sweep_by_another_path_keeps_an_open_temp(store, tmp_path):
 
 
 def test_a_sweep_removes_only_temps_of_dead_processes(store):
-    dead = temp(store, NOBODY)
+    dead = temp(store, NO_PROCESS)
     restarted = temp(store, 1, boot="ffffffff")
     other = temp(store, 1, boot="ffffffff", machine="ffffffff")
     expired = temp(store, 2, boot="ffffffff", machine="ffffffff")
@@ -200,7 +200,7 @@ def test_a_sweep_removes_only_temps_of_dead_processes(store):
 
 
 def test_a_sweep_keeps_a_locked_temp_of_any_name_and_age(store):
-    path = temp(store, NOBODY)
+    path = temp(store, NO_PROCESS)
     os.utime(path, (0, 0))
     with path.open("rb") as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
@@ -217,7 +217,7 @@ def test_a_sweep_removes_old_temps_of_another_container(store):
 
 def test_without_locks_a_sweep_checks_process_and_lease(store, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    alive, dead = temp(store, os.getppid()), temp(store, NOBODY)
+    alive, dead = temp(store, os.getppid()), temp(store, NO_PROCESS)
     near, gone = temp(store, 1, space=1), temp(store, 2, space=1)
     for path in (alive, gone):
         os.utime(path, (0, 0))

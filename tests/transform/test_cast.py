@@ -59,34 +59,34 @@ def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(size >= limit, len(grid), word) | np.where(np.signbit(values), 0x8000, 0)
 
 
-@pytest.mark.parametrize(("found", "wanted"), [("F16", "BF16"), ("BF16", "F16")])
-def test_every_half_is_rounded_to_nearest(found, wanted):
-    data, lost = cast(memoryview(HALVES.tobytes()), found, wanted)
+@pytest.mark.parametrize(("found", "expected"), [("F16", "BF16"), ("BF16", "F16")])
+def test_every_half_is_rounded_to_nearest(found, expected):
+    data, lost = cast(memoryview(HALVES.tobytes()), found, expected)
     result, values = np.frombuffer(data, np.uint16), value_of(HALVES, found)
     finite = np.isfinite(values)
-    assert np.array_equal(result[finite], nearest(values[finite], wanted))
-    assert np.array_equal(value_of(result, wanted)[np.isinf(values)], values[np.isinf(values)])
-    assert np.isnan(value_of(result, wanted)[np.isnan(values)]).all()
+    assert np.array_equal(result[finite], nearest(values[finite], expected))
+    assert np.array_equal(value_of(result, expected)[np.isinf(values)], values[np.isinf(values)])
+    assert np.isnan(value_of(result, expected)[np.isnan(values)]).all()
     assert np.array_equal(result >> 15, HALVES >> 15)
-    assert lost == int(np.isinf(value_of(result, wanted)[finite]).sum())
+    assert lost == int(np.isinf(value_of(result, expected)[finite]).sum())
     assert (lost > 0) == (found == "BF16")
 
 
-@pytest.mark.parametrize("wanted", ["F16", "BF16"])
+@pytest.mark.parametrize("expected", ["F16", "BF16"])
 @pytest.mark.parametrize("found", ["F16", "BF16", "F32"])
-def test_mlx_casts_to_the_same_bits(found, wanted):
+def test_mlx_casts_to_the_same_bits(found, expected):
     if found == "F32":  # below, at and above the midpoint of every two consecutive values
         upper = (HALVES.astype(np.uint32) << 16)[:, None]
         words = (upper + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).reshape(-1)
         array = mx.array(words).view(mx.float32)
     else:
         words, array = HALVES, mx.array(HALVES).view(MLX[found])
-    data, _ = cast(memoryview(words.tobytes()), found, wanted)
-    theirs = np.array(array.astype(MLX[wanted], stream=mx.cpu).view(mx.uint16))
+    data, _ = cast(memoryview(words.tobytes()), found, expected)
+    theirs = np.array(array.astype(MLX[expected], stream=mx.cpu).view(mx.uint16))
     ours = np.frombuffer(data, np.uint16)
-    numbers = ~np.isnan(value_of(ours, wanted))
+    numbers = ~np.isnan(value_of(ours, expected))
     assert np.array_equal(ours[numbers], theirs[numbers])
-    assert np.array_equal(numbers, ~np.isnan(value_of(theirs, wanted)))
+    assert np.array_equal(numbers, ~np.isnan(value_of(theirs, expected)))
 
 
 def test_a_finite_value_that_becomes_infinite_is_counted():
@@ -268,16 +268,16 @@ def test_the_figures_of_each_dtype(tmp_path):
     print("fixture, dtype, logits; tokens a second (prefill of 32, decode); perplexity, the same")
     print("with float32 activations: what the stored values alone change")
     for name in ("qwen3-awq-size", "llama-awq-adversarial", "qwen3_5_text-awq-size"):
-        text, wanted = None, 0.0
+        text, expected = None, 0.0
         for dtype in ("source", *WIDTHS):
             model, _, _ = load(FIXTURES / name, cache_dir=tmp_path / "c", dtype=dtype)
             text = sampled_text(model, 200) if text is None else text
             found = perplexity(model, text)
-            wanted = wanted or found
+            expected = expected or found
             out = str(model(mx.array([[5]])).dtype).removeprefix("mlx.core.")
             prefill, decode = tokens_a_second(model)
             model.set_dtype(mx.float32)
             stored = perplexity(model, text)
             figures = f"{prefill:9.1f} {decode:8.1f} {found:10.4f} {stored:10.4f}"
             print(f"{name:22} {dtype:9} {out:9} {figures}")
-            assert abs(found / wanted - 1) < 0.1
+            assert abs(found / expected - 1) < 0.1

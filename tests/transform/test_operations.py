@@ -68,8 +68,8 @@ def test_an_embedding_is_quantized_the_same_in_chunks(dtype, chunk, monkeypatch)
         Operation("quantize", ((spec,),), outputs, values),
         Bytes({"e.weight": np.array(raw).tobytes()}, chunk),
     )
-    for data, wanted in zip(found, mx.quantize(array, 64, 4, stream=mx.cpu), strict=True):
-        stored = wanted.view(mx.uint16) if wanted.dtype == mx.bfloat16 else wanted
+    for data, expected in zip(found, mx.quantize(array, 64, 4, stream=mx.cpu), strict=True):
+        stored = expected.view(mx.uint16) if expected.dtype == mx.bfloat16 else expected
         assert data == np.array(stored).tobytes()
 
 

@@ -82,9 +82,9 @@ def main() -> None:
     for name, figures in rates.items():
         prefill, decode = (statistics.median(column) for column in zip(*figures, strict=True))
         print(f"{name:10} prefill {prefill:9.1f} tokens/s, decode {decode:7.1f} tokens/s")
-    (logits, tokens), (wanted, expected) = results["kernel"], results["reference"]
-    apart = mx.linalg.norm((logits - wanted).astype(mx.float32)) / mx.linalg.norm(
-        wanted.astype(mx.float32)
+    (logits, tokens), (correct, expected) = results["kernel"], results["reference"]
+    apart = mx.linalg.norm((logits - correct).astype(mx.float32)) / mx.linalg.norm(
+        correct.astype(mx.float32)
     )
     agree = sum(a == b for a, b in zip(tokens, expected, strict=True))
     print(f"logits apart {apart.item():.1e}; {agree} of {len(tokens)} greedy tokens the same")

@@ -119,18 +119,18 @@ class Simulation:
 
     def _step(self, process: Process) -> None:
         """Runs a process to its next wait or its end."""
-        for wanted in process.flow:
-            if isinstance(wanted, Gate):
-                if not wanted.free:
-                    wanted.waiting.append(process)
+        for expected in process.flow:
+            if isinstance(expected, Gate):
+                if not expected.free:
+                    expected.waiting.append(process)
                     return
-                wanted.free -= 1
-            elif isinstance(wanted, Process):
-                if not wanted.ended:
-                    wanted.waiting.append(process)
+                expected.free -= 1
+            elif isinstance(expected, Process):
+                if not expected.ended:
+                    expected.waiting.append(process)
                     return
             else:
-                resource, amount = wanted
+                resource, amount = expected
                 if len(resource.users) < resource.at_once:
                     self._serve(resource, amount, process)
                 else:
