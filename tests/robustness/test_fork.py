@@ -42,7 +42,7 @@ if pid == 0:
         print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
-time.sleep(1)
+time.sleep(0.3)
 go_on.set()
 thread.join()
 _, status = os.waitpid(pid, 0)

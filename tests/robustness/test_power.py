@@ -74,7 +74,10 @@ def _removes(cut: Cut) -> bool:
 
 @pytest.mark.parametrize(
     ("where", "options"),
-    [("the model on another disk", EXT4[1]), ("in place", EXT4[0])],
+    [
+        ("the model on another disk", EXT4[1]),
+        pytest.param("in place", EXT4[0], marks=pytest.mark.long),
+    ],
 )
 def test_after_a_power_cut_at_a_removal_the_next_run_completes(place, where, options):
     count, wrong = cut_off(place, "a cycle", where, options, around_removals)

@@ -120,7 +120,7 @@ def golden(model, tmp_path) -> dict[str, str]:
     return published(tmp_path / "golden")
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [OPTIONS[0], pytest.param(OPTIONS[1], marks=pytest.mark.long)])
 def test_what_was_published_survives_a_power_cut_at_any_rename(
     model, golden, tmp_path, monkeypatch, options
 ):

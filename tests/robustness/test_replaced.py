@@ -149,7 +149,13 @@ def outcomes(cut: str, text: str, numbers: Sequence[int]) -> str:
     return "\n".join([f"wrong at {len(wrong)} of {len(numbers)} calls:", *wrong] if wrong else [])
 
 
-@pytest.mark.parametrize("text", [BY_NAME, IN_PLACE], ids=["by name", "in place"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(BY_NAME, id="by name"),
+        pytest.param(IN_PLACE, id="in place", marks=pytest.mark.long),
+    ],
+)
 def test_a_shard_that_was_replaced_before_its_removal_stays(text):
     calls = calls_of_a_drop("between linears", 1)
     stop = beyond(calls, text)
