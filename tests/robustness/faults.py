@@ -42,6 +42,8 @@ DATA = ("write", "pwrite", "writev", "pwritev", "posix_fallocate", "ftruncate", 
 CHANGES = (*NAMES, *DATA, "open for writing", "flock")
 """Between two of these a process may die anywhere: the files are the same."""
 CALLS = (*CHANGES, "open", "fsync", "fdatasync", "close")
+NEVER_FAIL = ("close", "flock")
+"""Calls that a full or failing disk does not make fail."""
 READS = ("read", "pread", "preadv", "readv")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _REAL = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
@@ -204,7 +206,7 @@ class Watch:
             os.kill(os.getpid(), getattr(signal, self._fault["signal"]))
 
     def _fail(self, event: _Event) -> None:
-        if self._is_it(event) and event.name not in ("close", "flock"):
+        if self._is_it(event) and event.name not in NEVER_FAIL:
             self._fire(event)
             number = getattr(errno, self._fault["errno"])
             raise OSError(number, os.strerror(number), event.paths[0] if event.paths else None)

@@ -42,7 +42,7 @@ def test_killed_while_workers_convert_the_next_run_completes():
     assert_completed([sweep(Setting("a ring", jobs=3), every(20, first=40))], 3)
 
 
-@pytest.mark.parametrize("fault", ["tear", "SIGTERM", "ENOSPC from then on"])
+@pytest.mark.parametrize("fault", ["tear", "SIGTERM", "ENOSPC", "ENOSPC from then on"])
 def test_stopped_otherwise_the_next_run_completes(fault):
     first, stride = (4, 3) if fault == "tear" else (36, 30)
     assert_completed([sweep(Setting("a chain", fault=fault), every(stride, first))], 2)
