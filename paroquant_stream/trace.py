@@ -36,9 +36,14 @@ class Span:
 class Trace:
     """Finished stages of all threads, in the order in which they ended."""
 
-    def __init__(self) -> None:
-        """Start the clock of the trace."""
+    def __init__(self, process: str = "") -> None:
+        """Start the clock of the trace.
+
+        Args:
+            process: Stands for the names of threads in another process than that of the run.
+        """
         self.spans: list[Span] = []
+        self._process = process
         self._open = threading.local()
         self._started = time.perf_counter_ns()
 
@@ -61,7 +66,7 @@ class Trace:
             own = stop - start - nested.pop()
             if nested:
                 nested[-1] += stop - start
-            name = threading.current_thread().name
+            name = self._process or threading.current_thread().name
             self.spans.append(Span(stage, str(detail), name, start, stop, own))
 
     def seconds(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ TABLE = {
     "checkpoint": "errors text files",
     "plan": "errors text checkpoint store files",
     "distributed": "errors rotation backends store checkpoint files",
-    "transform": "errors plan checkpoint store execution files",
+    "transform": "errors trace plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
     "conversion": "errors trace transform plan store checkpoint execution files model backends",
     "maintenance": "errors text conversion plan checkpoint store files",

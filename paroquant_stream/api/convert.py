@@ -33,7 +33,7 @@ def convert_checkpoint(
             converted while the next ones download.
         progress: Called by the workers as `progress(shard, bytes done, total bytes)`.
         trace: A file to write the stages of every worker to, for chrome://tracing and
-            ui.perfetto.dev. Of an executor's workers it has the stage `shard` alone.
+            ui.perfetto.dev. Of workers on other hosts it has the stage `shard` alone.
         **options: The fields of `ConvertOptions`: cache_dir, in_place, force, jobs, revision,
             drop_source, dtype, executor.
 

@@ -24,6 +24,8 @@ from .progress_bar import Progress
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from ..execution.automatic import Automatic
+
 
 OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
 """Arguments that are fields of `ConvertOptions`."""
@@ -55,8 +57,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
+def _executor(
+    arguments: argparse.Namespace,
+) -> AbstractContextManager[Executor | Automatic | None]:
     """Return where shards are converted; None for threads of this process."""
+    if arguments.executor == "auto":
+        from ..execution.automatic import Automatic
+
+        return Automatic()
     if arguments.executor == "process":
         from ..execution.processes import processes  # here, as the other two need none of it
 
@@ -68,7 +76,9 @@ def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor 
     return nullcontext()
 
 
-def _prepare(model: str, executor: Executor | None, arguments: argparse.Namespace) -> Request:
+def _prepare(
+    model: str, executor: Executor | Automatic | None, arguments: argparse.Namespace
+) -> Request:
     """Make the request for one model; a dry run prints what it would do."""
     given = {name: getattr(arguments, name) for name in OPTIONS}
     request = make_request(model, **given, executor=executor)

@@ -77,9 +77,10 @@ def _configure_workers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--executor",
-        choices=["thread", "process", "dask"],
-        default="thread",
-        help="where shards are converted: threads (default), processes, or a Dask cluster",
+        choices=["auto", "thread", "process", "dask"],
+        default="auto",
+        help="where shards are converted: threads, processes, a Dask cluster, or by default "
+        "processes for 1 GB and more with 3 jobs and more, else threads",
     )
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="the cluster's scheduler, like tcp://host:8786"

@@ -11,6 +11,7 @@ from functools import partial
 
 from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
+from ..execution.automatic import Automatic
 from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..files.folder import Folder
@@ -145,7 +146,10 @@ def _run(
             return run(job, slot, tick)
 
     slots = request.slots or SlotPool(request.jobs, 0)
-    with runner(request.options.executor, request.source.directory, request.store) as run:
+    executor = request.options.executor
+    if isinstance(executor, Automatic):
+        executor = executor.choose(request.jobs, [task.size for task in tasks])
+    with runner(executor, request.source.directory, request.store) as run:
         yield from run_all(work, jobs, request.jobs, trace, slots.share(len(jobs)))
 
 

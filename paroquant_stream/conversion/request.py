@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
     from typing import TypedDict, Unpack
 
+    from ..execution.automatic import Automatic
     from ..execution.slots import SlotPool
 
     class ConvertKeywords(TypedDict, total=False):
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
         revision: str | None
         drop_source: bool
         dtype: Dtype
-        executor: Executor | None
+        executor: Executor | Automatic | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ConvertOptions:
             "bfloat16" stores scales, biases, norms and all that meets activations in that one
             width; that rounds values.
         executor: Convert each shard in a worker of it, which sees the same paths; None for threads
-            of this process.
+            of this process; `Automatic()` for processes where there is enough work.
 
     Raises:
         ValueError: An option has a value that is not allowed.
@@ -65,7 +66,7 @@ class ConvertOptions:
     revision: str | None = None
     drop_source: bool = False
     dtype: Dtype = "source"
-    executor: Executor | None = None
+    executor: Executor | Automatic | None = None
 
     def __post_init__(self) -> None:
         """Check the values that are not plain yes or no."""
@@ -157,9 +158,11 @@ def check_jobs(jobs: object) -> None:
 
 def _jobs(options: ConvertOptions) -> int:
     if options.jobs is None and options.executor:
-        from ..execution.executors import worker_count  # late: most runs need no executor
+        from ..execution.automatic import Automatic  # late: most runs need no executor
+        from ..execution.executors import worker_count
 
-        return worker_count(options.executor) or default_jobs()
+        if not isinstance(options.executor, Automatic):
+            return worker_count(options.executor) or default_jobs()
     return options.jobs or default_jobs()
 
 

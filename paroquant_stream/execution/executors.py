@@ -113,21 +113,20 @@ def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
     if (client := client_of(executor)) is None:
         return
     defects: dict[str, str] = {}
+    expected = [(pkgutil.resolve_name, name, pkgutil.resolve_name(name)) for name in _VERSIONS]
+    sizes = [(os.path.getsize, str(path), os.path.getsize(path)) for path in paths]
     with translate_errors(client):
         client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
-        for name in _VERSIONS:  # the scheduler unpickles what it passes on
+        for resolve, name, version in expected:  # the scheduler unpickles what it passes on
             try:
-                answer = client.run_on_scheduler(pkgutil.resolve_name, name)
+                answer = client.run_on_scheduler(resolve, name)
             except ImportError as error:
                 answer = error
-            _compare(defects, client_name(client), name, pkgutil.resolve_name(name), answer)
-        for ask, subject in [
-            *((pkgutil.resolve_name, name) for name in _VERSIONS),
-            *((os.path.getsize, str(path)) for path in paths),
-        ]:
+            _compare(defects, client_name(client), name, version, answer)
+        for ask, subject, value in (*expected, *sizes):
             answers = client.run(ask, subject, on_error="return")
             for worker, answer in answers.items():
-                _compare(defects, worker, subject, ask(subject), answer)
+                _compare(defects, worker, subject, value, answer)
     if defects:
         listed = "\n  ".join(f"{address}: {defect}" for address, defect in defects.items())
         raise WorkersUnfitError(
@@ -148,5 +147,7 @@ def _compare(
 
 def _is_executor_error(error: Exception) -> bool:
     """Tell an error of the executor from one of the function that it ran."""
-    kinds = (BrokenExecutor, CancelledError, ImportError)
+    if isinstance(error, ImportError):  # a worker without the package cannot unpickle the job
+        return (error.name or "").partition(".")[0] == "paroquant_stream"
+    kinds = (BrokenExecutor, CancelledError)
     return isinstance(error, kinds) or type(error).__module__.partition(".")[0] == "distributed"

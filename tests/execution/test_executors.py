@@ -65,11 +65,21 @@ def test_an_error_of_the_function_is_raised_as_it_is(error):
 
 
 @pytest.mark.parametrize(
-    "error", [BrokenExecutor("a process ended"), CancelledError(), ImportError("no module")]
+    "error",
+    [
+        BrokenExecutor("a process ended"),
+        CancelledError(),
+        ImportError("no module", name="paroquant_stream.transform"),
+    ],
 )
 def test_an_error_of_the_executor_is_workers_lost(error):
     with pytest.raises(WorkersLostError, match=r"the executor or its workers failed .*to resume"):
         call_on(Failing(error), never, len, "")
+
+
+def test_an_import_error_of_the_job_is_the_jobs_own():
+    with pytest.raises(ImportError, match="no module"):
+        call_on(Failing(ImportError("no module", name="mlx")), never, len, "")
 
 
 def test_an_executor_that_was_shut_down_raises_its_own_error():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
+from paroquant_stream.trace import Span
 from paroquant_stream.transform import remote_runner, source
+from paroquant_stream.transform.remote_runner import Lease
 from paroquant_stream.transform.task_runner import Job, Outcome
 
 _real = source.Source._count  # private: called after every chunk
 
 
-def slow(job: Job, lease: Path, host: str) -> Outcome:
+def slow(job: Job, lease: Lease) -> tuple[Outcome, list[Span]]:
     """Write a line to stderr and sleep after every chunk."""
 
     def count(self: source.Source, size: int) -> None:
@@ -21,14 +22,14 @@ def slow(job: Job, lease: Path, host: str) -> Outcome:
         _real(self, size)
 
     source.Source._count = count  # type: ignore[method-assign]
-    return remote_runner.run_remote(job, lease, host)
+    return remote_runner.run_remote(job, lease)
 
 
-def deadly(job: Job, lease: Path, host: str) -> Outcome:
+def deadly(job: Job, lease: Lease) -> tuple[Outcome, list[Span]]:
     """End the process after the first chunk, which leaves a temporary file in the store."""
 
     def count(self: source.Source, size: int) -> None:
         os._exit(9)
 
     source.Source._count = count  # type: ignore[method-assign]
-    return remote_runner.run_remote(job, lease, host)
+    return remote_runner.run_remote(job, lease)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import pickle
 import re
@@ -22,10 +23,13 @@ from paroquant_stream.errors import (
     RunCancelledError,
     WorkersUnfitError,
 )
+from paroquant_stream.execution import executors
+from paroquant_stream.execution.processes import processes
 from paroquant_stream.execution.slots import Slot
 from paroquant_stream.transform import remote_runner
-from paroquant_stream.transform.remote_runner import run_remote, runner
+from paroquant_stream.transform.remote_runner import Lease, run_remote, runner
 from paroquant_stream.transform.task_runner import Job, run_task
+from tests.helpers import slow_worker
 from tests.helpers.builders import cut_apart, write_checkpoint
 from tests.helpers.cache_files import entries, temps
 
@@ -45,7 +49,8 @@ def sent(model, cache):
     request.store.create()
     plan = plan_model(request).plan
     with request.store.new_file(0) as lease:
-        yield Job(plan.tasks[0], request.source.directory, request.store), lease.path
+        place = Lease(lease.path, 0, HOST)
+        yield Job(plan.tasks[0], request.source.directory, request.store), place
 
 
 class Counting(ThreadPoolExecutor):
@@ -77,6 +82,48 @@ def test_the_trace_has_every_shard(model, tmp_path):
     assert (tmp_path / "t.json").read_text().count('"name": "shard"') == 6
 
 
+def test_the_trace_has_the_stages_of_worker_processes(model, tmp_path):
+    with processes(1) as pool:
+        convert_checkpoint(model, executor=pool, trace=tmp_path / "t.json")
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    hashed = [rows[event["tid"]] for event in events if event["name"] == "hash"]
+    assert len(hashed) >= 6
+    assert len(set(hashed)) == 1
+    assert hashed[0].startswith("process ")
+    starts = [event["ts"] for event in events if event["ph"] == "X"]
+    assert min(starts) >= 0  # one clock
+
+
+def test_a_worker_reports_the_bytes_that_it_has_done(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_runner, "POLL_SECONDS", 0)
+    with sent(model, tmp_path / "cache") as (job, lease):
+        second = replace(lease, number=1)
+        run_remote(job, second)
+        found = [remote_runner._read_count(each) for each in (lease, second)]  # private: the bar's
+    assert found[0] == 0
+    assert job.task.size < found[1] <= 2 * job.task.size  # hashed and converted
+
+
+def test_progress_of_worker_processes_moves_within_a_shard(tmp_path, monkeypatch):
+    model, seen = write_checkpoint(tmp_path / "model"), []
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(remote_runner, "run_remote", slow_worker.slow)
+    with processes(1) as pool:
+        convert_checkpoint(model, executor=pool, progress=lambda *given: seen.append(given))
+    (size,) = {size for _, _, size in seen}
+    assert any(0 < done < size for _, done, _ in seen)
+    assert seen[-1] == ("model.safetensors", size, size)
+
+
+def test_a_lease_that_cannot_be_read_only_stops_the_bar(model, tmp_path):
+    with sent(model, tmp_path / "cache") as (_, lease):
+        pass
+    assert remote_runner._read_count(lease) == 0  # private: the bar's
+    remote_runner._write_count(lease, 5)
+    assert not lease.path.exists()
+
+
 def test_without_an_executor_the_runner_is_run_task(model, tmp_path):
     with runner(None, model, make_request(model).store) as run:
         assert run is run_task
@@ -96,8 +143,9 @@ def test_a_worker_has_absolute_paths(model, tmp_path, monkeypatch):
     store.create()
     found = []
 
-    def record(job, lease, _host):
-        found.extend((job.directory, job.store.root, lease))
+    def record(job, lease):
+        found.extend((job.directory, job.store.root, lease.path))
+        return None, []
 
     monkeypatch.setattr(remote_runner, "run_remote", record)
     with sent(model, "cache") as (job, _), ThreadPoolExecutor(1) as pool:
@@ -111,17 +159,17 @@ def test_only_an_error_on_another_host_names_the_host(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, lease):
         lost = replace(job, directory=tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match=r"^(?!on )") as here:
-            run_remote(lost, lease, HOST)
+            run_remote(lost, lease)
         with pytest.raises(CheckpointError, match=f"^on {HOST}: ") as there:
-            run_remote(lost, lease, "another")
+            run_remote(lost, replace(lease, host="another"))
     assert str(there.value).endswith(str(here.value))
 
 
 def test_a_worker_that_does_not_see_the_lease_converts_nothing(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, lease):
         pass
-    with pytest.raises(WorkersUnfitError, match=re.escape(str(lease))):
-        run_remote(job, lease, HOST)
+    with pytest.raises(WorkersUnfitError, match=re.escape(str(lease.path))):
+        run_remote(job, lease)
     assert not entries(tmp_path / "cache")
 
 
@@ -159,7 +207,7 @@ def test_a_thread_keeps_its_buffers_from_shard_to_shard(model, tmp_path, thread_
     before.release()
     with sent(model, tmp_path / "cache") as (job, lease):
         for _ in range(2):
-            run_remote(job, lease, HOST)
+            run_remote(job, lease)
     assert thread_slots() is slots
     assert Slot(slots).buffers is memory
     with ThreadPoolExecutor(1) as pool:
@@ -171,7 +219,7 @@ def test_a_job_releases_its_slot(model, tmp_path, thread_slots, fails):
     with sent(model, tmp_path / "cache") as (job, lease):
         lost = replace(job, directory=tmp_path / "nowhere")
         with pytest.raises(CheckpointError) if fails else nullcontext():
-            run_remote(lost if fails else job, lease, HOST)
+            run_remote(lost if fails else job, lease)
     assert thread_slots().try_acquire() is not None
 
 
@@ -184,7 +232,7 @@ def test_a_worker_needs_no_lock(model, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "paroquant_stream.store.store.Store.lock", lambda *_: pytest.fail("locked")
         )
-        run_remote(job, lease, HOST)
+        run_remote(job, lease)
     assert len(entries(tmp_path / "cache")) == 1
 
 
@@ -200,7 +248,7 @@ def test_a_worker_stops_when_its_run_has_ended(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(remote_runner, "_lease_exists", check)  # private: counts the checks
     with sent(model, tmp_path / "cache") as (job, lease), pytest.raises(RunCancelledError):
-        run_remote(job, lease, HOST)
+        run_remote(job, lease)
     assert len(checks) == 3
     assert not entries(tmp_path / "cache")
     assert not temps(tmp_path / "cache")
@@ -216,7 +264,7 @@ def test_the_lease_is_not_checked_after_every_chunk(model, tmp_path, monkeypatch
 
     monkeypatch.setattr(remote_runner, "_lease_exists", check)  # private: counts the checks
     with sent(model, tmp_path / "cache") as (job, lease):
-        run_remote(job, lease, HOST)
+        run_remote(job, lease)
     assert len(checks) == 1
 
 
@@ -231,7 +279,7 @@ def test_a_forking_pool_is_refused(model):
 
 def test_jobs_and_outcomes_are_small_when_pickled(model, tmp_path):
     with sent(model, tmp_path / "cache") as (job, lease):
-        outcome = run_remote(job, lease, HOST)
+        outcome, _ = run_remote(job, lease)
         parts = sum(len(s) for operation in job.task.operations for s in operation.slices)
         assert len(pickle.dumps(job)) < 250 * parts + 1000
         assert len(pickle.dumps(outcome)) < 150 * len(outcome.record.tensors) + 1000

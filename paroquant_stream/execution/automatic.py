@@ -1,0 +1,54 @@
+"""The choice between threads and worker processes, by how much there is to do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+MIN_BYTES = 1 << 30  # of source shards; below, starting the processes costs more than they save
+MIN_JOBS = 3  # with more than two, threads mostly wait for the interpreter's lock
+
+
+class Automatic(AbstractContextManager["Automatic"]):
+    """Worker processes that are started once a run has enough work, and shared by later runs.
+
+    They end with the `with` block.
+    """
+
+    def __init__(self) -> None:
+        self._stack, self._lock = ExitStack(), threading.Lock()
+        self._pool: Executor | None = None
+
+    def choose(self, jobs: int, sizes: Sequence[int]) -> Executor | None:
+        """Return where to convert shards.
+
+        Args:
+            jobs: How many are converted at once.
+            sizes: The bytes of each shard.
+
+        Returns:
+            Worker processes, or None for threads of this process.
+        """
+        if jobs < MIN_JOBS or len(sizes) < MIN_JOBS or sum(sizes) < MIN_BYTES:
+            return None
+        with self._lock:
+            if self._pool is None:
+                from .processes import processes  # late: most runs need none of it
+
+                self._pool = self._stack.enter_context(processes(jobs))
+            return self._pool
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        """End the worker processes."""
+        return self._stack.__exit__(kind, error, trace)
