@@ -48,6 +48,22 @@ def test_verify_names_what_differs_and_exits_with_1(arguments, tmp_path, capsys)
     assert lines[1] == "3 files read, 1 differ"
 
 
+def test_damage_without_a_model_to_convert_stays_a_failure(arguments, tmp_path):
+    damaged(tmp_path)
+    manifest = next((tmp_path / "cache").rglob("*.msgpack"))
+    manifest.rename(manifest.with_stem("0" * 64))  # the name is the hash of the model's directory
+    assert cache.main(["verify", "--repair", *arguments]) == 1
+
+
+def test_verify_repair_converts_again_and_exits_with_0(arguments, model_dir, tmp_path, capsys):
+    path = damaged(tmp_path)
+    assert cache.main(["verify", *arguments]) == 1
+    assert f"to repair: paroquant-stream convert {model_dir}" in capsys.readouterr().out
+    assert cache.main(["verify", "--repair", *arguments]) == 0
+    assert f"{model_dir}: converted again" in capsys.readouterr().out
+    assert path.exists()
+
+
 def test_verify_in_json(arguments, tmp_path, capsys):
     path = damaged(tmp_path)
     assert cache.main(["verify", "--json", *arguments]) == 1
