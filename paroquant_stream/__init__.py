@@ -3,9 +3,10 @@
     from paroquant_stream import load
     model, tokenizer, is_vlm = load("z-lab/Qwen3-4B-PARO")
 
-load                  build the MLX model of a checkpoint, converting shards that are not cached
+load                  build the MLX model of a checkpoint, converting shards that are not cached:
+                      a Loaded, which unpacks as above
 convert_checkpoint    fill the cache without loading; convert_checkpoints takes several models
-export_model          write a converted model as a directory for other MLX programs
+export_model          write a converted model as a directory for other MLX programs: an Export
 list_cache            what is converted, as a CacheListing of CachedModel, each with a ShardState
                       for every shard
 verify_cache          read every byte: a Verification, with a Problem for each file that differs
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     )
     from .api.convert import convert_checkpoint, convert_checkpoints
     from .api.install import install, uninstall
-    from .api.load import load
+    from .api.load import Loaded, load
     from .conversion.progress import Progress
     from .conversion.request import ConvertOptions
     from .errors import (
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
         SomeModelsFailedError,
         StoreError,
     )
-    from .exports.mlx_directory_writer import export_model
+    from .exports.mlx_directory_writer import Export, export_model
     from .maintenance.removal import Removal
     from .maintenance.status import ShardState
     from .maintenance.verify import Problem
@@ -66,6 +67,8 @@ __all__ = [
     "ConvertOptions",
     "Dtype",
     "ExecutionError",
+    "Export",
+    "Loaded",
     "Manifest",
     "ModelError",
     "ParoquantStreamError",
@@ -96,6 +99,8 @@ _MODULES = {
     "ConvertOptions": "conversion.request",
     "Dtype": "store.format",
     "ExecutionError": "errors",
+    "Export": "exports.mlx_directory_writer",
+    "Loaded": "api.load",
     "Manifest": "store.manifest",
     "ModelError": "errors",
     "ParoquantStreamError": "errors",

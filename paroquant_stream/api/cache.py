@@ -139,7 +139,7 @@ class Verification:
         if failed:
             from ..conversion.batch import some_failed  # brings threads
 
-            raise some_failed(failed, len(self.requests))
+            raise some_failed(failed, len(self.models))
 
 
 def list_cache(*models: ModelName, cache_dir: str | Path | None = None) -> CacheListing:

@@ -203,6 +203,7 @@ def test_a_repair_that_fails_carries_the_error_of_its_model(three):
     damage_entry(three[0])
     found, done = verify_cache(), []
     shutil.rmtree(three[0])
-    with pytest.raises(SomeModelsFailedError, match=f"1 of 2 models .*\n  {three[0]}: "):
+    with pytest.raises(SomeModelsFailedError, match=f"1 of 2 models .*\n  {three[0]}: ") as caught:
         found.repair(done.append)
+    assert list(caught.value.failures) == [str(three[0])]
     assert done == [str(three[1])]

@@ -86,10 +86,11 @@ def test_a_module_runs_as_python_m_runs_it(here, name):
 def test_the_options_are_those_of_every_load(here):
     (here / "shows.py").write_text(
         "from paroquant_stream.integrations.loader_patch import _installed\n"
-        "print([loader.keywords for loader in _installed])"
+        "(loader,) = _installed\n"
+        "print({k: loader.keywords[k] for k in ('cache_dir', 'jobs', 'dtype')})"
     )
     shown = run("--cache-dir", "c", "--jobs", "3", "--dtype", "bfloat16", "-m", "shows", cwd=here)
-    wanted = [{"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}]
+    wanted = {"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}
     assert shown.stdout.strip() == str(wanted)
 
 
