@@ -3,14 +3,22 @@
     from paroquant_stream import load
     model, tokenizer, is_vlm = load("z-lab/Qwen3-4B-PARO")
 
-load                  build the MLX model of a checkpoint, converting shards that are not cached
+load                  build the MLX model of a checkpoint, converting shards that are not cached:
+                      a Loaded, which unpacks as above
 convert_checkpoint    fill the cache without loading; convert_checkpoints takes several models
-export_model          write a converted model as a directory for other MLX programs
+export_model          write a converted model as a directory for other MLX programs: an Export
+list_cache            what is converted, as a CacheListing of CachedModel, each with a ShardState
+                      for every shard
+verify_cache          read every byte: a Verification, with a Problem for each file that differs
+plan_removal          what removing models would remove: a RemovalPlan of Removal, to execute
+plan_prune            the same for what is useless, old or too much
 install, uninstall    replace the loader of the `paroquant` package by `load`, and restore it
 ConvertOptions        the options that all of these share
+Dtype, Progress       the types of the options `dtype` and `progress`
 Manifest              the result of a conversion: its entries and the shards they come from
 ParoquantStreamError  base of every error raised on purpose; CheckpointError, StoreError,
-                      ModelError and ExecutionError are derived from it
+                      ModelError and ExecutionError are derived from it, and from that
+                      SomeModelsFailedError, of functions that convert several models
 
 Every name is imported on first use, so that `import paroquant_stream` imports nothing else.
 """
@@ -22,50 +30,98 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .api.cache import (
+        CachedModel,
+        CacheListing,
+        RemovalPlan,
+        Verification,
+        list_cache,
+        plan_prune,
+        plan_removal,
+        verify_cache,
+    )
     from .api.convert import convert_checkpoint, convert_checkpoints
     from .api.install import install, uninstall
-    from .api.load import load
+    from .api.load import Loaded, load
+    from .conversion.progress import Progress
     from .conversion.request import ConvertOptions
     from .errors import (
         CheckpointError,
         ExecutionError,
         ModelError,
         ParoquantStreamError,
+        SomeModelsFailedError,
         StoreError,
     )
-    from .exports.mlx_directory_writer import export_model
+    from .exports.mlx_directory_writer import Export, export_model
+    from .maintenance.removal import Removal
+    from .maintenance.status import ShardState
+    from .maintenance.verify import Problem
+    from .store.format import Dtype
     from .store.manifest import Manifest
 
 __all__ = [
+    "CacheListing",
+    "CachedModel",
     "CheckpointError",
     "ConvertOptions",
+    "Dtype",
     "ExecutionError",
+    "Export",
+    "Loaded",
     "Manifest",
     "ModelError",
     "ParoquantStreamError",
+    "Problem",
+    "Progress",
+    "Removal",
+    "RemovalPlan",
+    "ShardState",
+    "SomeModelsFailedError",
     "StoreError",
+    "Verification",
     "__version__",
     "convert_checkpoint",
     "convert_checkpoints",
     "export_model",
     "install",
+    "list_cache",
     "load",
+    "plan_prune",
+    "plan_removal",
     "uninstall",
+    "verify_cache",
 ]
 _MODULES = {
+    "CacheListing": "api.cache",
+    "CachedModel": "api.cache",
     "CheckpointError": "errors",
     "ConvertOptions": "conversion.request",
+    "Dtype": "store.format",
     "ExecutionError": "errors",
+    "Export": "exports.mlx_directory_writer",
+    "Loaded": "api.load",
     "Manifest": "store.manifest",
     "ModelError": "errors",
     "ParoquantStreamError": "errors",
+    "Problem": "maintenance.verify",
+    "Progress": "conversion.progress",
+    "Removal": "maintenance.removal",
+    "RemovalPlan": "api.cache",
+    "ShardState": "maintenance.status",
+    "SomeModelsFailedError": "errors",
     "StoreError": "errors",
+    "Verification": "api.cache",
     "convert_checkpoint": "api.convert",
     "convert_checkpoints": "api.convert",
     "export_model": "exports.mlx_directory_writer",
     "install": "api.install",
+    "list_cache": "api.cache",
     "load": "api.load",
+    "plan_prune": "api.cache",
+    "plan_removal": "api.cache",
     "uninstall": "api.install",
+    "verify_cache": "api.cache",
 }
 
 

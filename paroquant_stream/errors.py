@@ -1,8 +1,10 @@
 """Every error that paroquant_stream raises on purpose, under four bases.
 
-Each error takes one message (what, where, expected, found, what to do) and nothing else, so that it
-can be pickled: a worker process returns its error to the parent. The README lists them in a table.
+Each error takes one message (what, where, expected, found, what to do) and can be pickled: a worker
+process returns its error to the parent. The README lists them in a table.
 """
+
+from __future__ import annotations
 
 
 class ParoquantStreamError(Exception):
@@ -107,6 +109,15 @@ class WorkersLostError(ExecutionError):
 
 class SomeModelsFailedError(ExecutionError):
     """Some of several models were not converted; names each and the reason."""
+
+    failures: dict[str, ParoquantStreamError]
+    """The error of each model that was not converted, by the name that it was asked for by."""
+
+    def __init__(
+        self, message: str, failures: dict[str, ParoquantStreamError] | None = None
+    ) -> None:
+        super().__init__(message)  # alone: pickle passes these arguments, and adds `failures`
+        self.failures = failures or {}
 
 
 class RunCancelledError(ExecutionError):

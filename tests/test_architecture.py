@@ -45,7 +45,7 @@ TABLE = {
     "export": "cli",
     "run": "cli",
     "__main__": "cli",
-    "__init__": "errors version api exports conversion store",
+    "__init__": "errors version api exports maintenance conversion store",
 }
 """Package or module -> what of ours it may import; everything stands below what it imports."""
 

@@ -18,6 +18,16 @@ def test_an_error_survives_pickling(kind):
     assert str(copy) == "what, where, and what to do"
 
 
+def test_the_errors_of_several_models_survive_pickling():
+    failures = {"a": errors.PlanError("one"), "b": errors.StoreError("two")}
+    copy = pickle.loads(pickle.dumps(errors.SomeModelsFailedError("2 of 3", failures)))
+    assert str(copy) == "2 of 3"
+    assert {name: (type(e), str(e)) for name, e in copy.failures.items()} == {
+        "a": (errors.PlanError, "one"),
+        "b": (errors.StoreError, "two"),
+    }
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_an_error_has_one_of_the_four_bases(kind):
     bases = {errors.CheckpointError, errors.StoreError, errors.ModelError, errors.ExecutionError}

@@ -73,8 +73,9 @@ def convert_checkpoints(
         The manifests, in the order of the models.
 
     Raises:
-        SomeModelsFailedError: Some models were not converted; lists them. The others are converted,
-            and `convert_checkpoint` returns their manifests at once.
+        SomeModelsFailedError: Some models were not converted; lists them, and its `failures` has
+            the error of each. The others are converted, and `convert_checkpoint` returns their
+            manifests at once.
         ValueError: An option has a value that is not allowed.
     """
     requests: list[Request] = []

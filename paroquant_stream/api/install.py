@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..distributed.split import Parallel
 from ..integrations import loader_patch
+from ..store.format import Dtype
 from .load import load
 
+if TYPE_CHECKING:
+    from ..conversion.progress import Progress
 
-def install(**options: Any) -> None:
+
+def install(
+    *,
+    cache_dir: str | Path | None = None,
+    jobs: int | None = None,
+    revision: str | None = None,
+    dtype: Dtype = "source",
+    progress: Progress | None = None,
+    verify: Literal["header", "full"] = "header",
+    trace: str | Path | None = None,
+    layers: range | None = None,
+    group: Any = None,
+    parallel: Parallel = "pipeline",
+) -> None:
     """Replace paroquant's MLX loader by `load` in this process.
 
     This includes modules that import the loader later. Calls nest: each needs its own
@@ -16,14 +34,34 @@ def install(**options: Any) -> None:
     class attribute, a `functools.partial`) keep the old loader.
 
     Args:
-        **options: Keyword options of `load` for every call (`cache_dir`, `jobs`, `verify`, ...).
+        cache_dir: For every call, as all options here, and as in `load`.
+        jobs: As in `load`.
+        revision: As in `load`.
+        dtype: As in `load`.
+        progress: As in `load`.
+        verify: As in `load`.
+        trace: As in `load`; the file of the last call stays.
+        layers: As in `load`.
+        group: As in `load`.
+        parallel: As in `load`.
 
     Raises:
         MissingExtraError: paroquant is not installed.
         LoaderMovedError: The installed version has no such loader, or one with other arguments.
-        TypeError: `load` has no such option.
     """
-    loader_patch.install(load, **options)
+    loader_patch.install(
+        load,
+        cache_dir=cache_dir,
+        jobs=jobs,
+        revision=revision,
+        dtype=dtype,
+        progress=progress,
+        verify=verify,
+        trace=trace,
+        layers=layers,
+        group=group,
+        parallel=parallel,
+    )
 
 
 def uninstall() -> None:

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..checkpoint.model_files import check_directory
 from ..conversion.converter import convert
@@ -37,6 +37,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Loaded(NamedTuple):
+    """A loaded model: `model, tokenizer, is_vlm = load(...)`, or by name."""
+
+    model: Any
+    """An `mlx.nn.Module` in eval mode. MLX types neither its methods nor its call, so that a
+    type checker in strict mode would refuse `model.eval()` and `model(tokens)` of that type."""
+    tokenizer: Any
+    """The tokenizer, of a vision model its processor, as mlx-lm or mlx-vlm makes it."""
+    is_vlm: bool
+    """Whether it is a vision model."""
+
+
 def load(
     model_path: str | Path,
     lazy: bool = False,
@@ -52,7 +64,7 @@ def load(
     layers: range | None = None,
     group: Any = None,
     parallel: Parallel = "pipeline",
-) -> tuple[Any, Any, bool]:
+) -> Loaded:
     """Load a model as MLX modules, converting first what is not in the cache.
 
     Args:
@@ -86,7 +98,7 @@ def load(
     )
     with written_to(trace) as timed:
         options = _Options(lazy, force_text, full, timed, split)
-        return _load_repairing(request, options, progress)
+        return Loaded(*_load_repairing(request, options, progress))
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoint.model_source import ModelSource
-from ..conversion.request import Request, Target
 from ..maintenance.inventory import Inventory
 from ..maintenance.models import Model
 from ..maintenance.paroquant_cache import Foreign
 from ..maintenance.prune import PrunePlan
-from ..maintenance.status import STALE, UNKNOWN, Freshness, entries_alone, examine
-from ..store.store import Store
+from ..maintenance.status import Freshness, freshness_of
 from ..text import age_text, bytes_text, shown
 
 _HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", "STATE")
@@ -39,34 +36,7 @@ class Row:
 
 def make_row(inventory: Inventory, model: Model) -> Row:
     """Describe a model; reads its directory."""
-    return Row(model, _freshness(inventory.store, model), inventory.entry_bytes(model))
-
-
-def _freshness(store: Store, model: Model) -> Freshness:
-    manifest, directory = model.manifest, model.directory
-    if model.moved and manifest:
-        why = "its directory was moved or holds another model, and the model loads where it is now"
-        return Freshness("orphan", why, entries_alone(store, manifest, why))
-    if model.is_record and manifest:
-        why = "a conversion with --drop-source was interrupted; run it again"
-        return Freshness(STALE, why, entries_alone(store, manifest, why))
-    if manifest is None:
-        if model.newer:
-            return Freshness(UNKNOWN, "of a newer version, or not readable", ())
-        if model.records:
-            return Freshness(
-                STALE, "a conversion with --drop-source was interrupted; run it again", ()
-            )
-        return Freshness("damaged", "the next conversion replaces it", ())
-    if directory is None:
-        why = "made by an older version, which did not record where the model lies"
-        return Freshness(UNKNOWN, why, entries_alone(store, manifest, why))
-    if model.is_orphan:
-        why = f"{directory} is gone"
-        return Freshness("orphan", why, entries_alone(store, manifest, why))
-    return examine(
-        Request(ModelSource(str(directory), directory), Target(store, dtype=model.dtype)), manifest
-    )
+    return Row(model, freshness_of(inventory.store, model), inventory.entry_bytes(model))
 
 
 def table(inventory: Inventory, rows: Sequence[Row], verbose: bool) -> list[str]:

@@ -21,7 +21,9 @@ Result = Conversion | ParoquantStreamError
 def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeModelsFailedError:
     """Return the error for these of `count` models."""
     listed = "\n".join(f"  {model}: {error}" for model, error in failed.items())
-    return SomeModelsFailedError(f"{len(failed)} of {count} models were not converted:\n{listed}")
+    return SomeModelsFailedError(
+        f"{len(failed)} of {count} models were not converted:\n{listed}", dict(failed)
+    )
 
 
 def convert_all(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from ..errors import StoreError
-from ..text import bytes_text
+from ..text import age_text, bytes_text
 from .activity import QUIET, demand_quiet, running
 from .inventory import Inventory
 from .models import Model
@@ -56,6 +56,8 @@ class PrunePlan:
     foreign: tuple[Foreign, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     """What stays and why."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why each of the models is removed, by its id."""
 
     @property
     def small(self) -> tuple[Found, ...]:
@@ -119,6 +121,7 @@ def plan_removal(inventory: Inventory, models: Iterable[Model]) -> PrunePlan:
         entries,
         remains=tuple(file for file, _ in inventory.removed),
         headers=_headers(inventory, ids),
+        reasons=dict.fromkeys(ids, "asked for"),
     )
 
 
@@ -135,9 +138,9 @@ def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
     if reason := running(inventory.store):
         why = f"a conversion is running ({reason})"
         return replace(base, kept=(("models and entries", why),))
-    going, kept = _choose(inventory, rules)
-    if going or inventory.removed:
-        base = _with_models(base, going)
+    reasons, kept = _choose(inventory, rules)
+    if reasons or inventory.removed:
+        base = _with_models(base, reasons)
     if rules.max_size is not None:
         base = _shrink(base, rules, kept)
     unclaimed = _idle_entries(base, kept) if rules.orphans else {}
@@ -157,22 +160,33 @@ def plan_prune(inventory: Inventory, rules: Rules) -> PrunePlan:
     return replace(plan, memos=_idle_memos(plan))
 
 
-def _with_models(base: PrunePlan, models: Iterable[Model]) -> PrunePlan:
-    """Add the removal of these models to the plan."""
+def _with_models(base: PrunePlan, reasons: dict[str, str]) -> PrunePlan:
+    """Add the removal of the models that have a reason to the plan."""
+    models = (model for model in base.inventory.models if model.id in reasons)
     removal = plan_removal(base.inventory, models)
-    return replace(removal, dead_temps=base.dead_temps, foreign=base.foreign)
+    return replace(removal, dead_temps=base.dead_temps, foreign=base.foreign, reasons=reasons)
 
 
-def _choose(inventory: Inventory, rules: Rules) -> tuple[list[Model], dict[str, str]]:
-    going: list[Model] = []
+def _choose(inventory: Inventory, rules: Rules) -> tuple[dict[str, str], dict[str, str]]:
+    """Return why models go, by id, and why others stay that a rule names, by name."""
+    reasons: dict[str, str] = {}
     kept: dict[str, str] = {}
     for model in inventory.models:
-        age = inventory.time - model.last_used
-        orphan = rules.orphans and model.is_orphan
-        old = rules.older_than is not None and age > rules.older_than
-        if model.is_damaged or ((orphan or old) and not _stays(model, rules, kept)):
-            going.append(model)
-    return going, kept
+        reason = _reason(model, rules, inventory.time - model.last_used)
+        if reason and (model.is_damaged or not _stays(model, rules, kept)):
+            reasons[model.id] = reason
+    return reasons, kept
+
+
+def _reason(model: Model, rules: Rules, age: float) -> str | None:
+    """Return why a model is removed, whatever the size of the cache; None if it is not."""
+    if model.is_damaged:
+        return "its manifest is damaged, so no load uses it"
+    if rules.orphans and model.is_orphan:
+        return f"{model.directory} is gone"
+    if rules.older_than is not None and age > rules.older_than:
+        return f"last used {age_text(age)}"
+    return None
 
 
 def _stays(model: Model, rules: Rules, kept: dict[str, str]) -> bool:
@@ -195,7 +209,8 @@ def _shrink(base: PrunePlan, rules: Rules, kept: dict[str, str]) -> PrunePlan:
         if inventory.size - base.freed <= limit:
             return base
         if model not in base.models and not _stays(model, rules, kept):
-            base = _with_models(base, (*base.models, model))
+            reason = "least recently used, and the cache is larger than allowed"
+            base = _with_models(base, base.reasons | {model.id: reason})
     if (over := inventory.size - base.freed - limit) > 0:
         kept["what is left"] = (
             f"{bytes_text(over)} more than --max-size, and no other model may be removed"

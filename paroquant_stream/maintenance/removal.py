@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..errors import StoreError
 from ..files.atomic_file import sync_directory
@@ -22,6 +24,61 @@ from .inventory import claimed_keys
 from .paroquant_cache import remove_foreign
 from .prune import PrunePlan
 from .scan import Found
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One model that would be removed, or leftovers of one kind."""
+
+    what: str
+    """The model's name, or the kind of files."""
+    why: str
+    size: int
+    """Bytes that are freed; entries that another model uses stay, and count nothing."""
+    files: tuple[Path, ...]
+
+
+def removals_of(plan: PrunePlan) -> list[Removal]:
+    """Group the files of a plan: each is in one removal, so that the sizes add up."""
+    entries, removals = dict(plan.entries), []
+    for model in plan.models:
+        keys = dict.fromkeys(record.key for record in model.records)
+        own = [key for key in keys if key in entries]
+        files = [*_with_digests(plan, own), *model.files]
+        removals.append(_removal(model.name, plan.reasons[model.id], files))
+        for key in own:
+            del entries[key]
+    removals += [
+        Removal(str(f.path), "of paroquant's own cache", f.size, tuple(x.path for x in f.files))
+        for f in plan.foreign
+    ]
+    unclaimed = [key for key in entries if key in plan.unclaimed]
+    cut_off = [key for key in entries if key not in plan.unclaimed]
+    leftovers = [
+        ("entries", "no model names them", _with_digests(plan, unclaimed)),
+        (
+            "entries, manifests",
+            "an earlier removal was interrupted",
+            [*_with_digests(plan, cut_off), *plan.remains],
+        ),
+        ("temporary files", "their runs are dead", plan.dead_temps),
+        ("headers", "no model names the dropped shards that they are of", plan.headers),
+        ("damaged entries", "they were made again", plan.healed),
+        ("digests", "their entries are gone", plan.digests),
+        ("remembered digests", "their files are gone", plan.memos),
+    ]
+    removals += [_removal(what, why, files) for what, why, files in leftovers if files]
+    return removals
+
+
+def _with_digests(plan: PrunePlan, keys: Iterable[str]) -> list[Found]:
+    """Return these entries, and the digests beside them."""
+    keys, digests = list(keys), plan.inventory.digests
+    return [*(plan.entries[key] for key in keys), *(digests[k] for k in keys if k in digests)]
+
+
+def _removal(what: str, why: str, files: Sequence[Found]) -> Removal:
+    return Removal(what, why, sum(file.size for file in files), tuple(f.path for f in files))
 
 
 def execute(plan: PrunePlan) -> int:

@@ -10,15 +10,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..checkpoint.model_source import ModelSource
 from ..checkpoint.shard import Shard
 from ..conversion.planning import plan_model
 from ..conversion.report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
-from ..conversion.request import Request
+from ..conversion.request import Request, Target
 from ..conversion.staleness import staleness
 from ..errors import ParoquantStreamError
 from ..plan.task import Task
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
+from .models import Model
 
 FRESH, STALE, UNKNOWN, BROKEN = "fresh", "stale", "unknown", "broken"
 
@@ -55,6 +57,34 @@ class Freshness:
     why: str
     """Empty when fresh."""
     shards: tuple[ShardState, ...]
+
+
+def freshness_of(store: Store, model: Model) -> Freshness:
+    """Tell whether a model of a store would be converted again; reads its directory."""
+    manifest, directory = model.manifest, model.directory
+    if model.moved and manifest:
+        why = "its directory was moved or holds another model, and the model loads where it is now"
+        return Freshness("orphan", why, entries_alone(store, manifest, why))
+    if model.is_record and manifest:
+        why = "a conversion with --drop-source was interrupted; run it again"
+        return Freshness(STALE, why, entries_alone(store, manifest, why))
+    if manifest is None:
+        if model.newer:
+            return Freshness(UNKNOWN, "of a newer version, or not readable", ())
+        if model.records:
+            return Freshness(
+                STALE, "a conversion with --drop-source was interrupted; run it again", ()
+            )
+        return Freshness("damaged", "the next conversion replaces it", ())
+    if directory is None:
+        why = "made by an older version, which did not record where the model lies"
+        return Freshness(UNKNOWN, why, entries_alone(store, manifest, why))
+    if model.is_orphan:
+        why = f"{directory} is gone"
+        return Freshness("orphan", why, entries_alone(store, manifest, why))
+    return examine(
+        Request(ModelSource(str(directory), directory), Target(store, dtype=model.dtype)), manifest
+    )
 
 
 def examine(request: Request, manifest: Manifest) -> Freshness:

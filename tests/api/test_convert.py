@@ -8,7 +8,7 @@ import pytest
 
 from paroquant_stream import Manifest, convert_checkpoint, convert_checkpoints
 from paroquant_stream.api import convert as converting
-from paroquant_stream.errors import SomeModelsFailedError
+from paroquant_stream.errors import CheckpointError, MalformedFileError, SomeModelsFailedError
 from paroquant_stream.transform import task_runner
 from tests.helpers.builders import write_checkpoint
 
@@ -43,10 +43,17 @@ def test_manifests_are_returned_in_the_order_of_the_models(tmp_path):
     assert manifests[0] != manifests[1]
 
 
-def test_the_others_are_converted_when_a_model_is_missing(tmp_path, monkeypatch):
-    good, absent = write_checkpoint(tmp_path / "good"), tmp_path / "absent"
-    with pytest.raises(SomeModelsFailedError, match=f"1 of 2 models were .*\n  {absent}: "):
-        convert_checkpoints([absent, good], jobs=1)
+def test_the_others_are_converted_when_models_fail(tmp_path, monkeypatch):
+    good, broken = (write_checkpoint(tmp_path / name) for name in ("good", "broken"))
+    absent = tmp_path / "absent"
+    next(broken.glob("*.safetensors")).write_bytes(b"no header")
+    with pytest.raises(
+        SomeModelsFailedError, match=f"2 of 3 models were .*\n  {absent}: "
+    ) as found:
+        convert_checkpoints([absent, broken, good], jobs=1)
+    failures = found.value.failures
+    assert list(failures) == [str(absent), str(broken)]
+    assert [type(error) for error in failures.values()] == [CheckpointError, MalformedFileError]
     monkeypatch.setattr(task_runner, "_convert", lambda *_: pytest.fail("converted again"))
     assert convert_checkpoint(good)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 import paroquant_stream
@@ -14,7 +16,26 @@ def test_install_replaces_the_loader_by_load_with_its_options(monkeypatch):
     monkeypatch.setattr(loader_patch, "uninstall", lambda: calls.append("uninstall"))
     paroquant_stream.install(jobs=1, verify="full")
     paroquant_stream.uninstall()
-    assert calls == [((paroquant_stream.load,), {"jobs": 1, "verify": "full"}), "uninstall"]
+    (given, options), undone = calls
+    assert (given, undone) == ((paroquant_stream.load,), "uninstall")
+    assert options == defaults(paroquant_stream.load) | {"jobs": 1, "verify": "full"}
+
+
+def defaults(function) -> dict[str, object]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def test_install_has_the_keyword_options_of_load_and_their_types():
+    by_load, by_install = (
+        {
+            p.name: (p.default, p.annotation)
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+        for function in (paroquant_stream.load, paroquant_stream.install)
+    )
+    assert by_install == by_load
 
 
 @pytest.mark.parametrize("option", ["lazy", "force_text", "model_path", "color"])

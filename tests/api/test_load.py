@@ -38,6 +38,13 @@ def test_load_converts_what_is_missing_and_nothing_else(model_dir, monkeypatch):
     load(model_dir)
 
 
+def test_what_is_loaded_unpacks_and_has_names(model_dir):
+    loaded = load(model_dir)
+    model, tokenizer, is_vlm = loaded
+    assert (loaded.model, loaded.tokenizer, loaded.is_vlm) == (model, tokenizer, is_vlm)
+    assert (type(tokenizer).__name__, is_vlm) == ("TokenizerWrapper", False)
+
+
 def test_a_load_records_that_the_model_was_used(model_dir):
     load(model_dir)
     made = make_request(model_dir)

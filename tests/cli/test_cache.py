@@ -69,6 +69,13 @@ def test_verify_repairs_what_it_found_if_asked(arguments, tmp_path, capsys):
     assert cache.main(["verify", *arguments]) == 0
 
 
+def test_damage_without_a_model_to_convert_stays_a_failure(arguments, tmp_path):
+    damaged(tmp_path)
+    manifest = next((tmp_path / "cache").rglob("*.msgpack"))
+    manifest.rename(manifest.with_stem("0" * 64))  # the name is the hash of the model's directory
+    assert cache.main(["verify", "--repair", *arguments]) == 1
+
+
 def test_verify_in_json(arguments, tmp_path, capsys):
     path = damaged(tmp_path)
     assert cache.main(["verify", "--json", *arguments]) == 1
