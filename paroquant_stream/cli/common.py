@@ -16,7 +16,7 @@ from ..errors import ParoquantStreamError
 from ..text import shown
 
 NO_READER = 141  # what a shell gives for a program that SIGPIPE ended, 128 + 13
-_Value = TypeVar("_Value", int, float)
+_Value = TypeVar("_Value")
 
 
 class Terminated(BaseException):
