@@ -6,7 +6,7 @@ import argparse
 
 from ..maintenance.listing import parse_filter, parse_order
 from ..text import parse_age, parse_size
-from .common import add_cache_dir, option_type
+from .common import add_cache_dir, add_help, option_type
 
 MODEL = "a model directory (also one that is gone), a Hub id, or a name as `ls` shows it"
 LS = """\
@@ -48,14 +48,39 @@ hashes with those taken when they were written. Prints `path: expected X, got Y`
 differs. A damaged entry is taken out of use, to be made again by the next conversion; one whose
 shard was removed is kept in the cache's `damaged`. Exit code: 0 all right, 1 something differs or
 failed, 2 wrong usage."""
+EXAMPLES = {
+    "ls": (
+        "paroquant-stream cache ls --sort size",
+        "paroquant-stream cache ls --filter 'age>30d' -q",
+        "paroquant-stream cache ls path/to/model",
+    ),
+    "size": ("paroquant-stream cache size",),
+    "path": ("paroquant-stream cache path owner/name",),
+    "rm": (
+        "paroquant-stream cache rm owner/name --dry-run",
+        "paroquant-stream cache rm path/to/model -y",
+    ),
+    "prune": (
+        "paroquant-stream cache prune --dry-run",
+        "paroquant-stream cache prune --max-size 100GB",
+        "paroquant-stream cache prune --older-than 30d --orphans",
+    ),
+    "verify": (
+        "paroquant-stream cache verify",
+        "paroquant-stream cache verify path/to/model --sources",
+        "paroquant-stream cache verify --repair",
+    ),
+}
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_help(parser, [examples[-1] for examples in EXAMPLES.values()], hub=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, description=text, help=summary)
+        add_help(command, EXAMPLES[name], hub=name == "verify")
         if name != "verify":
             add_cache_dir(command)
         return command

@@ -18,13 +18,14 @@ from ..errors import CheckpointError, ParoquantStreamError
 from ..text import bytes_text, shown
 from ..trace import Trace, written_to
 from .common import Terminated, confirm, run_command
-from .convert_options import parse
+from .convert_options import EXAMPLES, configure_parser, parse
 from .progress_bar import Progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
 
+__all__ = ["EXAMPLES", "configure_parser", "main"]
 OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
 """Arguments that are fields of `ConvertOptions`."""
 
