@@ -38,8 +38,8 @@ TABLE = {
     "integrations": "errors",
     "api": "errors trace integrations exports maintenance conversion model distributed plan store"
     " checkpoint files execution",
-    "cli": "errors trace text version api integrations exports maintenance conversion plan store"
-    " checkpoint execution",
+    "cli": "errors trace text version api integrations exports maintenance conversion backends"
+    " plan store checkpoint execution",
     "convert": "cli",
     "cache": "cli",
     "export": "cli",

@@ -11,9 +11,20 @@ from ..api.cache import RemovalPlan, Verification, plan_prune, plan_removal, ver
 from ..conversion.request import Request
 from ..errors import StoreError
 from ..maintenance.inventory import Inventory, find_models, take_inventory
+from ..maintenance.listing import make_row, select
 from ..store.store import cache_store
 from ..text import bytes_text, shown
-from .cache_listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
+from .cache_listing import (
+    as_json,
+    footer,
+    foreign_table,
+    plan_json,
+    plan_lines,
+    size_json,
+    size_lines,
+    table,
+    terminal_width,
+)
 from .cache_options import configure_parser
 from .common import confirm, run_command
 
@@ -38,19 +49,30 @@ def _inventory(arguments: argparse.Namespace) -> Inventory:
 def _ls(arguments: argparse.Namespace) -> int:
     inventory = _inventory(arguments)
     chosen = find_models(inventory, arguments.models) if arguments.models else inventory.models
+    found = [make_row(inventory, model) for model in chosen]
+    rows = select(found, arguments.filter, arguments.sort)
+    part = bool(arguments.models or arguments.filter)
     if arguments.quiet:
-        for model in chosen:
-            print(shown(model.name))
-        return 0
-    rows = [make_row(inventory, model) for model in chosen]
-    if arguments.json:
+        for row in rows:
+            print(shown(row.model.name))
+    elif arguments.json:
         everything = as_json(inventory, rows)
-        print(json.dumps([x for x in everything if x["kind"] == "model" or not arguments.models]))
-        return 0
-    lines = table(inventory, rows, arguments.verbose or bool(arguments.models)) if rows else []
-    if not arguments.models:
-        lines += [*foreign_table(inventory), *footer(inventory)]
-    print("\n".join(lines).lstrip("\n"))
+        print(json.dumps([x for x in everything if x["kind"] == "model" or not part]))
+    else:
+        width = terminal_width()
+        verbose = arguments.verbose or bool(arguments.models)
+        lines = table(rows, verbose, width) if rows else []
+        if arguments.filter:
+            lines += ["", f"{len(rows)} of {len(found)} models shown"]
+        elif not part:
+            lines += [*foreign_table(inventory, width), *footer(inventory)]
+        print("\n".join(lines).lstrip("\n"))
+    return 0
+
+
+def _size(arguments: argparse.Namespace) -> int:
+    sizes = size_json(_inventory(arguments))
+    print(json.dumps(sizes) if arguments.json else "\n".join(size_lines(sizes)))
     return 0
 
 
@@ -136,4 +158,6 @@ def _command_of(request: Request, cache_dir: str | None) -> str:
     return f"paroquant-stream convert {shlex.quote(request.source.name)}{options}"
 
 
-_COMMANDS = {"ls": _ls, "path": _path, "rm": _rm, "prune": _prune, "verify": _verify}
+_COMMANDS = {
+    "ls": _ls, "size": _size, "path": _path, "rm": _rm, "prune": _prune, "verify": _verify,
+}  # fmt: skip

@@ -3,86 +3,122 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..maintenance.inventory import Inventory
+from ..maintenance.listing import Row
 from ..maintenance.models import Model
 from ..maintenance.paroquant_cache import Foreign
-from ..maintenance.prune import PrunePlan
-from ..maintenance.status import Freshness, freshness_of
+from ..maintenance.prune import PrunePlan, Rules, plan_prune
 from ..text import age_text, bytes_text, shown
 
-_HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", "STATE")
+_STATE = "STATE"
+_HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", _STATE)
 _RIGHT = {"SHARDS", "SIZE"}
+_LEAST = ("LAYOUT", "SHARDS", "LAST USED")  # what a narrow terminal lacks first
+_LEAST_WIDTH = 44  # columns that model and state need
+_GAP = "  "
 
 
-@dataclass(frozen=True)
-class Row:
-    """A model with what was found out about it."""
-
-    model: Model
-    freshness: Freshness
-    size: int
-    """Bytes of its entries, shared ones too."""
-
-    @property
-    def state(self) -> str:
-        """The state, and why."""
-        why = self.freshness.why
-        return self.freshness.state + (f": {why}" if why else "")
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that stdout is; None when it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def make_row(inventory: Inventory, model: Model) -> Row:
-    """Describe a model; reads its directory."""
-    return Row(model, freshness_of(inventory.store, model), inventory.entry_bytes(model))
+def table(rows: Sequence[Row], verbose: bool, width: int | None = None) -> list[str]:
+    """Return the lines of the table: models, and with `verbose` their shards.
 
-
-def table(inventory: Inventory, rows: Sequence[Row], verbose: bool) -> list[str]:
-    """Return the lines of the table: models, and with `verbose` their shards."""
+    Args:
+        rows: The models.
+        verbose: Whether to list each shard.
+        width: The most columns of a line; None for no limit.
+    """
     cells: list[Sequence[str]] = [_HEADS]
     for row in rows:
-        cells.append(_cells(inventory, row))
+        cells.append(_cells(row))
         if verbose:
             cells += [
                 (f"  {s.shard}", "", "", bytes_text(s.bytes_out), "", f"{s.state}: {s.why}")
                 for s in row.freshness.shards
             ]
-    return _aligned(cells)
+    return _aligned(cells, width)
 
 
-def _cells(inventory: Inventory, row: Row) -> Sequence[str]:
+def _cells(row: Row) -> Sequence[str]:
     shards = row.freshness.shards
     return (
         row.model.name,
-        row.model.manifest.layout if row.model.manifest else "-",
+        row.layout,
         f"{sum(s.is_converted for s in shards)}/{len(shards)}",
         bytes_text(row.size),
-        age_text(inventory.time - row.model.last_used),
+        age_text(row.age),
         row.state,
     )
 
 
-def foreign_table(inventory: Inventory) -> list[str]:
+def foreign_table(inventory: Inventory, width: int | None = None) -> list[str]:
     """Return the lines of the directories that paroquant's own cache left."""
     cells: list[Sequence[str]] = [("DIRECTORY", "SIZE", "WRITTEN")]
     for foreign in inventory.foreign:
         age = age_text(inventory.time - foreign.last_used)
         cells.append((str(foreign.path), bytes_text(foreign.size), age))
-    return ["", "paroquant's own cache:", *_aligned(cells)] if inventory.foreign else []
+    return ["", "paroquant's own cache:", *_aligned(cells, width)] if inventory.foreign else []
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(cells: Sequence[Sequence[str]], limit: int | None) -> list[str]:
     safe = [[shown(cell) for cell in line] for line in cells]
-    widths = [max(len(line[index]) for line in safe) for index in range(len(safe[0]))]
+    if limit is not None:
+        safe = _fitted(safe, limit)
+    widths = _widths(safe)
     return [
-        "  ".join(
+        _GAP.join(
             text.rjust(width) if head in _RIGHT else text.ljust(width)
             for text, width, head in zip(line, widths, safe[0], strict=True)
         ).rstrip()
         for line in safe
     ]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+
+
+def _fitted(lines: list[list[str]], limit: int) -> list[list[str]]:
+    """Leave out what matters least and cut the first column and the state until lines fit."""
+    for name in _LEAST:
+        if name in lines[0] and _width_of(lines, limit) < _LEAST_WIDTH:
+            at = lines[0].index(name)
+            lines = [[*line[:at], *line[at + 1 :]] for line in lines]
+    room, widths = _width_of(lines, limit), _widths(lines)
+    state = min(widths[-1], max(room - widths[0], room // 3)) if lines[0][-1] == _STATE else 0
+    first = max(room - state, 8)
+    return [
+        [_without_start(line[0], first), *line[1:-1], _without_end(line[-1], state or widths[-1])]
+        for line in lines
+    ]
+
+
+def _width_of(lines: Sequence[Sequence[str]], limit: int) -> int:
+    """Return the columns that are left for the first column and the state."""
+    widths = _widths(lines)
+    kept = widths[1:-1] if lines[0][-1] == _STATE else widths[1:]
+    return limit - sum(kept) - len(_GAP) * (len(widths) - 1)
+
+
+def _without_start(text: str, width: int) -> str:
+    """Cut a path or a file name at its start, as its end tells which it is; keep the indent."""
+    if len(text) <= width:
+        return text
+    indent = len(text) - len(text.lstrip())
+    return text[:indent] + "..." + text[len(text) - width + indent + 3 :]
+
+
+def _without_end(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
 
 
 def footer(inventory: Inventory) -> list[str]:
@@ -118,6 +154,46 @@ def footer(inventory: Inventory) -> list[str]:
             f"({bytes_text(size)}): `prune --foreign` removes them"
         )
     return ["", *(shown(line) for line in lines)]
+
+
+def size_lines(sizes: Mapping[str, Any]) -> list[str]:
+    """Return the lines of `cache size`, from its JSON."""
+    notes = {
+        "size": f"total in {sizes['path']}",
+        "removable": "of that removable by `cache prune --orphans --foreign`:",
+        "useless": "by `cache prune` alone: of dead runs, damaged, remembered in vain",
+        "orphans": "with --orphans: of models whose directory is gone, or of none",
+        "foreign": "with --foreign: of paroquant's own cache",
+        "free": "free on its file system",
+    }
+    width = max(len(bytes_text(sizes[name])) for name in notes)
+    lines = [f"{bytes_text(sizes[name]).rjust(width)}  {note}" for name, note in notes.items()]
+    lines += [f"stays: {kept['what']}: {kept['why']}" for kept in sizes["stays"]]
+    return [shown(line) for line in lines]
+
+
+def size_json(inventory: Inventory) -> dict[str, Any]:
+    """Return how large a cache is, and how much of that `prune` could remove by which option.
+
+    Args:
+        inventory: Of the store.
+
+    Raises:
+        StoreError: A manifest is of a newer version, or the free space cannot be determined.
+    """
+    everything = plan_prune(inventory, Rules(orphans=True, foreign=True))
+    useless = plan_prune(inventory, Rules()).freed
+    foreign = sum(foreign.size for foreign in inventory.foreign)
+    return {
+        "path": _text(inventory.store.root),
+        "size": inventory.size,
+        "removable": everything.freed,
+        "useless": useless,
+        "orphans": everything.freed - useless - foreign,
+        "foreign": foreign,
+        "free": inventory.store.free_bytes(),
+        "stays": [{"what": what, "why": why} for what, why in everything.kept],
+    }
 
 
 def plan_lines(plan: PrunePlan) -> list[str]:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import argparse
 
+from ..maintenance.listing import parse_filter, parse_order
 from ..text import parse_age, parse_size
-from .common import add_cache_dir, option_type
+from .common import add_cache_dir, add_help, option_type
 
 MODEL = "a model directory (also one that is gone), a Hub id, or a name as `ls` shows it"
 LS = """\
 The converted models: layout, shards converted of all, size, when last used, and whether a load
 would convert anything and why. Looks at headers, stat and remembered digests only: a shard that was
-never hashed where it lies now is `unknown`, and `convert --dry-run` reads it."""
+never hashed where it lies now is `unknown`, and `convert --dry-run` reads it. On a terminal lines
+are cut to its width, and a narrow one lacks some columns; `| cat` shows them whole."""
+FILTER = """\
+list only the models for which CONDITION holds: size>1GB, age>=30d (since the last use),
+model=PART (of the name), layout=NAME or state=STATE, also with < <= != and so on; quote it for the
+shell. Of several all must hold"""
+SORT = """\
+sort by name (default), size (largest first), age (longest unused first), layout or state; KEY:asc
+or KEY:desc is the other way round"""
+SIZE = """\
+How large the cache is and how much of that `prune` could remove, by which option; and the free
+space. Counts files, reads none but manifests."""
+SIZE_JSON = """\
+print one JSON object of bytes: size, removable, of that useless, orphans and foreign; free; and
+path, and stays (what stays and why)"""
 LS_JSON = """\
 print one JSON list. Of kind `model`: name, directory, manifest, layout, size, last_used (seconds
 since 1970), state (fresh, stale, unknown, broken, orphan, damaged), why, shards_converted, shards
@@ -33,14 +48,39 @@ hashes with those taken when they were written. Prints `path: expected X, got Y`
 differs. A damaged entry is taken out of use, to be made again by the next conversion; one whose
 shard was removed is kept in the cache's `damaged`. Exit code: 0 all right, 1 something differs or
 failed, 2 wrong usage."""
+EXAMPLES = {
+    "ls": (
+        "paroquant-stream cache ls --sort size",
+        "paroquant-stream cache ls --filter 'age>30d' -q",
+        "paroquant-stream cache ls path/to/model",
+    ),
+    "size": ("paroquant-stream cache size",),
+    "path": ("paroquant-stream cache path owner/name",),
+    "rm": (
+        "paroquant-stream cache rm owner/name --dry-run",
+        "paroquant-stream cache rm path/to/model -y",
+    ),
+    "prune": (
+        "paroquant-stream cache prune --dry-run",
+        "paroquant-stream cache prune --max-size 100GB",
+        "paroquant-stream cache prune --older-than 30d --orphans",
+    ),
+    "verify": (
+        "paroquant-stream cache verify",
+        "paroquant-stream cache verify path/to/model --sources",
+        "paroquant-stream cache verify --repair",
+    ),
+}
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_help(parser, [examples[-1] for examples in EXAMPLES.values()], hub=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, description=text, help=summary)
+        add_help(command, EXAMPLES[name], hub=name == "verify")
         if name != "verify":
             add_cache_dir(command)
         return command
@@ -48,11 +88,22 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     ls = add("ls", LS, "list the converted models")
     ls.add_argument("models", nargs="*", metavar="MODEL", help=f"{MODEL} (default: all)")
     ls.add_argument("-v", "--verbose", action="store_true", help="list each shard, as with MODEL")
+    ls.add_argument(
+        "--filter",
+        action="append",
+        type=option_type(parse_filter),
+        default=[],
+        metavar="CONDITION",
+        help=FILTER,
+    )
+    ls.add_argument("--sort", type=option_type(parse_order), metavar="KEY", help=SORT)
     form = ls.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help=LS_JSON)
     form.add_argument(
         "-q", "--quiet", action="store_true", help="print the names only, one per line"
     )
+    size = add("size", SIZE, "print how large the cache is, and what could be removed")
+    size.add_argument("--json", action="store_true", help=SIZE_JSON)
     path = add("path", PATH, "print where the cache or a model lies")
     path.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
     rm = add("rm", RM, "remove models")

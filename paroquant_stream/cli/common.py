@@ -1,22 +1,25 @@
-"""What all commands share: option types, the question before a removal, errors, exit codes."""
+"""What all commands share: help and option types, the question before a removal, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import ParoquantStreamError
 from ..text import shown
+from ..version import __version__
 
 NO_READER = 141  # what a shell gives for a program that SIGPIPE ended, 128 + 13
-_Value = TypeVar("_Value", int, float)
+_Value = TypeVar("_Value")
 
 
 class Terminated(BaseException):
@@ -88,6 +91,81 @@ def _parse_jobs(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise ValueError("must be a whole number from 1 to 9999")
     return int(text)
+
+
+CACHE_VARIABLES = {
+    "PAROQUANT_STREAM_CACHE": "the cache, unless --cache-dir names one",
+    "XDG_CACHE_HOME": "else it is paroquant/mlx_cache in here (default: ~/.cache)",
+}
+HUB_VARIABLES = {
+    "HF_TOKEN": "for models of the Hub that are not public",
+    "HF_HOME, HF_HUB_CACHE": "where the Hub's files lie (default: ~/.cache/huggingface)",
+    "HF_ENDPOINT": "another Hub than huggingface.co",
+    "HF_HUB_OFFLINE": "1: ask no Hub, use what is on the disk",
+}
+TERMINAL_VARIABLES = {
+    "COLUMNS": "the width of help and lists (default: the terminal's)",
+    "NO_COLOR": "no colors in help, which Python has from 3.14",
+}
+
+
+def add_help(parser: argparse.ArgumentParser, examples: Sequence[str], hub: bool = True) -> None:
+    """Add --version, and examples and environment variables at the end of the help.
+
+    Args:
+        parser: Of a command.
+        examples: Command lines of at most 58 characters.
+        hub: Whether the command can use models of the Hub.
+    """
+    parser.formatter_class = HelpFormatter
+    variables = CACHE_VARIABLES | (HUB_VARIABLES if hub else {}) | TERMINAL_VARIABLES
+    parser.epilog = "\n".join(
+        [
+            "examples:",
+            *(f"  {example}" for example in examples),
+            "",
+            "environment:",
+            *(f"  {name}\t{text}" for name, text in variables.items()),
+        ]
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"paroquant-stream {__version__}",
+        help="print the version",
+    )
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps help at the terminal's width and at most 100 columns; lines that begin with spaces stay
+    as they are, and after a tab stands a second column.
+    """
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        width = min(shutil.get_terminal_size().columns, 100) - 2
+        super().__init__(
+            prog, **{"width": width, "max_help_position": min(24, width // 3)} | options
+        )
+
+    # private, both: argparse has no public way
+    def _format_usage(self, *arguments: Any) -> str:
+        text = super()._format_usage(*arguments)
+        too_long = max(map(len, text.splitlines())) > self._width  # words like [--a A | --b] stay
+        return re.sub(r"\n {8,}", f"\n{' ' * 7}", text) if too_long else text
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for paragraph in re.split(r"\n(?=\n|  )", text):
+            if paragraph.startswith("  "):
+                name, _, rest = paragraph.partition("\t")
+                lines += (
+                    textwrap.wrap(f"{name:26}{rest}", width, subsequent_indent=" " * 26)
+                    if rest
+                    else [name]
+                )
+            else:
+                lines += ["", *textwrap.wrap(" ".join(paragraph.split()), width)]
+        return "\n".join(lines).strip("\n")
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:

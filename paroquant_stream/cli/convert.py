@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ParoquantStreamError
 from ..text import bytes_text, shown
 from ..trace import Trace, written_to
 from .common import Terminated, confirm, run_command
-from .convert_options import parse
+from .convert_options import EXAMPLES, configure_parser, parse
 from .progress_bar import Progress
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..execution.automatic import Automatic
 
 
+__all__ = ["EXAMPLES", "configure_parser", "main"]
 OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
 """Arguments that are fields of `ConvertOptions`."""
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import argparse
 
 from ..store.format import DTYPES
-from .common import add_cache_dir, add_jobs
+from .common import add_cache_dir, add_help, add_jobs
 
 DESCRIPTION = """\
 Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are
 converted; an interrupted conversion resumes. Several models share the workers, and one
 that fails lets the others finish. Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143
 interrupted."""
+EXAMPLES = (
+    "paroquant-stream convert owner/name --jobs 8",
+    "paroquant-stream convert model-1 model-2 --dry-run",
+    "paroquant-stream convert path/to/model --in-place",
+    "paroquant-stream convert owner/name --drop-source",
+    "paroquant-stream convert path/to/model --json",
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; ends the process with 2 when it is wrong."""
     parser = argparse.ArgumentParser("paroquant-stream convert", description=DESCRIPTION)
-    _configure(parser)
+    configure_parser(parser)
     arguments = parser.parse_args(argv)
     if (arguments.executor == "dask") != (arguments.scheduler is not None):
         parser.error("--executor dask and --scheduler ADDRESS go together")
@@ -26,7 +33,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _configure(parser: argparse.ArgumentParser) -> None:
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_help(parser, EXAMPLES)
     parser.add_argument(
         "models",
         metavar="MODEL",
@@ -54,8 +63,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="source",
-        help="one width for scales, biases, norms and all that meets activations "
-        "(default: source, bit-identical to the public loader)",
+        metavar="D",
+        help="float16 or bfloat16: one width for scales, biases, norms and all that meets "
+        "activations (default: source, bit-identical to the public loader)",
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     parser.add_argument(
@@ -79,8 +89,9 @@ def _configure_workers(parser: argparse.ArgumentParser) -> None:
         "--executor",
         choices=["auto", "thread", "process", "dask"],
         default="auto",
-        help="where shards are converted: threads, processes, a Dask cluster, or by default "
-        "processes for 1 GB and more with 3 jobs and more, else threads",
+        metavar="E",
+        help="where shards are converted: thread, process, dask for a Dask cluster, or auto "
+        "(default): process for 1 GB and more with 3 jobs and more, else thread",
     )
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="the cluster's scheduler, like tcp://host:8786"

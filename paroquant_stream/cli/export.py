@@ -8,7 +8,7 @@ from pathlib import Path
 from ..conversion.request import make_request
 from ..exports.single_file import NAME
 from ..text import bytes_text, parse_size, shown
-from .common import add_cache_dir, add_jobs, option_type, run_command
+from .common import add_cache_dir, add_help, add_jobs, option_type, run_command
 from .progress_bar import Progress
 
 DESCRIPTION = """\
@@ -19,10 +19,16 @@ without this package; they run that file only with --trust-remote-code. Of a vis
 part is written. OUT appears complete or not at all. --single-file writes one file that load() finds
 in a model directory. Exit code: 0 done, 1 failed, 2 wrong usage, 130
 or 143 interrupted."""
+EXAMPLES = (
+    "paroquant-stream export path/to/model my-export",
+    "paroquant-stream export owner/name out --self-contained",
+    "paroquant-stream export path/to/model --single-file",
+)
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_help(parser, EXAMPLES)
     parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
     parser.add_argument(
         "out",
@@ -59,7 +65,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser("python -m paroquant_stream.export", description=DESCRIPTION)
+    parser = argparse.ArgumentParser("paroquant-stream export", description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     if arguments.out is None and not arguments.single_file:

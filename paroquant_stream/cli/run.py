@@ -12,28 +12,35 @@ from typing import Any
 from ..api.install import install, uninstall
 from ..errors import MissingExtraError, ParoquantStreamError, ProgramNotFoundError
 from ..store.format import DTYPES
-from .common import add_cache_dir, add_jobs, print_error
+from .common import add_cache_dir, add_help, add_jobs, print_error
 
-USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
+USAGE = """\
+%(prog)s [options]
+       (-m MODULE | SCRIPT) [arguments of the program]"""
 DESCRIPTION = """\
 Run a Python program in which paroquant's MLX loader is replaced by paroquant_stream's: its models
 come from the cache and are converted first if they must be. Works for all that call
 paroquant.inference.backends.mlx.load.load: paroquant's chat and serve commands, oMLX, scripts.
 The program has its own arguments, __main__, sys.path and exit code; processes that it starts are
 not changed."""
-EPILOG = """\
-examples:
-  python -m paroquant_stream.run -m paroquant.cli.serve --model MODEL --port 8000
-  python -m paroquant_stream.run --cache-dir /fast/cache script.py --an-option-of-the-script
-  python -m paroquant_stream.run "$(command -v omlx)" serve"""
+EXAMPLES = (
+    "paroquant-stream run -m paroquant.cli.serve --model MODEL",
+    "paroquant-stream run --jobs 4 script.py --its-option",
+    'paroquant-stream run "$(command -v omlx)" serve',
+)
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_help(parser, EXAMPLES)
     add_cache_dir(parser)
     add_jobs(parser, "workers (default: one per core, at most 8)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="source", help="the width of floating tensors"
+        "--dtype",
+        choices=DTYPES,
+        default="source",
+        metavar="D",
+        help="the width of floating tensors: source (default), float16 or bfloat16",
     )
     rest: Any = argparse.REMAINDER  # what follows belongs to the program, options too
     parser.add_argument("-m", dest="module", nargs=rest, help="run a module, as `python -m` does")
@@ -43,11 +50,10 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return 0; its SystemExit and its other exceptions pass through."""
     parser = argparse.ArgumentParser(
+        "paroquant-stream run",
         usage=USAGE,
         description=DESCRIPTION,
-        epilog=EPILOG,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     configure_parser(parser)
     arguments = parser.parse_args(argv)

@@ -23,6 +23,8 @@ from ..store.store import Store
 from .models import Model
 
 FRESH, STALE, UNKNOWN, BROKEN = "fresh", "stale", "unknown", "broken"
+ORPHAN, DAMAGED = "orphan", "damaged"
+_INTERRUPTED = "a conversion with --drop-source was interrupted; run it again"
 
 
 @dataclass(frozen=True)
@@ -64,24 +66,21 @@ def freshness_of(store: Store, model: Model) -> Freshness:
     manifest, directory = model.manifest, model.directory
     if model.moved and manifest:
         why = "its directory was moved or holds another model, and the model loads where it is now"
-        return Freshness("orphan", why, entries_alone(store, manifest, why))
+        return Freshness(ORPHAN, why, entries_alone(store, manifest, why))
     if model.is_record and manifest:
-        why = "a conversion with --drop-source was interrupted; run it again"
-        return Freshness(STALE, why, entries_alone(store, manifest, why))
+        return Freshness(STALE, _INTERRUPTED, entries_alone(store, manifest, _INTERRUPTED))
     if manifest is None:
         if model.newer:
             return Freshness(UNKNOWN, "of a newer version, or not readable", ())
         if model.records:
-            return Freshness(
-                STALE, "a conversion with --drop-source was interrupted; run it again", ()
-            )
-        return Freshness("damaged", "the next conversion replaces it", ())
+            return Freshness(STALE, _INTERRUPTED, ())
+        return Freshness(DAMAGED, "the next conversion replaces it", ())
     if directory is None:
         why = "made by an older version, which did not record where the model lies"
         return Freshness(UNKNOWN, why, entries_alone(store, manifest, why))
     if model.is_orphan:
         why = f"{directory} is gone"
-        return Freshness("orphan", why, entries_alone(store, manifest, why))
+        return Freshness(ORPHAN, why, entries_alone(store, manifest, why))
     return examine(
         Request(ModelSource(str(directory), directory), Target(store, dtype=model.dtype)), manifest
     )

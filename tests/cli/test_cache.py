@@ -15,7 +15,8 @@ import pytest
 from paroquant_stream import cache
 from paroquant_stream.cli import cache as cli_cache
 from paroquant_stream.cli import convert
-from tests.helpers.builders import write_checkpoint
+from paroquant_stream.text import bytes_text
+from tests.helpers.builders import llama_tensors, write_checkpoint
 
 
 @pytest.fixture
@@ -148,9 +149,65 @@ def test_ls_of_a_model_shows_its_shards_and_no_footer(model_dir, capsys, monkeyp
     assert "absent: not converted in " in capsys.readouterr().err
 
 
+@pytest.fixture
+def two_models(home, model_dir, tmp_path, capsys) -> list[str]:
+    """The names of a smaller model and of `model_dir`, both converted."""
+    small = write_checkpoint(tmp_path / "another", llama_tensors(1, layers=1))
+    assert convert.main([str(small), "--quiet"]) == 0
+    return [str(small), str(model_dir)]
+
+
+def test_ls_filters_and_sorts(two_models, capsys):
+    small, large = two_models
+    for words, names in {
+        ("--sort", "name:desc"): [large, small],
+        ("--sort", "size"): [large, small],
+        ("--sort", "size:asc"): [small, large],
+        ("--filter", "model=ANOTHER"): [small],
+        ("--filter", "model!=another", "--filter", "size>1kB"): [large],
+        ("--filter", "state=orphan"): [],
+    }.items():
+        assert run("ls", "-q", *words) == 0
+        assert capsys.readouterr().out.split() == names
+        assert run("ls", "--json", *words) == 0
+        assert [m["name"] for m in json.loads(capsys.readouterr().out)] == names
+
+
+def test_ls_with_a_filter_says_how_many_it_shows(two_models, capsys):
+    assert run("ls", "--filter", "model=another") == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\n\n1 of 2 models shown\n")
+    assert two_models[1] not in out
+    assert run("ls", "--filter", "size>1TB") == 0
+    assert capsys.readouterr().out == "0 of 2 models shown\n"
+
+
+def test_ls_cuts_lines_on_a_terminal_only(two_models, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    run("ls")
+    assert two_models[0] in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run("ls", "-v")
+    head = capsys.readouterr().out.partition("\n\n")[0]
+    assert max(map(len, head.splitlines())) <= 60
+    run("ls", "--json")
+    assert two_models[0] in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_size_in_json_and_for_people(capsys):
+    assert run("size", "--json") == 0
+    sizes = json.loads(capsys.readouterr().out)
+    assert sizes.keys() == {
+        "path", "size", "removable", "useless", "orphans", "foreign", "free", "stays",
+    }  # fmt: skip
+    assert run("size") == 0
+    assert capsys.readouterr().out.startswith(f"{bytes_text(sizes['size'])}  total in ")
+
+
 def test_looking_changes_nothing(home, model_dir, capsys):
     before = tree(home), tree(model_dir)
-    for words in (["ls"], ["ls", "-v"], ["ls", "--json"], ["ls", "-q"], ["path"]):
+    for words in (["ls"], ["ls", "-v"], ["ls", "--json"], ["ls", "-q"], ["size"], ["path"]):
         assert run(*words) == 0
     assert run("path", str(model_dir)) == 0
     assert run("rm", str(model_dir), "--dry-run") == 0

@@ -15,12 +15,14 @@ from paroquant_stream.cli.cache_listing import (
     as_json,
     footer,
     foreign_table,
-    make_row,
     plan_json,
     plan_lines,
+    size_json,
+    size_lines,
     table,
 )
 from paroquant_stream.maintenance.inventory import Inventory, take_inventory
+from paroquant_stream.maintenance.listing import make_row
 from paroquant_stream.maintenance.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import cache_store
@@ -29,9 +31,9 @@ from tests.helpers.builders import cut_evenly, temp_of, write_checkpoint
 pytestmark = pytest.mark.usefixtures("settled")
 
 
-def shown_now(verbose: bool = False) -> list[str]:
+def shown_now(verbose: bool = False, width: int | None = None) -> list[str]:
     inventory = take_inventory(cache_store())
-    return table(inventory, rows(inventory), verbose)
+    return table(rows(inventory), verbose, width)
 
 
 def rows(inventory: Inventory):
@@ -67,6 +69,72 @@ def test_verbose_shows_each_shard_and_why(converted):
     ]
     assert lines[2].endswith("fresh: unchanged")
     assert lines[3].endswith("unknown: not read since it was written or moved")
+
+
+def test_lines_are_cut_to_a_width_where_it_hurts_least(converted):
+    shutil.rmtree(converted)
+    whole = shown_now(verbose=True)
+    assert shown_now(verbose=True, width=max(map(len, whole))) == whole
+    for width in (50, 60, 80, 120):
+        head, line, shard, *_ = cut = shown_now(verbose=True, width=width)
+        assert max(map(len, cut)) <= width
+        assert head.split()[0] == "MODEL"
+        assert head.split()[-1] == "STATE"
+        name = line.split()[0]
+        assert name.startswith("...")
+        assert str(converted).endswith(name[3:])
+        assert line.index("orphan") == head.index("STATE")
+        assert line.endswith("...")
+        assert shard.startswith("  ")
+        assert ("00001-of-00003.safetensors" in shard) == (width > 50)
+    assert "LAYOUT" not in shown_now(width=80)[0]
+    assert "LAYOUT" in shown_now(width=120)[0]
+
+
+def test_a_terminal_too_narrow_for_anything_still_gets_lines(converted):
+    assert len(shown_now(verbose=True, width=1)) == 5
+
+
+def test_the_other_cache_is_cut_at_the_names_start():
+    path = cache_store().root / "0123456789abcdef"
+    path.mkdir(parents=True)
+    (path / "converted_mlx.safetensors").write_bytes(b"123")
+    line = foreign_table(take_inventory(cache_store()), width=50)[-1]
+    assert line.startswith("...")
+    assert line.endswith("/0123456789abcdef   3 B  just now")
+    assert len(line) <= 50
+
+
+def test_the_size_is_that_of_all_files_and_says_what_could_go(converted):
+    store = cache_store()
+    for _ in range(2):
+        sizes = size_json(take_inventory(store))
+        files = [path for path in store.root.rglob("*") if path.is_file()]
+        small = sum(p.stat().st_size for p in files if p.parent.name == "memo")
+        everything = sum(path.stat().st_size for path in files)
+        assert everything - small - 200 < sizes["size"] <= everything  # locks and CACHEDIR.TAG
+        (store.root / "0123456789abcdef").mkdir(exist_ok=True)
+        (store.root / "0123456789abcdef" / "converted_mlx.safetensors").write_bytes(b"123")
+        (store.folder("tmp") / temp_of(4194305)).write_bytes(b"12")
+    assert (sizes["removable"], sizes["useless"], sizes["foreign"]) == (5, 2, 3)
+    assert sizes["orphans"] == 0
+    shutil.rmtree(converted)
+    orphaned = size_json(take_inventory(store))
+    assert orphaned["removable"] - 5 == orphaned["orphans"] > 100_000
+    lines = size_lines(orphaned)
+    assert lines[0].endswith(f"total in {store.root}")
+    assert [line.split()[:2] for line in lines[2:5:2]] == [["2", "B"], ["3", "B"]]
+
+
+def test_what_only_rm_removes_does_not_count_as_removable(converted):
+    path = manifest_file()
+    manifest = Manifest.decode(path.read_bytes())
+    records = tuple(replace(record, dropped=True) for record in manifest.entries)
+    path.write_bytes(replace(manifest, entries=records).encode())
+    shutil.rmtree(converted)
+    sizes = size_json(take_inventory(cache_store()))
+    assert sizes["removable"] == 0
+    assert size_lines(sizes)[-1].startswith(f"stays: {converted}: its source shards")
 
 
 def test_a_model_that_is_gone_says_where_it_was(converted):

@@ -22,6 +22,9 @@ def test_wrong_usage_exits_with_2(wrong, capsys):
     [
         (["prune", "--max-size", "100"], "'100' is not a size: expected a number and B, kB"),
         (["prune", "--older-than", "30"], "'30' is not an age: expected"),
+        (["ls", "--filter", "color=red"], "'color=red' is not a filter: expected one of size, age"),
+        (["ls", "--filter", "size>5"], "'5' is not a size"),
+        (["ls", "--sort", "weight"], "'weight' is not an order: expected one of name, size"),
         (["ls", "--json", "-q"], "not allowed with"),
         (["rm"], "required: MODEL"),
     ],
@@ -33,7 +36,7 @@ def test_a_wrong_option_says_what_is_expected(words, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["ls"], ["path"], ["rm"], ["prune"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["ls"], ["size"], ["path"], ["rm"], ["prune"], ["verify"]])
 def test_every_help_stands_alone(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cache.main([*command, "--help"])
