@@ -76,7 +76,7 @@ def test_no_directory_is_read_unless_a_state_is_asked_for(rows, monkeypatch):
     select(rows, [parse_filter("size<1GB"), parse_filter("age>1h")], parse_order("size"))
     assert asked == []
     monkeypatch.undo()
-    state = listing._freshness
+    state = listing.freshness_of
     monkeypatch.setattr(listing, "freshness_of", lambda *a: asked.append(a[1].name) or state(*a))
     select(rows, [parse_filter("state=orphan"), parse_filter("size>=1GB")], None)
     assert [Path(name).name for name in asked] == ["c"]
