@@ -61,6 +61,7 @@ HOMES = {
         *("transform/source.py", "exports/single_file_writer.py"),
     },
     "huggingface_hub": {"checkpoint/hub.py", "checkpoint/hub_watch.py", "checkpoint/hub_cache.py"},
+    "argcomplete": {"cli/completion.py"},
     "tqdm": {"cli/progress_bar.py"},
     "distributed": {"execution/dask.py"},
     "mlx_lm": {"backends/mlx_lm.py"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -84,7 +85,8 @@ def _prepare(
     given = {name: getattr(arguments, name) for name in OPTIONS}
     request = make_request(model, **given, executor=executor)
     if arguments.dry_run:
-        _print_survey(request, arguments)
+        show = _print_tree if arguments.tree else _print_survey
+        show(request, arguments)
     elif request.options.drop_source and request.source.remote is None and not arguments.yes:
         _confirm_drop(request)
     return request
@@ -188,6 +190,18 @@ def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
             f"{bytes_text(totals['bytes_to_write'])} to write, "
             f"{bytes_text(totals['bytes_free'])} free"
         )
+
+
+def _print_tree(request: Request, arguments: argparse.Namespace) -> None:
+    from ..conversion.planning import plan_model  # both here, as in _print_survey
+    from ..plan.lending import lending_json, lending_lines
+
+    name, tasks = request.source.name, plan_model(request).plan.tasks
+    if arguments.json:
+        print(json.dumps({"model": name, "dry_run": True, "shards": lending_json(tasks)}))
+    elif not arguments.quiet:
+        lines = lending_lines(tasks, shutil.get_terminal_size().columns)
+        print("\n".join(shown(line) for line in (f"{name}:", *lines)))
 
 
 def _survey_line(report: ShardReport) -> str:

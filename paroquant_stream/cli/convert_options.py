@@ -15,6 +15,7 @@ interrupted."""
 EXAMPLES = (
     "paroquant-stream convert owner/name --jobs 8",
     "paroquant-stream convert model-1 model-2 --dry-run",
+    "paroquant-stream convert path/to/model --dry-run --tree",
     "paroquant-stream convert path/to/model --in-place",
     "paroquant-stream convert owner/name --drop-source",
     "paroquant-stream convert path/to/model --json",
@@ -30,6 +31,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--executor dask and --scheduler ADDRESS go together")
     if arguments.revision and len(arguments.models) > 1:
         parser.error("--revision is for one MODEL")
+    if arguments.tree and not arguments.dry_run:
+        parser.error("--tree is a picture for --dry-run, which is not given")
     return arguments
 
 
@@ -70,6 +73,11 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be converted and why; write nothing"
+    )
+    parser.add_argument(
+        "--tree",
+        action="store_true",
+        help="with --dry-run: instead show which shards lend tensors to which; reads only headers",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per model instead of the summary"

@@ -1,16 +1,26 @@
 """`paroquant-stream COMMAND ...`, which is `python -m paroquant_stream COMMAND ...`."""
+# PYTHON_ARGCOMPLETE_OK: what argcomplete's completion for all programs looks for
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Collection
 from importlib import import_module
 from typing import NoReturn
 
 from ..version import __version__
 from .common import add_help, end_with
 
-COMMANDS = ("cache", "convert", "env", "export", "run")
+COMMANDS = {
+    "cache": "list, verify and remove converted models",
+    "convert": "convert checkpoints into MLX-native cache entries, shard by shard",
+    "env": "print what a bug report needs: versions, MLX's device, the cache",
+    "export": "write a converted model as a directory for MLX programs",
+    "run": "run a program with this loader in the place of paroquant's own",
+}
+"""What each command does; its module is imported when it is called."""
 DESCRIPTION = "ParoQuant checkpoints as MLX-native cache entries: converted once, loaded fast."
 EXAMPLES = (
     "paroquant-stream convert owner/name --jobs 8",
@@ -27,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if first in COMMANDS:
         code: int = import_module(f".{first}", __package__).main(arguments[1:])
         return code
-    if first == "--version":  # at once: help imports every command
+    if first == "--version":
         print(f"paroquant-stream {__version__}")
         return 0
     parser = make_parser()
@@ -40,24 +50,26 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def make_parser(configured: bool = False) -> argparse.ArgumentParser:
+def make_parser(configured: Collection[str] = ()) -> argparse.ArgumentParser:
     """Return the parser of all commands.
 
     Args:
-        configured: Whether they have their arguments, not only their names.
+        configured: Those that have their arguments too; the others only have their names.
     """
     parser = argparse.ArgumentParser("paroquant-stream", description=DESCRIPTION)
     add_help(parser, EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands, each with its own --help")
-    for name in COMMANDS:
-        module = import_module(f".{name}", __package__)
-        summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
-        if configured:
-            module.configure_parser(command)
+        if name in configured:
+            import_module(f".{name}", __package__).configure_parser(command)
     return parser
 
 
 def console() -> NoReturn:
-    """Run the console script `paroquant-stream`."""
+    """Run the console script `paroquant-stream`, or answer a shell that asks what can follow."""
+    if "_ARGCOMPLETE" in os.environ:
+        from .completion import complete  # here, as nothing else needs it
+
+        complete(make_parser(os.environ.get("COMP_LINE", "").split()))
     end_with(main)

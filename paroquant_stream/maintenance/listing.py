@@ -60,13 +60,13 @@ class Filter:
     """A condition on a row, such as `size>1GB`."""
 
     field: str
-    """A key of `_FIELDS`."""
+    """A key of `FIELDS`."""
     holds: Callable[[Any, Any], bool]
     value: Any
 
     def matches(self, row: Row) -> bool:
         """Tell whether a row fulfils the condition."""
-        return self.holds(_FIELDS[self.field][0](row), self.value)
+        return self.holds(FIELDS[self.field][0](row), self.value)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Order:
     """What a listing is sorted by."""
 
     key: str
-    """A key of `_ORDERS`."""
+    """A key of `ORDERS`."""
     falling: bool
 
 
@@ -97,7 +97,7 @@ _COMPARE = {
     ">": operator.gt, "<": operator.lt, "=": operator.eq,
 }  # fmt: skip
 _EQUAL = {"!=": operator.ne, "=": operator.eq}
-_FIELDS: dict[
+FIELDS: dict[
     str, tuple[Callable[[Row], Any], Callable[[str], Any], dict[str, Callable[[Any, Any], bool]]]
 ] = {
     "size": (lambda row: row.size, parse_size, _COMPARE),
@@ -107,7 +107,7 @@ _FIELDS: dict[
     "state": (lambda row: row.freshness.state, _parse_state, _EQUAL),
 }
 """Field -> its value in a row, how a value is parsed, and what compares the two."""
-_ORDERS: dict[str, tuple[Callable[[Row], Any], bool]] = {
+ORDERS: dict[str, tuple[Callable[[Row], Any], bool]] = {
     "name": (lambda row: row.model.name, False),
     "size": (lambda row: row.size, True),
     "age": (lambda row: row.age, True),
@@ -129,13 +129,13 @@ def parse_filter(text: str) -> Filter:
         ValueError: It is anything else.
     """
     match = _CONDITION.fullmatch(text)
-    if not match or match[1] not in _FIELDS:
+    if not match or match[1] not in FIELDS:
         raise ValueError(
-            f"{text!r} is not a filter: expected one of {', '.join(_FIELDS)}, an operator and a "
+            f"{text!r} is not a filter: expected one of {', '.join(FIELDS)}, an operator and a "
             "value, like size>1GB or state=stale"
         )
     field, sign, value = match.groups()
-    _, parse, operators = _FIELDS[field]
+    _, parse, operators = FIELDS[field]
     if sign not in operators:
         raise ValueError(f"{text!r}: {field} is compared with {' or '.join(operators)}")
     return Filter(field, operators[sign], parse(value))
@@ -151,12 +151,12 @@ def parse_order(text: str) -> Order:
         ValueError: It is anything else.
     """
     key, colon, direction = text.partition(":")
-    if key not in _ORDERS or (colon and direction not in ("asc", "desc")):
+    if key not in ORDERS or (colon and direction not in ("asc", "desc")):
         raise ValueError(
-            f"{text!r} is not an order: expected one of {', '.join(_ORDERS)}, "
+            f"{text!r} is not an order: expected one of {', '.join(ORDERS)}, "
             "perhaps with :asc or :desc"
         )
-    return Order(key, direction == "desc" if colon else _ORDERS[key][1])
+    return Order(key, direction == "desc" if colon else ORDERS[key][1])
 
 
 def make_row(inventory: Inventory, model: Model) -> Row:
@@ -177,4 +177,4 @@ def select(rows: Iterable[Row], filters: Sequence[Filter], order: Order | None) 
     found = [row for row in rows if all(condition.matches(row) for condition in cheap_first)]
     if order is None:
         return found
-    return sorted(found, key=_ORDERS[order.key][0], reverse=order.falling)
+    return sorted(found, key=ORDERS[order.key][0], reverse=order.falling)

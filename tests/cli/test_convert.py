@@ -68,6 +68,22 @@ def test_a_dry_run_in_json(arguments, capsys):
     assert found["bytes_free"] > 0
 
 
+def test_a_tree_shows_who_lends_and_writes_nothing(scattered_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = [str(scattered_dir), "--dry-run", "--tree", "--cache-dir", str(tmp_path / "cache")]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{scattered_dir}:", "3 shards, 3 made with tensors of others"]
+    assert lines[3].startswith("`-- model-00002-of-00003.safetensors  ")
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"model", "dry_run", "shards"}
+    assert len(found["shards"]) == 3
+    assert not (tmp_path / "cache").exists()
+    assert main([*command, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_in_place_converts_into_the_model_directory(model_dir, capsys):
     assert main([str(model_dir), "--in-place", "--quiet"]) == 0
     assert list((model_dir / "mlx" / "v1" / "manifests").glob("model-*.msgpack"))

@@ -15,6 +15,7 @@ from paroquant_stream.cli.convert import main
         ["--jobs", "many", "x"],
         ["x", "--in-place", "--cache-dir", "y"],
         ["x", "--nope"],
+        ["x", "--tree"],
     ],
 )
 def test_wrong_usage_exits_with_2(wrong, capsys):

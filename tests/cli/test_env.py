@@ -46,11 +46,12 @@ def test_a_cache_that_is_absent_or_unusable_is_told(tmp_path, capsys):
     absent = collect(str(tmp_path / "absent"))["cache"]
     assert (absent["exists"], absent["size"], absent["models"]) == (False, 0, 0)
     assert absent["free"] > 0
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "v1" / "manifests").mkdir(parents=True)
     (tmp_path / "cache").chmod(0o777)
     assert main(["--cache-dir", str(tmp_path / "cache")]) == 0
     assert not (tmp_path / "absent").exists()
-    assert "cache:" in capsys.readouterr().out
+    assert "  error   " in capsys.readouterr().out
+    assert "others can write into it" in collect(str(tmp_path / "cache"))["cache"]["error"]
 
 
 def test_it_works_without_mlx_and_says_so():

@@ -39,6 +39,8 @@ def test_the_help_lists_every_command_with_what_it_does():
     for name in COMMANDS:
         (line,) = [line for line in out.splitlines() if line.startswith(f"    {name} ")]
         assert len(line.split()) > 3
+    for summary in COMMANDS.values():
+        assert summary in " ".join(out.split())
 
 
 def test_the_version_is_the_packages():
@@ -91,7 +93,7 @@ def test_every_help_fits_the_terminal_and_reads_well(columns, capsys, monkeypatc
 
 
 def test_the_examples_of_the_help_are_right():
-    parser = make_parser(configured=True)
+    parser = make_parser(configured=COMMANDS)
     examples = [line for call in CALLS for line in examples_of(call)]
     assert len(examples) > 15
     for line in examples:
