@@ -23,7 +23,7 @@ TABLE = {
     "trace": "errors",
     "rotation": "",
     "backends": "errors text",
-    "files": "errors trace",
+    "files": "errors text trace",
     "execution": "errors text trace",
     "store": "errors trace files",
     "checkpoint": "errors text files",
@@ -31,7 +31,8 @@ TABLE = {
     "distributed": "errors rotation backends store checkpoint files",
     "transform": "errors plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
-    "conversion": "errors trace transform plan store checkpoint execution files model backends",
+    "conversion": "errors text trace transform plan store checkpoint execution files model"
+    " backends",
     "maintenance": "errors text conversion plan checkpoint store files",
     "exports": "errors trace text version conversion model distributed backends rotation plan store"
     " checkpoint files",

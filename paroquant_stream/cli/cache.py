@@ -23,17 +23,17 @@ from ..maintenance.removal import execute
 from ..maintenance.verify import verify_model, verify_store
 from ..store.format import DTYPES
 from ..store.store import cache_store
-from ..text import bytes_text, shown
+from ..text import bytes_text, counted, shown
 from .cache_listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
 from .cache_options import configure_parser
-from .common import confirm, run_command
+from .common import Parser, confirm, run_command, typed
 
 DESCRIPTION = "See what is converted, read it through, and remove it."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser("paroquant-stream cache", description=DESCRIPTION)
+    parser = Parser(typed("cache"), description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     verify_all = arguments.command == "verify" and arguments.model is None
@@ -56,8 +56,8 @@ def _find(inventory: Inventory, names: Sequence[str]) -> list[Model]:
         same = same or [m for m in inventory.models if name in m.names]
         if not same:
             raise StoreError(
-                f"{name}: not converted in {inventory.store.root}; `paroquant-stream cache ls` "
-                "lists what is"
+                f"{name}: not converted in {inventory.store.root}; `{typed('cache')} ls` lists "
+                "what is"
             )
         found |= {model.id: model for model in same}
     return list(found.values())
@@ -153,7 +153,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         for problem in problems:
             print(shown(problem))
-        print(f"{count} files read, {len(problems)} differ")
+        print(f"{counted(count, 'file')} read, {len(problems)} differ")
     damaged = {problem.key for problem in problems if problem.key}
     if damaged and _repair(arguments, requests or _requests_of(arguments, damaged)):
         problems = [problem for problem in problems if not problem.key]
@@ -199,7 +199,7 @@ def _command_of(request: Request) -> str:
     dtype = request.target.dtype
     options = "" if dtype == "source" else f" --dtype {dtype}"
     options += " --in-place" if request.target.in_place else ""
-    return f"paroquant-stream convert {shlex.quote(request.source.name)}{options}"
+    return f"{typed('convert')} {shlex.quote(request.source.name)}{options}"
 
 
 _COMMANDS = {"ls": _ls, "path": _path, "rm": _rm, "prune": _prune, "verify": _verify}

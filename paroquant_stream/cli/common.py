@@ -1,22 +1,77 @@
-"""What all commands share: option types, the question before a removal, errors, exit codes."""
+"""What all commands share: the parser and option types, the question before a removal, errors, exit
+codes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import ParoquantStreamError
 from ..text import shown
 
 NO_READER = 141  # what a shell gives for a program that SIGPIPE ended, 128 + 13
 _Value = TypeVar("_Value", int, float)
+_CHOICE = re.compile(
+    r"(?P<where>.*)invalid choice: ['\"]?(?P<word>.*?)['\"]?,? .*\(choose from (?P<choices>.*)\)"
+)
+"""What argparse says of a wrong word; its quotes differ between versions of Python."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the nearest word to one that it does not know."""
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        """Parse; ends the process with 2 for a word that no argument takes."""
+        found, unknown = super().parse_known_args(*arguments, **keywords)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            if not option.startswith("-"):
+                self.error(f"unexpected word {option!r}; options stand before or after the names")
+            self.error(f"no option {option!r}{near(option, list(self._option_string_actions))}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line that says what is wrong, and end the process with 2."""
+        if match := _CHOICE.fullmatch(message):
+            choices = re.findall(r"[^\s',]+", match["choices"])
+            message = (
+                f"{match['where']}{match['word']!r} is none of {', '.join(choices)}"
+                f"{near(match['word'], choices)}"
+            )
+        self.exit(2, usage_error(message, self.prog))
+
+
+def usage_error(message: str, prog: str) -> str:
+    """Return the line that says what is wrong with a command line, and where its help is."""
+    see = " See" if message.endswith("?") else "; see"
+    return f"error: {shown(message)}{see} `{prog} --help`\n"
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the known word that is most like this one, if one is."""
+    from difflib import get_close_matches  # for a wrong word alone
+
+    found = get_close_matches(word, [*known], 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def typed(command: str = "") -> str:
+    """Return how a person calls a command, in the way in which this process was called."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    package, _, module = (spec.name if spec else "").partition(".")
+    if package != __package__.partition(".")[0]:
+        return f"paroquant-stream {command}".rstrip()
+    python = f"{shlex.quote(sys.orig_argv[0])} -m {package}"
+    return f"{python} {command}".rstrip() if module == "__main__" else f"{python}.{command}"
 
 
 class Terminated(BaseException):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..store.format import DTYPES
-from .common import add_cache_dir, add_jobs
+from .common import Parser, add_cache_dir, add_jobs, typed
 
 DESCRIPTION = """\
 Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are
@@ -16,13 +16,17 @@ interrupted."""
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; ends the process with 2 when it is wrong."""
-    parser = argparse.ArgumentParser("paroquant-stream convert", description=DESCRIPTION)
+    parser = Parser(typed("convert"), description=DESCRIPTION)
     _configure(parser)
     arguments = parser.parse_args(argv)
     if (arguments.executor == "dask") != (arguments.scheduler is not None):
         parser.error("--executor dask and --scheduler ADDRESS go together")
     if arguments.revision and len(arguments.models) > 1:
         parser.error("--revision is for one MODEL")
+    if arguments.yes and not arguments.drop_source:
+        parser.error("-y answers the question of --drop-source, which is not given")
+    if arguments.dry_run and arguments.trace:
+        parser.error("--dry-run converts nothing that --trace could show")
     return arguments
 
 
@@ -48,7 +52,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="remove each shard, downloaded or local, once its entry is safe and nothing needs it",
     )
     parser.add_argument(
-        "-y", "--yes", action="store_true", help="remove a local model's shards without asking"
+        "-y",
+        "--yes",
+        action="store_true",
+        help="with --drop-source: remove a local model's shards without asking",
     )
     parser.add_argument(
         "--dtype",
@@ -59,10 +66,15 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be converted and why; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="say what would be converted and why, and with --drop-source which shards would be "
+        "removed; write nothing; exit code 1 when there is too little space",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per model instead of the summary"
+        "--json",
+        action="store_true",
+        help="print one JSON object per model instead of the summary, also for one that failed",
     )
     parser.add_argument(
         "--trace", metavar="FILE", help="write the stages of every worker, for chrome://tracing"

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..conversion.request import make_request
 from ..exports.single_file import NAME
 from ..text import bytes_text, parse_size, shown
-from .common import add_cache_dir, add_jobs, option_type, run_command
+from .common import Parser, add_cache_dir, add_jobs, option_type, run_command, typed
 from .progress_bar import Progress
 
 DESCRIPTION = """\
@@ -23,7 +23,9 @@ or 143 interrupted."""
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model directory, or a Hub repository id like owner/name"
+    )
     parser.add_argument(
         "out",
         metavar="OUT",
@@ -44,8 +46,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-size",
-        type=option_type(parse_size),
-        default="5GB",
+        type=option_type(_parse_shard_size),
         metavar="SIZE",
         help="the largest file, like 500MB (default: 5GB); a larger tensor has its own file",
     )
@@ -57,11 +58,19 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
+def _parse_shard_size(text: str) -> int:
+    if (size := parse_size(text)) == 0:
+        raise ValueError("a file holds at least one byte")
+    return size
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser("python -m paroquant_stream.export", description=DESCRIPTION)
+    parser = Parser(typed("export"), description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
+    if arguments.single_file and arguments.shard_size is not None:
+        parser.error("--single-file writes one file, whatever --shard-size says")
     if arguments.out is None and not arguments.single_file:
         parser.error("OUT is needed, unless --single-file writes into the model directory")
     write = _write_single if arguments.single_file else _write_directory
@@ -86,14 +95,14 @@ def _write_single(arguments: argparse.Namespace) -> int:
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from ..exports.mlx_directory_writer import MODEL_FILE, export_model
+    from ..exports.mlx_directory_writer import MODEL_FILE, SHARD_SIZE, export_model
 
     with Progress(arguments.quiet) as progress:
         export = export_model(
             arguments.model,
             arguments.out,
             self_contained=arguments.self_contained,
-            shard_size=arguments.shard_size,
+            shard_size=arguments.shard_size or SHARD_SIZE,
             cache_dir=arguments.cache_dir,
             jobs=arguments.jobs,
             revision=arguments.revision,

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from ..version import __version__
-from .common import end_with
+from .common import end_with, near, typed, usage_error
 
 COMMANDS = ("cache", "convert", "export", "run")
 
@@ -23,9 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"paroquant-stream {__version__}")
         return 0
     if first not in COMMANDS:
-        if first:
-            print(f"error: no command {first!r}", file=sys.stderr)
-        print(_help(), file=sys.stderr)
+        wrong = usage_error(f"no command {first!r}{near(first, COMMANDS)}", typed())
+        sys.stderr.write(wrong if first else f"{_help()}\n")
         return 2
     code: int = import_module(f".{first}", __package__).main(arguments[1:])
     return code
@@ -38,7 +37,7 @@ def _help() -> str:
         text = (import_module(f".{name}", __package__).__doc__ or "").partition("\n")[0]
         lines.append(f"  {name:9} {text.partition(': ')[2]}")
     return (
-        "usage: paroquant-stream COMMAND ...\n\n"
+        f"usage: {typed()} COMMAND ...\n\n"
         "ParoQuant checkpoints as MLX-native cache entries: converted once, loaded fast.\n\n"
         "commands, each with its own --help:\n" + "\n".join(lines) + "\n\n"
         "  -h, --help  show this\n  --version   show the version"

@@ -12,9 +12,9 @@ from typing import Any
 from ..api.install import install, uninstall
 from ..errors import MissingExtraError, ParoquantStreamError, ProgramNotFoundError
 from ..store.format import DTYPES
-from .common import add_cache_dir, add_jobs, print_error
+from .common import Parser, add_cache_dir, add_jobs, print_error, typed
 
-USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
+USAGE = "%(prog)s [options] (-m MODULE | SCRIPT) [arguments of the program]"
 DESCRIPTION = """\
 Run a Python program in which paroquant's MLX loader is replaced by paroquant_stream's: its models
 come from the cache and are converted first if they must be. Works for all that call
@@ -23,9 +23,9 @@ The program has its own arguments, __main__, sys.path and exit code; processes t
 not changed."""
 EPILOG = """\
 examples:
-  python -m paroquant_stream.run -m paroquant.cli.serve --model MODEL --port 8000
-  python -m paroquant_stream.run --cache-dir /fast/cache script.py --an-option-of-the-script
-  python -m paroquant_stream.run "$(command -v omlx)" serve"""
+  %(prog)s -m paroquant.cli.serve --model MODEL --port 8000
+  %(prog)s --cache-dir /fast/cache script.py --an-option-of-the-script
+  %(prog)s "$(command -v omlx)" serve"""
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,8 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return 0; its SystemExit and its other exceptions pass through."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        typed("run"),
         usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from ..errors import ParoquantStreamError, SomeModelsFailedError
 from ..execution.slots import Slot, SlotPool
@@ -20,8 +21,14 @@ Result = Conversion | ParoquantStreamError
 
 def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeModelsFailedError:
     """Return the error for these of `count` models."""
-    listed = "\n".join(f"  {model}: {error}" for model, error in failed.items())
+    listed = "\n".join(f"  {_reason(model, str(error))}" for model, error in failed.items())
     return SomeModelsFailedError(f"{len(failed)} of {count} models were not converted:\n{listed}")
+
+
+def _reason(model: str, reason: str) -> str:
+    """Return a reason that starts with the model, once."""
+    named = reason.startswith((f"{model}:", f"{model}/", f"{Path(model).expanduser()}"))
+    return (reason if named else f"{model}: {reason}").replace("\n", "\n  ")
 
 
 def convert_all(

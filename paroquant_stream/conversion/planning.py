@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.layout import detect
 from ..checkpoint.quantization import read_quantization
 from ..checkpoint.shard import Shard
-from ..errors import MalformedFileError, SourceDroppedError
+from ..errors import LayoutError, MalformedFileError, PlanError, SourceDroppedError
 from ..files.descriptor import closing
 from ..files.hashing import read_into, sha256_of
 from ..files.tensor_header import Header
@@ -22,6 +22,7 @@ from ..store.damage import damaged_path
 from ..store.drop_record import DropRecord
 from ..store.format import DTYPES
 from ..store.manifest import EntryRecord
+from ..text import counted
 from .find_dropped import find_dropped
 from .report import ShardReport, report_reused, why_converted
 from .request import Request, read_manifest
@@ -83,12 +84,16 @@ def plan_model(request: Request) -> ModelPlan:
         reasons = dict.fromkeys(sorted(lost), "the header that was kept is damaged")
         raise gone_sources(request, reasons)
     checkpoint = replace(checkpoint, known_headers=known)
-    quantization = read_quantization(checkpoint.config.values)
+    config = checkpoint.config
+    quantization = read_quantization(config.values, str(config.path))
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
-    layout = detect(checkpoint.config.values, dtypes)
     dtype = DTYPES[request.target.dtype]
-    plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+    try:
+        layout = detect(config.values, dtypes)
+        plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+    except (LayoutError, PlanError) as error:
+        raise type(error)(f"{request.source.name}: {error}") from error
     return ModelPlan(plan, checkpoint, drop)
 
 
@@ -231,8 +236,8 @@ def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDroppedEr
     """
     listed = "\n  ".join(f"{shard}: {why}" for shard, why in shards.items())
     return SourceDroppedError(
-        f"{request.source.directory}: {len(shards)} shards must be read again and were removed by "
-        f"--drop-source; put them back, or undo the change:\n  {listed}"
+        f"{request.source.directory}: --drop-source removed {counted(len(shards), 'shard')} that "
+        f"must be read again; put them back, or undo the change:\n  {listed}"
     )
 
 

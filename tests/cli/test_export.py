@@ -71,7 +71,9 @@ def test_wrong_usage_exits_with_2(command, wrong, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         export.main([*command, *wrong])
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
