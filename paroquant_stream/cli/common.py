@@ -5,19 +5,23 @@ codes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import os
 import re
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from ..errors import ParoquantStreamError
 from ..text import shown
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 NO_READER = 141  # what a shell gives for a program that SIGPIPE ended, 128 + 13
 _Value = TypeVar("_Value", int, float)
 _CHOICE = re.compile(
@@ -47,13 +51,13 @@ class Parser(argparse.ArgumentParser):
                 f"{match['where']}{match['word']!r} is none of {', '.join(choices)}"
                 f"{near(match['word'], choices)}"
             )
-        self.exit(2, usage_error(message, self.prog))
+        self.exit(2, f"{usage_error(message, self.prog)}\n")
 
 
 def usage_error(message: str, prog: str) -> str:
     """Return the line that says what is wrong with a command line, and where its help is."""
     see = " See" if message.endswith("?") else "; see"
-    return f"error: {shown(message)}{see} `{prog} --help`\n"
+    return f"error: {shown(message)}{see} `{prog} --help`"
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -88,22 +92,84 @@ def run_command(body: Callable[[], int], interrupted: str) -> int:
     Returns:
         The body's code, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    if sys.stdout is None:
+        complain("error: stdout is closed; redirect it, to /dev/null if nothing is to be printed")
+        return 1
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return body()
+        _open_closed_streams()
+        with _every_character():
+            return body()
     except ParoquantStreamError as error:
         return print_error(error)
+    except BrokenPipeError:
+        raise
+    except (OSError, ImportError) as error:
+        return print_refusal(error)
     except (KeyboardInterrupt, Terminated) as stop:
-        print(f"interrupted; {interrupted}", file=sys.stderr)
+        complain(f"interrupted; {interrupted}")
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def complain(line: str) -> None:
+    """Print a line on stderr, if that is open and can be written."""
+    try:
+        if sys.stderr is not None:
+            print(line, file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # the exit code has to say it
+
+
 def print_error(error: ParoquantStreamError) -> int:
     """Print an error's message, its control characters escaped, and return the exit code 1."""
-    print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
+    complain(f"error: {shown(error, keep=chr(10))}")
     return 1
+
+
+def print_refusal(error: OSError | ImportError) -> int:
+    """Print in one line what the system refused to do, and return the exit code 1.
+
+    Raises an ImportError again that is not for want of descriptors: it is a defect to be reported.
+    """
+    out_of_files = os.strerror(errno.EMFILE)
+    reason, name = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    if isinstance(error, ImportError) and out_of_files not in reason:
+        raise error
+    where = f"{name}: " if name else ""
+    if not where and getattr(error, "errno", None) in _FULL:  # files are named, streams are not
+        where = "the output cannot be written: "
+        _drop_output()  # or the rest of it would fail again at the end
+    advice = "; raise the limit with `ulimit -n`" if out_of_files in reason else ""
+    complain(f"error: {where}{shown(reason)}{advice}")
+    return 1
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null for standard streams that are closed, or files would take their place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+@contextlib.contextmanager
+def _every_character() -> Iterator[None]:
+    """Print characters that the terminal's encoding lacks as escapes, as stderr does."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 def confirm(question: str, refused: ParoquantStreamError) -> None:
@@ -153,8 +219,14 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     """
     try:
         code = _run(main)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            for stream in _streams():
+                stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            code = print_refusal(error)
+            _drop_output()
     except BrokenPipeError:
         code = NO_READER
         _drop_output()
@@ -177,8 +249,12 @@ def _run(main: Callable[[], int]) -> int:
 def _drop_output() -> None:
     """Give what is still buffered a place to go: the interpreter flushes once more at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in _streams():
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(nowhere, stream.fileno())
+
+
+def _streams() -> list[TextIO]:
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]

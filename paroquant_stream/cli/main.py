@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from ..version import __version__
-from .common import end_with, near, typed, usage_error
+from .common import complain, end_with, near, print_refusal, typed, usage_error
 
 COMMANDS = ("cache", "convert", "export", "run")
 
@@ -24,9 +24,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if first not in COMMANDS:
         wrong = usage_error(f"no command {first!r}{near(first, COMMANDS)}", typed())
-        sys.stderr.write(wrong if first else f"{_help()}\n")
+        complain(wrong if first else _help())
         return 2
-    code: int = import_module(f".{first}", __package__).main(arguments[1:])
+    try:
+        command = import_module(f".{first}", __package__)
+    except (OSError, ImportError) as error:
+        return print_refusal(error)
+    code: int = command.main(arguments[1:])
     return code
 
 
