@@ -7,27 +7,30 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.model_source import ModelSource
+from ..checkpoint.config import CONFIG_NAME
 from ..conversion.converter import convert
 from ..conversion.find_dropped import find_manifest
-from ..conversion.request import Request, Target, default_jobs, make_request, model_id
+from ..conversion.request import Request, make_request
 from ..errors import ParoquantStreamError, StoreError
 from ..maintenance.inventory import Inventory, take_inventory
 from ..maintenance.models import Model
+from ..maintenance.places import Found, find_everywhere, find_to_remove, request_of
 from ..maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
 from ..maintenance.removal import execute
-from ..maintenance.verify import verify_model, verify_store
+from ..maintenance.verify import verify_found, verify_model, verify_store
 from ..store.format import DTYPES
+from ..store.location import IN_PLACE
 from ..store.store import cache_store
 from ..text import bytes_text, counted, shown
 from .cache_listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
 from .cache_options import configure_parser
 from .common import Parser, confirm, run_command, typed
 
+Find = Callable[[Inventory, str], list[Found]]
 DESCRIPTION = "See what is converted, read it through, and remove it."
 
 
@@ -43,37 +46,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _inventory(arguments: argparse.Namespace) -> Inventory:
-    return take_inventory(cache_store(arguments.cache_dir))
+    """List the cache. Raises StoreError for a directory named by --cache-dir that is none."""
+    inventory = take_inventory(cache_store(arguments.cache_dir))
+    store = inventory.store
+    if arguments.cache_dir and not (os.path.isdir(store.root / "v1") or inventory.foreign):
+        raise StoreError(f"{store.root}: there is no cache here; see --cache-dir")
+    return inventory
 
 
-def _find(inventory: Inventory, names: Sequence[str]) -> list[Model]:
-    """Return the models of these names. Raises StoreError for a name that none has."""
-    found: dict[str, Model] = {}
-    for name in names:
-        path = Path(os.path.realpath(os.path.expanduser(name)))
-        ids = {model_id(path, dtype) for dtype in DTYPES}
-        same = [model for model in inventory.models if model.id in ids]
-        same = same or [m for m in inventory.models if name in m.names]
-        if not same:
-            raise StoreError(
-                f"{name}: not converted in {inventory.store.root}; `{typed('cache')} ls` lists "
-                "what is"
-            )
-        found |= {model.id: model for model in same}
-    return list(found.values())
+def _find(inventory: Inventory, names: Sequence[str], find: Find = find_everywhere) -> list[Found]:
+    """Return the conversions of these names, each once. Raises StoreError if a name has none."""
+    found = [pair for name in names for pair in find(inventory, name)]
+    return list({(place.store.root, model.id): (place, model) for place, model in found}.values())
 
 
 def _ls(arguments: argparse.Namespace) -> int:
     inventory = _inventory(arguments)
-    chosen = _find(inventory, arguments.models) if arguments.models else inventory.models
+    everything = [(inventory, model) for model in inventory.models]
+    chosen = _find(inventory, arguments.models) if arguments.models else everything
     if arguments.quiet:
-        for model in chosen:
+        for _, model in chosen:
             print(shown(model.name))
         return 0
-    rows = [make_row(inventory, model) for model in chosen]
+    rows = [make_row(place, model) for place, model in chosen]
     if arguments.json:
-        everything = as_json(inventory, rows)
-        print(json.dumps([x for x in everything if x["kind"] == "model" or not arguments.models]))
+        listed = as_json(inventory, rows)
+        print(json.dumps([x for x in listed if x["kind"] == "model" or not arguments.models]))
         return 0
     lines = table(inventory, rows, arguments.verbose or bool(arguments.models)) if rows else []
     if not arguments.models:
@@ -87,17 +85,20 @@ def _path(arguments: argparse.Namespace) -> int:
         print(shown(cache_store(arguments.cache_dir).root))
         return 0
     inventory = _inventory(arguments)
-    for model in _find(inventory, [arguments.model]):
+    for place, model in _find(inventory, [arguments.model]):
         keys = dict.fromkeys(record.key for record in model.records)
-        entries = [inventory.store.entry_path(key) for key in keys]
+        entries = [place.store.entry_path(key) for key in keys]
         for path in (*(file.path for file in model.files), *entries):
             print(shown(path))
     return 0
 
 
 def _rm(arguments: argparse.Namespace) -> int:
-    inventory = _inventory(arguments)
-    return _carry_out(plan_removal(inventory, _find(inventory, arguments.models)), arguments)
+    places: dict[Path, tuple[Inventory, list[Model]]] = {}
+    for place, model in _find(_inventory(arguments), arguments.models, find_to_remove):
+        places.setdefault(place.store.root, (place, []))[1].append(model)
+    plans = [plan_removal(place, models) for place, models in places.values()]
+    return max(_carry_out(plan, arguments) for plan in plans)
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -107,7 +108,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         arguments.older_than,
         arguments.orphans,
         arguments.foreign,
-        frozenset(model.id for model in _find(inventory, arguments.keep)),
+        frozenset(model.id for _, model in _find(inventory, arguments.keep)),
     )
     return _carry_out(plan_prune(inventory, rules), arguments)
 
@@ -131,22 +132,43 @@ def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _requests_to_verify(arguments: argparse.Namespace) -> list[Request]:
-    """Return a request for each dtype that the model was converted to."""
-    request = make_request(  # once: a Hub id is looked up on the Hub
+def _to_verify(arguments: argparse.Namespace) -> list[Found]:
+    """Return the conversions of the model, to each dtype, that are to be verified."""
+    found = _find(_inventory(arguments), [arguments.model])
+    if arguments.in_place:
+        found = [(place, model) for place, model in found if not place.store.private]
+    if not found:
+        raise StoreError(f"{arguments.model}: no conversion lies in its {IN_PLACE}")
+    return found
+
+
+def _moved(arguments: argparse.Namespace) -> list[Request]:
+    """Return requests for a model whose directory was moved, which its drop record tells."""
+    request = make_request(
         arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place
     )
     requests = [replace(request, target=replace(request.target, dtype=d)) for d in DTYPES]
-    return [r for r in requests if find_manifest(r)] or requests[:1]
+    return [r for r in requests if find_manifest(r)]
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    requests = None if arguments.model is None else _requests_to_verify(arguments)
-    if requests is None:
-        count, problems = verify_store(cache_store(arguments.cache_dir))
+    found: list[Found] = []
+    moved: list[Request] = []
+    if arguments.model is None:
+        inventory = _inventory(arguments)
+        found = [(inventory, model) for model in inventory.models]
+        results = [verify_store(inventory.store)]
     else:
-        found = [verify_model(request, arguments.sources) for request in requests]
-        count, problems = sum(n for n, _ in found), [p for _, ps in found for p in ps]
+        try:
+            found = _to_verify(arguments)
+        except StoreError:
+            if os.path.exists(Path(arguments.model).expanduser() / CONFIG_NAME):
+                moved = _moved(arguments)
+            if not moved:
+                raise
+        results = [verify_found(place.store, model, arguments.sources) for place, model in found]
+        results += [verify_model(request, arguments.sources) for request in moved]
+    count, problems = sum(n for n, _ in results), [p for _, ps in results for p in ps]
     if arguments.json:
         listed = [{"path": str(p.path), "expected": p.expected, "found": p.found} for p in problems]
         print(json.dumps({"files": count, "problems": listed}))
@@ -155,22 +177,17 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(shown(problem))
         print(f"{counted(count, 'file')} read, {len(problems)} differ")
     damaged = {problem.key for problem in problems if problem.key}
-    if damaged and _repair(arguments, requests or _requests_of(arguments, damaged)):
+    if damaged and _repair(arguments, moved or _requests_of(found, damaged)):
         problems = [problem for problem in problems if not problem.key]
     return int(bool(problems))
 
 
-def _requests_of(arguments: argparse.Namespace, damaged: set[str]) -> list[Request]:
-    """Return a request for each model of the cache that has one of these entries."""
-    store = cache_store(arguments.cache_dir)
+def _requests_of(found: Sequence[Found], damaged: set[str]) -> list[Request]:
+    """Return a request for each of these models that has one of these entries."""
     return [
-        Request(
-            ModelSource(str(m.directory), m.directory),
-            Target(store, dtype=m.dtype),
-            jobs=default_jobs(),
-        )
-        for m in take_inventory(store).models
-        if m.directory and damaged & {record.key for record in m.records}
+        request_of(place, model)
+        for place, model in found
+        if model.directory and damaged & {record.key for record in model.records}
     ]
 
 

@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.converter import convert
-from ..conversion.report import Conversion, ShardReport
+from ..conversion.in_place import convert_or_find
+from ..conversion.report import IN_MODEL, Conversion, ShardReport
 from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
+from ..store.location import IN_PLACE
 from ..text import bytes_text, counted, shown
 from ..trace import Trace, written_to
 from .common import Terminated, confirm, run_command
@@ -132,7 +133,7 @@ def _results(
         yield from convert_all(requests, progress, trace)
     for request in requests[: len(requests) == 1]:
         try:
-            yield request, convert(request, progress, trace)
+            yield request, convert_or_find(request, progress, trace)
         except ParoquantStreamError as error:
             yield request, error
 
@@ -173,6 +174,12 @@ def _summary(request: Request, conversion: Conversion) -> str:
     converted = [report for report in conversion.shards if report.action == "converted"]
     reused = len(conversion.shards) - len(converted)
     size = sum(report.bytes_out for report in converted)
+    if any(report.why == IN_MODEL for report in conversion.shards):
+        inside = request.source.directory / IN_PLACE
+        return (
+            f"{request.source.name}: its shards are gone, {inside} holds its conversion; "
+            f"{_next_step(request, conversion)}"
+        )
     return (
         f"{request.source.name}: {len(converted)} converted ({bytes_text(size)}), {reused} reused "
         f"in {conversion.seconds:.1f} s; {_next_step(request, conversion)}"

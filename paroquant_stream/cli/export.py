@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..conversion.in_place import dtypes_converted
 from ..conversion.request import make_request
 from ..exports.single_file import NAME
+from ..store.format import DTYPES, Dtype
 from ..text import bytes_text, parse_size, shown
-from .common import Parser, add_cache_dir, add_jobs, option_type, run_command, typed
+from .common import Parser, add_cache_dir, add_jobs, complain, option_type, run_command, typed
 from .progress_bar import Progress
 
 DESCRIPTION = """\
@@ -53,6 +55,11 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="which conversion to write (default: source, or the only one that there is)",
+    )
     add_jobs(parser, "workers (default: one per core, at most 8)")
     add_cache_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -71,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.single_file and arguments.shard_size is not None:
         parser.error("--single-file writes one file, whatever --shard-size says")
+    if arguments.single_file and arguments.dtype not in (None, "source"):
+        parser.error("--single-file takes no --dtype: load() takes that file for the source's bits")
     if arguments.out is None and not arguments.single_file:
         parser.error("OUT is needed, unless --single-file writes into the model directory")
     write = _write_single if arguments.single_file else _write_directory
@@ -94,6 +103,21 @@ def _write_single(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _converted_dtype(arguments: argparse.Namespace) -> Dtype:
+    """Return the dtype to which the model is converted; "source" where there is a choice."""
+    request = make_request(
+        arguments.model, cache_dir=arguments.cache_dir, revision=arguments.revision
+    )
+    found = dtypes_converted(request)
+    if len(found) != 1 or found == ["source"]:
+        return "source"
+    if not arguments.quiet:
+        complain(
+            f"note: writes its one conversion, --dtype {found[0]}; --dtype source makes another"
+        )
+    return found[0]
+
+
 def _write_directory(arguments: argparse.Namespace) -> int:
     from ..exports.mlx_directory_writer import MODEL_FILE, SHARD_SIZE, export_model
 
@@ -106,6 +130,7 @@ def _write_directory(arguments: argparse.Namespace) -> int:
             cache_dir=arguments.cache_dir,
             jobs=arguments.jobs,
             revision=arguments.revision,
+            dtype=arguments.dtype or _converted_dtype(arguments),
             progress=progress,
         )
     if arguments.quiet:

@@ -11,7 +11,7 @@ from ..errors import ParoquantStreamError, SomeModelsFailedError
 from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..trace import NO_TRACE, Trace
-from .converter import convert
+from .in_place import convert_or_find
 from .progress import Progress
 from .report import Conversion
 from .request import Request
@@ -56,7 +56,7 @@ def convert_all(
     def work(request: Request, _slot: Slot) -> tuple[Request, Result]:
         report = partial(_report, progress, request.source.name) if progress else None
         try:
-            return request, convert(replace(request, slots=shards), report, trace)
+            return request, convert_or_find(replace(request, slots=shards), report, trace)
         except ParoquantStreamError as error:
             return request, error
 

@@ -11,7 +11,13 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.layout import detect
 from ..checkpoint.quantization import read_quantization
 from ..checkpoint.shard import Shard
-from ..errors import LayoutError, MalformedFileError, PlanError, SourceDroppedError
+from ..errors import (
+    CheckpointError,
+    LayoutError,
+    MalformedFileError,
+    PlanError,
+    SourceDroppedError,
+)
 from ..files.descriptor import closing
 from ..files.hashing import read_into, sha256_of
 from ..files.tensor_header import Header
@@ -24,7 +30,7 @@ from ..store.format import DTYPES
 from ..store.manifest import EntryRecord
 from ..text import counted
 from .find_dropped import find_dropped
-from .report import ShardReport, report_reused, why_converted
+from .report import ShardReport, report_inside, report_reused, why_converted
 from .request import Request, read_manifest
 from .staleness import source_staleness
 
@@ -245,7 +251,12 @@ def survey(request: Request) -> tuple[ShardReport, ...]:
     """Report what `convert` would do for each shard and why; writes nothing."""
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
-    model = plan_model(request)
+    try:
+        model = plan_model(request)
+    except CheckpointError as error:
+        from .in_place import instead  # it stands above the planning of a run
+
+        return tuple(report_inside(record) for record in instead(request, error)[0].entries)
     work = work_of(request, model)
     reports = {n: report_reused(r, r) for n, r in (work.dropped | work.settled).items()}
     for task, missing in zip(work.tasks, work.absent, strict=True):

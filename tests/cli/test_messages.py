@@ -61,7 +61,7 @@ TABLE = [
     # places
     ("convert m --trace no/t.json", 1, "no/t.json: the trace cannot be written: No such file or "
      "directory; name another file"),
-    ("cache rm m", 1, "m: not converted in CACHE; `paroquant-stream cache ls` lists what is"),
+    ("cache rm m", 1, "m: not converted in CACHE; `cache ls` lists what is"),
 ]  # fmt: skip
 """Command, exit code and stderr without its `error: `."""
 
@@ -155,3 +155,41 @@ def test_the_summary_offers_no_removal_of_what_is_gone(run, models, tmp_path):
     shutil.copytree(models / "m", tmp_path / "own")
     code, out, _ = run(f"convert {tmp_path}/own --drop-source -y")
     assert (code, "--drop-source" in out) == (0, False)
+
+
+@pytest.fixture
+def hollow(models, tmp_path, run) -> Path:
+    """A model whose shards were removed in favour of the conversion in its directory."""
+    shutil.copytree(models / "m", tmp_path / "hollow")
+    assert run(f"convert {tmp_path}/hollow --in-place --drop-source -y")[0] == 0
+    return tmp_path / "hollow"
+
+
+def test_what_lies_inside_the_model_is_used(run, hollow, tmp_path):
+    code, out, err = run(f"convert {hollow}")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{hollow}: its shards are gone, {hollow}/mlx holds its conversion; load")
+    code, out, _ = run(f"convert {hollow} --dry-run")
+    assert (code, out.count("  converted inside the model directory\n")) == (0, 3)
+    assert not (tmp_path / "user-cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--force", "; load uses that, nothing else can be made of it"),
+        ("--drop-source -y", "; load uses that, nothing else can be made of it"),
+        ("--dtype float16", " with --dtype source alone"),
+        ("--dry-run --dtype float16", " with --dtype source alone"),
+    ],
+)
+def test_what_cannot_be_made_of_it_says_what_there_is(run, hollow, option, message):
+    held = f"{hollow}: its shards are gone, and {hollow}/mlx holds what they were converted to"
+    assert run(f"convert {hollow} {option}") == (1, "", f"error: {held}{message}\n")
+
+
+def test_a_conversion_that_does_not_fit_explains_nothing(run, hollow):
+    (hollow / "config.json").write_text((hollow / "config.json").read_text() + "\n")
+    code, _, err = run(f"convert {hollow}")
+    assert code == 1
+    assert "the index names absent shards" in err
