@@ -34,15 +34,14 @@ if TYPE_CHECKING:
         CachedModel,
         CacheListing,
         RemovalPlan,
-        Verification,
         list_cache,
         plan_prune,
         plan_removal,
-        verify_cache,
     )
     from .api.convert import convert_checkpoint, convert_checkpoints
     from .api.install import install, uninstall
     from .api.load import Loaded, load
+    from .api.verification import Verification, verify_cache
     from .conversion.progress import Progress
     from .conversion.request import ConvertOptions
     from .errors import (
@@ -111,7 +110,7 @@ _MODULES = {
     "ShardState": "maintenance.status",
     "SomeModelsFailedError": "errors",
     "StoreError": "errors",
-    "Verification": "api.cache",
+    "Verification": "api.verification",
     "convert_checkpoint": "api.convert",
     "convert_checkpoints": "api.convert",
     "export_model": "exports.mlx_directory_writer",
@@ -121,7 +120,7 @@ _MODULES = {
     "plan_prune": "api.cache",
     "plan_removal": "api.cache",
     "uninstall": "api.install",
-    "verify_cache": "api.cache",
+    "verify_cache": "api.verification",
 }
 
 

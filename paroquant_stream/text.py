@@ -87,6 +87,12 @@ def bytes_text(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a count and its noun, such as `1 shard` or `1,200 entries`."""
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else many}"
+
+
 def shown(text: object, keep: str = "") -> str:
     """Escape what a terminal must not get: control characters and invalid UTF-8 from paths.
 

@@ -97,9 +97,7 @@ class Trace:
         try:
             Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         except OSError as error:
-            raise UnwritableFileError(
-                f"{os.fspath(path)}: the trace cannot be written: {error.strerror}"
-            ) from error
+            raise _unwritable(path, error) from error
 
 
 class _NoTrace(Trace):
@@ -122,13 +120,29 @@ def written_to(path: str | Path | None) -> Iterator[Trace]:
         path: The file to write; None yields `NO_TRACE` and writes nothing.
 
     Raises:
-        UnwritableFileError: The file cannot be written.
+        UnwritableFileError: The file cannot be written; checked before the body too.
     """
     if path is None:
         yield NO_TRACE
         return
     trace = Trace()
+    _check_writable(path)
     try:
         yield trace
     finally:
         trace.write(path)
+
+
+def _check_writable(path: str | Path) -> None:
+    """Raise UnwritableFileError before hours of work rather than after them."""
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: str | Path, error: OSError) -> UnwritableFileError:
+    return UnwritableFileError(
+        f"{os.fspath(path)}: the trace cannot be written: {error.strerror}; name another file"
+    )

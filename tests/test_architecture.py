@@ -23,7 +23,7 @@ TABLE = {
     "trace": "errors",
     "rotation": "",
     "backends": "errors text",
-    "files": "errors trace",
+    "files": "errors text trace",
     "execution": "errors text trace",
     "store": "errors trace files",
     "checkpoint": "errors text files",
@@ -31,7 +31,8 @@ TABLE = {
     "distributed": "errors rotation backends store checkpoint files",
     "transform": "errors trace plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
-    "conversion": "errors trace transform plan store checkpoint execution files model backends",
+    "conversion": "errors text trace transform plan store checkpoint execution files model"
+    " backends",
     "maintenance": "errors text conversion plan checkpoint store files",
     "exports": "errors trace text version conversion model distributed backends rotation plan store"
     " checkpoint files",
@@ -129,7 +130,7 @@ def test_what_is_imported_late_is_not_imported_at_the_top(path):
 
 def test_packages_have_a_docstring_and_about_ten_files():
     count = Counter(package_of(path) for path in MODULES if path.parent != PACKAGE)
-    assert max(count.values()) <= 13  # with __init__
+    assert max(count.values()) <= 14  # with __init__
     for path in PACKAGE.glob("*/__init__.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path

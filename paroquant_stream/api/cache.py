@@ -1,28 +1,28 @@
-"""The cache: what it holds, whether that is what was written, and removing from it.
+"""The cache: what it holds, and removing from it.
 
 list_cache                 every converted model, and whether a load would convert anything
-verify_cache               reads every byte; `Verification.repair()` converts again
 plan_removal, plan_prune   what would be removed and why; `RemovalPlan.execute()` removes it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from ..checkpoint.model_source import ModelSource
-from ..conversion.converter import convert
-from ..conversion.find_dropped import find_manifest
-from ..conversion.request import Request, Target, default_jobs, make_request
-from ..errors import ParoquantStreamError
 from ..maintenance import prune, removal
-from ..maintenance.inventory import Inventory, find_models, take_inventory
+from ..maintenance.inventory import Inventory, take_inventory
 from ..maintenance.models import Model
+from ..maintenance.places import (
+    Find,
+    Found,
+    find_all,
+    find_everywhere,
+    find_to_remove,
+)
 from ..maintenance.status import ShardState, freshness_of
-from ..maintenance.verify import Problem, verify_model, verify_store
-from ..store.format import DTYPES, Dtype
+from ..store.format import Dtype
 from ..store.store import cache_store
 
 
@@ -31,7 +31,9 @@ class CachedModel:
     """A converted model in the cache."""
 
     id: str
-    """The name of its manifest; unique in the cache."""
+    """The name of its manifest; unique in its root."""
+    root: Path
+    """Where its conversion is: the cache, or `mlx` in its own directory."""
     name: str
     """Its directory, or `owner/name@revision`; with the dtype if that is not "source"."""
     directory: Path | None
@@ -77,13 +79,13 @@ class RemovalPlan:
     """What a rule names and stays all the same, and why."""
     size: int
     """Bytes that are freed."""
-    details: prune.PrunePlan = field(repr=False)
-    """The plan as the commands print it; its fields may change in any version."""
+    details: tuple[prune.PrunePlan, ...] = field(repr=False)
+    """A plan for each cache, as the commands print it; its fields may change in any version."""
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to remove."""
-        return self.details.is_empty
+        return all(plan.is_empty for plan in self.details)
 
     def execute(self) -> int:
         """Remove what the plan names, except for what was used since the plan was made.
@@ -95,51 +97,7 @@ class RemovalPlan:
             StoreError: A conversion is running or begins meanwhile, or a file cannot be removed.
                 What was removed before stays removed, and the next removal finishes it.
         """
-        return removal.execute(self.details)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was read, and what is not as it was written."""
-
-    files: int
-    """How many were read."""
-    problems: tuple[Problem, ...]
-    requests: tuple[Request, ...] = field(repr=False)
-    """The conversions that `repair` runs; their fields may change in any version."""
-
-    @property
-    def damaged(self) -> tuple[Problem, ...]:
-        """The problems that `repair` mends: those of entries, not of source shards."""
-        return tuple(problem for problem in self.problems if problem.key)
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The models that `repair` converts again: those that use a damaged entry."""
-        return tuple(dict.fromkeys(request.source.name for request in self.requests))
-
-    def repair(self, done: Callable[[str], object] | None = None) -> None:
-        """Convert the models of damaged entries again, the damaged shards alone.
-
-        Args:
-            done: Called with each model's name once it is converted.
-
-        Raises:
-            SomeModelsFailedError: Some models were not converted; its `failures` has the errors.
-        """
-        failed: dict[str, ParoquantStreamError] = {}
-        for request in self.requests:
-            try:
-                convert(request)
-            except ParoquantStreamError as error:
-                failed[request.source.name] = error
-            else:
-                if done:
-                    done(request.source.name)
-        if failed:
-            from ..conversion.batch import some_failed  # brings threads
-
-            raise some_failed(failed, len(self.models))
+        return sum(removal.execute(plan) for plan in self.details)
 
 
 def list_cache(*models: ModelName, cache_dir: str | Path | None = None) -> CacheListing:
@@ -148,62 +106,25 @@ def list_cache(*models: ModelName, cache_dir: str | Path | None = None) -> Cache
     Reads manifests, headers and stat, no weights, and writes nothing. An absent cache is empty.
 
     Args:
-        *models: List these models only; without any, all.
+        *models: List these models only, also their conversions beside them; without any, all of
+            the cache.
         cache_dir: As in `ConvertOptions`.
 
     Raises:
         StoreError: A named model is not in the cache.
     """
     inventory = take_inventory(cache_store(cache_dir))
-    chosen = _find(inventory, models) if models else inventory.models
-    listed = tuple(_cached(inventory, model) for model in chosen)
+    everything = [(inventory, model) for model in inventory.models]
+    chosen = _find(inventory, models) if models else everything
+    listed = tuple(_cached(place, model) for place, model in chosen)
     return CacheListing(inventory.store.root, listed, inventory.size)
-
-
-def verify_cache(
-    model: str | Path | None = None,
-    *,
-    cache_dir: str | Path | None = None,
-    in_place: bool = False,
-    sources: bool = False,
-) -> Verification:
-    """Read every entry, and compare its hash with that taken when it was written.
-
-    A damaged entry is taken out of use at once, so that the next load converts its shard again.
-
-    Args:
-        model: A model directory or a Hub id, whose conversions to every dtype are read; None for
-            all models of the cache.
-        cache_dir: As in `ConvertOptions`.
-        in_place: Read the conversion in `<model>/mlx`.
-        sources: Read the model's shards too.
-
-    Raises:
-        StoreError: The model is not in the cache, or the cache cannot be read.
-        CheckpointError: There is no such model.
-        ValueError: `in_place` or `sources` without a model.
-    """
-    if model is None:
-        if in_place or sources:
-            raise ValueError("in_place and sources need a model")
-        files, problems = verify_store(cache_store(cache_dir))
-        damaged = {problem.key for problem in problems if problem.key}
-        return Verification(files, tuple(problems), _requests_of(cache_dir, damaged))
-    request = make_request(model, cache_dir=cache_dir, in_place=in_place)  # once: it asks the Hub
-    requests = [replace(request, target=replace(request.target, dtype=d)) for d in DTYPES]
-    requests = [r for r in requests if find_manifest(r)] or requests[:1]
-    found = [verify_model(request, sources) for request in requests]
-    problems = [problem for _, several in found for problem in several]
-    damaged = {problem.key for problem in problems if problem.key}
-    return Verification(
-        sum(n for n, _ in found), tuple(problems), tuple(requests) if damaged else ()
-    )
 
 
 def plan_removal(*models: ModelName, cache_dir: str | Path | None = None) -> RemovalPlan:
     """Plan the removal of these models from a cache; `execute()` carries it out.
 
-    Entries that another model uses stay, and so does everything in the model directories.
+    Entries that another model uses stay. A conversion inside a model directory is meant only where
+    the cache has none, or by its own path.
 
     Args:
         *models: The models; a directory or Hub id names its conversions to every dtype.
@@ -214,7 +135,10 @@ def plan_removal(*models: ModelName, cache_dir: str | Path | None = None) -> Rem
             into the cache.
     """
     inventory = take_inventory(cache_store(cache_dir))
-    return _plan(prune.plan_removal(inventory, _find(inventory, models)))
+    places: dict[Path, tuple[Inventory, list[Model]]] = {}
+    for place, model in _find(inventory, models, find_to_remove):
+        places.setdefault(place.store.root, (place, []))[1].append(model)
+    return _plan(*(prune.plan_removal(place, chosen) for place, chosen in places.values()))
 
 
 def plan_prune(
@@ -249,19 +173,29 @@ def plan_prune(
         raise ValueError(f"max_size and older_than are 0 or more, not {max_size} and {older_than}")
     inventory = take_inventory(cache_store(cache_dir))
     names = (keep,) if isinstance(keep, str) else tuple(keep)
-    kept = frozenset(model.id for model in _find(inventory, names))
+    kept = frozenset(model.id for _, model in _find(inventory, names))
     return _plan(prune.plan_prune(inventory, prune.Rules(max_size, age, orphans, foreign, kept)))
 
 
-def _find(inventory: Inventory, models: Sequence[ModelName]) -> list[Model]:
-    names = [model.id if isinstance(model, CachedModel) else str(model) for model in models]
-    return find_models(inventory, names)
+def _find(
+    inventory: Inventory, models: Sequence[ModelName], find: Find = find_everywhere
+) -> list[Found]:
+    return find_all(inventory, [_name(inventory, model) for model in models], find)
+
+
+def _name(inventory: Inventory, model: ModelName) -> str:
+    if not isinstance(model, CachedModel):
+        return str(model)
+    if model.root == inventory.store.root:
+        return model.id
+    return f"{model.root} ({model.dtype})"
 
 
 def _cached(inventory: Inventory, model: Model) -> CachedModel:
     freshness = freshness_of(inventory.store, model)
     return CachedModel(
         model.id,
+        inventory.store.root,
         model.name,
         model.directory,
         model.dtype,
@@ -275,19 +209,7 @@ def _cached(inventory: Inventory, model: Model) -> CachedModel:
     )
 
 
-def _requests_of(cache_dir: str | Path | None, damaged: set[str]) -> tuple[Request, ...]:
-    """Return a request for each model of the cache that has one of these entries."""
-    store = cache_store(cache_dir)
-    return tuple(
-        Request(
-            ModelSource(str(m.directory), m.directory),
-            Target(store, dtype=m.dtype),
-            jobs=default_jobs(),
-        )
-        for m in (take_inventory(store).models if damaged else ())
-        if m.directory and damaged & {record.key for record in m.records}
-    )
-
-
-def _plan(plan: prune.PrunePlan) -> RemovalPlan:
-    return RemovalPlan(tuple(removal.removals_of(plan)), plan.kept, plan.freed, plan)
+def _plan(*plans: prune.PrunePlan) -> RemovalPlan:
+    removals = tuple(each for plan in plans for each in removal.removals_of(plan))
+    kept = tuple(each for plan in plans for each in plan.kept)
+    return RemovalPlan(removals, kept, sum(plan.freed for plan in plans), plans)

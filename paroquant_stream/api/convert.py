@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from ..conversion.batch import convert_all, some_failed
-from ..conversion.converter import convert
+from ..conversion.in_place import convert_or_find
 from ..conversion.report import Conversion
 from ..conversion.request import Request, make_request
 from ..errors import ParoquantStreamError
@@ -50,7 +50,7 @@ def convert_checkpoint(
     """
     request = make_request(model_path, **options)
     with written_to(trace) as timed:
-        return convert(request, progress, timed).manifest
+        return convert_or_find(request, progress, timed).manifest
 
 
 def convert_checkpoints(

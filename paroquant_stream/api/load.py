@@ -191,6 +191,7 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
     from ..exports.single_file_reader import check_usable, stored_in_file
     from ..model.assemble import assemble_from
 
+    config = request.source.config
     try:
         with opened(request.source.directory) as file:
             if file is None:
@@ -198,11 +199,11 @@ def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, s
             with options.trace.span("check the sources"):
                 check_usable(file, request, options.full)
             stored = stored_in_file(
-                file, read_quantization(request.source.config.values), lazy=options.lazy
+                file, read_quantization(config.values, str(config.path)), lazy=options.lazy
             )
             try:
                 settings = options.without_entries(options.force_text)
-                return assemble_from(stored, request.source.config, **settings), None
+                return assemble_from(stored, config, **settings), None
             except AssemblyError as error:
                 if file.origin:  # written by this package for these sources, so like an entry
                     raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import CheckpointError, MissingExtraError
+from ..errors import CheckpointError, ExecutionError, MissingExtraError
 from ..text import one_line
 from .backend import Backend
 
@@ -76,11 +76,16 @@ def import_utils() -> Any:
 
     Raises:
         MissingExtraError: mlx-lm is not installed.
+        ExecutionError: It cannot be imported.
     """
     try:
         import mlx_lm.utils
     except ImportError as error:
         raise MissingExtraError(
             f"loading needs mlx-lm: pip install 'paroquant_stream[lm]' ({error})"
+        ) from error
+    except ValueError as error:  # it sets a limit of 4096 open files, beyond a lower hard limit
+        raise ExecutionError(
+            f"mlx-lm cannot be imported: {error}; it needs 4096 open files, see `ulimit -Hn`"
         ) from error
     return mlx_lm.utils

@@ -53,6 +53,11 @@ class ModelConfig:
             )
         return cls(directory, text, _read_if_present(directory / INDEX_NAME, MAX_JSON))
 
+    @property
+    def path(self) -> Path:
+        """Return the path of config.json."""
+        return self.directory / CONFIG_NAME
+
     @cached_property
     def values(self) -> dict[str, Any]:
         """Return the settings in config.json, which callers must not change.
@@ -60,7 +65,7 @@ class ModelConfig:
         Raises:
             MalformedFileError: The file is not a JSON object.
         """
-        return _parse_object(self.config_text, self.directory / CONFIG_NAME)
+        return _parse_object(self.config_text, self.path)
 
     @cached_property
     def weight_map(self) -> dict[str, str] | None:

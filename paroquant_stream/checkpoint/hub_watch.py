@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError, RunCancelledError
+from ..text import bytes_text
 
 T = TypeVar("T")
 
@@ -70,7 +71,6 @@ class Watch:
         Args:
             tick: Called with the bytes of each chunk; may raise to end the call.
             limit: The most bytes that the file may have; None for no limit.
-
         """
         watch = self
 
@@ -120,8 +120,8 @@ class Watch:
             return
         if received - self._received < MIN_RATE * WINDOW:
             raise CheckpointError(
-                f"{self.label}: received {received - self._received:,} bytes from the Hub in "
-                f"{self._waited:.0f} s, less than {MIN_RATE:,} bytes/s; run again when it is faster"
+                f"{self.label}: received {bytes_text(received - self._received)} from the Hub in "
+                f"{self._waited:.0f} s, less than {bytes_text(MIN_RATE)}/s; run again later"
             )
         self._waited, self._received = 0.0, received
 
@@ -150,7 +150,7 @@ class Watch:
     def _check_size(self, size: int, limit: int | None) -> None:
         if limit is not None and size > limit:
             self.error = CheckpointError(
-                f"{self.label}: over {limit >> 20} MiB, which no model needs; it was not downloaded"
+                f"{self.label}: over {bytes_text(limit)}, which no model needs; not downloaded"
             )
             raise self.error
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, MalformedFileError
 from ..files.descriptor import file_status, open_regular, unreadable
+from ..text import bytes_text
 
 MAX_JSON = 64 << 20  # bytes; the largest known tokenizer.json, of Gemma 3n, has 33 MB
 MAX_CONFIG = 16 << 20  # bytes; lower, as transformers takes long for many labels
@@ -147,7 +148,7 @@ def check_size(path: Path, size: int, limit: int) -> None:
     """
     if size > limit:
         raise CheckpointError(
-            f"{path}: {size:,} bytes, over {limit >> 20} MiB, which no model needs; "
+            f"{path}: {bytes_text(size)}, over {bytes_text(limit)}, which no model needs; "
             "remove it or download it again"
         )
 

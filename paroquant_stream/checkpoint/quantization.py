@@ -18,11 +18,12 @@ class Quantization:
     """Inputs that share a scale and a zero point."""
 
 
-def read_quantization(config: Mapping[str, Any]) -> Quantization:
+def read_quantization(config: Mapping[str, Any], label: str = "config.json") -> Quantization:
     """Read bits and group size from a config.
 
     Args:
         config: The parsed config.json.
+        label: The path of that file, for errors.
 
     Returns:
         The settings, with the defaults of ParoQuant for absent ones.
@@ -30,23 +31,23 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization:
     Raises:
         LayoutError: The model is not quantized by ParoQuant, or a value is not supported.
     """
-    block = _quantization_block(config)
+    block = _quantization_block(config, label)
     method = block.get("quant_method", "paroquant")
     if str(method).lower() != "paroquant":  # legacy files spell it ParoQuant
-        raise LayoutError(f"config.json: expected quant_method paroquant, found {method!r}")
+        raise LayoutError(f"{label}: expected quant_method paroquant, found {method!r}")
     bits, group_size = block.get("bits", block.get("nbit", 4)), block.get("group_size", 128)
     if type(bits) is not int or bits != 4:
         raise LayoutError(
-            f"config.json: expected 4 bits, the only width ParoQuant packs, found {bits!r}"
+            f"{label}: expected 4 bits, the only width ParoQuant packs, found {bits!r}"
         )
     if type(group_size) is not int or group_size not in (32, 64, 128):
         raise LayoutError(
-            f"config.json: expected a group_size of 32, 64 or 128 (MLX's), found {group_size!r}"
+            f"{label}: expected a group_size of 32, 64 or 128 (MLX's), found {group_size!r}"
         )
     return Quantization(bits, group_size)
 
 
-def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _quantization_block(config: Mapping[str, Any], label: str) -> Mapping[str, Any]:
     text = config.get("text_config")
     places = [config, text] if isinstance(text, Mapping) else [config]
     for key in ("quantization_config", "paroquant_config"):
@@ -55,5 +56,5 @@ def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
             if isinstance(block, Mapping):
                 return block
     raise LayoutError(
-        "config.json: neither quantization_config nor paroquant_config; not a ParoQuant model"
+        f"{label}: neither quantization_config nor paroquant_config; not a ParoQuant model"
     )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import time
 
-from ..api.cache import RemovalPlan, Verification, plan_prune, plan_removal, verify_cache
+from ..api.cache import RemovalPlan, plan_prune, plan_removal
+from ..api.verification import Verification, verify_cache
 from ..conversion.request import Request
 from ..errors import StoreError
-from ..maintenance.inventory import Inventory, find_models, take_inventory
+from ..maintenance.inventory import Inventory, take_inventory
 from ..maintenance.listing import make_row, select
+from ..maintenance.places import find_all
 from ..store.store import cache_store
-from ..text import bytes_text, shown
+from ..text import bytes_text, counted, shown
+from .arguments import Parser, typed
 from .cache_listing import (
     as_json,
     footer,
@@ -33,13 +37,20 @@ DESCRIPTION = "See what is converted, read it through, and remove it."
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser("paroquant-stream cache", description=DESCRIPTION)
+    parser = Parser(typed("cache"), description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     verify_all = arguments.command == "verify" and arguments.model is None
     if verify_all and (arguments.sources or arguments.in_place):
         parser.error("--sources and --in-place need a MODEL")
-    return run_command(lambda: _COMMANDS[arguments.command](arguments), "run again to resume")
+    return run_command(lambda: _run(arguments), "run again to resume")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    root = cache_store(arguments.cache_dir).root
+    if arguments.cache_dir and not os.path.isdir(root / "v1") and not _inventory(arguments).foreign:
+        raise StoreError(f"{root}: there is no cache here; see --cache-dir")
+    return _COMMANDS[arguments.command](arguments)
 
 
 def _inventory(arguments: argparse.Namespace) -> Inventory:
@@ -48,16 +59,17 @@ def _inventory(arguments: argparse.Namespace) -> Inventory:
 
 def _ls(arguments: argparse.Namespace) -> int:
     inventory = _inventory(arguments)
-    chosen = find_models(inventory, arguments.models) if arguments.models else inventory.models
-    found = [make_row(inventory, model) for model in chosen]
+    everything = [(inventory, model) for model in inventory.models]
+    chosen = find_all(inventory, arguments.models) if arguments.models else everything
+    found = [make_row(place, model) for place, model in chosen]
     rows = select(found, arguments.filter, arguments.sort)
     part = bool(arguments.models or arguments.filter)
     if arguments.quiet:
         for row in rows:
             print(shown(row.model.name))
     elif arguments.json:
-        everything = as_json(inventory, rows)
-        print(json.dumps([x for x in everything if x["kind"] == "model" or not part]))
+        listed = as_json(inventory, rows)
+        print(json.dumps([x for x in listed if x["kind"] == "model" or not part]))
     else:
         width = terminal_width()
         verbose = arguments.verbose or bool(arguments.models)
@@ -81,9 +93,9 @@ def _path(arguments: argparse.Namespace) -> int:
         print(shown(cache_store(arguments.cache_dir).root))
         return 0
     inventory = _inventory(arguments)
-    for model in find_models(inventory, [arguments.model]):
+    for place, model in find_all(inventory, [arguments.model]):
         keys = dict.fromkeys(record.key for record in model.records)
-        entries = [inventory.store.entry_path(key) for key in keys]
+        entries = [place.store.entry_path(key) for key in keys]
         for path in (*(file.path for file in model.files), *entries):
             print(shown(path))
     return 0
@@ -110,7 +122,10 @@ def _carry_out(plan: RemovalPlan, arguments: argparse.Namespace) -> int:
     if not arguments.json:
         size = bytes_text(plan.size)
         head = f"to remove, {size}:" if not plan.is_empty else "nothing to remove"
-        print("\n".join([head, *plan_lines(plan.details)]), flush=True)
+        print(
+            "\n".join([head, *(line for part in plan.details for line in plan_lines(part))]),
+            flush=True,
+        )
     freed = 0
     if not (plan.is_empty or arguments.dry_run):
         if not arguments.yes:
@@ -120,7 +135,8 @@ def _carry_out(plan: RemovalPlan, arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(f"removed, {bytes_text(freed)} freed in {time.monotonic() - started:.1f} s")
     if arguments.json:
-        print(json.dumps(plan_json(plan.details, arguments.dry_run)))
+        for part in plan.details:
+            print(json.dumps(plan_json(part, arguments.dry_run)))
     return 0
 
 
@@ -134,7 +150,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         for problem in problems:
             print(shown(problem))
-        print(f"{found.files} files read, {len(problems)} differ")
+        print(f"{counted(found.files, 'file')} read, {len(problems)} differ")
     repaired = bool(found.damaged) and _repair(found, arguments)
     return int(len(problems) > (len(found.damaged) if repaired else 0))
 
@@ -155,7 +171,7 @@ def _command_of(request: Request, cache_dir: str | None) -> str:
     options = "" if dtype == "source" else f" --dtype {dtype}"
     options += " --in-place" if request.target.in_place else ""
     options += f" --cache-dir {shlex.quote(cache_dir)}" if cache_dir else ""
-    return f"paroquant-stream convert {shlex.quote(request.source.name)}{options}"
+    return f"{typed('convert')} {shlex.quote(request.source.name)}{options}"
 
 
 _COMMANDS = {

@@ -6,7 +6,7 @@ import argparse
 
 from ..maintenance.listing import parse_filter, parse_order
 from ..text import parse_age, parse_size
-from .common import add_cache_dir, add_help, option_type
+from .arguments import add_cache_dir, add_help, option_type
 
 MODEL = "a model directory (also one that is gone), a Hub id, or a name as `ls` shows it"
 LS = """\
@@ -34,8 +34,9 @@ since 1970), state (fresh, stale, unknown, broken, orphan, damaged), why, shards
 of its own cache): path, size, last_used. Of kind `unclaimed` and `temps`: size, files"""
 PATH = "The cache's directory, or the manifest and the entries of MODEL, one path per line."
 RM = """\
-Remove the conversions of these models. Entries that another model uses stay. Nothing in the model
-directories is touched. Refused while a conversion is running in this cache."""
+Remove the conversions of these models. Entries that another model uses stay. In the model
+directories nothing is touched but a conversion that `convert --in-place` made: it is meant where
+the cache holds none, or by its own path MODEL/mlx. Refused while a conversion is running."""
 PRUNE = """\
 Remove what is surely useless: temporary files of dead runs, damaged entries and manifests,
 leftovers of an earlier removal, remembered digests of files that are gone. The options remove more.
@@ -149,12 +150,10 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", help="a model directory or Hub id (default: all models)"
-    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL} (default: all models)")
     where = parser.add_mutually_exclusive_group()
     add_cache_dir(where)
-    where.add_argument("--in-place", action="store_true", help="the conversion in MODEL/mlx")
+    where.add_argument("--in-place", action="store_true", help="only the conversion in MODEL/mlx")
     parser.add_argument("--sources", action="store_true", help="read MODEL's shards too")
     parser.add_argument(
         "--repair", action="store_true", help="convert the models of damaged entries again"

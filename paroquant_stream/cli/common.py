@@ -1,25 +1,25 @@
-"""What all commands share: help and option types, the question before a removal, exit codes."""
+"""What all commands share: the parser, its help and option types, the question before a removal,
+errors, exit codes.
+"""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import errno
+import io
 import os
-import re
-import shutil
 import signal
 import sys
-import textwrap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TextIO
 
 from ..errors import ParoquantStreamError
 from ..text import shown
-from ..version import __version__
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 NO_READER = 141  # what a shell gives for a program that SIGPIPE ended, 128 + 13
-_Value = TypeVar("_Value")
 
 
 class Terminated(BaseException):
@@ -36,22 +36,84 @@ def run_command(body: Callable[[], int], interrupted: str) -> int:
     Returns:
         The body's code, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    if sys.stdout is None:
+        complain("error: stdout is closed; redirect it, to /dev/null if nothing is to be printed")
+        return 1
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return body()
+        _open_closed_streams()
+        with _every_character():
+            return body()
     except ParoquantStreamError as error:
         return print_error(error)
+    except BrokenPipeError:
+        raise
+    except (OSError, ImportError) as error:
+        return print_refusal(error)
     except (KeyboardInterrupt, Terminated) as stop:
-        print(f"interrupted; {interrupted}", file=sys.stderr)
+        complain(f"interrupted; {interrupted}")
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def complain(line: str) -> None:
+    """Print a line on stderr, if that is open and can be written."""
+    try:
+        if sys.stderr is not None:
+            print(line, file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # the exit code has to say it
+
+
 def print_error(error: ParoquantStreamError) -> int:
     """Print an error's message, its control characters escaped, and return the exit code 1."""
-    print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
+    complain(f"error: {shown(error, keep=chr(10))}")
     return 1
+
+
+def print_refusal(error: OSError | ImportError) -> int:
+    """Print in one line what the system refused to do, and return the exit code 1.
+
+    Raises an ImportError again that is not for want of descriptors: it is a defect to be reported.
+    """
+    out_of_files = os.strerror(errno.EMFILE)
+    reason, name = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    if isinstance(error, ImportError) and out_of_files not in reason:
+        raise error
+    where = f"{name}: " if name else ""
+    if not where and getattr(error, "errno", None) in _FULL:  # files are named, streams are not
+        where = "the output cannot be written: "
+        _drop_output()  # or the rest of it would fail again at the end
+    advice = "; raise the limit with `ulimit -n`" if out_of_files in reason else ""
+    complain(f"error: {where}{shown(reason)}{advice}")
+    return 1
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null for standard streams that are closed, or files would take their place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+@contextlib.contextmanager
+def _every_character() -> Iterator[None]:
+    """Print characters that the terminal's encoding lacks as escapes, as stderr does."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 def confirm(question: str, refused: ParoquantStreamError) -> None:
@@ -63,111 +125,6 @@ def confirm(question: str, refused: ParoquantStreamError) -> None:
         raise refused
 
 
-def add_cache_dir(parser: argparse._ActionsContainer) -> None:
-    """Add the option --cache-dir."""
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
-    )
-
-
-def add_jobs(parser: argparse._ActionsContainer, text: str) -> None:
-    """Add the option --jobs, a whole number from 1, with its help text."""
-    parser.add_argument("--jobs", type=option_type(_parse_jobs), metavar="N", help=text)
-
-
-def option_type(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
-    """Make an option's type of a parser that raises ValueError; its message is kept."""
-
-    def read(text: str) -> _Value:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
-
-
-def _parse_jobs(text: str) -> int:
-    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
-        raise ValueError("must be a whole number from 1 to 9999")
-    return int(text)
-
-
-CACHE_VARIABLES = {
-    "PAROQUANT_STREAM_CACHE": "the cache, unless --cache-dir names one",
-    "XDG_CACHE_HOME": "else it is paroquant/mlx_cache in here (default: ~/.cache)",
-}
-HUB_VARIABLES = {
-    "HF_TOKEN": "for models of the Hub that are not public",
-    "HF_HOME, HF_HUB_CACHE": "where the Hub's files lie (default: ~/.cache/huggingface)",
-    "HF_ENDPOINT": "another Hub than huggingface.co",
-    "HF_HUB_OFFLINE": "1: ask no Hub, use what is on the disk",
-}
-TERMINAL_VARIABLES = {
-    "COLUMNS": "the width of help and lists (default: the terminal's)",
-    "NO_COLOR": "no colors in help, which Python has from 3.14",
-}
-
-
-def add_help(parser: argparse.ArgumentParser, examples: Sequence[str], hub: bool = True) -> None:
-    """Add --version, and examples and environment variables at the end of the help.
-
-    Args:
-        parser: Of a command.
-        examples: Command lines of at most 58 characters.
-        hub: Whether the command can use models of the Hub.
-    """
-    parser.formatter_class = HelpFormatter
-    variables = CACHE_VARIABLES | (HUB_VARIABLES if hub else {}) | TERMINAL_VARIABLES
-    parser.epilog = "\n".join(
-        [
-            "examples:",
-            *(f"  {example}" for example in examples),
-            "",
-            "environment:",
-            *(f"  {name}\t{text}" for name, text in variables.items()),
-        ]
-    )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"paroquant-stream {__version__}",
-        help="print the version",
-    )
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Wraps help at the terminal's width and at most 100 columns; lines that begin with spaces stay
-    as they are, and after a tab stands a second column.
-    """
-
-    def __init__(self, prog: str, **options: Any) -> None:
-        width = min(shutil.get_terminal_size().columns, 100) - 2
-        super().__init__(
-            prog, **{"width": width, "max_help_position": min(24, width // 3)} | options
-        )
-
-    # private, both: argparse has no public way
-    def _format_usage(self, *arguments: Any) -> str:
-        text = super()._format_usage(*arguments)
-        too_long = max(map(len, text.splitlines())) > self._width  # words like [--a A | --b] stay
-        return re.sub(r"\n {8,}", f"\n{' ' * 7}", text) if too_long else text
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines: list[str] = []
-        for paragraph in re.split(r"\n(?=\n|  )", text):
-            if paragraph.startswith("  "):
-                name, _, rest = paragraph.partition("\t")
-                lines += (
-                    textwrap.wrap(f"{name:26}{rest}", width, subsequent_indent=" " * 26)
-                    if rest
-                    else [name]
-                )
-            else:
-                lines += ["", *textwrap.wrap(" ".join(paragraph.split()), width)]
-        return "\n".join(lines).strip("\n")
-
-
 def end_with(main: Callable[[], int]) -> NoReturn:
     """Run a command and end the process with its code.
 
@@ -176,8 +133,14 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     """
     try:
         code = _run(main)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            for stream in _streams():
+                stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            code = print_refusal(error)
+            _drop_output()
     except BrokenPipeError:
         code = NO_READER
         _drop_output()
@@ -200,8 +163,12 @@ def _run(main: Callable[[], int]) -> int:
 def _drop_output() -> None:
     """Give what is still buffered a place to go: the interpreter flushes once more at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in _streams():
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(nowhere, stream.fileno())
+
+
+def _streams() -> list[TextIO]:
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]

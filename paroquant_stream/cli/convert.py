@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.converter import convert
-from ..conversion.report import Conversion, ShardReport
+from ..conversion.in_place import convert_or_find
+from ..conversion.report import IN_MODEL, Conversion, ShardReport
 from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
-from ..text import bytes_text, shown
+from ..store.location import IN_PLACE
+from ..text import bytes_text, counted, shown
 from ..trace import Trace, written_to
 from .common import Terminated, confirm, run_command
 from .convert_options import EXAMPLES, configure_parser, parse
@@ -42,14 +44,19 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     failed: dict[str, ParoquantStreamError] = {}
     requests = []
-    with nullcontext() if arguments.dry_run else _executor(arguments) as executor:
+    with (
+        written_to(arguments.trace) as trace,  # first: a wrong path is known before any work
+        nullcontext() if arguments.dry_run else _executor(arguments) as executor,
+    ):
         for model in dict.fromkeys(arguments.models):
             try:
                 requests.append(_prepare(model, executor, arguments))
             except ParoquantStreamError as error:
                 failed[model] = error
-        if not arguments.dry_run:
-            failed |= _convert(requests, arguments)
+                if arguments.json:
+                    print(json.dumps(_error_json(model, error)))
+        failed |= (_dry_run if arguments.dry_run else _convert)(requests, arguments, trace)
+    failed = {model: failed[model] for model in arguments.models if model in failed}
     if failed and len(arguments.models) > 1:
         from ..conversion.batch import some_failed
 
@@ -81,31 +88,47 @@ def _executor(
 def _prepare(
     model: str, executor: Executor | Automatic | None, arguments: argparse.Namespace
 ) -> Request:
-    """Make the request for one model; a dry run prints what it would do."""
+    """Make the request for one model, and ask whether its shards may be removed."""
     given = {name: getattr(arguments, name) for name in OPTIONS}
     request = make_request(model, **given, executor=executor)
-    if arguments.dry_run:
-        show = _print_tree if arguments.tree else _print_survey
-        show(request, arguments)
-    elif request.options.drop_source and request.source.remote is None and not arguments.yes:
+    ask = request.options.drop_source and request.source.remote is None
+    if ask and not (arguments.yes or arguments.dry_run):
         _confirm_drop(request)
     return request
 
 
+def _dry_run(
+    requests: Sequence[Request], arguments: argparse.Namespace, _trace: Trace
+) -> dict[str, ParoquantStreamError]:
+    """Print what would be done for each model; returns why some would fail."""
+    failed = {}
+    for request in requests:
+        try:
+            (_print_tree if arguments.tree else _print_survey)(request, arguments)
+        except ParoquantStreamError as error:
+            failed[request.source.name] = error
+            if arguments.json:
+                print(json.dumps(_error_json(request.source.name, error)))
+    return failed
+
+
 def _convert(
-    requests: Sequence[Request], arguments: argparse.Namespace
+    requests: Sequence[Request], arguments: argparse.Namespace, trace: Trace
 ) -> dict[str, ParoquantStreamError]:
     """Convert the models and print each as it is done; returns why others were not."""
     failed = {}
-    with written_to(arguments.trace) as trace, Progress(arguments.quiet) as progress:
+    with Progress(arguments.quiet) as progress:
         try:
             for request, result in _results(requests, progress, trace):
+                name = request.source.name
                 if isinstance(result, ParoquantStreamError):
-                    failed[request.source.name] = result
+                    failed[name] = result
+                    if arguments.json:
+                        progress.say(json.dumps(_error_json(name, result)))
                 elif arguments.json:
                     progress.say(json.dumps(_as_json(result)))
                 elif not arguments.quiet:
-                    progress.say(shown(_summary(result)))
+                    progress.say(shown(_summary(request, result)))
         except (KeyboardInterrupt, Terminated):
             for request in requests:
                 request.store.sweep(own=True)  # of workers that are still inside a system call
@@ -122,7 +145,7 @@ def _results(
         yield from convert_all(requests, progress, trace)
     for request in requests[: len(requests) == 1]:
         try:
-            yield request, convert(request, progress, trace)
+            yield request, convert_or_find(request, progress, trace)
         except ParoquantStreamError as error:
             yield request, error
 
@@ -134,6 +157,10 @@ def _confirm_drop(request: Request) -> None:
         f"Only the conversion in {request.store.root} will be left."
     )
     confirm(question, CheckpointError("nothing was converted and nothing removed"))
+
+
+def _error_json(model: str, error: ParoquantStreamError) -> dict[str, str]:
+    return {"model": model, "error": type(error).__name__, "message": str(error)}
 
 
 def _as_json(conversion: Conversion) -> dict[str, Any]:
@@ -155,41 +182,84 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
-def _summary(conversion: Conversion) -> str:
+def _summary(request: Request, conversion: Conversion) -> str:
     converted = [report for report in conversion.shards if report.action == "converted"]
     reused = len(conversion.shards) - len(converted)
     size = sum(report.bytes_out for report in converted)
+    if any(report.why == IN_MODEL for report in conversion.shards):
+        inside = request.source.directory / IN_PLACE
+        return (
+            f"{request.source.name}: its shards are gone, {inside} holds its conversion; "
+            f"{_next_step(request, conversion)}"
+        )
     return (
-        f"{conversion.manifest.model}: "
-        f"{len(converted)} converted ({bytes_text(size)}), {reused} reused "
-        f"in {conversion.seconds:.1f} s; {conversion.manifest_path}"
+        f"{request.source.name}: {len(converted)} converted ({bytes_text(size)}), {reused} reused "
+        f"in {conversion.seconds:.1f} s; {_next_step(request, conversion)}"
     )
 
 
+def _next_step(request: Request, conversion: Conversion) -> str:
+    """Tell how the model is loaded, and how many bytes of shards that load does not need."""
+    options, text = request.options, f"load it with paroquant_stream.load({request.source.name!r}"
+    if options.cache_dir:
+        text += f", cache_dir={str(options.cache_dir)!r}"
+    for name, default in (("dtype", "source"), ("revision", None)):
+        if (value := getattr(options, name)) != default:
+            text += f", {name}={value!r}"
+    directory = request.source.directory
+    left = [r.bytes_in for r in conversion.shards if os.path.exists(directory / r.shard)]
+    return f"{text})" + (f"; --drop-source would free {bytes_text(sum(left))}" if left else "")
+
+
 def _print_survey(request: Request, arguments: argparse.Namespace) -> None:
-    from ..conversion.planning import survey  # here, because a run without work needs none of it
+    """Print what would be done. Raises StoreError when there is too little space for it."""
+    from ..conversion.pipeline import check_space  # here, as a run without work needs neither
+    from ..conversion.planning import survey
 
     reports = survey(request)
     work = [report for report in reports if report.action == "converted"]
+    dropped = _to_remove(request, reports)
     totals = {
         "bytes_to_read": sum(report.bytes_in for report in work),
         "bytes_to_write": sum(report.bytes_out for report in work),
+        "bytes_to_remove": sum(report.bytes_in for report in dropped),
         "bytes_free": request.store.free_bytes(),
     }
     if arguments.json:
-        shards = [asdict(report) for report in reports]
-        print(
-            json.dumps({"model": request.source.name, "dry_run": True, "shards": shards, **totals})
-        )
+        print(json.dumps(_survey_json(request, reports, dropped) | totals))
     elif not arguments.quiet:
         for report in reports:
             print(shown(_survey_line(report)))
         print(
-            f"{len(work)} of {len(reports)} shards to convert: "
+            f"{len(work)} of {counted(len(reports), 'shard')} to convert: "
             f"{bytes_text(totals['bytes_to_read'])} to read, "
             f"{bytes_text(totals['bytes_to_write'])} to write, "
             f"{bytes_text(totals['bytes_free'])} free"
         )
+        for report in dropped:
+            print(shown(f"remove   {report.shard}  {bytes_text(report.bytes_in)}"))
+        if request.options.drop_source:
+            size = bytes_text(totals["bytes_to_remove"])
+            print(f"{counted(len(dropped), 'shard')} to remove once converted: {size}")
+    check_space(request, [report.bytes_out for report in work])
+
+
+def _to_remove(request: Request, reports: Sequence[ShardReport]) -> list[ShardReport]:
+    """Return the shards that are there and that --drop-source would remove."""
+    if not request.options.drop_source:
+        return []
+    return [r for r in reports if os.path.exists(request.source.directory / r.shard)]
+
+
+def _survey_json(
+    request: Request, reports: Sequence[ShardReport], dropped: Sequence[ShardReport]
+) -> dict[str, Any]:
+    return {
+        "model": request.source.name,
+        "dry_run": True,
+        "shards": [asdict(report) for report in reports],
+        "shards_to_remove": [report.shard for report in dropped],
+    }
 
 
 def _print_tree(request: Request, arguments: argparse.Namespace) -> None:

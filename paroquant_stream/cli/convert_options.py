@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..store.format import DTYPES
-from .common import add_cache_dir, add_help, add_jobs
+from .arguments import Parser, add_cache_dir, add_help, add_jobs, typed
 
 DESCRIPTION = """\
 Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are
@@ -24,7 +24,7 @@ EXAMPLES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; ends the process with 2 when it is wrong."""
-    parser = argparse.ArgumentParser("paroquant-stream convert", description=DESCRIPTION)
+    parser = Parser(typed("convert"), description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
     if (arguments.executor == "dask") != (arguments.scheduler is not None):
@@ -33,6 +33,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--revision is for one MODEL")
     if arguments.tree and not arguments.dry_run:
         parser.error("--tree is a picture for --dry-run, which is not given")
+    if arguments.yes and not arguments.drop_source:
+        parser.error("-y answers the question of --drop-source, which is not given")
+    if arguments.dry_run and arguments.trace:
+        parser.error("--dry-run converts nothing that --trace could show")
     return arguments
 
 
@@ -60,7 +64,10 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="remove each shard, downloaded or local, once its entry is safe and nothing needs it",
     )
     parser.add_argument(
-        "-y", "--yes", action="store_true", help="remove a local model's shards without asking"
+        "-y",
+        "--yes",
+        action="store_true",
+        help="with --drop-source: remove a local model's shards without asking",
     )
     parser.add_argument(
         "--dtype",
@@ -71,8 +78,15 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         "activations (default: source, bit-identical to the public loader)",
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
+    _configure_output(parser)
+
+
+def _configure_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be converted and why; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="say what would be converted and why, and with --drop-source which shards would be "
+        "removed; write nothing; exit code 1 when there is too little space",
     )
     parser.add_argument(
         "--tree",
@@ -80,7 +94,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="with --dry-run: instead show which shards lend tensors to which; reads only headers",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per model instead of the summary"
+        "--json",
+        action="store_true",
+        help="print one JSON object per model instead of the summary, also for one that failed",
     )
     parser.add_argument(
         "--trace", metavar="FILE", help="write the stages of every worker, for chrome://tracing"

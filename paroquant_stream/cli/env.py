@@ -16,7 +16,8 @@ from ..maintenance.inventory import take_inventory
 from ..store.store import cache_store
 from ..text import bytes_text, shown
 from ..version import __version__
-from .common import CACHE_VARIABLES, add_cache_dir, add_help, run_command
+from .arguments import CACHE_VARIABLES, add_cache_dir, add_help
+from .common import run_command
 
 DESCRIPTION = """\
 Print what a bug report needs: versions, system, MLX's backend and device, the cache, and the

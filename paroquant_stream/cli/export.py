@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..conversion.in_place import dtypes_converted
 from ..conversion.request import make_request
 from ..exports.single_file import NAME
+from ..store.format import DTYPES, Dtype
 from ..text import bytes_text, parse_size, shown
-from .common import add_cache_dir, add_help, add_jobs, option_type, run_command
+from .arguments import Parser, add_cache_dir, add_help, add_jobs, option_type, typed
+from .common import complain, run_command
 from .progress_bar import Progress
 
 DESCRIPTION = """\
@@ -29,7 +32,9 @@ EXAMPLES = (
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_help(parser, EXAMPLES)
-    parser.add_argument("model", help="a model directory, or a Hub repository id like owner/name")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model directory, or a Hub repository id like owner/name"
+    )
     parser.add_argument(
         "out",
         metavar="OUT",
@@ -50,24 +55,38 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-size",
-        type=option_type(parse_size),
-        default="5GB",
+        type=option_type(_parse_shard_size),
         metavar="SIZE",
         help="the largest file, like 500MB (default: 5GB); a larger tensor has its own file",
     )
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="which conversion to write (default: source, or the only one that there is)",
+    )
     add_jobs(parser, "workers (default: one per core, at most 8)")
     add_cache_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
+def _parse_shard_size(text: str) -> int:
+    if (size := parse_size(text)) == 0:
+        raise ValueError("a file holds at least one byte")
+    return size
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser("paroquant-stream export", description=DESCRIPTION)
+    parser = Parser(typed("export"), description=DESCRIPTION)
     configure_parser(parser)
     arguments = parser.parse_args(argv)
+    if arguments.single_file and arguments.shard_size is not None:
+        parser.error("--single-file writes one file, whatever --shard-size says")
+    if arguments.single_file and arguments.dtype not in (None, "source"):
+        parser.error("--single-file takes no --dtype: load() takes that file for the source's bits")
     if arguments.out is None and not arguments.single_file:
         parser.error("OUT is needed, unless --single-file writes into the model directory")
     write = _write_single if arguments.single_file else _write_directory
@@ -91,18 +110,34 @@ def _write_single(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _converted_dtype(arguments: argparse.Namespace) -> Dtype:
+    """Return the dtype to which the model is converted; "source" where there is a choice."""
+    request = make_request(
+        arguments.model, cache_dir=arguments.cache_dir, revision=arguments.revision
+    )
+    found = dtypes_converted(request)
+    if len(found) != 1 or found == ["source"]:
+        return "source"
+    if not arguments.quiet:
+        complain(
+            f"note: writes its one conversion, --dtype {found[0]}; --dtype source makes another"
+        )
+    return found[0]
+
+
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from ..exports.mlx_directory_writer import MODEL_FILE, export_model
+    from ..exports.mlx_directory_writer import MODEL_FILE, SHARD_SIZE, export_model
 
     with Progress(arguments.quiet) as progress:
         export = export_model(
             arguments.model,
             arguments.out,
             self_contained=arguments.self_contained,
-            shard_size=arguments.shard_size,
+            shard_size=arguments.shard_size or SHARD_SIZE,
             cache_dir=arguments.cache_dir,
             jobs=arguments.jobs,
             revision=arguments.revision,
+            dtype=arguments.dtype or _converted_dtype(arguments),
             progress=progress,
         )
     if arguments.quiet:

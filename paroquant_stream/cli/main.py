@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import NoReturn
 
 from ..version import __version__
-from .common import add_help, end_with
+from .arguments import Parser, add_help, near, typed, usage_error
+from .common import complain, end_with, print_refusal
 
 COMMANDS = {
     "cache": "list, verify and remove converted models",
@@ -35,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else ""
     if first in COMMANDS:
-        code: int = import_module(f".{first}", __package__).main(arguments[1:])
+        try:
+            command = import_module(f".{first}", __package__)
+        except (OSError, ImportError) as error:
+            return print_refusal(error)
+        code: int = command.main(arguments[1:])
         return code
     if first == "--version":
         print(f"paroquant-stream {__version__}")
@@ -44,9 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     if first in ("-h", "--help"):
         print(parser.format_help(), end="")  # argparse would hide that nobody reads it
         return 0
-    if first:
-        print(f"error: no command {first!r}", file=sys.stderr)
-    parser.print_help(sys.stderr)
+    wrong = usage_error(f"no command {first!r}{near(first, COMMANDS)}", typed())
+    complain(wrong if first else parser.format_help())
     return 2
 
 
@@ -56,7 +60,7 @@ def make_parser(configured: Collection[str] = ()) -> argparse.ArgumentParser:
     Args:
         configured: Those that have their arguments too; the others only have their names.
     """
-    parser = argparse.ArgumentParser("paroquant-stream", description=DESCRIPTION)
+    parser = Parser(typed(), description=DESCRIPTION)
     add_help(parser, EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands, each with its own --help")
     for name, summary in COMMANDS.items():

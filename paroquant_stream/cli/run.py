@@ -12,7 +12,8 @@ from typing import Any
 from ..api.install import install, uninstall
 from ..errors import MissingExtraError, ParoquantStreamError, ProgramNotFoundError
 from ..store.format import DTYPES
-from .common import add_cache_dir, add_help, add_jobs, print_error
+from .arguments import Parser, add_cache_dir, add_help, add_jobs, typed
+from .common import print_error
 
 USAGE = """\
 %(prog)s [options]
@@ -49,8 +50,8 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return 0; its SystemExit and its other exceptions pass through."""
-    parser = argparse.ArgumentParser(
-        "paroquant-stream run",
+    parser = Parser(
+        typed("run"),
         usage=USAGE,
         description=DESCRIPTION,
         allow_abbrev=False,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from ..errors import ParoquantStreamError, SomeModelsFailedError
 from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..trace import NO_TRACE, Trace
-from .converter import convert
+from .in_place import convert_or_find
 from .progress import Progress
 from .report import Conversion
 from .request import Request
@@ -20,10 +21,16 @@ Result = Conversion | ParoquantStreamError
 
 def some_failed(failed: Mapping[str, ParoquantStreamError], count: int) -> SomeModelsFailedError:
     """Return the error for these of `count` models."""
-    listed = "\n".join(f"  {model}: {error}" for model, error in failed.items())
+    listed = "\n".join(f"  {_reason(model, str(error))}" for model, error in failed.items())
     return SomeModelsFailedError(
         f"{len(failed)} of {count} models were not converted:\n{listed}", dict(failed)
     )
+
+
+def _reason(model: str, reason: str) -> str:
+    """Return a reason that starts with the model, once."""
+    named = reason.startswith((f"{model}:", f"{model}/", f"{Path(model).expanduser()}"))
+    return (reason if named else f"{model}: {reason}").replace("\n", "\n  ")
 
 
 def convert_all(
@@ -51,7 +58,7 @@ def convert_all(
     def work(request: Request, _slot: Slot) -> tuple[Request, Result]:
         report = partial(_report, progress, request.source.name) if progress else None
         try:
-            return request, convert(replace(request, slots=shards), report, trace)
+            return request, convert_or_find(replace(request, slots=shards), report, trace)
         except ParoquantStreamError as error:
             return request, error
 

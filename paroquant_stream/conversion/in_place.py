@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import replace
+from pathlib import Path
 
-from ..errors import NewerManifestError, StoreError
+from ..errors import CheckpointError, NewerManifestError, SourceDroppedError, StoreError
+from ..store.format import DTYPES, Dtype
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store
@@ -14,7 +17,8 @@ from ..trace import NO_TRACE, Trace
 from .converter import convert
 from .find_dropped import find_manifest, is_superseded
 from .progress import Progress
-from .request import Request, Target
+from .report import Conversion, report_inside
+from .request import Request, Target, read_manifest
 from .staleness import Needed, staleness
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,78 @@ def converted(
     with trace.span("check the sources"):
         found = shipped(request)
     return found or (convert(request, progress, trace).manifest, request.store)
+
+
+def convert_or_find(
+    request: Request, progress: Progress | None = None, trace: Trace = NO_TRACE
+) -> Conversion:
+    """Convert a model, or find what its absent shards were converted to inside its directory.
+
+    Args:
+        request: As for `convert`.
+        progress: As for `convert`.
+        trace: As for `convert`.
+
+    Raises:
+        CheckpointError: As `convert` raises.
+        StoreError: As `convert` raises.
+    """
+    started = time.monotonic()
+    try:
+        return convert(request, progress, trace)
+    except CheckpointError as error:
+        manifest, path = instead(request, error)
+    reports = tuple(report_inside(record) for record in manifest.entries)
+    return Conversion(manifest, path, reports, time.monotonic() - started)
+
+
+def instead(request: Request, error: CheckpointError) -> tuple[Manifest, Path]:
+    """Return the conversion inside the model for one that cannot be made without absent shards.
+
+    Args:
+        request: The conversion that cannot be made.
+        error: Why.
+
+    Returns:
+        Its manifest, and where that lies.
+
+    Raises:
+        SourceDroppedError: That conversion does not serve this request; says why.
+        CheckpointError: `error`, where no conversion explains it.
+    """
+    source, beside = request.source, inside_model(request)
+    absent = any(not os.path.lexists(source.directory / name) for name in source.config.shard_names)
+    held = [d for d in DTYPES if read_manifest(_with_dtype(beside, d))]
+    if request.target.in_place or source.remote or not (absent and held):
+        raise error
+    root = beside.store.root
+    if request.options.force or request.options.drop_source:
+        raise SourceDroppedError(
+            f"{source.name}: its shards are gone, and {root} holds what they were converted to; "
+            "load uses that, nothing else can be made of it"
+        ) from error
+    if request.target.dtype not in held:
+        raise SourceDroppedError(
+            f"{source.name}: its shards are gone, and {root} holds what they were converted to "
+            f"with --dtype {' and '.join(held)} alone"
+        ) from error
+    if found := shipped(request):
+        return found[0], beside.store.manifest_path(beside.manifest_name)
+    raise error
+
+
+def dtypes_converted(request: Request) -> list[Dtype]:
+    """Return the dtypes to which the model is converted, in its directory or in the cache."""
+    beside = inside_model(request)
+    return [
+        d
+        for d in DTYPES
+        if read_manifest(_with_dtype(beside, d)) or read_manifest(_with_dtype(request, d))
+    ]
+
+
+def _with_dtype(request: Request, dtype: Dtype) -> Request:
+    return replace(request, target=replace(request.target, dtype=dtype))
 
 
 def inside_model(request: Request) -> Request:

@@ -19,6 +19,7 @@ from ..files.tensor_writer import file_size
 from ..plan.task import Task
 from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
+from ..text import bytes_text, counted
 from ..trace import Trace
 from ..transform.remote_runner import runner
 from ..transform.task_runner import Job, Outcome
@@ -154,21 +155,32 @@ def _run(
 
 
 def _check_space(request: Request, tasks: Sequence[Task]) -> None:
-    """Raise StoreError when what will surely be converted has no space.
-
-    Counts shards of unknown size; when sources are dropped, only what is made at once.
-    """
+    """Raise StoreError when what will surely be converted, shards of unknown size, has no space."""
     digest_cache = request.store.digest_cache
     sure = [
         task for task in tasks if request.options.force or not digest_cache.knows_size(task.size)
     ]
-    sizes = sorted((file_size(task.outputs) for task in sure), reverse=True)
-    needed = sum(sizes[: request.jobs] if request.options.drop_source else sizes)
+    check_space(request, [file_size(task.outputs) for task in sure])
+
+
+def check_space(request: Request, sizes: Sequence[int]) -> None:
+    """Check that entries fit into the store; when sources are dropped, those made at once.
+
+    Args:
+        request: Where they go.
+        sizes: Bytes of each entry.
+
+    Raises:
+        StoreError: They do not fit.
+    """
+    largest = sorted(sizes, reverse=True)
+    needed = sum(largest[: request.jobs] if request.options.drop_source else largest)
     free = request.store.free_bytes()
     if needed > free:
+        where = "" if request.target.in_place else " or choose another --cache-dir"
         raise StoreError(
-            f"{request.store.root}: {needed:,} bytes needed for {len(sure)} shards, {free:,} free; "
-            "free some space or choose another --cache-dir"
+            f"{request.store.root}: {bytes_text(needed)} needed for "
+            f"{counted(len(sizes), 'shard')}, {bytes_text(free)} free; free some space{where}"
         )
 
 

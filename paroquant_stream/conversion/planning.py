@@ -11,7 +11,13 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.layout import detect
 from ..checkpoint.quantization import read_quantization
 from ..checkpoint.shard import Shard
-from ..errors import MalformedFileError, SourceDroppedError
+from ..errors import (
+    CheckpointError,
+    LayoutError,
+    MalformedFileError,
+    PlanError,
+    SourceDroppedError,
+)
 from ..files.descriptor import closing
 from ..files.hashing import read_into, sha256_of
 from ..files.tensor_header import Header
@@ -22,8 +28,9 @@ from ..store.damage import damaged_path
 from ..store.drop_record import DropRecord
 from ..store.format import DTYPES
 from ..store.manifest import EntryRecord
+from ..text import counted
 from .find_dropped import find_dropped
-from .report import ShardReport, report_reused, why_converted
+from .report import ShardReport, report_inside, report_reused, why_converted
 from .request import Request, read_manifest
 from .staleness import source_staleness
 
@@ -83,12 +90,16 @@ def plan_model(request: Request) -> ModelPlan:
         reasons = dict.fromkeys(sorted(lost), "the header that was kept is damaged")
         raise gone_sources(request, reasons)
     checkpoint = replace(checkpoint, known_headers=known)
-    quantization = read_quantization(checkpoint.config.values)
+    config = checkpoint.config
+    quantization = read_quantization(config.values, str(config.path))
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
-    layout = detect(checkpoint.config.values, dtypes)
     dtype = DTYPES[request.target.dtype]
-    plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+    try:
+        layout = detect(config.values, dtypes)
+        plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+    except (LayoutError, PlanError) as error:
+        raise type(error)(f"{request.source.name}: {error}") from error
     return ModelPlan(plan, checkpoint, drop)
 
 
@@ -231,8 +242,8 @@ def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDroppedEr
     """
     listed = "\n  ".join(f"{shard}: {why}" for shard, why in shards.items())
     return SourceDroppedError(
-        f"{request.source.directory}: {len(shards)} shards must be read again and were removed by "
-        f"--drop-source; put them back, or undo the change:\n  {listed}"
+        f"{request.source.directory}: --drop-source removed {counted(len(shards), 'shard')} that "
+        f"must be read again; put them back, or undo the change:\n  {listed}"
     )
 
 
@@ -240,7 +251,12 @@ def survey(request: Request) -> tuple[ShardReport, ...]:
     """Report what `convert` would do for each shard and why; writes nothing."""
     before = read_manifest(request)
     known = {record.shard: record for record in before.entries} if before else {}
-    model = plan_model(request)
+    try:
+        model = plan_model(request)
+    except CheckpointError as error:
+        from .in_place import instead  # it stands above the planning of a run
+
+        return tuple(report_inside(record) for record in instead(request, error)[0].entries)
     work = work_of(request, model)
     reports = {n: report_reused(r, r) for n, r in (work.dropped | work.settled).items()}
     for task, missing in zip(work.tasks, work.absent, strict=True):

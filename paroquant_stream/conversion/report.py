@@ -9,6 +9,7 @@ from pathlib import Path
 from ..store.manifest import EntryRecord, Manifest
 
 UNCHANGED, IN_CACHE = "unchanged", "its content is in the cache already"
+IN_MODEL = "converted inside the model directory"
 ENTRY_GONE = "its entry is absent or damaged"
 
 
@@ -67,6 +68,11 @@ def report_reused(
     """Report a shard whose entry existed."""
     same = before is not None and before.key == record.key
     return _report(record, "reused", UNCHANGED if same else IN_CACHE, seconds)
+
+
+def report_inside(record: EntryRecord) -> ShardReport:
+    """Report an absent shard whose entry lies inside the model directory."""
+    return _report(record, "reused", IN_MODEL, 0.0)
 
 
 def report_converted(

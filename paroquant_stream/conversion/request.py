@@ -86,7 +86,7 @@ class Target:
     def manifest_name(self, source: ModelSource) -> str:
         """Name a model's manifest: by its path in a cache, without any inside the model."""
         if self.in_place:
-            return f"model-{hashlib.sha256(_dtype_json(self.dtype)).hexdigest()[:16]}"
+            return in_place_id(self.dtype)
         return model_id(source.resolved, self.dtype)
 
 
@@ -143,6 +143,11 @@ def read_manifest(request: Request) -> Manifest | None:
 def model_id(directory: Path, dtype: Dtype = "source") -> str:
     """Name the manifest, in a cache, of the model in this resolved directory."""
     return hashlib.sha256(os.fsencode(directory) + b"\0" + _dtype_json(dtype)).hexdigest()
+
+
+def in_place_id(dtype: Dtype) -> str:
+    """Name the manifest, inside a model directory, of its conversion to this dtype."""
+    return f"model-{hashlib.sha256(_dtype_json(dtype)).hexdigest()[:16]}"
 
 
 def default_jobs() -> int:

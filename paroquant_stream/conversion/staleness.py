@@ -60,7 +60,7 @@ def source_staleness(
     try:
         fd = shard.open()
     except ParoquantStreamError as error:
-        return f"{shard.name} cannot be read: {error}"
+        return str(error)
     with closing(fd):
         sha256 = shard.known_sha256(digest_cache, fd)
         if sha256 is None and read_unknown:

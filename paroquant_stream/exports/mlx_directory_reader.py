@@ -31,7 +31,7 @@ def stored_in_export(config: ModelConfig) -> TensorSource:
     """
     directory, checkpoint = config.directory, open_checkpoint(config)
     _check_format(config.values[EXPORTED], directory)
-    found = read_quantization(config.values)
+    found = read_quantization(config.values, str(config.path))
     headers = checkpoint.headers()
     tensors = [t for header in headers.values() for t in header.tensors]
 

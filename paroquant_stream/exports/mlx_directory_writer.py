@@ -32,6 +32,7 @@ from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
 from ..model.entries import guard_reads
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
+from ..store.format import Dtype
 from ..store.manifest import Manifest
 from ..store.store import Store
 from . import standalone
@@ -69,6 +70,7 @@ def export_model(
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
     revision: str | None = None,
+    dtype: Dtype = "source",
     progress: Progress | None = None,
 ) -> Export:
     """Write a model as an MLX model directory, converting first what is not in the cache.
@@ -82,6 +84,7 @@ def export_model(
         cache_dir: As for `convert_checkpoint`.
         jobs: As for `convert_checkpoint`.
         revision: As for `convert_checkpoint`.
+        dtype: As for `convert_checkpoint`: which of its conversions is written.
         progress: As for `convert_checkpoint`.
 
     Raises:
@@ -90,7 +93,9 @@ def export_model(
         ModelError: As `load` raises.
     """
     target = _target(out)
-    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
+    request = make_request(
+        model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
+    )
     _check_source(request)
 
     def attempt() -> Export:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UnwritableFileError
+from ..text import bytes_text
 from .atomic_file import free_bytes, sync_directory
 
 
@@ -46,7 +47,8 @@ def _check_free_space(target: Path, needed: int) -> None:
         raise _unwritable(target, error) from error
     if free < needed:
         raise UnwritableFileError(
-            f"{target}: {needed:,} bytes needed, {free:,} free; free some space and run again"
+            f"{target}: {bytes_text(needed)} needed, {bytes_text(free)} free; free some "
+            "space and run again"
         )
 
 

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from ..errors import StoreError
+from ..text import bytes_text
 from . import temp_files
 from .descriptor import FileStamp
 from .folder import Folder
@@ -152,8 +153,8 @@ def write_problem(path: Path, needed: int, error: OSError) -> str:
     """
     reason = f"{path}: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason += f"; {needed:,} bytes needed"
+        reason += f"; {bytes_text(needed)} needed"
         with contextlib.suppress(OSError):
-            reason += f", {free_bytes(path.parent):,} free"
+            reason += f", {bytes_text(free_bytes(path.parent))} free"
         reason += "; free some space and run again"
     return reason

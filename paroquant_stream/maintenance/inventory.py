@@ -10,15 +10,12 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..conversion.request import model_id
-from ..errors import StoreError
 from ..files import temp_files
 from ..files.descriptor import FileStamp
-from ..store.format import DTYPES
 from ..store.lock import locks_exclude
 from ..store.store import Store
 from .models import Model, read_models
@@ -116,32 +113,6 @@ def take_inventory(store: Store, now: float | None = None) -> Inventory:
         tuple(_unknown_memos(store, models, entries.values())),
         tuple(foreign_directories(store.root)) if store.private else (),
     )
-
-
-def find_models(inventory: Inventory, names: Sequence[str]) -> list[Model]:
-    """Return the models of these names.
-
-    Args:
-        inventory: Where they are looked for.
-        names: Model directories (also ones that are gone), Hub ids, names as they are shown, or
-            ids. A directory names its conversions to every dtype.
-
-    Raises:
-        StoreError: No model has one of the names.
-    """
-    found: dict[str, Model] = {}
-    for name in names:
-        path = Path(os.path.realpath(os.path.expanduser(name)))
-        ids = {name, *(model_id(path, dtype) for dtype in DTYPES)}
-        same = [model for model in inventory.models if model.id in ids]
-        same = same or [m for m in inventory.models if name in m.names]
-        if not same:
-            raise StoreError(
-                f"{name}: not converted in {inventory.store.root}; `paroquant-stream cache ls` "
-                "lists what is"
-            )
-        found |= {model.id: model for model in same}
-    return list(found.values())
 
 
 def claimed_keys(store: Store) -> set[str] | None:

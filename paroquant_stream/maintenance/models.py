@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
-from ..conversion.request import model_id
+from ..conversion.request import in_place_id, model_id
 from ..errors import ManifestError, NewerManifestError
 from ..store.drop_record import MAX_RECORD, DropRecord
 from ..store.format import DTYPES, Dtype
@@ -95,10 +95,10 @@ def read_models(store: Store) -> tuple[list[Model], Removed]:
             removed.append((file, _keys(manifest)))
         elif match:
             groups.setdefault(match["id"], []).append(file)
-    models = {name: _model(name, files) for name, files in groups.items()}
+    models = {name: _model(store, name, files) for name, files in groups.items()}
     records, removed_records = _records(store)
     for drop_id, files in records.items():
-        _add_record(models, drop_id, files)
+        _add_record(store, models, drop_id, files)
     return list(models.values()), (*removed, *removed_records)
 
 
@@ -116,7 +116,9 @@ def _records(store: Store) -> tuple[dict[str, list[Found]], Removed]:
     return groups, tuple(removed)
 
 
-def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) -> None:
+def _add_record(
+    store: Store, models: dict[str, Model], drop_id: str, files: Sequence[Found]
+) -> None:
     """Add a record to the model whose manifest continues it, else as a model of its own."""
     read = [_read_record(drop_id, file.path) for file in files]
     record = next((record for record, _ in read if record), None)
@@ -136,7 +138,10 @@ def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) 
         models[drop_id] = unknown
         return
     entries, directory = record.manifest.entries, record.manifest.directory
-    home = models.get(model_id(Path(directory), record.dtype))
+    home_id = model_id(Path(directory), record.dtype)
+    if not store.private:
+        directory, home_id = str(store.root.parent), in_place_id(record.dtype)
+    home = models.get(home_id)
     gone = {(e.shard, e.source_sha256) for e in entries if e.dropped}
     if home and gone <= {(e.shard, e.source_sha256) for e in home.records}:
         merged = {(e.key, e.shard): e for e in (*home.records, *entries)}
@@ -154,18 +159,22 @@ def _keys(manifest: Manifest | None) -> frozenset[str]:
     return frozenset(record.key for record in manifest.entries) if manifest else frozenset()
 
 
-def _model(name: str, files: list[Found]) -> Model:
+def _model(store: Store, name: str, files: list[Found]) -> Model:
     read = {file.path.name: _read(file.path) for file in files}
     manifests = [manifest for manifest, _ in read.values() if manifest]
     main = read.get(f"{name}.msgpack", (None, False))[0]
     known = main or (manifests[0] if manifests else None)
     directory, dtype = _directory(name, known) if known else (None, SOURCE)
+    shown_name = _shown_name(name, known, directory)
+    if not store.private:  # the one inside a model directory is named by where it lies
+        directory, shown_name = store.root.parent, str(store.root)
+        dtype = next((d for d in DTYPES if in_place_id(d) == name), SOURCE)
     everything = [record for manifest in manifests for record in manifest.entries]
     # of two the last one counts: it says that the source was dropped
     records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
     return Model(
         name,
-        _shown_name(name, known, directory) + ("" if dtype == SOURCE else f" ({dtype})"),
+        shown_name + ("" if dtype == SOURCE else f" ({dtype})"),
         directory,
         dtype,
         main,

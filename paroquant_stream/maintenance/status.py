@@ -6,6 +6,7 @@ No shard is read: one whose digest is not remembered is `unknown`. The words are
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..conversion.report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
 from ..conversion.request import Request, Target
 from ..conversion.staleness import staleness
 from ..errors import ParoquantStreamError
+from ..files.descriptor import FileStamp
 from ..plan.task import Task
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
@@ -25,6 +27,7 @@ from .models import Model
 FRESH, STALE, UNKNOWN, BROKEN = "fresh", "stale", "unknown", "broken"
 ORPHAN, DAMAGED = "orphan", "damaged"
 _INTERRUPTED = "a conversion with --drop-source was interrupted; run it again"
+NOT_REMEMBERED = "too new when it was converted to be proved unchanged; `convert` proves it"
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,8 @@ def freshness_of(store: Store, model: Model) -> Freshness:
     if model.is_orphan:
         why = f"{directory} is gone"
         return Freshness(ORPHAN, why, entries_alone(store, manifest, why))
-    return examine(
-        Request(ModelSource(str(directory), directory), Target(store, dtype=model.dtype)), manifest
-    )
+    target = Target(store, in_place=not store.private, dtype=model.dtype)
+    return examine(Request(ModelSource(str(directory), directory), target), manifest)
 
 
 def examine(request: Request, manifest: Manifest) -> Freshness:
@@ -162,11 +164,20 @@ class _KnownShards:
         if sha256 is None and task.size == record.source_size:
             if self._request.store.entry_size(record.key) != record.size:
                 return STALE, ENTRY_GONE
-            return UNKNOWN, "not read since it was written or moved"
+            return UNKNOWN, self._why_unknown(task.shard)
         if sha256 == record.source_sha256 and borrowed is None:
             return UNKNOWN, "perhaps borrowed part changed"
         now = record.borrowed_sha256 if borrowed is None else borrowed
         return STALE, why_converted(record, sha256, now, task.sha256, forced=False)
+
+    def _why_unknown(self, shard: str) -> str:
+        """Tell why a shard's hash is not remembered, as far as its times show that."""
+        manifest = self._request.store.manifest_path(self._request.manifest_name)
+        with contextlib.suppress(OSError):
+            stamp = FileStamp.of(os.stat(self._request.source.directory / shard))
+            if max(stamp.mtime_ns, stamp.ctime_ns) < os.stat(manifest).st_ctime_ns:
+                return NOT_REMEMBERED
+        return "not read since it was written or moved"
 
     def _sha256(self, shard: str) -> str | None:
         """Return the shard's SHA-256 if it is known; of a dropped one as it was."""

@@ -21,6 +21,7 @@ from ..store.damage import confirmed_defect, take_out
 from ..store.drop_record import read_records, repair_records
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
+from .models import Model
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,24 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
             verify_source(request.source.directory, record, request.store.digest_cache)
             for record in manifest.entries
         ]
+    return len(checks), [problem for problem in checks if problem]
+
+
+def verify_found(store: Store, model: Model, sources: bool) -> tuple[int, list[Problem]]:
+    """Verify the entries of a model as a listing has it, and its shards if asked to.
+
+    Returns:
+        The number of files read, and what is wrong with them.
+
+    Raises:
+        StoreError: The shards are asked for, and where they lie is not known.
+    """
+    checks = [verify_entry(store, record) for record in model.records]
+    if sources and model.directory is None:
+        raise StoreError(f"{model.name}: where its shards lie is not known; name its directory")
+    if sources and model.directory is not None:
+        directory, digests = model.directory, store.digest_cache
+        checks += [verify_source(directory, record, digests) for record in model.records]
     return len(checks), [problem for problem in checks if problem]
 
 

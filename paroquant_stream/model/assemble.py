@@ -31,6 +31,7 @@ from ..errors import AssemblyError
 from ..plan.planner import Plan
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
+from ..text import bytes_text
 from ..trace import NO_TRACE, Trace
 from .entries import check_sizes, guard_reads, read_weights
 from .experts import placeholders
@@ -230,6 +231,6 @@ def _check_memory(needed: int) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise AssemblyError(
-            f"the weights need {needed:,} bytes, this machine has {memory:,}; lazy=True loads them "
-            "anyway, each at its first use"
+            f"the weights need {bytes_text(needed)}, this machine has {bytes_text(memory)}; "
+            "lazy=True loads them anyway, each at its first use"
         )

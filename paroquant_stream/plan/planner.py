@@ -15,7 +15,7 @@ from ..checkpoint.layout import EXPERT, Layout, shared_rotation
 from ..checkpoint.quantization import Quantization
 from ..errors import PlanError
 from ..files.tensor_header import Header, TensorSpec
-from ..text import listed
+from ..text import counted, listed
 from .experts import counted_experts, layer_of, runs, shared_rotation_issues, split_experts
 from .linear import Linear
 from .task import Operation, Part, Task
@@ -100,9 +100,7 @@ def _make_plan(
 
 
 def _error(issues: list[str]) -> PlanError:
-    return PlanError(
-        f"{len(issues)} defects in the checkpoint, nothing was converted:{listed(issues)}"
-    )
+    return PlanError(f"{counted(len(issues), 'defect')}, nothing was converted:{listed(issues)}")
 
 
 def _group(

@@ -133,9 +133,11 @@ class Store(StoreDirectories):
         try:
             with self.opened("entries", key[:2]) as folder:
                 return folder.open_file(f"{key}.safetensors")
-        except (OSError, MalformedFileError) as error:
+        except OSError as error:
             path = self.entry_path(key)
-            raise StoreError(f"{path}: the entry cannot be opened: {error}") from error
+            raise StoreError(f"{path}: the entry cannot be opened: {error.strerror}") from error
+        except MalformedFileError as error:  # it names the path
+            raise StoreError(str(error)) from error
 
     def write_file(self, kind: str, name: str, data: bytes) -> None:
         """Publish a small file durably.

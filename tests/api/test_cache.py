@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
 from paroquant_stream import (
-    SomeModelsFailedError,
     StoreError,
     convert_checkpoint,
     list_cache,
@@ -20,20 +18,9 @@ from paroquant_stream import (
 )
 from paroquant_stream.conversion.request import model_id
 from paroquant_stream.store.store import cache_store
-from tests.helpers.builders import cut_evenly, flip, llama_tensors, temp_of, write_checkpoint
+from tests.helpers.builders import temp_of
 
 pytestmark = pytest.mark.usefixtures("settled")
-
-
-@pytest.fixture
-def three(tmp_path) -> list[Path]:
-    """Models a, b and c of two shards each; b shares every entry with a."""
-    a = write_checkpoint(tmp_path / "a", cut=cut_evenly(2))
-    b = Path(shutil.copytree(a, tmp_path / "b"))
-    c = write_checkpoint(tmp_path / "c", llama_tensors(1), cut_evenly(2))
-    for path in (a, b, c):
-        convert_checkpoint(path, jobs=1)
-    return [a, b, c]
 
 
 def bytes_on_disk() -> int:
@@ -44,13 +31,6 @@ def bytes_on_disk() -> int:
 
 def listed() -> list[str]:
     return [model.name for model in list_cache().models]
-
-
-def damage_entry(model: Path) -> Path:
-    manifest = convert_checkpoint(model)
-    path = cache_store().entry_path(manifest.entries[0].key)
-    flip(path, path.stat().st_size - 1)
-    return path
 
 
 def test_a_listed_model_says_what_a_load_would_do(model_dir, tmp_path):
@@ -166,44 +146,3 @@ def test_a_running_conversion_is_seen_by_the_plan_and_its_execution(model_dir):
             with pytest.raises(StoreError, match="a conversion is running"):
                 call()
     assert listed() == [str(model_dir)]
-
-
-def test_what_verify_finds_repair_converts_again(three):
-    assert verify_cache().models == ()
-    path = damage_entry(three[0])
-    found, done = verify_cache(), []
-    assert (found.files, [problem.path for problem in found.problems]) == (4, [path])
-    assert found.damaged == found.problems
-    assert set(found.models) == {str(path) for path in three[:2]}  # they share the entry
-    assert not path.exists()
-    found.repair(done.append)
-    assert set(done) == set(found.models)
-    assert verify_cache().problems == ()
-
-
-def test_verify_of_a_model_reads_every_dtype_and_sources(model_dir):
-    convert_checkpoint(model_dir, dtype="float16")
-    path = damage_entry(model_dir)
-    shard = model_dir / "model-00002-of-00003.safetensors"
-    flip(shard, shard.stat().st_size - 1)
-    found = verify_cache(model_dir, sources=True)
-    assert found.files == 12
-    assert [problem.path for problem in found.problems if not problem.key] == [shard, shard]
-    assert {problem.path for problem in found.damaged} == {path}
-    assert found.models == (str(model_dir),)
-
-
-def test_verify_of_all_models_takes_no_option_of_one():
-    for option in ("in_place", "sources"):
-        with pytest.raises(ValueError, match="need a model"):
-            verify_cache(**{option: True})
-
-
-def test_a_repair_that_fails_carries_the_error_of_its_model(three):
-    damage_entry(three[0])
-    found, done = verify_cache(), []
-    shutil.rmtree(three[0])
-    with pytest.raises(SomeModelsFailedError, match=f"1 of 2 models .*\n  {three[0]}: ") as caught:
-        found.repair(done.append)
-    assert list(caught.value.failures) == [str(three[0])]
-    assert done == [str(three[1])]

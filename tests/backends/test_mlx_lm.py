@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from paroquant_stream.backends.mlx_lm import MlxLm, load_config
-from paroquant_stream.errors import CheckpointError, MissingExtraError
+from paroquant_stream.backends.mlx_lm import MlxLm, import_utils, load_config
+from paroquant_stream.errors import CheckpointError, ExecutionError, MissingExtraError
 from tests.helpers.builders import CONFIG
 
 
@@ -75,3 +75,13 @@ def test_code_of_a_tokenizer_is_refused_without_a_question(model_dir, monkeypatc
     (model_dir / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="trust_remote_code"):
         MlxLm().load_tokenizer(model_dir, CONFIG)
+
+
+def test_a_low_limit_of_open_files_is_one_message(monkeypatch):
+    def refuse(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.delitem(sys.modules, "mlx_lm.utils", raising=False)
+    monkeypatch.setattr("resource.setrlimit", refuse)
+    with pytest.raises(ExecutionError, match="it needs 4096 open files, see `ulimit -Hn`"):
+        import_utils()

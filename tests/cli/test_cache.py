@@ -87,8 +87,8 @@ def test_verify_in_json(arguments, tmp_path, capsys):
 
 
 def test_verify_of_an_unconverted_model_is_one_message(tmp_path, model_dir, capsys):
-    assert cache.main(["verify", str(model_dir), "--cache-dir", str(tmp_path / "empty")]) == 1
-    assert "not converted" in capsys.readouterr().err
+    assert cache.main(["verify", str(model_dir)]) == 1
+    assert f"{model_dir}: not converted in {tmp_path}" in capsys.readouterr().err
 
 
 def run(*words: str) -> int:
@@ -215,18 +215,99 @@ def test_looking_changes_nothing(home, model_dir, capsys):
     assert (tree(home), tree(model_dir)) == before
 
 
-def test_an_absent_cache_is_empty_and_is_not_made(tmp_path, capsys):
-    where = ["--cache-dir", str(tmp_path / "absent")]
-    assert run("ls", *where) == 0
+def test_an_absent_cache_is_empty_and_is_not_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PAROQUANT_STREAM_CACHE", str(tmp_path / "absent"))
+    assert run("ls") == 0
     assert capsys.readouterr().out.startswith("0 models, 0 entries, 0 B in ")
-    assert run("ls", "--json", *where) == 0
+    assert run("ls", "--json") == 0
     assert capsys.readouterr().out == "[]\n"
-    assert run("path", *where) == 0
+    assert run("path") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'absent'}\n"
-    assert run("prune", *where) == 0
+    assert run("prune") == 0
     assert capsys.readouterr().out == "nothing to remove\n"
-    assert run("rm", "x", *where) == 1
+    assert run("rm", "x") == 1
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("words", [["ls"], ["prune"], ["verify"], ["verify", "x"], ["rm", "x"]])
+def test_a_directory_that_is_no_cache_is_not_an_empty_one(words, tmp_path, capsys):
+    assert run(*words, "--cache-dir", str(tmp_path)) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"error: {tmp_path}: there is no cache here; see --cache-dir\n")
+
+
+@pytest.fixture
+def in_place(model_dir, capsys) -> Path:
+    """A model with a conversion inside its directory, and none in the cache."""
+    assert convert.main([str(model_dir), "--in-place", "--quiet"]) == 0
+    return model_dir
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("name", ["{}", "{}/mlx"])
+def test_a_conversion_inside_the_model_is_listed(in_place, name, capsys):
+    name = name.format(in_place)
+    assert run("ls", name) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [f"{in_place}/mlx", "AUTOAWQ", "3/3", *lines[1].split()[3:]]
+    assert lines[1].endswith("fresh")
+    assert run("path", name) == 0
+    assert all(f"{in_place}/mlx/v1/" in line for line in capsys.readouterr().out.splitlines())
+    assert run("verify", name, "--sources") == 0
+    assert capsys.readouterr().out == "6 files read, 0 differ\n"
+
+
+def test_a_conversion_inside_the_model_is_removed(in_place, capsys):
+    before = tree(in_place / "mlx")
+    assert run("rm", str(in_place), "--dry-run") == 0
+    assert f"  {in_place}/mlx  " in capsys.readouterr().out
+    assert tree(in_place / "mlx") == before
+    assert run("rm", str(in_place), "-y") == 0
+    assert not list(in_place.glob("mlx/**/*.safetensors"))
+    assert len(list(in_place.glob("*.safetensors"))) == 3
+    assert run("ls", str(in_place)) == 1
+
+
+def test_a_published_conversion_is_removed_by_its_own_path_alone(in_place, capsys):
+    assert convert.main([str(in_place), "--quiet"]) == 0
+    assert run("ls", str(in_place), "-q") == 0
+    assert capsys.readouterr().out.splitlines() == [str(in_place), f"{in_place}/mlx"]
+    assert run("rm", str(in_place), "-y") == 0
+    assert run("ls", str(in_place), "-q") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{in_place}/mlx"
+    assert run("rm", f"{in_place}/mlx", "-y") == 0
+    assert run("ls", str(in_place), "-q") == 1
+
+
+def test_verify_takes_the_names_that_ls_shows(model_dir, tmp_path, capsys):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("a" * 40)
+    shutil.copytree(model_dir, snapshot)
+    assert convert.main([str(model_dir), "--dtype", "float16", "--in-place", "--quiet"]) == 0
+    assert convert.main([str(model_dir), "--dtype", "float16", "--quiet"]) == 0
+    assert convert.main([str(snapshot), "--quiet"]) == 0
+    assert run("ls", "-q") == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names == [f"{model_dir} (float16)", "owner/name@aaaaaaaa"]
+    for name in (*names, "owner/name", f"{model_dir}/mlx (float16)"):
+        assert run("verify", name) == 0
+        assert capsys.readouterr().out == "3 files read, 0 differ\n"
+    assert run("verify", f"{model_dir}/mlx (bfloat16)") == 1
+
+
+def test_damage_inside_the_model_is_found_and_repaired(in_place, capsys):
+    path = next(in_place.glob("mlx/v1/entries/*/*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    assert run("verify", str(in_place)) == 1
+    assert f"{path}: expected XXH3 " in capsys.readouterr().out
+    assert run("verify", str(in_place), "--repair") == 0
+    assert "converted again" in capsys.readouterr().out
+
+
+def test_a_moved_model_without_shards_is_verified_where_it_is(model_dir, tmp_path, capsys):
+    assert convert.main([str(model_dir), "--drop-source", "-y", "--quiet"]) == 0
+    model_dir.rename(tmp_path / "moved")
+    assert run("verify", str(tmp_path / "moved")) == 0
+    assert capsys.readouterr().out == "3 files read, 0 differ\n"
 
 
 def test_path_gives_the_manifest_and_the_entries(home, model_dir, capsys):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import subprocess
 import sys
 
 import pytest
 
-from paroquant_stream.cli.common import NO_READER
+from paroquant_stream.cli import main as cli_main
+from paroquant_stream.cli.common import NO_READER, print_refusal, run_command
 
 
 def run_without_reader(*arguments: str, streams: tuple[str, ...] = ("stdout",)) -> tuple[int, str]:
@@ -69,3 +72,81 @@ def test_the_code_of_the_command_is_that_of_the_process(give, code):
         f"import sys\nfrom paroquant_stream.cli.common import end_with\nend_with(lambda: {give})"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == code
+
+
+CACHE_LS = [sys.executable, "-m", "paroquant_stream", "cache", "ls"]
+
+
+def in_a_shell(redirection: str, *command: str, **variables: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command whose streams a shell redirects."""
+    program = ["sh", "-c", f'"$@" {redirection}', "sh", *command]
+    environment = os.environ | variables
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_output_is_one_line(unbuffered):
+    code, _, err = in_a_shell(">/dev/full", *CACHE_LS, PYTHONUNBUFFERED=unbuffered)
+    assert (code, err) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_a_closed_output_is_one_line():
+    code, _, err = in_a_shell(">&-", *CACHE_LS)
+    assert code == 1
+    assert err.startswith("error: stdout is closed; redirect it")
+    assert err.count("\n") == 1
+
+
+def test_closed_errors_leave_the_exit_code_and_the_output_alone():
+    absent = [sys.executable, "-m", "paroquant_stream", "cache", "rm", "absent"]
+    assert in_a_shell("2>&-", *absent) == (1, "", "")
+    code, out, _ = in_a_shell("<&- 2>&-", *CACHE_LS)
+    assert (code, out.startswith("0 models")) == (0, True)
+
+
+def test_what_an_encoding_lacks_is_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    assert run_command(lambda: sys.stdout.write("m-\N{SLIGHTLY SMILING FACE} \xe9\n") * 0, "") == 0
+    sys.stdout.flush()
+    assert raw.getvalue() == b"m-\\U0001f642 \xe9\n"
+    assert sys.stdout.errors == "strict"
+
+
+def test_a_path_that_is_not_utf_8_is_printed_escaped(model_dir, capsys):
+    path = f"{model_dir}-{os.fsdecode(bytes([255]))}"
+    model_dir.rename(path)
+    assert cli_main.main(["convert", path]) == 0
+    assert f"{model_dir}-\\udcff: 3 converted" in capsys.readouterr().out
+    assert cli_main.main(["cache", "rm", path, "-y"]) == 0
+
+
+TOO_MANY = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+NO_LIBRARY = ImportError(f"libx.so: cannot open shared object file: {TOO_MANY.strerror}")
+
+
+@pytest.mark.parametrize("error", [TOO_MANY, NO_LIBRARY])
+def test_an_import_without_descriptors_is_one_line(error, monkeypatch, capsys):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(cli_main, "import_module", refuse)
+    assert cli_main.main(["cache", "ls"]) == 1
+    expected = f"{TOO_MANY.strerror}; raise the limit with `ulimit -n`\n"
+    assert run_command(refuse, "") == 1
+    first, second = capsys.readouterr().err.splitlines(True)
+    assert first == second
+    assert first.startswith("error: ")
+    assert first.endswith(expected)
+
+
+def test_a_missing_name_is_a_defect_and_not_a_message():
+    with pytest.raises(ImportError, match="cannot import name"):
+        print_refusal(ImportError("cannot import name 'x'"))
+
+
+def test_a_refused_file_is_named(capsys):
+    assert print_refusal(PermissionError(errno.EACCES, "Permission denied", "a/b")) == 1
+    assert capsys.readouterr().err == "error: a/b: Permission denied\n"

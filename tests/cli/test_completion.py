@@ -50,7 +50,7 @@ def completed(line: str, tmp_path: Path) -> set[str]:
         ("paroquant-stream c", {"cache", "convert"}),
         ("paroquant-stream cache p", {"path", "prune"}),
         ("paroquant-stream convert --dr", {"--drop-source", "--dry-run"}),
-        ("paroquant-stream convert --executor ", {"thread", "process", "dask"}),
+        ("paroquant-stream convert --executor ", {"auto", "thread", "process", "dask"}),
         ("paroquant-stream convert --jobs ", {""}),  # not the files that lie here
         ("paroquant-stream cache ls --sort s", {"size", "state"}),
         ("paroquant-stream cache ls --filter a", {"age="}),

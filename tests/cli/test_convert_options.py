@@ -22,4 +22,6 @@ def test_wrong_usage_exits_with_2(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         main(wrong)
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

@@ -12,6 +12,7 @@ import pytest
 
 from paroquant_stream.cli import convert, export
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
+from paroquant_stream.files.tensor_header import read_header
 from tests.helpers.paths import FIXTURES
 
 
@@ -71,7 +72,9 @@ def test_wrong_usage_exits_with_2(command, wrong, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         export.main([*command, *wrong])
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -166,3 +169,37 @@ def test_the_module_form_does_not_warn(command):
     done = subprocess.run(program, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--trust-remote-code" in done.stdout
+
+
+def dtype_of(out) -> str:
+    """The dtype of the last norm in an export."""
+    with (out / "model.safetensors").open("rb") as file:
+        header = read_header(file.fileno(), str(out))
+    return next(tensor.dtype for tensor in header.tensors if tensor.name == "model.norm.weight")
+
+
+@pytest.mark.usefixtures("settled")
+def test_the_one_conversion_that_there_is_is_written(model_dir, tmp_path, capsys):
+    where = ["--cache-dir", str(tmp_path / "cache")]
+    assert convert.main([str(model_dir), *where, "--quiet", "--dtype", "bfloat16"]) == 0
+    assert export.main([str(model_dir), str(tmp_path / "out"), *where]) == 0
+    assert capsys.readouterr().err == (
+        "note: writes its one conversion, --dtype bfloat16; --dtype source makes another\n"
+    )
+    assert dtype_of(tmp_path / "out") == "BF16"
+    assert len(list((tmp_path / "cache").glob("v1/manifests/*.msgpack"))) == 1
+
+
+def test_a_dtype_is_written_as_asked_for(command, tmp_path, capsys):
+    assert export.main([*command, "--dtype", "bfloat16"]) == 0
+    assert dtype_of(tmp_path / "out") == "BF16"
+    command[1] += "-again"
+    assert export.main(command) == 0  # of two, the one that is bit-identical
+    assert "note" not in capsys.readouterr().err
+    assert dtype_of(tmp_path / "out-again") == "F16"
+
+
+def test_a_single_file_takes_no_dtype(model_dir, capsys):
+    with pytest.raises(SystemExit):
+        export.main([str(model_dir), "--single-file", "--dtype", "float16"])
+    assert "--single-file takes no --dtype" in capsys.readouterr().err

@@ -49,6 +49,6 @@ def test_a_full_disk_is_reported_before_work_and_a_rerun_resumes(model_dir, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "free_bytes", lambda _: 1000)
-        with pytest.raises(StoreError, match=r"[\d,]+ bytes needed for 3 shards, 1,000 free"):
+        with pytest.raises(StoreError, match=r"[\d.]+ kB needed for 3 shards, 1\.0 kB free"):
             run(model_dir)
     assert set(actions(run(model_dir)).values()) == {"converted"}

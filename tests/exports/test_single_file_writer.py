@@ -172,7 +172,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(
     monkeypatch.undo()
     assert fired
     assert "\n" not in str(caught.value)
-    assert ("bytes needed" in str(caught.value)) == (number == errno.ENOSPC)
+    assert (" needed, " in str(caught.value)) == (number == errno.ENOSPC)
     assert os.listdir(target.parent) == []
 
 

@@ -211,11 +211,11 @@ def test_a_directory_is_synced_by_path(tmp_path, monkeypatch):
 def test_a_full_disk_is_explained_with_the_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_file, "free_bytes", lambda _: 1234)
     assert write_problem(tmp_path / "x", 56789, FULL) == (
-        f"{tmp_path}/x: No space left on device; 56,789 bytes needed, 1,234 free; "
+        f"{tmp_path}/x: No space left on device; 56.8 kB needed, 1.2 kB free; "
         "free some space and run again"
     )
     quota = OSError(errno.EDQUOT, "Disk quota exceeded")
-    assert "56,789 bytes needed" in str(write_error(tmp_path / "x", 56789, quota))
+    assert "56.8 kB needed" in str(write_error(tmp_path / "x", 56789, quota))
 
 
 def test_another_error_is_explained_by_its_reason(tmp_path):

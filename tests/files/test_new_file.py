@@ -106,7 +106,7 @@ def test_an_error_of_the_writer_thread_reaches_the_caller(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(StoreError, match="No space left on device; 30,000 bytes needed"):
+    with pytest.raises(StoreError, match=r"No space left on device; 30\.0 kB needed"):
         write(tmp_path, bytes(30_000))
     assert os.listdir(tmp_path / "tmp") == os.listdir(tmp_path / "entries") == []
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_an_error_of_the_store_at_once(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(StoreError, match="No space left on device; 5,000 bytes needed"):
+    with pytest.raises(StoreError, match=r"No space left on device; 5\.0 kB needed"):
         new(tmp_path, 5000)
     assert os.listdir(tmp_path / "tmp") == []
 

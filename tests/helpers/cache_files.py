@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from paroquant_stream import convert_checkpoint
+from paroquant_stream.store.store import cache_store
+from tests.helpers.builders import flip
+
 
 def entries(cache: Path) -> dict[str, bytes]:
     """Map the file name of each entry to its bytes."""
@@ -13,3 +17,10 @@ def entries(cache: Path) -> dict[str, bytes]:
 def temps(cache: Path) -> list[str]:
     """List the names of the temporary files."""
     return [path.name for path in (cache / "v1" / "tmp").iterdir()]
+
+
+def damage_entry(model: Path) -> Path:
+    """Flip a bit of a model's first entry in the user's cache, and return its path."""
+    path = cache_store().entry_path(convert_checkpoint(model).entries[0].key)
+    flip(path, path.stat().st_size - 1)
+    return path

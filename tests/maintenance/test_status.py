@@ -18,7 +18,15 @@ from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import CheckpointError
 from paroquant_stream.files.hashing import SourceHasher
-from paroquant_stream.maintenance.status import BROKEN, FRESH, STALE, UNKNOWN, Freshness, examine
+from paroquant_stream.maintenance.status import (
+    BROKEN,
+    FRESH,
+    NOT_REMEMBERED,
+    STALE,
+    UNKNOWN,
+    Freshness,
+    examine,
+)
 from paroquant_stream.store.format import OPERATION_VERSIONS
 from tests.helpers.builders import (
     as_hub_snapshot,
@@ -224,3 +232,16 @@ def test_a_model_that_cannot_be_read_is_broken_and_says_why(converted):
     assert [shard.why for shard in found.shards] == ["see its model"] * 3
     (converted / "config.json").unlink()
     assert "config.json" in look(converted).why
+
+
+def test_a_shard_that_was_new_when_it_was_converted_says_so(converted):
+    for memo in make_request(converted).store.folder("memo").iterdir():
+        memo.unlink()  # as of files that were younger than 2 s: none was stored
+    found = look(converted)
+    assert (found.state, found.why) == (UNKNOWN, f"{NOT_REMEMBERED} (3)")
+    os.utime(converted / FIRST)
+    assert whys(look(converted)) == [
+        (UNKNOWN, "not read since it was written or moved"),
+        (UNKNOWN, NOT_REMEMBERED),
+        (UNKNOWN, NOT_REMEMBERED),
+    ]

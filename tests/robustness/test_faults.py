@@ -351,7 +351,7 @@ def test_a_full_disk_names_the_space_and_resumes_with_more(
     if not checks:
         monkeypatch.setattr(Store, "free_bytes", lambda _: 1 << 40)
     with mounted(cache, "-t", "tmpfs", "-o", f"size={size}k,mode=700", "none") as remount:
-        with pytest.raises(StoreError, match=r"bytes needed.* free"):
+        with pytest.raises(StoreError, match=r"B needed.* free"):
             run(model, cache)
         assert not temps(cache)
         remount("size=1m")

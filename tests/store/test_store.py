@@ -109,7 +109,7 @@ def test_a_full_disk_error_states_needed_and_free_bytes(store, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StoreError, match=r"1,000 bytes needed, [\d,]+ free"):
+    with pytest.raises(StoreError, match=r"1\.0 kB needed, [\d.]+ [MGT]B free"):
         publish(store, bytes(1000))
 
 
