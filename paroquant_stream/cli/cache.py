@@ -144,6 +144,8 @@ def _to_verify(arguments: argparse.Namespace) -> list[Found]:
 
 def _moved(arguments: argparse.Namespace) -> list[Request]:
     """Return requests for a model whose directory was moved, which its drop record tells."""
+    if not os.path.exists(Path(arguments.model or "/dev/null").expanduser() / CONFIG_NAME):
+        return []
     request = make_request(
         arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place
     )
@@ -162,8 +164,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         try:
             found = _to_verify(arguments)
         except StoreError:
-            if os.path.exists(Path(arguments.model).expanduser() / CONFIG_NAME):
-                moved = _moved(arguments)
+            moved = _moved(arguments)
             if not moved:
                 raise
         results = [verify_found(place.store, model, arguments.sources) for place, model in found]

@@ -23,7 +23,7 @@ from ..text import shown
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 NO_READER = 141  # what a shell gives for a program that SIGPIPE ended, 128 + 13
-_Value = TypeVar("_Value", int, float)
+_Value = TypeVar("_Value", int, float, str)
 _CHOICE = re.compile(
     r"(?P<where>.*)invalid choice: ['\"]?(?P<word>.*?)['\"]?,? .*\(choose from (?P<choices>.*)\)"
 )
@@ -184,7 +184,10 @@ def confirm(question: str, refused: ParoquantStreamError) -> None:
 def add_cache_dir(parser: argparse._ActionsContainer) -> None:
     """Add the option --cache-dir."""
     parser.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
+        "--cache-dir",
+        type=option_type(_parse_directory),
+        metavar="DIR",
+        help="the cache (default: ~/.cache/paroquant/mlx_cache)",
     )
 
 
@@ -203,6 +206,12 @@ def option_type(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
+
+
+def _parse_directory(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the name of a directory is empty")
+    return text
 
 
 def _parse_jobs(text: str) -> int:
