@@ -110,7 +110,7 @@ def _to_verify(
     try:
         found = find_all(take_inventory(cache_store(cache_dir)), [str(model)])
     except StoreError:
-        if not os.path.exists(Path(model).expanduser() / CONFIG_NAME):
+        if not os.path.exists(Path(model or "/dev/null").expanduser() / CONFIG_NAME):
             raise
         request = make_request(model, cache_dir=cache_dir, in_place=in_place)
         requests = [replace(request, target=replace(request.target, dtype=d)) for d in DTYPES]

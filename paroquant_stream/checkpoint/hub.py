@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 """The files of a model beside its shards; code (`*.py`) and pickles (`*.bin`) are not fetched."""
+_CONNECT_TIMEOUT = 10.0  # s
+_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_PAGE = re.compile(
+    r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)"
+    r"(?:/tree/(?P<revision>[^/?#]+))?/?"
+)
 _FIRST_BYTES = 1 << 18  # enough for the header of a shard of 1,500 tensors
 
 
@@ -97,7 +104,7 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
     used as it is.
 
     Args:
-        model: A directory or a repository id, `owner/name`.
+        model: A directory, a repository id, `owner/name`, or the address of its page on the Hub.
         revision: A branch, tag or commit of the repository, `main` by default.
 
     Returns:
@@ -106,23 +113,63 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
     Raises:
         CheckpointError: `model` is neither a directory nor a repository that can be downloaded.
     """
+    if not str(model).strip():
+        raise CheckpointError("the name of the model is empty; give a directory or a repository id")
     path = Path(model).expanduser()
     if os.path.isdir(path):  # pathlib raises on a disk error
         if revision:
             raise CheckpointError(f"{path}: a directory has no revision; --revision is for the Hub")
         return path, None
-    name = str(model)
-    if os.path.exists(path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    name, named_revision = _repository(str(model))
+    revision = revision or named_revision
+    if os.path.exists(path) or not _ID.fullmatch(name):
         raise CheckpointError(
             f"{model}: neither a model directory nor a repository id like owner/name"
         )
+    (why_offline,) = run_calls([(f"{name}: look for the Hub", _why_offline)])
     try:
-        directory = Path(run_calls([_download(name, "config.json", revision)])[0]).parent
+        call = _download(name, "config.json", revision, local=bool(why_offline))
+        directory = Path(run_calls([call])[0]).parent
     except CheckpointError as error:
+        if why_offline:
+            raise CheckpointError(f"{model}: no such directory; {why_offline}") from error
         raise CheckpointError(f"{error}; and no directory of this name exists") from error
     remote = HubModel(name, directory.name)
-    _fetch_small(remote)
+    if why_offline:
+        logger.info("%s: using the Hub's cache alone: %s", name, why_offline)
+    else:
+        _fetch_small(remote)
     return directory, remote
+
+
+def _repository(model: str) -> tuple[str, str | None]:
+    """Return the repository id and the revision in the address of a model's page on the Hub."""
+    match = _PAGE.fullmatch(model)
+    return (match["id"], match["revision"]) if match else (model, None)
+
+
+def _why_offline(_watch: Watch) -> str | None:
+    """Tell why no request to the Hub can succeed, at once: its client tries again for 23 s."""
+    import socket  # 4 ms, for models from the Hub alone
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "as a Hub id it is not in the Hub's cache, and HF_HUB_OFFLINE is set, so that nothing "
+            "is downloaded"
+        )
+    url = urlsplit(constants.ENDPOINT)
+    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    if getproxies().keys() & {url.scheme, "all"} and not proxy_bypass(host):
+        return None  # the proxy looks for the host
+    try:
+        socket.create_connection((host, port), _CONNECT_TIMEOUT).close()
+    except OSError as error:
+        return f"as a Hub id it cannot be reached: {host}: {error.strerror or error}"
+    return None
 
 
 def _fetch_small(remote: HubModel) -> None:
@@ -144,7 +191,11 @@ def _fetch_small(remote: HubModel) -> None:
 
 
 def _download(
-    name: str, file: str, revision: str | None, tick: Callable[[int], None] = lambda _: None
+    name: str,
+    file: str,
+    revision: str | None,
+    tick: Callable[[int], None] = lambda _: None,
+    local: bool = False,
 ) -> tuple[str, Callable[[Watch], str]]:
     """Make a call for `run_calls` that returns the path of a file in the Hub's cache."""
 
@@ -153,7 +204,11 @@ def _download(
 
         bar = watch.bar(tick, size_limit(file))
         try:
-            return str(hf_hub_download(name, file, revision=revision, tqdm_class=bar))
+            return str(
+                hf_hub_download(
+                    name, file, revision=revision, tqdm_class=bar, local_files_only=local
+                )
+            )
         except ParoquantStreamError:  # from the bar
             raise
         except Exception as error:  # the Hub's client raises a dozen unrelated kinds

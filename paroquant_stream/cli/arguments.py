@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from ..text import shown
 from ..version import __version__
 
-_Value = TypeVar("_Value", int, float)
+_Value = TypeVar("_Value", int, float, str)
 _CHOICE = re.compile(
     r"(?P<where>.*)invalid choice: ['\"]?(?P<word>.*?)['\"]?,? .*\(choose from (?P<choices>.*)\)"
 )
@@ -72,7 +72,10 @@ def typed(command: str = "") -> str:
 def add_cache_dir(parser: argparse._ActionsContainer) -> None:
     """Add the option --cache-dir."""
     parser.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache (default: ~/.cache/paroquant/mlx_cache)"
+        "--cache-dir",
+        type=option_type(_parse_directory),
+        metavar="DIR",
+        help="the cache (default: ~/.cache/paroquant/mlx_cache)",
     )
 
 
@@ -91,6 +94,12 @@ def option_type(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
+
+
+def _parse_directory(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the name of a directory is empty")
+    return text
 
 
 def _parse_jobs(text: str) -> int:

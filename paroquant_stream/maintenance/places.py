@@ -32,6 +32,7 @@ def find_everywhere(inventory: Inventory, name: str) -> list[Found]:
     Raises:
         StoreError: There is none.
     """
+    _check_name(name)
     found = [*_in_cache(inventory, name), *_inside(name)]
     if not found:
         raise StoreError(
@@ -49,6 +50,7 @@ def find_to_remove(inventory: Inventory, name: str) -> list[Found]:
     Raises:
         StoreError: There is none.
     """
+    _check_name(name)  # a path without a name is the current directory
     return _in_cache(inventory, name) or find_everywhere(inventory, name)
 
 
@@ -75,6 +77,11 @@ def request_of(inventory: Inventory, model: Model) -> Request:
         raise StoreError(f"{model.name}: where it lies is not known; convert it by its path")
     target = Target(inventory.store, in_place=not inventory.store.private, dtype=model.dtype)
     return Request(ModelSource(str(model.directory), model.directory), target, jobs=default_jobs())
+
+
+def _check_name(name: str) -> None:
+    if not name.strip():
+        raise StoreError("the name of the model is empty; `cache ls` lists the names")
 
 
 def _in_cache(inventory: Inventory, name: str) -> list[Found]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from paroquant_stream import convert_checkpoint
-from paroquant_stream.checkpoint.hub import PATTERNS, HubModel, locate
+from paroquant_stream.checkpoint.hub import PATTERNS, HubModel, _why_offline, locate
 from paroquant_stream.checkpoint.shard import Shard
 from paroquant_stream.conversion.planning import survey
 from paroquant_stream.conversion.request import make_request
@@ -28,6 +30,75 @@ def test_a_directory_needs_no_hub(tmp_path):
 def test_other_names_are_refused_without_a_request(name, hub):
     with pytest.raises(CheckpointError, match="neither a model directory nor a repository id"):
         locate(name)
+    assert hub.log == []
+
+
+def test_an_empty_name_is_not_the_current_directory(model_dir, monkeypatch):
+    monkeypatch.chdir(model_dir)
+    with pytest.raises(CheckpointError, match="the name of the model is empty"):
+        locate("")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://huggingface.co/{}", "hf.co/{}/", "https://huggingface.co/{}/tree/main"],
+)
+def test_the_address_of_its_page_names_a_repository(hub, commit, address):
+    assert locate(address.format(REPO))[1] == HubModel(REPO, commit)
+
+
+def test_the_address_of_a_revision_names_that(hub, commit):
+    hub.repos[REPO]["v1"] = commit
+    del hub.repos[REPO]["main"]
+    assert locate(f"https://huggingface.co/{REPO}/tree/v1")[1] == HubModel(REPO, commit)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://huggingface.co/owner", "https://example.com/owner/name", "https://hf.co/o/n/blob/x"],
+)
+def test_other_addresses_are_refused_without_a_request(hub, address):
+    with pytest.raises(CheckpointError, match="neither a model directory nor a repository id"):
+        locate(address)
+    assert hub.log == []
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """No host answers at the address of the Hub, and its client must not be asked."""
+    with socket.socket() as taken:  # bound and not listening: refused
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", pytest.fail)
+        yield
+
+
+@pytest.mark.usefixtures("hub", "unreachable")
+def test_a_mistyped_path_is_reported_without_a_retry():
+    words = "models/x: no such directory; as a Hub id it cannot be reached: 127.0.0.1: Connection"
+    with pytest.raises(CheckpointError, match=words):
+        locate("models/x")
+
+
+@pytest.mark.usefixtures("commit")
+def test_without_a_network_the_hubs_cache_is_used_at_once(request):
+    before = locate(REPO)
+    request.getfixturevalue("unreachable")
+    assert locate(REPO) == before
+
+
+@pytest.mark.usefixtures("hub", "unreachable")
+def test_behind_a_proxy_its_client_looks_for_the_host(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert _why_offline(None) is None
+
+
+def test_offline_mode_is_named_as_the_cause(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set, so that nothing is"):
+        locate("owner/absent")
     assert hub.log == []
 
 

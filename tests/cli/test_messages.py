@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -58,7 +59,23 @@ TABLE = [
      "line 1 column 2 (char 1)\n"
      "  plain/config.json: neither quantization_config nor paroquant_config; not a ParoQuant "
      "model"),
+    ("convert nope", 1, "nope: neither a model directory nor a repository id like owner/name"),
+    ("convert owner/name", 1, "owner/name: no such directory; as a Hub id it is not in the Hub's "
+     "cache, and HF_HUB_OFFLINE is set, so that nothing is downloaded"),
+    ("export hf.co/owner/name out", 1, "hf.co/owner/name: no such directory; as a Hub id it is "
+     "not in the Hub's cache, and HF_HUB_OFFLINE is set, so that nothing is downloaded"),
+    ("cache verify owner/name", 1, "owner/name: not converted in CACHE; `cache ls` lists what is"),
+    ("convert ''", 1, "the name of the model is empty; give a directory or a repository id"),
+    ("cache rm '' -y", 1, "the name of the model is empty; `cache ls` lists the names"),
+    ("cache verify ''", 1, "the name of the model is empty; `cache ls` lists the names"),
     # places
+    ("convert m --cache-dir ''", 2, "argument --cache-dir: the name of a directory is empty"
+     + SEE.format("convert")),
+    ("cache verify --cache-dir m", 1, "m: there is no cache here; see --cache-dir"),
+    ("cache ls --cache-dir no", 1, "no: there is no cache here; see --cache-dir"),
+    ("cache ls m", 1, "m: not converted in CACHE; `cache ls` lists what is"),
+    ("export m no/out", 1, "HERE/no/out: there is no directory HERE/no; make it first"),
+    ("run no.py", 1, "no.py: No such file or directory"),
     ("convert m --trace no/t.json", 1, "no/t.json: the trace cannot be written: No such file or "
      "directory; name another file"),
     ("cache rm m", 1, "m: not converted in CACHE; `cache ls` lists what is"),
@@ -84,14 +101,16 @@ def models(tmp_path_factory) -> Path:
 def run(models, monkeypatch, capsys):
     """Run a command in the directory of the models; returns exit code, stdout and stderr."""
     monkeypatch.chdir(models)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(command: str) -> tuple[int, str, str]:
         try:
-            code = main(command.split())
+            code = main(shlex.split(command))
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
-        return code, out, err.replace(os.environ["PAROQUANT_STREAM_CACHE"], "CACHE")
+        err = err.replace(os.environ["PAROQUANT_STREAM_CACHE"], "CACHE")
+        return code, out, err.replace(str(models), "HERE")
 
     return run
 
