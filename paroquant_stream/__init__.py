@@ -23,6 +23,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api.convert import convert_checkpoint, convert_checkpoints
+    from .api.export import export_model
     from .api.install import install, uninstall
     from .api.load import load
     from .conversion.request import ConvertOptions
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         ParoquantStreamError,
         StoreError,
     )
-    from .exports.mlx_directory_writer import export_model
     from .store.manifest import Manifest
 
 __all__ = [
@@ -62,7 +62,7 @@ _MODULES = {
     "StoreError": "errors",
     "convert_checkpoint": "api.convert",
     "convert_checkpoints": "api.convert",
-    "export_model": "exports.mlx_directory_writer",
+    "export_model": "api.export",
     "install": "api.install",
     "load": "api.load",
     "uninstall": "api.install",

@@ -29,15 +29,15 @@ TABLE = {
     "checkpoint": "errors text files",
     "plan": "errors text checkpoint store files",
     "distributed": "errors rotation backends store checkpoint files",
-    "transform": "errors plan checkpoint store execution files",
+    "transform": "errors backends plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
     "conversion": "errors trace transform plan store checkpoint execution files model backends",
     "maintenance": "errors text conversion plan checkpoint store files",
     "exports": "errors trace text version conversion model distributed backends rotation plan store"
     " checkpoint files",
     "integrations": "errors",
-    "api": "errors trace integrations exports maintenance conversion model distributed plan store"
-    " checkpoint files execution",
+    "api": "errors trace integrations exports maintenance conversion model distributed backends"
+    " plan store checkpoint files execution",
     "cli": "errors trace text version api integrations exports maintenance conversion plan store"
     " checkpoint execution",
     "convert": "cli",
@@ -49,7 +49,7 @@ TABLE = {
 }
 """Package or module -> what of ours it may import; everything stands below what it imports."""
 
-LATE = {("conversion", "model"), ("conversion", "backends")}
+LATE = {("conversion", "model"), ("conversion", "backends"), ("transform", "backends")}
 """Imported inside functions alone: most runs need no model class, and a run without work nothing
 of them."""
 

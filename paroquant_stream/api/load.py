@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..backends.mlx_lm import MlxLm
 from ..checkpoint.model_files import check_directory
-from ..conversion.converter import convert
+from ..conversion.converter import Loads, convert
 from ..conversion.in_place import shipped
 from ..conversion.request import Request, make_request
 from ..conversion.staleness import Needed
@@ -81,12 +82,12 @@ def load(
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
     full, split = _is_full(verify), Split(layers, group, parallel)
+    MlxLm().check_installed()
     request = make_request(
         model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
     )
     with written_to(trace) as timed:
-        options = _Options(lazy, force_text, full, timed, split)
-        return _load_repairing(request, options, progress)
+        return _load_repairing(request, _Options(lazy, force_text, full, timed, split), progress)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class _Options:
     full: bool
     trace: Trace
     split: Split
+
+    @property
+    def loads(self) -> Loads:
+        """Which part of a vision model is loaded."""
+        return "text" if self.force_text else "all"
 
     def without_entries(self, force_text: bool) -> dict[str, Any]:
         """Return the options of `assemble_from`, which reads no entries."""
@@ -143,7 +149,7 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     if loaded:
         return loaded
     try:
-        manifest = convert(request, progress, options.trace, needed).manifest
+        manifest = convert(request, progress, options.trace, needed, options.loads).manifest
     except CheckpointError as error:
         if damage:
             raise damage from error

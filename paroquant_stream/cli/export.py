@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..api.export import export_model
 from ..conversion.request import make_request
 from ..exports.single_file import NAME
 from ..text import bytes_text, parse_size, shown
@@ -86,8 +87,6 @@ def _write_single(arguments: argparse.Namespace) -> int:
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from ..exports.mlx_directory_writer import MODEL_FILE, export_model
-
     with Progress(arguments.quiet) as progress:
         export = export_model(
             arguments.model,
@@ -106,5 +105,7 @@ def _write_directory(arguments: argparse.Namespace) -> int:
     if export.text_only:
         print("its text part only: the vision and audio towers are left out")
     if arguments.self_contained:
+        from ..exports.mlx_directory_writer import MODEL_FILE  # brings MLX
+
         print(f"it contains code, {MODEL_FILE}, that mlx-lm runs only with --trust-remote-code")
     return 0

@@ -9,6 +9,7 @@ from functools import partial
 
 from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
+from ..execution.dask import client_of
 from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..files.folder import Folder
@@ -47,7 +48,7 @@ def convert_shards(
     before = read_manifest(request)
     known = _known_records(model, before)
     work = work_of(request, model)
-    _check_space(request, work.tasks)
+    _check_before_work(request, work.tasks)
     kept = work.dropped | work.settled
     reports = {n: report_reused(r, r) for n, r in kept.items()}
     tally = Tally(progress, work.tasks, work.absent)
@@ -133,15 +134,18 @@ def _run(
         yield from run_all(work, jobs, request.jobs, trace, slots.share(len(jobs)))
 
 
-def _check_space(request: Request, tasks: Sequence[Task]) -> None:
-    """Raise StoreError when what will surely be converted has no room.
-
-    Counts shards of unknown size; when sources are dropped, only what is made at once.
-    """
+def _check_before_work(request: Request, tasks: Sequence[Task]) -> None:
+    """Check what the tasks need that will surely be converted: of shards of unknown size."""
     digest_cache = request.store.digest_cache
     sure = [
         task for task in tasks if request.options.force or not digest_cache.knows_size(task.size)
     ]
+    _check_space(request, sure)
+    _check_mlx(request, sure)
+
+
+def _check_space(request: Request, sure: Sequence[Task]) -> None:
+    """Raise StoreError when these entries have no room; of a drop, only those made at once."""
     sizes = sorted((file_size(task.outputs) for task in sure), reverse=True)
     needed = sum(sizes[: request.jobs] if request.options.drop_source else sizes)
     free = request.store.free_bytes()
@@ -150,6 +154,16 @@ def _check_space(request: Request, tasks: Sequence[Task]) -> None:
             f"{request.store.root}: {needed:,} bytes needed for {len(sure)} shards, {free:,} free; "
             "make room or choose another --cache-dir"
         )
+
+
+def _check_mlx(request: Request, sure: Sequence[Task]) -> None:
+    """Raise MissingExtraError when MLX, which quantizes embeddings, is needed and not usable."""
+    if request.options.executor and client_of(request.options.executor):
+        return  # of a cluster, whose workers have an environment of their own
+    if any(operation.kind == "quantize" for task in sure for operation in task.operations):
+        from ..backends.mlx_core import check_mlx  # late: most runs have no work
+
+        check_mlx()
 
 
 def _manifest(request: Request, model: ModelPlan, records: Sequence[EntryRecord]) -> Manifest:

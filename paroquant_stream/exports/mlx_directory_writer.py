@@ -1,4 +1,4 @@
-"""export_model(): a converted model as an MLX model directory, one tensor in memory at a time.
+"""export_directory(): a converted model as an MLX model directory, one tensor in memory at a time.
 
 The directory appears complete or not at all, and shares no file with the cache. It holds the
 model's parameters under their own names; `load` of this package reads it. Of a vision model the
@@ -23,7 +23,7 @@ from ..checkpoint.config import EXPORTED, INDEX_NAME, SINGLE_NAME
 from ..checkpoint.model_files import check_directory
 from ..conversion.in_place import converted
 from ..conversion.progress import Progress
-from ..conversion.request import Request, make_request
+from ..conversion.request import Request
 from ..errors import CheckpointError, EntryDamagedError
 from ..files.atomic_directory import new_directory
 from ..files.new_file import new_file_at
@@ -40,7 +40,6 @@ from .mlx_directory_reader import FORMAT
 
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""
-SHARD_SIZE = 5_000_000_000
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
@@ -60,42 +59,32 @@ class Export:
     """Whether a vision or audio tower was left out."""
 
 
-def export_model(
-    model_path: str | Path,
-    out: str | Path,
-    *,
-    self_contained: bool = False,
-    shard_size: int = SHARD_SIZE,
-    cache_dir: str | Path | None = None,
-    jobs: int | None = None,
-    revision: str | None = None,
+def export_directory(
+    request: Request,
+    target: Path,
+    self_contained: bool,
+    shard_size: int,
     progress: Progress | None = None,
 ) -> Export:
-    """Write a model as an MLX model directory, converting first what is not in the cache.
+    """Write a model as an MLX model directory, as `paroquant_stream.export_model` describes.
 
     Args:
-        model_path: A model directory, or a Hub repository id.
-        out: The directory to write, which must not exist.
-        self_contained: Add a Python file by which mlx-lm reads it without this package; mlx-lm runs
-            it only with `trust_remote_code`.
+        request: The model.
+        target: The directory to write, as `new_target` returned it.
+        self_contained: Add a Python file by which mlx-lm reads it without this package.
         shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
-        cache_dir: As for `convert_checkpoint`.
-        jobs: As for `convert_checkpoint`.
-        revision: As for `convert_checkpoint`.
-        progress: As for `convert_checkpoint`.
+        progress: As for `convert`.
 
     Raises:
-        CheckpointError: `out` exists or its parent does not, or the model cannot be used.
+        CheckpointError: The model cannot be used.
         StoreError: It cannot be written.
         ModelError: As `load` raises.
     """
-    target = _target(out)
-    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
     _check_source(request)
 
     def attempt() -> Export:
         try:
-            manifest, store = converted(request, progress)
+            manifest, store = converted(request, progress, loads="text")
         except BaseException as stop:
             if not isinstance(stop, Exception):  # Ctrl-C: workers may be inside a system call
                 request.store.sweep(own=True)
@@ -107,8 +96,15 @@ def export_model(
     return attempt()
 
 
-def _target(out: str | Path) -> Path:
-    """Return the absolute path of the new directory; checked before hours of conversion."""
+def new_target(out: str | Path) -> Path:
+    """Return the absolute path of a new directory; checked before hours of conversion.
+
+    Args:
+        out: The directory, which must not exist.
+
+    Raises:
+        CheckpointError: It exists, or its parent does not.
+    """
     target = Path(os.path.abspath(Path(out).expanduser()))
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; remove it or name another directory")

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.errors import (
     CheckpointError,
     MalformedFileError,
@@ -22,7 +23,7 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
 from paroquant_stream.exports import standalone
-from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
+from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE
 from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES

@@ -1,0 +1,53 @@
+"""`export_model`: a converted model as an MLX model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..backends.mlx_lm import MlxLm
+from ..conversion.request import make_request
+
+if TYPE_CHECKING:
+    from ..conversion.progress import Progress
+    from ..exports.mlx_directory_writer import Export
+
+SHARD_SIZE = 5_000_000_000
+
+
+def export_model(
+    model_path: str | Path,
+    out: str | Path,
+    *,
+    self_contained: bool = False,
+    shard_size: int = SHARD_SIZE,
+    cache_dir: str | Path | None = None,
+    jobs: int | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """Write a model as an MLX model directory, converting first what is not in the cache.
+
+    Args:
+        model_path: A model directory, or a Hub repository id.
+        out: The directory to write, which must not exist.
+        self_contained: Add a Python file by which mlx-lm reads it without this package; mlx-lm runs
+            it only with `trust_remote_code`.
+        shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
+        cache_dir: As for `convert_checkpoint`.
+        jobs: As for `convert_checkpoint`.
+        revision: As for `convert_checkpoint`.
+        progress: As for `convert_checkpoint`.
+
+    Raises:
+        CheckpointError: `out` exists or its parent does not, or the model cannot be used.
+        StoreError: It cannot be written.
+        MissingExtraError: MLX has no backend, or mlx-lm is not installed; before any work.
+        ModelError: As `load` raises.
+    """
+    MlxLm().check_installed()
+    from ..exports.mlx_directory_writer import export_directory, new_target
+
+    target = new_target(out)
+    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
+    return export_directory(request, target, self_contained, shard_size, progress)
