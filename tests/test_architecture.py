@@ -19,6 +19,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "
 TABLE = {
     "version": "",
     "text": "",
+    "options": "",
     "errors": "",
     "trace": "errors",
     "rotation": "",
@@ -28,16 +29,17 @@ TABLE = {
     "store": "errors trace files",
     "checkpoint": "errors text files",
     "plan": "errors text checkpoint store files",
-    "distributed": "errors rotation backends store checkpoint files",
+    "distributed": "errors options rotation backends store checkpoint files",
     "transform": "errors backends plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
-    "conversion": "errors trace transform plan store checkpoint execution files model backends",
+    "conversion": "errors trace options transform plan store checkpoint execution files model"
+    " backends",
     "maintenance": "errors text conversion plan checkpoint store files",
     "exports": "errors trace text version conversion model distributed backends rotation plan store"
     " checkpoint files",
     "integrations": "errors",
-    "api": "errors trace integrations exports maintenance conversion model distributed backends"
-    " plan store checkpoint files execution",
+    "api": "errors trace options integrations exports maintenance conversion model distributed"
+    " backends plan store checkpoint files execution",
     "cli": "errors trace text version api integrations exports maintenance conversion plan store"
     " checkpoint execution",
     "convert": "cli",

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Unpack
 
 from ..conversion.batch import convert_all, some_failed
 from ..conversion.converter import convert
+from ..conversion.progress import check_progress
 from ..conversion.report import Conversion
-from ..conversion.request import Request, make_request
+from ..conversion.request import ConvertOptions, Request, make_request, request_for
 from ..errors import ParoquantStreamError
+from ..options import check, check_path
 from ..store.manifest import Manifest
 from ..trace import written_to
 
@@ -48,6 +50,7 @@ def convert_checkpoint(
 
     After an error the entries that were published stay, and the next call resumes there.
     """
+    _check(progress, trace)
     request = make_request(model_path, **options)
     with written_to(trace) as timed:
         return convert(request, progress, timed).manifest
@@ -77,12 +80,18 @@ def convert_checkpoints(
             and `convert_checkpoint` returns their manifests at once.
         ValueError: An option has a value that is not allowed.
     """
+    _check(progress, trace)
+    chosen = ConvertOptions(**options)
+    listed = not isinstance(model_paths, (str, bytes)) and isinstance(model_paths, Sequence)
+    check("model_paths", model_paths, "a list of paths or repository ids", listed)
+    for path in model_paths:
+        check_path("model_paths", path, optional=False)
     requests: list[Request] = []
     failed: dict[str, ParoquantStreamError] = {}
     manifests: dict[str, Manifest] = {}
     for model in dict.fromkeys(map(str, model_paths)):
         try:
-            requests.append(make_request(model, **options))
+            requests.append(request_for(model, chosen))
         except ParoquantStreamError as error:
             failed[model] = error
     with written_to(trace) as timed:
@@ -94,3 +103,8 @@ def convert_checkpoints(
     if failed:
         raise some_failed(failed, len(model_paths))
     return [manifests[str(model)] for model in model_paths]
+
+
+def _check(progress: object, trace: object) -> None:
+    check_progress(progress)
+    check_path("trace", trace)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends.mlx_lm import MlxLm
-from ..conversion.request import make_request
+from ..conversion.progress import check_progress
+from ..conversion.request import ConvertOptions, request_for
+from ..options import check_count, check_flags, check_path
 
 if TYPE_CHECKING:
     from ..conversion.progress import Progress
@@ -40,14 +42,20 @@ def export_model(
         progress: As for `convert_checkpoint`.
 
     Raises:
+        ValueError: An option has a value that is not allowed.
         CheckpointError: `out` exists or its parent does not, or the model cannot be used.
         StoreError: It cannot be written.
         MissingExtraError: MLX has no backend, or mlx-lm is not installed; before any work.
         ModelError: As `load` raises.
     """
+    check_path("out", out, optional=False)
+    check_flags(self_contained=self_contained)
+    check_count("shard_size", shard_size, optional=False)
+    check_progress(progress)
+    options = ConvertOptions(cache_dir=cache_dir, jobs=jobs, revision=revision)
     MlxLm().check_installed()
     from ..exports.mlx_directory_writer import export_directory, new_target
 
     target = new_target(out)
-    request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
+    request = request_for(model_path, options)
     return export_directory(request, target, self_contained, shard_size, progress)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from ..integrations import loader_patch
 from .load import load
+from .load_options import LoadOptions
 
 
 def install(**options: Any) -> None:
@@ -22,7 +24,10 @@ def install(**options: Any) -> None:
         MissingExtraError: paroquant is not installed.
         LoaderMovedError: The installed version has no such loader, or one with other arguments.
         TypeError: `load` has no such option.
+        ValueError: An option has a value that is not allowed.
     """
+    signature(load).bind("a model", False, False, **options)
+    LoadOptions(**options)
     loader_patch.install(load, **options)
 
 

@@ -24,13 +24,14 @@ from ..backends.mlx_lm import MlxLm
 from ..checkpoint.model_files import check_directory
 from ..conversion.converter import Loads, convert
 from ..conversion.in_place import shipped
-from ..conversion.request import Request, make_request
+from ..conversion.request import Request, request_for
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
 from ..store.format import Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
+from .load_options import LoadOptions
 
 if TYPE_CHECKING:
     from ..conversion.progress import Progress
@@ -81,13 +82,13 @@ def load(
         ModelError: Tensors and parameters do not match, or the model has no such part.
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
-    full, split = _is_full(verify), Split(layers, group, parallel)
+    how = (cache_dir, jobs, revision, dtype, progress, verify, trace, layers, group, parallel)
+    options = LoadOptions(lazy, force_text, *how)
     MlxLm().check_installed()
-    request = make_request(
-        model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
-    )
+    request = request_for(model_path, options.conversion)
     with written_to(trace) as timed:
-        return _load_repairing(request, _Options(lazy, force_text, full, timed, split), progress)
+        settings = _Options(lazy, force_text, verify == "full", timed, options.split)
+        return _load_repairing(request, settings, progress)
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,6 @@ class _Options:
         """Return the options of `assemble_from`, which reads no entries."""
         options = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
         return {**options, "force_text": force_text}
-
-
-def _is_full(verify: str) -> bool:
-    if verify not in ("header", "full"):
-        raise ValueError(f"verify is header or full, not {verify!r}")
-    return verify == "full"
 
 
 _Loaded = tuple[Any, Any, bool]

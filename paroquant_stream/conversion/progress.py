@@ -5,10 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from ..options import check
 from ..plan.task import Task
 
 Progress = Callable[[str, int, int], None]
 """Called with a shard's name, the source bytes of it that are done, and its size."""
+
+
+def check_progress(progress: object) -> None:
+    """Raise ValueError unless it can be called, or is None."""
+    check("progress", progress, "a function or None", progress is None or callable(progress))
 
 
 class Tally:

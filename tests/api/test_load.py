@@ -252,5 +252,5 @@ def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
 
 
 def test_another_kind_of_verification_is_refused(model_dir):
-    with pytest.raises(ValueError, match="verify is header or full, not 'ful'"):
+    with pytest.raises(ValueError, match="verify is one of header, full, not 'ful'"):
         load(model_dir, verify="ful")
