@@ -20,6 +20,7 @@ TABLE = {
     "version": "",
     "text": "",
     "options": "",
+    "progress_bar": "text",
     "errors": "",
     "trace": "errors",
     "rotation": "",
@@ -32,16 +33,16 @@ TABLE = {
     "distributed": "errors options rotation backends store checkpoint files",
     "transform": "errors backends plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
-    "conversion": "errors trace options transform plan store checkpoint execution files model"
+    "conversion": "errors trace text options transform plan store checkpoint execution files model"
     " backends",
     "maintenance": "errors text conversion plan checkpoint store files",
-    "exports": "errors trace text version conversion model distributed backends rotation plan store"
-    " checkpoint files",
+    "exports": "errors trace text version progress_bar conversion model distributed backends"
+    " rotation plan store checkpoint files",
     "integrations": "errors",
-    "api": "errors trace options integrations exports maintenance conversion model distributed"
-    " backends plan store checkpoint files execution",
-    "cli": "errors trace text version api integrations exports maintenance conversion plan store"
-    " checkpoint execution",
+    "api": "errors trace options progress_bar integrations exports maintenance conversion model"
+    " distributed backends plan store checkpoint files execution",
+    "cli": "errors trace text version progress_bar api integrations exports maintenance conversion"
+    " plan store checkpoint execution",
     "convert": "cli",
     "cache": "cli",
     "export": "cli",
@@ -63,7 +64,7 @@ HOMES = {
         *("transform/source.py", "exports/single_file_writer.py"),
     },
     "huggingface_hub": {"checkpoint/hub.py", "checkpoint/hub_watch.py", "checkpoint/hub_cache.py"},
-    "tqdm": {"cli/progress_bar.py"},
+    "tqdm": {"progress_bar.py"},
     "distributed": {"execution/dask.py"},
     "mlx_lm": {"backends/mlx_lm.py"},
     "mlx_vlm": {"backends/mlx_vlm.py"},

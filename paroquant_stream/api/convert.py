@@ -13,18 +13,19 @@ from ..conversion.report import Conversion
 from ..conversion.request import ConvertOptions, Request, make_request, request_for
 from ..errors import ParoquantStreamError
 from ..options import check, check_path
+from ..progress_bar import SHARDS, reported
 from ..store.manifest import Manifest
 from ..trace import written_to
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.progress import ProgressOption
     from ..conversion.request import ConvertKeywords
 
 
 def convert_checkpoint(
     model_path: str | Path,
     *,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     trace: str | Path | None = None,
     **options: Unpack[ConvertKeywords],
 ) -> Manifest:
@@ -33,7 +34,9 @@ def convert_checkpoint(
     Args:
         model_path: A model directory or a Hub repository id. The shards of a repository are
             converted while the next ones download.
-        progress: Called by the workers as `progress(shard, bytes done, total bytes)`.
+        progress: True shows bars, or lines where stderr is no terminal; False nothing; None bars on
+            a terminal or in a notebook. A function is called by the workers, as
+            `progress(shard, bytes done, total bytes)`.
         trace: A file to write the stages of every worker to, for chrome://tracing and
             ui.perfetto.dev. Of an executor's workers it has the stage `shard` alone.
         **options: The fields of `ConvertOptions`: cache_dir, in_place, force, jobs, revision,
@@ -52,14 +55,14 @@ def convert_checkpoint(
     """
     _check(progress, trace)
     request = make_request(model_path, **options)
-    with written_to(trace) as timed:
-        return convert(request, progress, timed).manifest
+    with written_to(trace) as timed, reported(progress) as phase:
+        return convert(request, phase(SHARDS), timed).manifest
 
 
 def convert_checkpoints(
     model_paths: Sequence[str | Path],
     *,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     trace: str | Path | None = None,
     **options: Unpack[ConvertKeywords],
 ) -> list[Manifest]:
@@ -94,8 +97,8 @@ def convert_checkpoints(
             requests.append(request_for(model, chosen))
         except ParoquantStreamError as error:
             failed[model] = error
-    with written_to(trace) as timed:
-        for request, result in convert_all(requests, progress, timed):
+    with written_to(trace) as timed, reported(progress) as phase:
+        for request, result in convert_all(requests, phase(SHARDS), timed):
             if isinstance(result, Conversion):
                 manifests[request.source.name] = result.manifest
             else:

@@ -9,9 +9,10 @@ from ..backends.mlx_lm import MlxLm
 from ..conversion.progress import check_progress
 from ..conversion.request import ConvertOptions, request_for
 from ..options import check_count, check_flags, check_path
+from ..progress_bar import reported
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.progress import ProgressOption
     from ..exports.mlx_directory_writer import Export
 
 SHARD_SIZE = 5_000_000_000
@@ -26,7 +27,7 @@ def export_model(
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Export:
     """Write a model as an MLX model directory, converting first what is not in the cache.
 
@@ -39,7 +40,8 @@ def export_model(
         cache_dir: As for `convert_checkpoint`.
         jobs: As for `convert_checkpoint`.
         revision: As for `convert_checkpoint`.
-        progress: As for `convert_checkpoint`.
+        progress: As for `convert_checkpoint`; a function is also called for each file of the export
+            as it is written.
 
     Raises:
         ValueError: An option has a value that is not allowed.
@@ -58,4 +60,5 @@ def export_model(
 
     target = new_target(out)
     request = request_for(model_path, options)
-    return export_directory(request, target, self_contained, shard_size, progress)
+    with reported(progress) as phase:
+        return export_directory(request, target, self_contained, shard_size, phase)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,14 @@ from ..conversion.request import Request, request_for
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
+from ..progress_bar import SHARDS, reported
 from ..store.format import Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
 from .load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.progress import ProgressOption
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def load(
     jobs: int | None = None,
     revision: str | None = None,
     dtype: Dtype = "source",
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
     layers: range | None = None,
@@ -115,14 +117,19 @@ class _Options:
 _Loaded = tuple[Any, Any, bool]
 
 
-def _load_repairing(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
+def _load_repairing(request: Request, options: _Options, progress: ProgressOption) -> _Loaded:
     """Load the model; after a damaged entry load again, which converts it again."""
+    started, name = time.monotonic(), request.source.name
+    logger.info("%s: looking for its conversion", name)
+    loaded: _Loaded | None = None
     with contextlib.suppress(EntryDamagedError):  # was logged; leaving the block frees all arrays
-        return _load(request, options, progress)
-    return _load(request, options, progress)
+        loaded = _load(request, options, progress)
+    loaded = loaded or _load(request, options, progress)
+    logger.info("%s: loaded in %.1f s", name, time.monotonic() - started)
+    return loaded
 
 
-def _load(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
+def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loaded:
     """Load from an export, `mlx/`, the single file or the cache, whichever there is first."""
     check_directory(request.source.directory)  # fail before a long conversion
     with options.trace.span("import MLX"):
@@ -144,14 +151,15 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     if loaded:
         return loaded
     try:
-        manifest = convert(request, progress, options.trace, needed, options.loads).manifest
+        with reported(progress) as phase:
+            done = convert(request, phase(SHARDS), options.trace, needed, options.loads)
     except CheckpointError as error:
         if damage:
             raise damage from error
         if reason is None:
             raise
         raise type(error)(f"{error}; and not used: {reason}") from error
-    return assemble(request.source.config, manifest, request.store, **vars(options))
+    return assemble(request.source.config, done.manifest, request.store, **vars(options))
 
 
 def _load_shipped(

@@ -14,7 +14,7 @@ from ..options import check_choice, check_flags, check_path
 from ..store.format import Dtype
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.progress import ProgressOption
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LoadOptions:
     jobs: int | None = None
     revision: str | None = None
     dtype: Dtype = "source"
-    progress: Progress | None = None
+    progress: ProgressOption = None
     verify: Literal["header", "full"] = "header"
     trace: str | Path | None = None
     layers: range | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,8 @@ from .mlx_core import check_mlx
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(ABC):
@@ -50,6 +53,7 @@ class Backend(ABC):
                 config.
             MissingExtraError: The library is not installed.
         """
+        logger.info("building the model by %s", self.library)
         utils = self._utils()
         try:
             return self._build(utils, dict(config))

@@ -15,11 +15,11 @@ from ..conversion.converter import convert
 from ..conversion.report import Conversion, ShardReport
 from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
+from ..progress_bar import Progress
 from ..text import bytes_text, shown
 from ..trace import Trace, written_to
 from .common import Terminated, confirm, run_command
 from .convert_options import parse
-from .progress_bar import Progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -8,9 +8,9 @@ from pathlib import Path
 from ..api.export import export_model
 from ..conversion.request import make_request
 from ..exports.single_file import NAME
+from ..progress_bar import reported
 from ..text import bytes_text, parse_size, shown
 from .common import add_cache_dir, add_jobs, option_type, run_command
-from .progress_bar import Progress
 
 DESCRIPTION = """\
 Write a ParoQuant model as an MLX model directory OUT: safetensors files, index, config, tokenizer.
@@ -79,25 +79,24 @@ def _write_single(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
     )
     out = Path(arguments.out).expanduser() if arguments.out else None
-    with Progress(arguments.quiet) as progress:
-        path, size = export_single_file(request, out, progress)
+    with reported(not arguments.quiet) as phase:
+        path, size = export_single_file(request, out, phase)
     if not arguments.quiet:
         print(shown(f"{path}: {bytes_text(size)}"))
     return 0
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    with Progress(arguments.quiet) as progress:
-        export = export_model(
-            arguments.model,
-            arguments.out,
-            self_contained=arguments.self_contained,
-            shard_size=arguments.shard_size,
-            cache_dir=arguments.cache_dir,
-            jobs=arguments.jobs,
-            revision=arguments.revision,
-            progress=progress,
-        )
+    export = export_model(
+        arguments.model,
+        arguments.out,
+        self_contained=arguments.self_contained,
+        shard_size=arguments.shard_size,
+        cache_dir=arguments.cache_dir,
+        jobs=arguments.jobs,
+        revision=arguments.revision,
+        progress=not arguments.quiet,
+    )
     if arguments.quiet:
         return 0
     noun = "file" if export.files == 1 else "files"

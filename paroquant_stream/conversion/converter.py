@@ -88,6 +88,8 @@ def _convert_alone(
         put_all_back(request.source.directory, request.source.config.shard_names)
     with trace.span("plan"):
         model = plan_model(request)
+    tasks, layout = len(model.plan.tasks), model.plan.layout.value
+    logger.info("%s: planned, %d shards, layout %s", request.source.name, tasks, layout)
     backend = _backend(model, force_text=loads == "text")
     if loads or request.options.drop_source:
         backend.check_installed()

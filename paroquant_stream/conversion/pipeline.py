@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..files.tensor_writer import file_size
 from ..plan.task import Task
 from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
+from ..text import bytes_text
 from ..trace import Trace
 from ..transform.remote_runner import runner
 from ..transform.task_runner import Job, Outcome
@@ -25,6 +27,8 @@ from .planning import ModelPlan, Work, work_of
 from .progress import Progress, Tally
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
+
+logger = logging.getLogger(__name__)
 
 
 def convert_shards(
@@ -48,11 +52,9 @@ def convert_shards(
     before = read_manifest(request)
     known = _known_records(model, before)
     work = work_of(request, model)
-    _check_before_work(request, work.tasks)
+    tally = _begin(request, work, progress)
     kept = work.dropped | work.settled
     reports = {n: report_reused(r, r) for n, r in kept.items()}
-    tally = Tally(progress, work.tasks, work.absent)
-    tally.announce()
     # at least `jobs`, so that one of the tasks with a slot can always continue
     ahead = max(2, request.jobs) if request.options.drop_source else None
     prefetcher = _prefetcher(request, model, work, tally, ahead)
@@ -78,6 +80,17 @@ def convert_shards(
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
 
 
+def _begin(request: Request, work: Work, progress: Progress | None) -> Tally:
+    """Check what the work needs, and announce it."""
+    _check_before_work(request, work.tasks)
+    size = bytes_text(sum(task.size for task in work.tasks))
+    count, jobs = len(work.tasks), request.jobs
+    logger.info("%s: converting %d shards, %s, %d at once", request.source.name, count, size, jobs)
+    tally = Tally(progress, work.tasks, work.absent)
+    tally.announce()
+    return tally
+
+
 def _prefetcher(
     request: Request, model: ModelPlan, work: Work, tally: Tally, ahead: int | None
 ) -> Prefetcher:
@@ -89,8 +102,12 @@ def _report(
     request: Request, outcome: Outcome, record: EntryRecord, old: EntryRecord | None
 ) -> ShardReport:
     if outcome.converted:
-        return report_converted(record, old, request.options.force, outcome.seconds)
-    return report_reused(record, old, outcome.seconds)
+        report = report_converted(record, old, request.options.force, outcome.seconds)
+    else:
+        report = report_reused(record, old, outcome.seconds)
+    told = (request.source.name, report.shard, report.action, report.why, report.seconds)
+    logger.info("%s: %s: %s, %s, %.1f s", *told)
+    return report
 
 
 def _known_records(model: ModelPlan, before: Manifest | None) -> dict[str, EntryRecord]:

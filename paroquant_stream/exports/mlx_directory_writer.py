@@ -8,8 +8,9 @@ text part is written.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..backends.dtypes import MLX_DTYPES
 from ..checkpoint.config import EXPORTED, INDEX_NAME, SINGLE_NAME
 from ..checkpoint.model_files import check_directory
 from ..conversion.in_place import converted
-from ..conversion.progress import Progress
+from ..conversion.progress import FileProgress, Progress
 from ..conversion.request import Request
 from ..errors import CheckpointError, EntryDamagedError
 from ..files.atomic_directory import new_directory
@@ -31,13 +32,16 @@ from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
 from ..model.entries import guard_reads
+from ..progress_bar import FILES, SHARDS
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from ..store.manifest import Manifest
 from ..store.store import Store
+from ..text import bytes_text
 from . import standalone
 from .copied_files import as_json, export_files, files_to_export, without_code, write_file
 from .mlx_directory_reader import FORMAT
 
+logger = logging.getLogger(__name__)
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
@@ -64,7 +68,7 @@ def export_directory(
     target: Path,
     self_contained: bool,
     shard_size: int,
-    progress: Progress | None = None,
+    phase: Callable[[str], Progress | None],
 ) -> Export:
     """Write a model as an MLX model directory, as `paroquant_stream.export_model` describes.
 
@@ -73,7 +77,7 @@ def export_directory(
         target: The directory to write, as `new_target` returned it.
         self_contained: Add a Python file by which mlx-lm reads it without this package.
         shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
-        progress: As for `convert`.
+        phase: Gives the callbacks of the conversion and of the files that are written.
 
     Raises:
         CheckpointError: The model cannot be used.
@@ -84,12 +88,15 @@ def export_directory(
 
     def attempt() -> Export:
         try:
-            manifest, store = converted(request, progress, loads="text")
+            manifest, store = converted(request, phase(SHARDS), loads="text")
         except BaseException as stop:
             if not isinstance(stop, Exception):  # Ctrl-C: workers may be inside a system call
                 request.store.sweep(own=True)
             raise
-        return _write_directory(request, manifest, store, target, self_contained, shard_size)
+        written = phase(FILES)
+        return _write_directory(
+            request, manifest, store, target, self_contained, shard_size, written
+        )
 
     with contextlib.suppress(EntryDamagedError):  # logged; the entry is converted again
         return attempt()
@@ -128,6 +135,7 @@ def _write_directory(
     target: Path,
     self_contained: bool,
     shard_size: int,
+    written: Progress | None,
 ) -> Export:
     model, _, _ = assemble(request.source.config, manifest, store, lazy=True, force_text=True)
     config = request.source.config.values
@@ -141,9 +149,11 @@ def _write_directory(
     with new_directory(target, total) as directory:
         export_files(request.source.directory, files_to_export(request.source.directory), directory)
         shards = _cut(specs, shard_size)
+        counts = [FileProgress(f"{target.name}/{n}", s, written) for n, s in _sizes(shards)]
+        logger.info("%s: writing %d files, %s", target, len(shards), bytes_text(total))
         with guard_reads(manifest.entries, store):
-            for name, held in shards.items():
-                _write_shard(directory / name, held, tensors)
+            for (name, held), count in zip(shards.items(), counts, strict=True):
+                _write_shard(directory / name, held, tensors, count)
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(directory / INDEX_NAME, as_json(index))
@@ -208,7 +218,13 @@ def _write_bytes(path: Path, data: bytes) -> None:
     write_file(path, len(data), [memoryview(data)])
 
 
-def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.array]) -> None:
+def _sizes(shards: dict[str, list[TensorSpec]]) -> list[tuple[str, int]]:
+    return [(name, sum(spec.nbytes for spec in held)) for name, held in shards.items()]
+
+
+def _write_shard(
+    path: Path, specs: list[TensorSpec], tensors: dict[str, mx.array], count: FileProgress
+) -> None:
     """Write one file, taking each tensor out of `tensors`."""
     header, infos = lay_out(specs)
     size = end_of(header, infos)
@@ -216,6 +232,7 @@ def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.arra
         writer = TensorWriter(file.write, header)
         for info in infos:
             _write_tensor(writer, info, tensors.pop(info.name))
+            count.add(info.nbytes)
         writer.finish(size)
     mx.clear_cache()  # what Metal keeps of the buffers that were freed
 

@@ -254,3 +254,18 @@ def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
 def test_another_kind_of_verification_is_refused(model_dir):
     with pytest.raises(ValueError, match="verify is one of header, full, not 'ful'"):
         load(model_dir, verify="ful")
+
+
+def test_each_phase_is_logged(model_dir, caplog):
+    caplog.set_level("INFO", logger="paroquant_stream")
+    load(model_dir, jobs=1)
+    first_words = [m.removeprefix(f"{model_dir}: ").split()[0] for m in caplog.messages]
+    shards = [f"model-0000{number}-of-00003.safetensors:" for number in (1, 2, 3)]
+    assert first_words == [
+        *("looking", "planned,", "converting", *shards),
+        *("opening", "building", "reading", "loaded"),
+    ]
+    shard = model_dir / "model-00001-of-00003.safetensors"
+    os.utime(shard)
+    load(model_dir)
+    assert f"{shard}: hashing" in caplog.text

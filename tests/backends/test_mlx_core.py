@@ -74,7 +74,7 @@ def test_nothing_is_dropped_without_a_backend(model_dir):
 @pytest.mark.usefixtures("without_backend")
 def test_load_and_export_end_before_anything_is_read(monkeypatch, tmp_path):
     for module in (loading, exporting):
-        monkeypatch.setattr(module, "make_request", lambda *_, **__: pytest.fail("looked up"))
+        monkeypatch.setattr(module, "request_for", lambda *_, **__: pytest.fail("looked up"))
     with pytest.raises(MissingExtraError):
         load("owner/name")
     with pytest.raises(MissingExtraError):
