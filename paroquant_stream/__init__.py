@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         plan_removal,
     )
     from .api.convert import convert_checkpoint, convert_checkpoints
+    from .api.export import export_model
     from .api.install import install, uninstall
     from .api.load import Loaded, load
     from .api.verification import Verification, verify_cache
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
         SomeModelsFailedError,
         StoreError,
     )
-    from .exports.mlx_directory_writer import Export, export_model
+    from .exports.mlx_directory_writer import Export
     from .maintenance.removal import Removal
     from .maintenance.status import ShardState
     from .maintenance.verify import Problem
@@ -113,7 +114,7 @@ _MODULES = {
     "Verification": "api.verification",
     "convert_checkpoint": "api.convert",
     "convert_checkpoints": "api.convert",
-    "export_model": "exports.mlx_directory_writer",
+    "export_model": "api.export",
     "install": "api.install",
     "list_cache": "api.cache",
     "load": "api.load",

@@ -77,6 +77,16 @@ def listed(lines: list[str]) -> str:
     return "".join(f"\n  {line}" for line in lines[:MAX_LISTED] + more)
 
 
+def install_text(packages: str, extra: str) -> str:
+    """Format how packages are installed, right for a clone and for an index alike.
+
+    Args:
+        packages: What `pip install` takes, such as `mlx-lm`.
+        extra: The extra of this package that installs them too.
+    """
+    return f"pip install {packages} (the extra `{extra}` of paroquant_stream)"
+
+
 def bytes_text(count: int) -> str:
     """Format a size in powers of 1000, such as `950 B`, `1.5 kB` or `37.6 GB`."""
     value, unit = float(count), "B"

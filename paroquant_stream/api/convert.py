@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Unpack
 
 from ..conversion.batch import convert_all, some_failed
 from ..conversion.in_place import convert_or_find
+from ..conversion.progress import check_progress
 from ..conversion.report import Conversion
-from ..conversion.request import Request, make_request
+from ..conversion.request import ConvertOptions, Request, make_request, request_for
 from ..errors import ParoquantStreamError
+from ..options import check, check_path
+from ..progress_bar import SHARDS, reported
 from ..store.manifest import Manifest
 from ..trace import written_to
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.progress import ProgressOption
     from ..conversion.request import ConvertKeywords
 
 
 def convert_checkpoint(
     model_path: str | Path,
     *,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     trace: str | Path | None = None,
     **options: Unpack[ConvertKeywords],
 ) -> Manifest:
@@ -31,7 +34,9 @@ def convert_checkpoint(
     Args:
         model_path: A model directory or a Hub repository id. The shards of a repository are
             converted while the next ones download.
-        progress: Called by the workers as `progress(shard, bytes done, total bytes)`.
+        progress: True shows bars, or lines where stderr is no terminal; False nothing; None bars on
+            a terminal or in a notebook. A function is called by the workers, as
+            `progress(shard, bytes done, total bytes)`.
         trace: A file to write the stages of every worker to, for chrome://tracing and
             ui.perfetto.dev. Of workers on other hosts it has the stage `shard` alone.
         **options: The fields of `ConvertOptions`: cache_dir, in_place, force, jobs, revision,
@@ -48,15 +53,16 @@ def convert_checkpoint(
 
     After an error the entries that were published stay, and the next call resumes there.
     """
+    _check(progress, trace)
     request = make_request(model_path, **options)
-    with written_to(trace) as timed:
-        return convert_or_find(request, progress, timed).manifest
+    with written_to(trace) as timed, reported(progress) as phase:
+        return convert_or_find(request, phase(SHARDS), timed).manifest
 
 
 def convert_checkpoints(
     model_paths: Sequence[str | Path],
     *,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     trace: str | Path | None = None,
     **options: Unpack[ConvertKeywords],
 ) -> list[Manifest]:
@@ -78,16 +84,22 @@ def convert_checkpoints(
             manifests at once.
         ValueError: An option has a value that is not allowed.
     """
+    _check(progress, trace)
+    chosen = ConvertOptions(**options)
+    listed = not isinstance(model_paths, (str, bytes)) and isinstance(model_paths, Sequence)
+    check("model_paths", model_paths, "a list of paths or repository ids", listed)
+    for path in model_paths:
+        check_path("model_paths", path, optional=False)
     requests: list[Request] = []
     failed: dict[str, ParoquantStreamError] = {}
     manifests: dict[str, Manifest] = {}
     for model in dict.fromkeys(map(str, model_paths)):
         try:
-            requests.append(make_request(model, **options))
+            requests.append(request_for(model, chosen))
         except ParoquantStreamError as error:
             failed[model] = error
-    with written_to(trace) as timed:
-        for request, result in convert_all(requests, progress, timed):
+    with written_to(trace) as timed, reported(progress) as phase:
+        for request, result in convert_all(requests, phase(SHARDS), timed):
             if isinstance(result, Conversion):
                 manifests[request.source.name] = result.manifest
             else:
@@ -95,3 +107,8 @@ def convert_checkpoints(
     if failed:
         raise some_failed(failed, len(model_paths))
     return [manifests[str(model)] for model in model_paths]
+
+
+def _check(progress: object, trace: object) -> None:
+    check_progress(progress)
+    check_path("trace", trace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,9 +10,10 @@ from ..distributed.split import Parallel
 from ..integrations import loader_patch
 from ..store.format import Dtype
 from .load import load
+from .load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.progress import ProgressOption
 
 
 def install(
@@ -20,7 +22,7 @@ def install(
     jobs: int | None = None,
     revision: str | None = None,
     dtype: Dtype = "source",
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
     layers: range | None = None,
@@ -48,9 +50,9 @@ def install(
     Raises:
         MissingExtraError: paroquant is not installed.
         LoaderMovedError: The installed version has no such loader, or one with other arguments.
+        ValueError: An option has a value that is not allowed.
     """
-    loader_patch.install(
-        load,
+    options = LoadOptions(
         cache_dir=cache_dir,
         jobs=jobs,
         revision=revision,
@@ -62,6 +64,9 @@ def install(
         group=group,
         parallel=parallel,
     )
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    del given["lazy"], given["force_text"]  # the program's own
+    loader_patch.install(load, **given)
 
 
 def uninstall() -> None:

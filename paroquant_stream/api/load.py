@@ -15,24 +15,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..backends.mlx_lm import MlxLm
 from ..checkpoint.model_files import check_directory
-from ..conversion.converter import convert
+from ..conversion.converter import Loads, convert
 from ..conversion.in_place import shipped
-from ..conversion.request import Request, make_request
+from ..conversion.request import Request, request_for
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
+from ..progress_bar import SHARDS, reported
 from ..store.format import Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
+from .load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from ..conversion.progress import Progress
+    from ..conversion.progress import ProgressOption
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ def load(
     jobs: int | None = None,
     revision: str | None = None,
     dtype: Dtype = "source",
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
     layers: range | None = None,
@@ -92,13 +96,13 @@ def load(
         ModelError: Tensors and parameters do not match, or the model has no such part.
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
-    full, split = _is_full(verify), Split(layers, group, parallel)
-    request = make_request(
-        model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
-    )
+    how = (cache_dir, jobs, revision, dtype, progress, verify, trace, layers, group, parallel)
+    options = LoadOptions(lazy, force_text, *how)
+    MlxLm().check_installed()
+    request = request_for(model_path, options.conversion)
     with written_to(trace) as timed:
-        options = _Options(lazy, force_text, full, timed, split)
-        return Loaded(*_load_repairing(request, options, progress))
+        settings = _Options(lazy, force_text, verify == "full", timed, options.split)
+        return Loaded(*_load_repairing(request, settings, progress))
 
 
 @dataclass(frozen=True)
@@ -111,29 +115,33 @@ class _Options:
     trace: Trace
     split: Split
 
+    @property
+    def loads(self) -> Loads:
+        """Which part of a vision model is loaded."""
+        return "text" if self.force_text else "all"
+
     def without_entries(self, force_text: bool) -> dict[str, Any]:
         """Return the options of `assemble_from`, which reads no entries."""
         options = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
         return {**options, "force_text": force_text}
 
 
-def _is_full(verify: str) -> bool:
-    if verify not in ("header", "full"):
-        raise ValueError(f"verify is header or full, not {verify!r}")
-    return verify == "full"
-
-
 _Loaded = tuple[Any, Any, bool]
 
 
-def _load_repairing(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
+def _load_repairing(request: Request, options: _Options, progress: ProgressOption) -> _Loaded:
     """Load the model; after a damaged entry load again, which converts it again."""
+    started, name = time.monotonic(), request.source.name
+    logger.info("%s: looking for its conversion", name)
+    loaded: _Loaded | None = None
     with contextlib.suppress(EntryDamagedError):  # was logged; leaving the block frees all arrays
-        return _load(request, options, progress)
-    return _load(request, options, progress)
+        loaded = _load(request, options, progress)
+    loaded = loaded or _load(request, options, progress)
+    logger.info("%s: loaded in %.1f s", name, time.monotonic() - started)
+    return loaded
 
 
-def _load(request: Request, options: _Options, progress: Progress | None) -> _Loaded:
+def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loaded:
     """Load from an export, `mlx/`, the single file or the cache, whichever there is first."""
     check_directory(request.source.directory)  # fail before a long conversion
     with options.trace.span("import MLX"):
@@ -155,14 +163,15 @@ def _load(request: Request, options: _Options, progress: Progress | None) -> _Lo
     if loaded:
         return loaded
     try:
-        manifest = convert(request, progress, options.trace, needed).manifest
+        with reported(progress) as phase:
+            done = convert(request, phase(SHARDS), options.trace, needed, options.loads)
     except CheckpointError as error:
         if damage:
             raise damage from error
         if reason is None:
             raise
         raise type(error)(f"{error}; and not used: {reason}") from error
-    return assemble(request.source.config, manifest, request.store, **vars(options))
+    return assemble(request.source.config, done.manifest, request.store, **vars(options))
 
 
 def _load_shipped(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import AssemblyError, CheckpointError, MissingExtraError, MissingPartError
-from ..text import one_line
+from ..text import install_text, one_line
+from .mlx_core import check_mlx
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(ABC):
@@ -25,6 +30,10 @@ class Backend(ABC):
     """The name of its module."""
     extra: ClassVar[str]
     """The extra of paroquant_stream that installs it."""
+    needed: ClassVar[tuple[str, ...]]
+    """The modules that a load needs: its own, and mlx-lm's, which reads every config."""
+    alternative: ClassVar[str] = ""
+    """What can be done without it."""
     is_vlm: ClassVar[bool]
     """Whether it runs vision models."""
 
@@ -44,6 +53,7 @@ class Backend(ABC):
                 config.
             MissingExtraError: The library is not installed.
         """
+        logger.info("building the model by %s", self.library)
         utils = self._utils()
         try:
             return self._build(utils, dict(config))
@@ -99,18 +109,11 @@ class Backend(ABC):
         Returns:
             The reason and the remedy.
         """
-        model_type = config.get("model_type")
-        try:
-            spec = find_spec(self.package)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None:
-            return (
-                f"{self.library} is not installed; to load it: "
-                f"pip install 'paroquant_stream[{self.extra}]'"
-            )
+        model_type, spec = config.get("model_type"), _find(self.package)
+        if missing := self.why_missing():
+            return missing
         name = self.type_name(str(model_type))
-        for directory in spec.submodule_search_locations or ():
+        for directory in (spec and spec.submodule_search_locations) or ():
             models = Path(directory, "models")
             with suppress(OSError):
                 if (models / f"{name}.py").is_file() or (models / name / "__init__.py").is_file():
@@ -124,6 +127,31 @@ class Backend(ABC):
         return (
             f"{self.library} {installed} has no class for model_type {model_type!r}, so it cannot "
             f"be loaded here; a newer version may have one: pip install -U {self.library}"
+        )
+
+    def why_missing(self) -> str | None:
+        """Explain which library is not installed, and the remedy; None if all are there.
+
+        Nothing is imported.
+        """
+        missing = [name.replace("_", "-") for name in self.needed if _find(name) is None]
+        return self._missing_text(missing, "not installed") if missing else None
+
+    def check_installed(self) -> None:
+        """Raise MissingExtraError where MLX has no backend, or a library is not installed."""
+        check_mlx()
+        if missing := self.why_missing():
+            raise MissingExtraError(missing)
+
+    def missing(self, error: ImportError) -> MissingExtraError:
+        """Return the error for the library, which cannot be imported."""
+        return MissingExtraError(self._missing_text([self.library], one_line(error)))
+
+    def _missing_text(self, missing: Sequence[str], reason: str) -> str:
+        return (
+            f"loading this model needs {' and '.join(missing)} ({reason}): "
+            f"{install_text(' '.join(missing), self.extra)}"
+            f"{self.alternative if self.library in missing else ''}"
         )
 
     def type_name(self, model_type: str) -> str:
@@ -153,6 +181,13 @@ class Backend(ABC):
     @abstractmethod
     def _load_tokenizer(self, utils: Any, directory: Path, eos_ids: Any) -> Any:
         """Load the tokenizer or processor by the library's function."""
+
+
+def _find(package: str) -> ModuleSpec | None:
+    try:
+        return find_spec(package)
+    except (ImportError, ValueError):  # ValueError: a program made the module
+        return None
 
 
 def keep_pipeline_layers(model: nn.Module, group: Any) -> range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import CheckpointError, ExecutionError, MissingExtraError
+from ..errors import CheckpointError, ExecutionError
 from ..text import one_line
 from .backend import Backend
 
@@ -22,6 +22,7 @@ class MlxLm(Backend):
 
     package = "mlx_lm"
     extra = "lm"
+    needed = ("mlx_lm",)
     is_vlm = False
 
     def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -81,9 +82,7 @@ def import_utils() -> Any:
     try:
         import mlx_lm.utils
     except ImportError as error:
-        raise MissingExtraError(
-            f"loading needs mlx-lm: pip install 'paroquant_stream[lm]' ({error})"
-        ) from error
+        raise MlxLm().missing(error) from error
     except ValueError as error:  # it sets a limit of 4096 open files, beyond a lower hard limit
         raise ExecutionError(
             f"mlx-lm cannot be imported: {error}; it needs 4096 open files, see `ulimit -Hn`"

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import MissingExtraError
 from ..text import one_line
 from .backend import Backend
 
@@ -24,6 +23,8 @@ class MlxVlm(Backend):
 
     package = "mlx_vlm"
     extra = "vlm"
+    needed = ("mlx_lm", "mlx_vlm")
+    alternative = "; or load its text part with force_text=True"
     is_vlm = True
 
     def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -37,10 +38,7 @@ class MlxVlm(Backend):
         try:
             import mlx_vlm.utils
         except ImportError as error:
-            raise MissingExtraError(
-                "a vision model needs mlx-vlm: pip install 'paroquant_stream[vlm]', or load its "
-                f"text part with force_text=True ({error})"
-            ) from error
+            raise self.missing(error) from error
         return mlx_vlm.utils
 
     def _find_class(self, utils: Any, config: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..files.digest_cache import DigestCache, hash_file
 from ..files.tensor_header import Header, read_header
 from .model_files import hub_blob, open_inside
 
+logger = logging.getLogger(__name__)
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
 """The names that an index may contain: none of them leads out of the directory."""
 
@@ -66,6 +68,7 @@ class Shard:
             CheckpointError: The shard is absent, cannot be read or changed meanwhile.
         """
         with closing(self.open()) as fd:
+            logger.info("%s: hashing", self.path)
             return hash_file(fd, str(self.path), digest_cache, self.hub_sha256)
 
     def known_sha256(self, digest_cache: DigestCache, fd: int | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""The commands; the only code that prints.
+"""The commands; only they and the progress bar print.
 
 Imports everything below.
 """

@@ -17,12 +17,12 @@ from ..conversion.in_place import convert_or_find
 from ..conversion.report import IN_MODEL, Conversion, ShardReport
 from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
+from ..progress_bar import Progress
 from ..store.location import IN_PLACE
 from ..text import bytes_text, counted, shown
 from ..trace import Trace, written_to
 from .common import Terminated, confirm, run_command
 from .convert_options import EXAMPLES, configure_parser, parse
-from .progress_bar import Progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

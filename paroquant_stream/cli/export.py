@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..api.export import SHARD_SIZE, export_model
 from ..conversion.in_place import dtypes_converted
 from ..conversion.request import make_request
 from ..exports.single_file import NAME
+from ..progress_bar import reported
 from ..store.format import DTYPES, Dtype
 from ..text import bytes_text, parse_size, shown
 from .arguments import Parser, add_cache_dir, add_help, add_jobs, option_type, typed
 from .common import complain, run_command
-from .progress_bar import Progress
 
 DESCRIPTION = """\
 Write a ParoQuant model as an MLX model directory OUT: safetensors files, index, config, tokenizer.
@@ -103,8 +104,8 @@ def _write_single(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
     )
     out = Path(arguments.out).expanduser() if arguments.out else None
-    with Progress(arguments.quiet) as progress:
-        path, size = export_single_file(request, out, progress)
+    with reported(not arguments.quiet) as phase:
+        path, size = export_single_file(request, out, phase)
     if not arguments.quiet:
         print(shown(f"{path}: {bytes_text(size)}"))
     return 0
@@ -126,20 +127,17 @@ def _converted_dtype(arguments: argparse.Namespace) -> Dtype:
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from ..exports.mlx_directory_writer import MODEL_FILE, SHARD_SIZE, export_model
-
-    with Progress(arguments.quiet) as progress:
-        export = export_model(
-            arguments.model,
-            arguments.out,
-            self_contained=arguments.self_contained,
-            shard_size=arguments.shard_size or SHARD_SIZE,
-            cache_dir=arguments.cache_dir,
-            jobs=arguments.jobs,
-            revision=arguments.revision,
-            dtype=arguments.dtype or _converted_dtype(arguments),
-            progress=progress,
-        )
+    export = export_model(
+        arguments.model,
+        arguments.out,
+        self_contained=arguments.self_contained,
+        shard_size=arguments.shard_size or SHARD_SIZE,
+        cache_dir=arguments.cache_dir,
+        jobs=arguments.jobs,
+        revision=arguments.revision,
+        dtype=arguments.dtype or _converted_dtype(arguments),
+        progress=not arguments.quiet,
+    )
     if arguments.quiet:
         return 0
     noun = "file" if export.files == 1 else "files"
@@ -147,5 +145,7 @@ def _write_directory(arguments: argparse.Namespace) -> int:
     if export.text_only:
         print("its text part only: the vision and audio towers are left out")
     if arguments.self_contained:
+        from ..exports.mlx_directory_writer import MODEL_FILE  # brings MLX
+
         print(f"it contains code, {MODEL_FILE}, that mlx-lm runs only with --trust-remote-code")
     return 0

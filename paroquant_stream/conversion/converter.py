@@ -14,7 +14,7 @@ import os
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import StoreError
 from ..files.folder import Folder
@@ -26,10 +26,13 @@ from .request import Request, read_manifest
 from .staleness import Needed, staleness
 
 if TYPE_CHECKING:
+    from ..backends.backend import Backend
     from .planning import ModelPlan
     from .progress import Progress
 
 logger = logging.getLogger(__name__)
+Loads = Literal["all", "text"]
+"""A whole model, or the text part of a vision model."""
 
 
 def convert(
@@ -37,6 +40,7 @@ def convert(
     progress: Progress | None = None,
     trace: Trace = NO_TRACE,
     needed: Needed | None = None,
+    loads: Loads | None = None,
 ) -> Conversion:
     """Bring the store up to date with the model and publish the manifest.
 
@@ -45,8 +49,11 @@ def convert(
         progress: Called with a shard's name, its finished bytes and its size.
         trace: Gets the time of each stage.
         needed: Where these entries are up to date nothing is done; else everything is converted.
+        loads: What the caller loads of the model next, so that a library that this needs and that
+            is not installed is an error before any work, and no warning.
 
     Raises:
+        MissingExtraError: An optional package is needed and not installed; nothing was written.
         CheckpointError: The model cannot be used; before anything is written. Later only for a
             shard that changed or cannot be downloaded.
         StoreError: The cache cannot be written; what was published before stays.
@@ -58,7 +65,7 @@ def convert(
         drop = request.options.drop_source
         opened = partial(Folder.open, request.source.directory)
         with directory_lock(opened, exclusive=drop, required=drop) as model_dir:
-            return _convert_alone(request, model_dir, progress, trace, needed, started)
+            return _convert_alone(request, model_dir, progress, trace, needed, loads, started)
     request.store.sweep()
     return _unchanged(request, current, started)
 
@@ -69,6 +76,7 @@ def _convert_alone(
     progress: Progress | None,
     trace: Trace,
     needed: Needed | None,
+    loads: Loads | None,
     started: float,
 ) -> Conversion:
     """Convert while no other run removes sources of this model."""
@@ -80,12 +88,17 @@ def _convert_alone(
         put_all_back(request.source.directory, request.source.config.shard_names)
     with trace.span("plan"):
         model = plan_model(request)
+    tasks, layout = len(model.plan.tasks), model.plan.layout.value
+    logger.info("%s: planned, %d shards, layout %s", request.source.name, tasks, layout)
+    backend = _backend(model, force_text=loads == "text")
+    if loads or request.options.drop_source:
+        backend.check_installed()
     if request.options.drop_source:
         from ..model.assemble import check_assembly  # brings mlx-lm, for runs that remove sources
 
         with trace.span("check that it can be loaded"):
             check_assembly(request.source.config, model.plan)
-    elif reason := _why_not_loadable(model):
+    elif reason := backend.why_unknown(model.checkpoint.config.values):
         logger.warning("%s: %s", request.source.name, reason)
     try:
         request.store.create()
@@ -105,12 +118,11 @@ def _convert_alone(
     return _unchanged(request, current, started)
 
 
-def _why_not_loadable(model: ModelPlan) -> str | None:
+def _backend(model: ModelPlan, force_text: bool) -> Backend:
     from ..backends.selection import select_backend
 
-    config = model.checkpoint.config.values
     names = [tensor.name for task in model.plan.tasks for tensor in task.outputs]
-    return select_backend(config, names, force_text=False).why_unknown(config)
+    return select_backend(model.checkpoint.config.values, names, force_text)
 
 
 def _unchanged(request: Request, current: Manifest, started: float) -> Conversion:

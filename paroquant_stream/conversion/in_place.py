@@ -14,7 +14,7 @@ from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store
 from ..trace import NO_TRACE, Trace
-from .converter import convert
+from .converter import Loads, convert
 from .find_dropped import find_manifest, is_superseded
 from .progress import Progress
 from .report import Conversion, report_inside
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def converted(
-    request: Request, progress: Progress | None = None, trace: Trace = NO_TRACE
+    request: Request,
+    progress: Progress | None = None,
+    trace: Trace = NO_TRACE,
+    loads: Loads | None = None,
 ) -> tuple[Manifest, Store]:
     """Return the model's conversion and its store, made complete first.
 
@@ -33,7 +36,7 @@ def converted(
     """
     with trace.span("check the sources"):
         found = shipped(request)
-    return found or (convert(request, progress, trace).manifest, request.store)
+    return found or (convert(request, progress, trace, loads=loads).manifest, request.store)
 
 
 def convert_or_find(

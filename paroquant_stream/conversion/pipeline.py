@@ -12,6 +12,7 @@ from functools import partial
 from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
 from ..execution.automatic import Automatic
+from ..execution.dask import client_of
 from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..files.folder import Folder
@@ -53,11 +54,9 @@ def convert_shards(
     before = read_manifest(request)
     known = _known_records(model, before)
     work = work_of(request, model)
-    _check_space(request, work.tasks)
+    tally = _begin(request, work, progress)
     kept = work.dropped | work.settled
     reports = {n: report_reused(r, r) for n, r in kept.items()}
-    tally = Tally(progress, work.tasks, work.absent)
-    tally.announce()
     # at least `jobs`, so that one of the tasks with a slot can always continue
     ahead = max(2, request.jobs) if request.options.drop_source else None
     prefetcher = _prefetcher(request, model, work, tally, ahead)
@@ -95,6 +94,17 @@ def _optional(optional: bool) -> Iterator[None]:
         logger.warning("%s", error)
 
 
+def _begin(request: Request, work: Work, progress: Progress | None) -> Tally:
+    """Check what the work needs, and announce it."""
+    _check_before_work(request, work.tasks)
+    size = bytes_text(sum(task.size for task in work.tasks))
+    count, jobs = len(work.tasks), request.jobs
+    logger.info("%s: converting %d shards, %s, %d at once", request.source.name, count, size, jobs)
+    tally = Tally(progress, work.tasks, work.absent)
+    tally.announce()
+    return tally
+
+
 def _prefetcher(
     request: Request, model: ModelPlan, work: Work, tally: Tally, ahead: int | None
 ) -> Prefetcher:
@@ -106,8 +116,12 @@ def _report(
     request: Request, outcome: Outcome, record: EntryRecord, old: EntryRecord | None
 ) -> ShardReport:
     if outcome.converted:
-        return report_converted(record, old, request.options.force, outcome.seconds)
-    return report_reused(record, old, outcome.seconds)
+        report = report_converted(record, old, request.options.force, outcome.seconds)
+    else:
+        report = report_reused(record, old, outcome.seconds)
+    told = (request.source.name, report.shard, report.action, report.why, report.seconds)
+    logger.info("%s: %s: %s, %s, %.1f s", *told)
+    return report
 
 
 def _known_records(model: ModelPlan, before: Manifest | None) -> dict[str, EntryRecord]:
@@ -154,13 +168,14 @@ def _run(
         yield from run_all(work, jobs, request.jobs, trace, slots.share(len(jobs)))
 
 
-def _check_space(request: Request, tasks: Sequence[Task]) -> None:
-    """Raise StoreError when what will surely be converted, shards of unknown size, has no space."""
+def _check_before_work(request: Request, tasks: Sequence[Task]) -> None:
+    """Check what the tasks need that will surely be converted: of shards of unknown size."""
     digest_cache = request.store.digest_cache
     sure = [
         task for task in tasks if request.options.force or not digest_cache.knows_size(task.size)
     ]
     check_space(request, [file_size(task.outputs) for task in sure])
+    _check_mlx(request, sure)
 
 
 def check_space(request: Request, sizes: Sequence[int]) -> None:
@@ -182,6 +197,17 @@ def check_space(request: Request, sizes: Sequence[int]) -> None:
             f"{request.store.root}: {bytes_text(needed)} needed for "
             f"{counted(len(sizes), 'shard')}, {bytes_text(free)} free; free some space{where}"
         )
+
+
+def _check_mlx(request: Request, sure: Sequence[Task]) -> None:
+    """Raise MissingExtraError when MLX, which quantizes embeddings, is needed and not usable."""
+    executor = request.options.executor
+    if executor and not isinstance(executor, Automatic) and client_of(executor):
+        return  # of a cluster, whose workers have an environment of their own
+    if any(operation.kind == "quantize" for task in sure for operation in task.operations):
+        from ..backends.mlx_core import check_mlx  # late: most runs have no work
+
+        check_mlx()
 
 
 def _manifest(request: Request, model: ModelPlan, records: Sequence[EntryRecord]) -> Manifest:

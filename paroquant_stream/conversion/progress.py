@@ -5,10 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from ..options import check
 from ..plan.task import Task
 
 Progress = Callable[[str, int, int], None]
 """Called with a shard's name, the source bytes of it that are done, and its size."""
+ProgressOption = Progress | bool | None
+"""A function; True for bars, or lines where stderr is no terminal; False for nothing; None for bars
+on a terminal or in a notebook, else nothing."""
+
+
+def check_progress(progress: object) -> None:
+    """Raise ValueError unless it is a `ProgressOption`."""
+    fits = progress is None or isinstance(progress, bool) or callable(progress)
+    check("progress", progress, "True, False, None or a function", fits)
 
 
 class Tally:
@@ -40,3 +50,17 @@ class Tally:
                 self._ticked[shard] += count
                 size = self._sizes[shard]
                 self._progress(shard, min(self._ticked[shard] // self._passes[shard], size), size)
+
+
+class FileProgress:
+    """Turn counts of bytes that are written to a file into progress."""
+
+    def __init__(self, name: str, size: int, progress: Progress | None) -> None:
+        self._name, self._size, self._progress, self._done = name, size, progress, 0
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        """Count bytes that were written; those of a second attempt count no more than once."""
+        self._done = min(self._done + count, self._size)
+        if self._progress:
+            self._progress(self._name, self._done, self._size)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import locate
 from ..checkpoint.model_source import ModelSource
+from ..options import check, check_choice, check_count, check_flags, check_path
 from ..store.format import CAST_VERSION, DTYPES, Dtype
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
@@ -69,10 +70,20 @@ class ConvertOptions:
     executor: Executor | Automatic | None = None
 
     def __post_init__(self) -> None:
-        """Check the values that are not plain yes or no."""
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        check_jobs(self.jobs)
+        """Check every value."""
+        check_flags(in_place=self.in_place, force=self.force, drop_source=self.drop_source)
+        check_path("cache_dir", self.cache_dir)
+        check_count("jobs", self.jobs)
+        fits = self.revision is None or isinstance(self.revision, str)
+        check("revision", self.revision, "a branch, tag or commit, or None", fits)
+        check_choice("dtype", self.dtype, DTYPES)
+        if self.executor is not None:
+            from concurrent.futures import Executor  # late: most runs need no executor
+
+            from ..execution.automatic import Automatic
+
+            fits = isinstance(self.executor, (Executor, Automatic))
+            check("executor", self.executor, "a concurrent.futures.Executor or None", fits)
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,21 @@ def make_request(model_path: str | Path, **keywords: Unpack[ConvertKeywords]) ->
         CheckpointError: There is no such model.
         ValueError: An option has a value that is not allowed.
     """
-    options = ConvertOptions(**keywords)
+    return request_for(model_path, ConvertOptions(**keywords))
+
+
+def request_for(model_path: str | Path, options: ConvertOptions) -> Request:
+    """Do the same with options that were made, and so checked, before.
+
+    Args:
+        model_path: A model directory or a repository id.
+        options: How it is converted.
+
+    Raises:
+        CheckpointError: There is no such model.
+        ValueError: `model_path` is neither text nor a path.
+    """
+    check_path("model_path", model_path, optional=False)
     directory, remote = locate(model_path, options.revision)
     if options.in_place:
         store = Store(directory / IN_PLACE, private=False)
@@ -153,12 +178,6 @@ def in_place_id(dtype: Dtype) -> str:
 def default_jobs() -> int:
     """Give one job per core, at most 8."""
     return min(8, os.cpu_count() or 1)
-
-
-def check_jobs(jobs: object) -> None:
-    """Raise ValueError unless `jobs` is None or a whole number from 1."""
-    if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise ValueError(f"jobs is a whole number, 1 or more, or None, not {jobs!r}")
 
 
 def _jobs(options: ConvertOptions) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ..options import check, check_choice
+
 Parallel = Literal["pipeline", "tensor"]
 
 
@@ -29,11 +31,12 @@ class Split:
             raise ValueError(
                 "layers and group: a group chooses its layers; pass only one of the two"
             )
-        if self.parallel not in get_args(Parallel):
-            raise ValueError(f"parallel must be pipeline or tensor, not {self.parallel!r}")
-        found = self.layers
-        if found is not None and not (type(found) is range and found and found.step == 1):
-            raise ValueError(f"layers must be a range(first, last + 1), not {found!r}")
+        check_choice("parallel", self.parallel, get_args(Parallel))
+        found, members = self.layers, ("rank", "size")
+        fits = found is None or bool(type(found) is range and found and found.step == 1)
+        check("layers", found, "a range(first, last + 1) or None", fits)
+        fits = self.group is None or all(callable(getattr(self.group, m, None)) for m in members)
+        check("group", self.group, "an mx.distributed.Group or None", fits)
         if found is not None and found.start < 0:
             raise ValueError(f"layers start at 0, not at {found.start}")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..errors import MissingExtraError, WorkersLostError
-from ..text import one_line
+from ..text import install_text, one_line
 from .threads import INTERRUPT_TIMEOUT
 
 CONNECT_TIMEOUT = 10.0
@@ -34,7 +34,8 @@ def cluster(scheduler: str) -> Iterator[Executor]:
         import distributed
     except ImportError as error:
         raise MissingExtraError(
-            f"a Dask cluster needs its client: pip install 'paroquant_stream[dask]' ({error})"
+            f"a Dask cluster needs distributed ({one_line(error)}): "
+            f"{install_text('distributed', 'dask')}"
         ) from error
     for name in ("distributed", "distributed.client"):  # the two whose level Dask's config sets
         logging.getLogger(name).setLevel(logging.CRITICAL)  # else it logs tracebacks of our errors

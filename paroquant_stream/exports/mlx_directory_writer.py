@@ -1,4 +1,4 @@
-"""export_model(): a converted model as an MLX model directory, one tensor in memory at a time.
+"""export_directory(): a converted model as an MLX model directory, one tensor in memory at a time.
 
 The directory appears complete or not at all, and shares no file with the cache. It holds the
 model's parameters under their own names; `load` of this package reads it. Of a vision model the
@@ -8,8 +8,9 @@ text part is written.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from ..backends.dtypes import MLX_DTYPES
 from ..checkpoint.config import EXPORTED, INDEX_NAME, SINGLE_NAME
 from ..checkpoint.model_files import check_directory
 from ..conversion.in_place import converted
-from ..conversion.progress import Progress
-from ..conversion.request import Request, make_request
+from ..conversion.progress import FileProgress, Progress
+from ..conversion.request import Request
 from ..errors import CheckpointError, EntryDamagedError
 from ..files.atomic_directory import new_directory
 from ..files.new_file import new_file_at
@@ -31,17 +32,18 @@ from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
 from ..model.entries import guard_reads
+from ..progress_bar import FILES, SHARDS
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
-from ..store.format import Dtype
 from ..store.manifest import Manifest
 from ..store.store import Store
+from ..text import bytes_text
 from . import standalone
 from .copied_files import as_json, export_files, files_to_export, without_code, write_file
 from .mlx_directory_reader import FORMAT
 
+logger = logging.getLogger(__name__)
 MODEL_FILE = "paroquant_model.py"
 """The code of a self-contained directory: `standalone.py`, byte for byte."""
-SHARD_SIZE = 5_000_000_000
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
@@ -61,59 +63,55 @@ class Export:
     """Whether a vision or audio tower was left out."""
 
 
-def export_model(
-    model_path: str | Path,
-    out: str | Path,
-    *,
-    self_contained: bool = False,
-    shard_size: int = SHARD_SIZE,
-    cache_dir: str | Path | None = None,
-    jobs: int | None = None,
-    revision: str | None = None,
-    dtype: Dtype = "source",
-    progress: Progress | None = None,
+def export_directory(
+    request: Request,
+    target: Path,
+    self_contained: bool,
+    shard_size: int,
+    phase: Callable[[str], Progress | None],
 ) -> Export:
-    """Write a model as an MLX model directory, converting first what is not in the cache.
+    """Write a model as an MLX model directory, as `paroquant_stream.export_model` describes.
 
     Args:
-        model_path: A model directory, or a Hub repository id.
-        out: The directory to write, which must not exist.
-        self_contained: Add a Python file by which mlx-lm reads it without this package; mlx-lm runs
-            it only with `trust_remote_code`.
+        request: The model.
+        target: The directory to write, as `new_target` returned it.
+        self_contained: Add a Python file by which mlx-lm reads it without this package.
         shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
-        cache_dir: As for `convert_checkpoint`.
-        jobs: As for `convert_checkpoint`.
-        revision: As for `convert_checkpoint`.
-        dtype: As for `convert_checkpoint`: which of its conversions is written.
-        progress: As for `convert_checkpoint`.
+        phase: Gives the callbacks of the conversion and of the files that are written.
 
     Raises:
-        CheckpointError: `out` exists or its parent does not, or the model cannot be used.
+        CheckpointError: The model cannot be used.
         StoreError: It cannot be written.
         ModelError: As `load` raises.
     """
-    target = _target(out)
-    request = make_request(
-        model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
-    )
     _check_source(request)
 
     def attempt() -> Export:
         try:
-            manifest, store = converted(request, progress)
+            manifest, store = converted(request, phase(SHARDS), loads="text")
         except BaseException as stop:
             if not isinstance(stop, Exception):  # Ctrl-C: workers may be inside a system call
                 request.store.sweep(own=True)
             raise
-        return _write_directory(request, manifest, store, target, self_contained, shard_size)
+        written = phase(FILES)
+        return _write_directory(
+            request, manifest, store, target, self_contained, shard_size, written
+        )
 
     with contextlib.suppress(EntryDamagedError):  # logged; the entry is converted again
         return attempt()
     return attempt()
 
 
-def _target(out: str | Path) -> Path:
-    """Return the absolute path of the new directory; checked before hours of conversion."""
+def new_target(out: str | Path) -> Path:
+    """Return the absolute path of a new directory; checked before hours of conversion.
+
+    Args:
+        out: The directory, which must not exist.
+
+    Raises:
+        CheckpointError: It exists, or its parent does not.
+    """
     target = Path(os.path.abspath(Path(out).expanduser()))
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; remove it or name another directory")
@@ -137,6 +135,7 @@ def _write_directory(
     target: Path,
     self_contained: bool,
     shard_size: int,
+    written: Progress | None,
 ) -> Export:
     model, _, _ = assemble(request.source.config, manifest, store, lazy=True, force_text=True)
     config = request.source.config.values
@@ -150,9 +149,11 @@ def _write_directory(
     with new_directory(target, total) as directory:
         export_files(request.source.directory, files_to_export(request.source.directory), directory)
         shards = _cut(specs, shard_size)
+        counts = [FileProgress(f"{target.name}/{n}", s, written) for n, s in _sizes(shards)]
+        logger.info("%s: writing %d files, %s", target, len(shards), bytes_text(total))
         with guard_reads(manifest.entries, store):
-            for name, held in shards.items():
-                _write_shard(directory / name, held, tensors)
+            for (name, held), count in zip(shards.items(), counts, strict=True):
+                _write_shard(directory / name, held, tensors, count)
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(directory / INDEX_NAME, as_json(index))
@@ -217,7 +218,13 @@ def _write_bytes(path: Path, data: bytes) -> None:
     write_file(path, len(data), [memoryview(data)])
 
 
-def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.array]) -> None:
+def _sizes(shards: dict[str, list[TensorSpec]]) -> list[tuple[str, int]]:
+    return [(name, sum(spec.nbytes for spec in held)) for name, held in shards.items()]
+
+
+def _write_shard(
+    path: Path, specs: list[TensorSpec], tensors: dict[str, mx.array], count: FileProgress
+) -> None:
     """Write one file, taking each tensor out of `tensors`."""
     header, infos = lay_out(specs)
     size = end_of(header, infos)
@@ -225,6 +232,7 @@ def _write_shard(path: Path, specs: list[TensorSpec], tensors: dict[str, mx.arra
         writer = TensorWriter(file.write, header)
         for info in infos:
             _write_tensor(writer, info, tensors.pop(info.name))
+            count.add(info.nbytes)
         writer.finish(size)
     mx.clear_cache()  # what Metal keeps of the buffers that were freed
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
 
 from ..conversion.in_place import converted
-from ..conversion.progress import Progress
+from ..conversion.progress import FileProgress, Progress
 from ..conversion.request import Request
 from ..errors import EntryDamagedError, UnwritableFileError
 from ..files import temp_files
@@ -28,25 +28,29 @@ from ..files.folder import Folder
 from ..files.hashing import CHUNK, read_chunks
 from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import end_of, lay_out, layout_defect
+from ..progress_bar import FILES, SHARDS
 from ..store.damage import forget_pages, take_out
 from ..store.format import stacks_in_pieces
 from ..store.lock import locks_exclude
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
+from ..text import bytes_text
 from .single_file import NAME, hash_single, metadata_of, with_digest
 
 logger = logging.getLogger(__name__)
 
 
 def export_single_file(
-    request: Request, out: Path | None = None, progress: Progress | None = None
+    request: Request,
+    out: Path | None = None,
+    phase: Callable[[str], Progress | None] = lambda _: None,
 ) -> tuple[Path, int]:
     """Write a model's single file, after converting what is missing.
 
     Args:
         request: The model.
         out: A file or a directory; None for the model's own directory.
-        progress: As for `convert`.
+        phase: Gives the callbacks of the conversion and of the file that is written.
 
     Returns:
         The path of the file and its bytes.
@@ -64,8 +68,8 @@ def export_single_file(
     _check_free(path)  # before hours of conversion
 
     def attempt() -> int:
-        manifest, store = converted(request, progress)
-        return write_single_file(manifest, store, path)
+        manifest, store = converted(request, phase(SHARDS))
+        return write_single_file(manifest, store, path, phase(FILES))
 
     try:
         return path, attempt()
@@ -79,7 +83,9 @@ def _check_free(path: Path) -> None:
         raise UnwritableFileError(f"{path}: is there already; remove it to have it written anew")
 
 
-def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
+def write_single_file(
+    manifest: Manifest, store: Store, path: Path, progress: Progress | None = None
+) -> int:
     """Write the converted model as one file; memory stays at a few MB.
 
     Tensors keep the checkpoint's names and their bits; stacks of experts are whole. An error leaves
@@ -100,10 +106,12 @@ def write_single_file(manifest: Manifest, store: Store, path: Path) -> int:
     header, tensors = lay_out(_joined(specs, stacks), metadata_of(sources))
     places = _places(tensors, specs, stacks)
     size = end_of(header, tensors)
+    count = FileProgress(path.name, sum(spec.nbytes for spec in specs.values()), progress)
+    logger.info("%s: writing %s", path, bytes_text(size))
     with _new_file(path, size) as fd:
         _write_at(fd, memoryview(header), 0)
         for record in manifest.entries:
-            _copy_entry(record, store, fd, places)
+            _copy_entry(record, store, fd, places, count)
         digest = hash_single(fd, len(header), str(path))
         _write_at(fd, memoryview(with_digest(header, digest)), 0)
     return size
@@ -133,7 +141,9 @@ def _places(
     return places
 
 
-def _copy_entry(record: EntryRecord, store: Store, target: int, places: dict[str, int]) -> None:
+def _copy_entry(
+    record: EntryRecord, store: Store, target: int, places: dict[str, int], count: FileProgress
+) -> None:
     """Copy an entry's tensors to their places. Raises EntryDamagedError for other bytes."""
     label = str(store.entry_path(record.key))
     problem: str | None = None
@@ -141,7 +151,7 @@ def _copy_entry(record: EntryRecord, store: Store, target: int, places: dict[str
         with closing(store.open_entry(record.key)) as fd:
             problem = layout_defect(fd, record.tensors, label)
             if not problem:
-                digest = _copy_tensors(record, fd, label, target, places)
+                digest = _copy_tensors(record, fd, label, target, places, count)
                 if digest == record.digest:
                     return
                 problem = f"expected XXH3 {record.digest}, found {digest}"
@@ -150,7 +160,12 @@ def _copy_entry(record: EntryRecord, store: Store, target: int, places: dict[str
 
 
 def _copy_tensors(
-    record: EntryRecord, fd: int, label: str, target: int, places: dict[str, int]
+    record: EntryRecord,
+    fd: int,
+    label: str,
+    target: int,
+    places: dict[str, int],
+    count: FileProgress,
 ) -> str:
     header, tensors = lay_out(record.tensors)
     digest = xxhash.xxh3_128(header)
@@ -161,6 +176,7 @@ def _copy_tensors(
             digest.update(chunk)
             _write_at(target, chunk, place)
             place += len(chunk)
+            count.add(len(chunk))
     return digest.hexdigest()
 
 

@@ -147,6 +147,7 @@ def _start_reading(
     if not lazy:
         parts = split.group.size() if split.by_tensors else 1
         _check_memory(sum(t.nbytes for t in stored.tensors if part.reads(t.name)) // parts)
+    logger.info("opening the weights")
     with trace.span("open the entries"):
         weights = stored.read(part.reads)
     if not lazy and not split.by_tensors:
@@ -173,6 +174,7 @@ def _place(
 
 def _read(model: nn.Module, stored: TensorSource, part: Partition, split: Split) -> None:
     """Have MLX read the parameters that the part kept, then check the sizes of the files."""
+    logger.info("reading the weights")
     if split.by_tensors:
         read_by_layer(model)
     else:

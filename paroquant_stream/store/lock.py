@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StoreError
 from ..files.folder import Folder
+from .waiting import Wait
 
 if TYPE_CHECKING:
     from filelock import UnixFileLock
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 GATE = "removal.gate"
 LOCK_TIMEOUT = 3600.0  # s to wait for another run
 _GATE_TIMEOUT = 30.0  # s; a conversion holds the gate only for a moment
+_CONVERSION, _REMOVAL = "another conversion of this model", "a removal from the cache"
 _POLL = 0.1  # s; a thread that blocks in flock could not be interrupted
 
 
@@ -81,16 +83,14 @@ def directory_lock(
 def _acquire(folder: Folder, exclusive: bool) -> str | None:
     """Wait for the lock; return the reason if it cannot be taken."""
     how = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-    until, logged = time.monotonic() + LOCK_TIMEOUT, False
+    until, wait = time.monotonic() + LOCK_TIMEOUT, Wait()
     while True:
         try:
             fcntl.flock(folder.fd, how | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > until:
                 return f"another conversion of this model held its lock for {LOCK_TIMEOUT:.0f} s"
-            if not logged:
-                logger.info("waiting for another conversion of %s", folder.path)
-                logged = True
+            wait.notice(_CONVERSION, folder.path)
             time.sleep(_POLL)
         except OSError as error:
             return f"it cannot be locked: {error.strerror}"
@@ -146,7 +146,7 @@ def conversion_lock(locks: Path, name: str, mode: int) -> Iterator[None]:
         for file in (GATE, f"{name}.lock")
     )
     try:
-        _acquire_behind_gate(gate, lock, locks / name)
+        _acquire_behind_gate(gate, lock)
     except (OSError, NotImplementedError, filelock.Timeout) as error:
         logger.warning("continuing without the lock %s: %s", locks / name, error)
         yield
@@ -157,22 +157,21 @@ def conversion_lock(locks: Path, name: str, mode: int) -> Iterator[None]:
         lock.release()
 
 
-def _acquire_behind_gate(gate: UnixFileLock, lock: UnixFileLock, name: Path) -> None:
+def _acquire_behind_gate(gate: UnixFileLock, lock: UnixFileLock) -> None:
     """Take a lock while holding the gate, which is released between the attempts."""
     import filelock
 
-    until, logged = time.monotonic() + LOCK_TIMEOUT, False
+    until, wait = time.monotonic() + LOCK_TIMEOUT, Wait()
     while True:
-        with gate.acquire(timeout=max(0.0, until - time.monotonic())):
-            try:
+        try:
+            with gate.acquire(timeout=max(0.0, min(_POLL, until - time.monotonic()))):
                 lock.acquire(timeout=0)
                 return
-            except filelock.Timeout:
-                if time.monotonic() > until:
-                    raise
-        if not logged:
-            logger.info("waiting for another conversion, which holds %s", name)
-            logged = True
+        except filelock.Timeout as error:
+            if time.monotonic() > until:
+                raise
+            held = Path(error.lock_file)
+        wait.notice(_CONVERSION if held == Path(lock.lock_file) else _REMOVAL, held)
         time.sleep(_POLL)
 
 

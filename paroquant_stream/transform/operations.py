@@ -134,7 +134,10 @@ def _quantize_rows(
 
     CPU and GPU round ties differently, and entries must not depend on the device.
     """
-    import mlx.core as mx  # late: converting a shard without an embedding needs no MLX
+    from ..backends.mlx_core import check_mlx  # late: without an embedding no MLX is needed
+
+    check_mlx()
+    import mlx.core as mx
 
     weight = mx.array(stored)
     if dtype == "BF16":

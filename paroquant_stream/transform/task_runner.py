@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -20,6 +21,8 @@ from ..store.manifest import EntryRecord
 from ..store.store import Store
 from .operations import run_operation
 from .source import Source, Tick
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def find_entry(job: Job, source: Source) -> EntryRecord | None:
     sha256 = source.known_sha256()
     same_size = job.known is not None and job.known.source_size == job.task.size
     if sha256 is None and (same_size or source.may_be_known()):
+        logger.info("%s: hashing, as it may be converted already", job.directory / job.task.shard)
         sha256 = source.hash().sha256
     if sha256 is None:
         return None

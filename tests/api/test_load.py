@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -13,8 +14,14 @@ import pytest
 import paroquant_stream
 from paroquant_stream import convert_checkpoint, load
 from paroquant_stream.api import load as loading
+from paroquant_stream.backends import backend
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import AssemblyError, CheckpointError, EntryDamagedError
+from paroquant_stream.errors import (
+    AssemblyError,
+    CheckpointError,
+    EntryDamagedError,
+    MissingExtraError,
+)
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble, entries
 from tests.helpers.builders import flip, remember, write_llama
@@ -87,6 +94,23 @@ def test_a_damaged_entry_is_converted_again(model_dir):
     path.write_bytes(bad)
     load(model_dir)
     assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("model", "missing"), [("llama-awq-adversarial", "mlx_lm"), (VISION.name, "mlx_vlm")]
+)
+def test_a_missing_library_ends_a_load_before_work(monkeypatch, model, missing):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(backend, "find_spec", lambda name: None if name == missing else real(name))
+    forbid_conversion(monkeypatch)
+    with pytest.raises(MissingExtraError, match=f"pip install {missing.replace('_', '-')}"):
+        load(FIXTURES / model)
+
+
+def test_the_text_part_needs_no_mlx_vlm(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(backend, "find_spec", lambda n: None if n == "mlx_vlm" else real(n))
+    assert not load(VISION, force_text=True)[2]
 
 
 def test_a_missing_model_is_an_error(tmp_path):
@@ -223,7 +247,7 @@ def test_a_current_single_file_that_fits_no_model_is_an_error(tmp_path, monkeypa
 def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
     asked = []
 
-    def record(request, progress, trace, needed):
+    def record(request, progress, trace, needed, loads):
         asked.append(needed)
         raise CheckpointError("no conversion")
 
@@ -235,5 +259,20 @@ def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
 
 
 def test_another_kind_of_verification_is_refused(model_dir):
-    with pytest.raises(ValueError, match="verify is header or full, not 'ful'"):
+    with pytest.raises(ValueError, match="verify is one of header, full, not 'ful'"):
         load(model_dir, verify="ful")
+
+
+def test_each_phase_is_logged(model_dir, caplog):
+    caplog.set_level("INFO", logger="paroquant_stream")
+    load(model_dir, jobs=1)
+    first_words = [m.removeprefix(f"{model_dir}: ").split()[0] for m in caplog.messages]
+    shards = [f"model-0000{number}-of-00003.safetensors:" for number in (1, 2, 3)]
+    assert first_words == [
+        *("looking", "planned,", "converting", *shards),
+        *("opening", "building", "reading", "loaded"),
+    ]
+    shard = model_dir / "model-00001-of-00003.safetensors"
+    os.utime(shard)
+    load(model_dir)
+    assert f"{shard}: hashing" in caplog.text

@@ -16,7 +16,12 @@ from paroquant_stream.backends.mlx_lm import MlxLm
 from paroquant_stream.backends.mlx_vlm import MlxVlm
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import AssemblyError, CheckpointError, MissingPartError
+from paroquant_stream.errors import (
+    AssemblyError,
+    CheckpointError,
+    MissingExtraError,
+    MissingPartError,
+)
 from tests.helpers.builders import CONFIG
 from tests.helpers.ranks import Rank
 
@@ -58,10 +63,30 @@ def test_an_unknown_type_names_the_version_and_the_remedy():
     assert "pip install -U mlx-lm" in reason
 
 
-@pytest.mark.parametrize(("library", "extra"), [(MlxLm(), "lm"), (MlxVlm(), "vlm")])
-def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, library, extra):
+@pytest.mark.parametrize(
+    ("library", "packages", "extra"),
+    [(MlxLm(), ["mlx-lm"], "lm"), (MlxVlm(), ["mlx-lm", "mlx-vlm"], "vlm")],
+)
+def test_what_is_not_installed_is_named(monkeypatch, library, packages, extra):
     monkeypatch.setattr(backend, "find_spec", lambda _: None)
-    assert f"paroquant_stream[{extra}]" in library.why_unknown({"model_type": "llama"})
+    reason = library.why_unknown({"model_type": "llama"})
+    assert f"pip install {' '.join(packages)} (the extra `{extra}` of" in reason
+    with pytest.raises(MissingExtraError) as error:
+        library.check_installed()
+    assert str(error.value) == reason
+
+
+def test_an_installed_library_is_no_error():
+    MlxLm().check_installed()
+    MlxVlm().check_installed()
+
+
+def test_a_vision_model_needs_mlx_lm_for_its_config(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(backend, "find_spec", lambda n: None if n == "mlx_lm" else real(n))
+    reason = MlxVlm().why_missing()
+    assert "needs mlx-lm (not installed): pip install mlx-lm (the extra `vlm`" in reason
+    assert "force_text" not in reason  # which needs it too
 
 
 @pytest.mark.usefixtures("settled")
@@ -79,7 +104,7 @@ def test_the_warning_needs_no_library(model_dir, caplog, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(backend, "find_spec", lambda n: None if n == "mlx_lm" else real(n))
     convert(make_request(model_dir, jobs=1))
-    assert "mlx-lm is not installed" in caplog.text
+    assert "needs mlx-lm (not installed)" in caplog.text
 
 
 class Pipelined(nn.Module):
@@ -122,7 +147,7 @@ def test_a_library_that_cannot_be_found_counts_as_not_installed(monkeypatch, err
         raise error
 
     monkeypatch.setattr(backend, "find_spec", fail)
-    assert "mlx-lm is not installed" in MlxLm().why_unknown({"model_type": "llama"})
+    assert "mlx-lm (not installed)" in MlxLm().why_unknown({"model_type": "llama"})
 
 
 def test_a_library_without_metadata_is_named_without_its_version(monkeypatch):

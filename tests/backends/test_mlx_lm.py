@@ -17,7 +17,7 @@ from tests.helpers.builders import CONFIG
 
 def test_without_mlx_lm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    with pytest.raises(MissingExtraError, match=r"paroquant_stream\[lm\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install mlx-lm \(the extra `lm`"):
         MlxLm().build({"model_type": "llama"})
 
 

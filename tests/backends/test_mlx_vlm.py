@@ -18,7 +18,7 @@ from tests.helpers.paths import FIXTURES
 def test_without_mlx_vlm_the_extra_and_force_text_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_vlm", None)
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
-    with pytest.raises(MissingExtraError, match=r"paroquant_stream\[vlm\].*force_text=True"):
+    with pytest.raises(MissingExtraError, match=r"pip install mlx-vlm \(.*force_text=True"):
         MlxVlm().build({"model_type": "qwen3_5"})
 
 

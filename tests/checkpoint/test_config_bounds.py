@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from paroquant_stream import load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.backends.backend import Backend
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
@@ -22,7 +23,6 @@ from paroquant_stream.checkpoint.config_bounds import (
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.distributed.split import Split
 from paroquant_stream.errors import AssemblyError
-from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.model import assemble
 from paroquant_stream.model.assemble import needed_entries

@@ -151,7 +151,7 @@ def test_a_signal_between_two_tensors_leaves_nothing(
 
 
 def test_ctrl_c_during_the_conversion_sweeps_its_temps(model_dir, tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     swept = []

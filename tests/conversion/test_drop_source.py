@@ -391,7 +391,7 @@ def test_what_could_not_be_loaded_is_not_dropped(model_dir, config, words):
 
 def test_without_mlx_lm_nothing_is_dropped(model_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'paroquant_stream\[lm\]'"):
+    with pytest.raises(MissingExtraError, match="pip install mlx-lm"):
         run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
 

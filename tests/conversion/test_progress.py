@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from paroquant_stream.conversion.progress import Tally
+import pytest
+
+from paroquant_stream.conversion.progress import FileProgress, Tally, check_progress
 from paroquant_stream.plan.task import Task
 
 
@@ -28,3 +30,19 @@ def test_nobody_is_told_of_a_shard_that_no_task_of_this_run_owns():
     reported = []
     Tally(lambda *given: reported.append(given), [Task("a", 10, ())], [["b"]]).add("b", 5)
     assert reported == []
+
+
+def test_a_file_is_announced_and_never_passes_its_size():
+    reported = []
+    count = FileProgress("f", 10, lambda *given: reported.append(given))
+    count.add(6)
+    count.add(6)
+    assert reported == [("f", 0, 10), ("f", 6, 10), ("f", 10, 10)]
+    FileProgress("f", 10, None).add(1)
+
+
+def test_progress_is_yes_no_none_or_a_function():
+    for progress in (True, False, None, print):
+        check_progress(progress)
+    with pytest.raises(ValueError, match="progress is True, False, None or a function, not 1"):
+        check_progress(1)

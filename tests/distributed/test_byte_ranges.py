@@ -10,12 +10,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.distributed import byte_ranges as ranges
 from paroquant_stream.distributed.slices import Slice, read_slice
 from paroquant_stream.distributed.tensor_parallel import split_tensors
 from paroquant_stream.errors import SplitError
-from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model.entries import read_weights
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint

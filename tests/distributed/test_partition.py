@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.backends.mlx_lm import MlxLm
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.distributed import partition as part
@@ -22,7 +23,6 @@ from paroquant_stream.errors import (
     AssemblyError,
     MissingPartError,
 )
-from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.model import assemble as model
 from paroquant_stream.model.experts import placeholders

@@ -27,7 +27,7 @@ def test_layers_and_a_group_exclude_each_other():
 
 
 def test_an_unknown_way_to_split_is_refused():
-    with pytest.raises(ValueError, match="pipeline or tensor, not 'data'"):
+    with pytest.raises(ValueError, match="one of pipeline, tensor, not 'data'"):
         Split(group=Rank(0, 2), parallel="data")
 
 

@@ -266,4 +266,4 @@ def test_a_scheduler_goes_with_dask_and_dask_with_a_scheduler(wrong, capsys):
 def test_without_distributed_the_extra_is_named(model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert main([str(model), "--executor", "dask", "--scheduler", "tcp://x:1"]) == 1
-    assert "pip install 'paroquant_stream[dask]'" in capsys.readouterr().err
+    assert "pip install distributed (the extra `dask`" in capsys.readouterr().err

@@ -10,9 +10,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream import load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.checkpoint.checkpoint import Checkpoint
 from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFileError
-from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
+from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE
 from tests.helpers.paths import FIXTURES
 
 FAMILIES = ["llama-awq-adversarial", "qwen3_moe-awq-adversarial", "qwen3_5_text-awq-size"]

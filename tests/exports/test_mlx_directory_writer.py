@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.errors import (
     CheckpointError,
     MalformedFileError,
@@ -22,7 +23,7 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
 from paroquant_stream.exports import standalone
-from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
+from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE
 from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES
@@ -188,13 +189,13 @@ def test_an_entry_cut_short_while_it_is_read_is_converted_again(model_dir, tmp_p
     export_model(model_dir, tmp_path / "good", cache_dir=tmp_path / "cache")
     real, cut = mlx_directory._write_shard, []
 
-    def with_a_cut(path, specs, tensors):
+    def with_a_cut(*arguments):
         if not cut:
             manifest = convert_checkpoint(model_dir, cache_dir=tmp_path / "cache")
             entry = cache_store(tmp_path / "cache").entry_path(manifest.entries[1].key)
             cut.append(entry)
             os.truncate(entry, 20_000)
-        real(path, specs, tensors)
+        real(*arguments)
 
     monkeypatch.setattr(mlx_directory, "_write_shard", with_a_cut)
     export_model(model_dir, tmp_path / "out", cache_dir=tmp_path / "cache")

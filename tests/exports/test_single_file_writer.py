@@ -302,3 +302,12 @@ def test_the_export_command_writes_it_into_the_model_directory(model_dir, tmp_pa
     assert (model_dir / NAME).is_file()
     assert export.main(arguments) == 1
     assert capsys.readouterr().err.endswith("remove it to have it written anew\n")
+
+
+def test_the_bytes_of_the_file_are_told(model, tmp_path):
+    told = []
+    write_single_file(*model, tmp_path / NAME, lambda *given: told.append(given))
+    size = sum(tensor.nbytes for record in model[0].entries for tensor in record.tensors)
+    assert told[0] == (NAME, 0, size)
+    assert told[-1] == (NAME, size, size)
+    assert [done for _, done, _ in told] == sorted({done for _, done, _ in told})

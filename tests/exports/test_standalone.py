@@ -19,9 +19,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from paroquant_stream import load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.checkpoint.config import EXPORTED
 from paroquant_stream.exports import standalone
-from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.rotation import kernels
 from tests.helpers.builders import CONFIG, awq_linear, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES

@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.backends.selection import TOWER_PREFIXES
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.distributed.split import WHOLE, Split
 from paroquant_stream.errors import AssemblyError, MalformedFileError
-from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble as assembling
 from paroquant_stream.model.assemble import assemble

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as second_opinion
 
 from paroquant_stream import convert_checkpoint, load
+from paroquant_stream.api.export import export_model
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import CheckpointError, EntryDamagedError, MalformedFileError
-from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.files.descriptor import open_regular
 from paroquant_stream.files.tensor_header import TensorSpec, read_header

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream.errors import OutOfRangeError
+from paroquant_stream.errors import MissingExtraError, OutOfRangeError
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.plan.task import Operation, Part
 from paroquant_stream.store.format import OPERATION_VERSIONS
@@ -102,3 +104,9 @@ def test_a_single_value_that_overflows_is_an_error(values, count):
         return
     with pytest.raises(OutOfRangeError, match=r"norm of a\.safetensors: 1 values are beyond"):
         results(operation, data)
+
+
+def test_a_worker_without_an_mlx_backend_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    with pytest.raises(MissingExtraError, match="pip install"):
+        operations._quantize_rows(np.zeros((1, 64), np.float16), "F16", 64, 4)
