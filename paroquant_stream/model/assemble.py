@@ -177,8 +177,8 @@ def _read(model: nn.Module, stored: TensorSource, part: Partition, split: Split)
     logger.info("reading the weights")
     if split.by_tensors:
         read_by_layer(model)
-    else:
-        mx.eval(model.parameters())
+    # the state, for constants that are no parameters: another thread than this cannot compute them
+    mx.eval(model.state)
     stored.check(part.reads)
 
 
