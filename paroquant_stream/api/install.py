@@ -52,18 +52,8 @@ def install(
         LoaderMovedError: The installed version has no such loader, or one with other arguments.
         ValueError: An option has a value that is not allowed.
     """
-    options = LoadOptions(
-        cache_dir=cache_dir,
-        jobs=jobs,
-        revision=revision,
-        dtype=dtype,
-        progress=progress,
-        verify=verify,
-        trace=trace,
-        layers=layers,
-        group=group,
-        parallel=parallel,
-    )
+    how = (cache_dir, jobs, revision, dtype, progress, verify, trace, layers, group, parallel)
+    options = LoadOptions(False, False, *how)
     given = {field.name: getattr(options, field.name) for field in fields(options)}
     del given["lazy"], given["force_text"]  # the program's own
     loader_patch.install(load, **given)

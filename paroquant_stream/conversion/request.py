@@ -78,12 +78,7 @@ class ConvertOptions:
         check("revision", self.revision, "a branch, tag or commit, or None", fits)
         check_choice("dtype", self.dtype, DTYPES)
         if self.executor is not None:
-            from concurrent.futures import Executor  # late: most runs need no executor
-
-            from ..execution.automatic import Automatic
-
-            fits = isinstance(self.executor, (Executor, Automatic))
-            check("executor", self.executor, "a concurrent.futures.Executor or None", fits)
+            _check_executor(self.executor)
 
 
 @dataclass(frozen=True)
@@ -178,6 +173,16 @@ def in_place_id(dtype: Dtype) -> str:
 def default_jobs() -> int:
     """Give one job per core, at most 8."""
     return min(8, os.cpu_count() or 1)
+
+
+def _check_executor(executor: object) -> None:
+    from ..execution.automatic import Automatic  # late: most runs need no executor
+
+    if not isinstance(executor, Automatic):
+        from concurrent.futures import Executor  # which is slow to import
+
+        fits = isinstance(executor, Executor)
+        check("executor", executor, "a concurrent.futures.Executor or None", fits)
 
 
 def _jobs(options: ConvertOptions) -> int:

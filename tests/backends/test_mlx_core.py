@@ -13,6 +13,7 @@ from paroquant_stream.api import load as loading
 from paroquant_stream.backends.mlx_core import check_mlx
 from paroquant_stream.cli import convert, export
 from paroquant_stream.conversion import pipeline
+from paroquant_stream.conversion.converter import convert as run_conversion
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import MissingExtraError
 from paroquant_stream.execution.processes import processes
@@ -51,7 +52,7 @@ def test_a_conversion_ends_before_its_first_shard(model_dir, monkeypatch, capsys
 def test_the_check_holds_for_processes_too(model_dir, monkeypatch):
     forbid_work(monkeypatch)
     with processes(1) as pool, pytest.raises(MissingExtraError):
-        convert.convert(make_request(model_dir, executor=pool))
+        run_conversion(make_request(model_dir, executor=pool))
 
 
 @pytest.mark.usefixtures("without_backend")
@@ -60,14 +61,14 @@ def test_a_cluster_has_an_mlx_of_its_own(model_dir, monkeypatch):
     begun = []
     monkeypatch.setattr(pipeline, "run_all", lambda *_: begun.append(True) or iter(()))
     with processes(1) as pool, pytest.raises(KeyError):
-        convert.convert(make_request(model_dir, executor=pool))
+        run_conversion(make_request(model_dir, executor=pool))
     assert begun
 
 
 @pytest.mark.usefixtures("without_backend")
 def test_nothing_is_dropped_without_a_backend(model_dir):
     with pytest.raises(MissingExtraError):
-        convert.convert(make_request(model_dir, drop_source=True))
+        run_conversion(make_request(model_dir, drop_source=True))
     assert len(list(model_dir.glob("*.safetensors"))) == 3
 
 
@@ -93,8 +94,8 @@ def test_the_export_command_prints_one_line(model_dir, tmp_path, capsys, option)
 
 @pytest.mark.usefixtures("settled")
 def test_without_an_embedding_to_convert_no_mlx_is_needed(model_dir, monkeypatch):
-    convert.convert(make_request(model_dir))
+    run_conversion(make_request(model_dir))
     monkeypatch.setitem(sys.modules, "mlx.core", None)
     moved = model_dir.rename(model_dir.parent / "moved")
-    reports = convert.convert(make_request(moved)).shards
+    reports = run_conversion(make_request(moved)).shards
     assert {report.action for report in reports} == {"reused"}
