@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from paroquant_stream.conversion.progress import Tally
 from paroquant_stream.plan.task import Task
 
@@ -28,3 +30,20 @@ def test_nobody_is_told_of_a_shard_that_no_task_of_this_run_owns():
     told = []
     Tally(lambda *given: told.append(given), [Task("a", 10, ())], [["b"]]).add("b", 5)
     assert told == []
+
+
+def test_two_threads_are_never_told_of_at_once():
+    events, threads = [], []
+
+    def tell(shard: str, done: int, size: int) -> None:
+        events.append(f"begin {shard}")
+        if shard == "a":
+            threads.append(threading.Thread(target=tally.add, args=("b", 20)))
+            threads[0].start()
+            threads[0].join(0.3)  # long enough for a call that nothing holds back
+        events.append(f"end {shard}")
+
+    tally = Tally(tell, [Task("a", 10, ()), Task("b", 10, ())], [])
+    tally.add("a", 20)
+    threads[0].join()
+    assert events == ["begin a", "end a", "begin b", "end b"]
