@@ -274,6 +274,15 @@ def test_leftovers_that_cannot_be_renamed_stop_only_a_drop(model_dir, monkeypatc
     assert len(list(model_dir.glob("*.safetensors"))) == 3
 
 
+def test_what_could_not_be_loaded_is_converted_with_a_warning(model_dir, caplog):
+    assert run(model_dir).shards
+    assert caplog.text == ""
+    config = model_dir / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"nosuch"'))
+    assert set(actions(run(model_dir)).values()) == {"reused"}
+    assert "nosuch" in caplog.text
+
+
 def test_only_a_cache_manifest_names_the_directory(model_dir):
     assert run(model_dir).manifest.directory == str(model_dir.resolve())
     assert run(model_dir, in_place=True).manifest.directory == ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from paroquant_stream.conversion import planning
 from paroquant_stream.conversion.converter import convert
-from paroquant_stream.conversion.planning import plan_model, survey
+from paroquant_stream.conversion.planning import plan_model, survey, work_of
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
     CheckpointError,
@@ -90,3 +91,28 @@ def test_a_kept_header_that_this_version_refuses_names_its_shard(model_dir, monk
     monkeypatch.setattr(DropRecord, "header", refuse)
     with pytest.raises(SourceDroppedError, match=r"1 shards .*\n.*00002-of.*kept is damaged"):
         plan_model(make_request(model_dir))
+
+
+@pytest.mark.parametrize("changed", ["lender", "borrower"])
+def test_a_shard_that_changes_after_the_plan_completes_nothing(scattered_dir, tmp_path, changed):
+    """All others were removed; it lends to one of them, or needs what one of them lent."""
+    backup = shutil.copytree(scattered_dir, tmp_path / "backup")
+    request = make_request(scattered_dir, jobs=1)
+    run(scattered_dir, drop_source=True)
+    shard = "model-00003-of-00003.safetensors"
+    shutil.copy(backup / shard, scattered_dir / shard)
+    model = plan_model(request)
+    assert not work_of(request, model).tasks
+    tasks = {task.shard: task for task in model.plan.tasks}
+    lent = {p.name for task in tasks.values() for p in task.borrowed.get(shard, ())}
+    assert lent
+    assert tasks[shard].borrowed
+    if changed == "lender":
+        flip_byte(scattered_dir, 1, min(lent))
+        words = "a part that it borrows changed"
+    else:
+        own = {p.name for op in tasks[shard].operations for s in op.slices for p in s[:1]}
+        flip_byte(scattered_dir, 1, min(own - lent))
+        words = f"lends parts to {shard}"
+    with pytest.raises(SourceDroppedError, match=words):
+        work_of(request, model)

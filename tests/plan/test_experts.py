@@ -64,17 +64,6 @@ def test_experts_of_unlike_shapes_are_an_error():
         plan_of(moe_tensors() | wider)
 
 
-def test_an_expert_of_another_shard_ends_a_run_without_a_gap():
-    """Two shards that take turns: neighbours in a shard are no neighbours in the stack."""
-
-    def cut(names):
-        return {n: "odd" if ".experts.1." in n or ".experts.3." in n else "even" for n in names}
-
-    made = {o.name: o.shape for task in plan_of(moe_tensors(), cut).tasks for o in task.outputs}
-    up = "model.layers.0.mlp.switch_mlp.up_proj.weight"
-    assert [made[f"{up}.experts_{n}_{n}"] for n in range(4)] == [(1, 32, 4)] * 4
-
-
 def test_an_absurd_number_of_experts_costs_no_more_time():
     """It is a number of the config: 200,000 experts took 16 s, and 10,000,000 no end."""
     small = min(seconds_of_refusal(moe_tensors(), 100, "expert 4 has no") for _ in range(3))
