@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from paroquant_stream import progress_bar
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.progress_bar import FILES, SHARDS, Progress, reported
 
@@ -62,6 +63,37 @@ def test_nothing_is_shown_after_the_end(capsys):
     capsys.readouterr()
     progress("c", 10, 10)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_count_that_falls_is_no_second_end(capsys):
+    """Threads tell of their counts in any order."""
+    with Progress(quiet=False) as progress:
+        for done in (0, 1000, 500, 1000):
+            progress("a", done, 1000)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_count_that_falls_moves_no_bar_back(monkeypatch):
+    moves, made = [], []
+
+    class Bar:
+        pos, n, total = -1, 0, 0
+
+        def update(self, count: int) -> None:
+            moves.append(count)
+            self.n += count
+
+        def close(self) -> None:
+            pass
+
+    terminal(monkeypatch)
+    # private: what a bar shows can only be read from its moves
+    monkeypatch.setattr(progress_bar, "_bar", lambda name, *_: made.append(name) or Bar())
+    with Progress(quiet=False) as progress:
+        for done in (0, 600, 400, 1000, 500):
+            progress("a", done, 1000)
+    assert made == ["all shards", "a"]
+    assert min(moves) >= 0
 
 
 def test_names_with_control_characters_do_not_reach_the_terminal(monkeypatch):

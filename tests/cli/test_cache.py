@@ -15,8 +15,11 @@ import pytest
 from paroquant_stream import cache
 from paroquant_stream.cli import cache as cli_cache
 from paroquant_stream.cli import convert
+from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.text import bytes_text
 from tests.helpers.builders import llama_tensors, write_checkpoint
+from tests.helpers.conversions import flip_byte
+from tests.helpers.records import flip_last_byte
 
 
 @pytest.fixture
@@ -75,6 +78,22 @@ def test_damage_without_a_model_to_convert_stays_a_failure(arguments, tmp_path):
     manifest = next((tmp_path / "cache").rglob("*.msgpack"))
     manifest.rename(manifest.with_stem("0" * 64))  # the name is the hash of the model's directory
     assert cache.main(["verify", "--repair", *arguments]) == 1
+
+
+@pytest.mark.parametrize("source_differs", [False, True])
+def test_a_repair_ends_with_1_while_a_source_differs(
+    arguments, model_dir, tmp_path, capsys, source_differs
+):
+    request = make_request(model_dir, cache_dir=tmp_path / "cache")
+    first, *_ = read_manifest(request).entries
+    path = request.store.entry_path(first.key)
+    flip_last_byte(path)
+    if source_differs:
+        flip_byte(model_dir, 2, "model.layers.1.input_layernorm.weight")
+    command = ["verify", str(model_dir), "--sources", "--repair", *arguments]
+    assert cache.main(command) == int(source_differs)
+    assert f"6 files read, {1 + source_differs} differ" in capsys.readouterr().out
+    assert path.exists()  # converted again, whatever the code
 
 
 def test_verify_in_json(arguments, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ import pytest
 from mlx_lm import generate
 
 from paroquant_stream import load
+from paroquant_stream.cli import run as run_command
 from paroquant_stream.cli.run import main
+from paroquant_stream.integrations import loader_patch
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.server import PROMPT, ask
 from tests.helpers.stand_in import stand_in
@@ -185,6 +188,25 @@ def test_a_forked_process_has_this_loader_a_spawned_one_not(here):
         "paroquant.inference.backends.mlx.load",
         "paroquant_stream.integrations.loader_patch",
     ]
+
+
+@pytest.mark.parametrize(
+    ("script", "ends"), [("pass", None), ("raise SystemExit(3)", 3), (None, None)]
+)
+def test_after_the_program_the_loader_is_as_before(here, monkeypatch, script, ends):
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    seen, uninstall = [], run_command.uninstall
+    monkeypatch.setattr(
+        run_command, "uninstall", lambda: seen.append(len(loader_patch._installed)) or uninstall()
+    )
+    before = [*loader_patch._installed], [*sys.meta_path]
+    if script:
+        (here / "program.py").write_text(script)
+    with pytest.raises(SystemExit, match=str(ends)) if ends else contextlib.nullcontext():
+        assert main([str(here / "program.py")]) == (0 if script else 1)
+    assert seen == [len(before[0]) + 1]
+    assert ([*loader_patch._installed], [*sys.meta_path]) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["--jobs", "0", "x.py"], ["--unknown"], ["-m"]])

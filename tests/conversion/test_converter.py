@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
 from paroquant_stream.conversion import pipeline as shards
+from paroquant_stream.conversion import planning, source_file
 from paroquant_stream.conversion import staleness as staleness_module
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.conversion.staleness import staleness
+from paroquant_stream.errors import StoreError
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
+from paroquant_stream.maintenance.activity import demand_quiet
 from paroquant_stream.store.format import OPERATION_VERSIONS
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.conversions import actions, flip_byte, reasons, run
@@ -186,8 +190,6 @@ def test_in_place_writes_beside_the_model_and_names_no_path(model_dir, tmp_path)
 
 
 def test_a_cache_that_others_can_write_into_is_refused(model_dir):
-    from paroquant_stream.errors import StoreError
-
     request = make_request(model_dir, jobs=1)
     convert(request)
     request.store.root.chmod(0o777)
@@ -216,6 +218,69 @@ def test_a_cache_whose_times_cannot_be_set_serves_all_the_same(model_dir, monkey
     monkeypatch.setattr(os, "utime", fail)
     assert run(model_dir).manifest == first.manifest
     assert fired == [1]
+
+
+def test_work_that_another_run_did_meanwhile_is_not_done_again(model_dir, monkeypatch):
+    real, other = planning.plan_model, []
+
+    def plan_slowly(request):
+        with monkeypatch.context() as patch:
+            patch.setattr(planning, "plan_model", real)
+            other.append(run(model_dir))
+        monkeypatch.setattr(shards, "work_of", lambda *_: pytest.fail("looked for work"))
+        return real(request)
+
+    monkeypatch.setattr(planning, "plan_model", plan_slowly)
+    result = run(model_dir)
+    assert set(actions(result).values()) == {"reused"}
+    assert [result.manifest] == [first.manifest for first in other]
+
+
+def test_a_run_with_work_holds_the_lock_of_its_manifest(model_dir, monkeypatch):
+    real, refused = shards.work_of, []
+
+    def look(request, model):
+        with pytest.raises(StoreError, match=f"{request.manifest_name}.lock is held"):
+            demand_quiet(request.store)
+        refused.append(request.manifest_name)
+        return real(request, model)
+
+    monkeypatch.setattr(shards, "work_of", look)
+    request = make_request(model_dir, jobs=1)
+    convert(request)
+    assert refused == [request.manifest_name]
+    demand_quiet(request.store)
+
+
+def test_a_shard_that_a_killed_run_renamed_is_a_shard_again(model_dir):
+    shard = model_dir / "model-00002-of-00003.safetensors"
+    shard.rename(model_dir / f".{shard.name}.0123456789abcdef.removing")
+    assert set(actions(run(model_dir)).values()) == {"converted"}
+    assert shard.exists()
+
+
+@pytest.mark.parametrize("drop_source", [False, True])
+def test_leftovers_that_cannot_be_renamed_stop_only_a_drop(model_dir, monkeypatch, drop_source):
+    fired = []
+
+    def refuse(*_):
+        fired.append(1)
+        raise StoreError("leftovers cannot be renamed")
+
+    monkeypatch.setattr(source_file, "put_all_back", refuse)
+    with pytest.raises(StoreError, match="leftovers") if drop_source else nullcontext():
+        run(model_dir, drop_source=drop_source)
+    assert fired
+    assert len(list(model_dir.glob("*.safetensors"))) == 3
+
+
+def test_what_could_not_be_loaded_is_converted_with_a_warning(model_dir, caplog):
+    assert run(model_dir).shards
+    assert caplog.text == ""
+    config = model_dir / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"nosuch"'))
+    assert set(actions(run(model_dir)).values()) == {"reused"}
+    assert "nosuch" in caplog.text
 
 
 def test_only_a_cache_manifest_names_the_directory(model_dir):

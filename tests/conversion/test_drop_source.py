@@ -179,6 +179,59 @@ def test_a_lender_that_changed_after_lending_is_noticed(scattered_dir, monkeypat
     assert shards(scattered_dir) == [FIRST, SECOND, THIRD]
 
 
+@pytest.mark.parametrize("lender", [FIRST, THIRD])
+def test_what_was_lent_is_read_again_before_either_goes(tmp_path, monkeypatch, lender):
+    """The last shard that is converted goes first: once the borrower, once the lender."""
+    borrower = THIRD if lender == FIRST else FIRST
+    homes = {"qzeros": borrower, "scales": lender}
+
+    def cut(names: list[str]) -> dict[str, str]:
+        return {name: homes.get(name.rpartition(".")[2], SECOND) for name in names}
+
+    directory = write_checkpoint(tmp_path / "m", cut=cut)
+    monkeypatch.setattr(drop.SourceFile, "lent_sha256", lambda *_: "0" * 64)
+    with pytest.raises(SourceChangedError, match=f"{lender}: what {borrower} borrowed"):
+        run(directory, drop_source=True)
+    assert {FIRST, THIRD} <= set(shards(directory))
+
+
+def test_files_that_were_read_and_stay_are_closed(scattered_dir, monkeypatch):
+    opened, closed = [], []
+    begin, close = drop.SourceFile.__init__, drop.SourceFile.close
+
+    def fail(self):
+        raise StoreError("cannot be removed")
+
+    monkeypatch.setattr(
+        drop.SourceFile, "__init__", lambda self, *given: opened.append(self) or begin(self, *given)
+    )
+    monkeypatch.setattr(drop.SourceFile, "close", lambda self: closed.append(self) or close(self))
+    monkeypatch.setattr(drop.SourceFile, "remove", fail)
+    with pytest.raises(StoreError, match="cannot be removed"):
+        run(scattered_dir, drop_source=True)
+    assert len(opened) > 1
+    assert set(map(id, opened)) == set(map(id, closed))
+
+
+def test_a_last_record_that_cannot_be_written_fails_the_drop(model_dir, monkeypatch, caplog):
+    real = drop.write_record
+
+    def full(*given):
+        if not shards(model_dir):
+            raise StoreError("no space left")
+        real(*given)
+
+    monkeypatch.setattr(drop, "write_record", full)
+    with pytest.raises(StoreError, match="no space left"):
+        run(model_dir, drop_source=True)
+    assert shards(model_dir) == []
+    request = make_request(model_dir)
+    request.store.manifest_path(request.manifest_name).unlink()
+    next(request.store.folder("dropped").iterdir()).unlink()
+    assert {r.action for r in run(model_dir).shards} == {"reused"}  # removes nothing: a warning
+    assert "no space left" in caplog.text
+
+
 def test_a_changed_config_says_that_the_source_was_removed(model_dir):
     run(model_dir, drop_source=True)
     (model_dir / "config.json").write_text(json.dumps(CONFIG | {"note": "no byte depends on it"}))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from paroquant_stream.conversion import pipeline
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
+from paroquant_stream.errors import StoreError
 from paroquant_stream.store.manifest import Manifest
+from paroquant_stream.store.store import Store
 from tests.helpers.builders import cut_apart, llama_tensors, write_checkpoint
 from tests.helpers.conversions import actions, run
 
@@ -44,11 +47,37 @@ def test_progress_ends_at_the_size_of_every_shard(model_dir):
 
 
 def test_a_full_disk_is_reported_before_work_and_a_rerun_resumes(model_dir, monkeypatch):
-    from paroquant_stream.errors import StoreError
-    from paroquant_stream.store.store import Store
-
     with monkeypatch.context() as patch:
         patch.setattr(Store, "free_bytes", lambda _: 1000)
         with pytest.raises(StoreError, match=r"[\d.]+ kB needed for 3 shards, 1\.0 kB free"):
             run(model_dir)
     assert set(actions(run(model_dir)).values()) == {"converted"}
+
+
+def test_a_forced_run_needs_room_for_what_is_converted_already(model_dir, monkeypatch):
+    run(model_dir)
+    monkeypatch.setattr(Store, "free_bytes", lambda _: 1000)
+    with pytest.raises(StoreError, match="kB needed for 3 shards, 1\.0 kB free"):
+        run(model_dir, force=True)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "drop_source", "ahead"), [(3, False, None), (1, True, 2), (3, True, 3)]
+)
+def test_only_a_drop_limits_what_is_downloaded_ahead(
+    model_dir, monkeypatch, jobs, drop_source, ahead
+):
+    given, real = [], pipeline.Prefetcher
+    monkeypatch.setattr(pipeline, "Prefetcher", lambda *a: given.append(a[-1]) or real(*a))
+    convert(make_request(model_dir, jobs=jobs, drop_source=drop_source))
+    assert given == [ahead]
+
+
+def test_an_equal_manifest_is_not_written_again(model_dir, monkeypatch):
+    """So that a cache that cannot be written still serves."""
+    first, real, looked = run(model_dir), pipeline.work_of, []
+    monkeypatch.setattr(pipeline, "work_of", lambda *a: looked.append(1) or real(*a))
+    monkeypatch.setattr("paroquant_stream.conversion.converter.staleness", lambda *_: "unknown")
+    monkeypatch.setattr(Store, "write_manifest", lambda *_: pytest.fail("written"))
+    assert run(model_dir).manifest == first.manifest
+    assert looked

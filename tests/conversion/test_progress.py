@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from paroquant_stream.conversion.progress import FileProgress, Tally, check_progress
@@ -46,3 +48,20 @@ def test_progress_is_yes_no_none_or_a_function():
         check_progress(progress)
     with pytest.raises(ValueError, match="progress is True, False, None or a function, not 1"):
         check_progress(1)
+
+
+def test_two_threads_are_never_reported_at_once():
+    events, threads = [], []
+
+    def report(shard: str, done: int, size: int) -> None:
+        events.append(f"begin {shard}")
+        if shard == "a":
+            threads.append(threading.Thread(target=tally.add, args=("b", 20)))
+            threads[0].start()
+            threads[0].join(0.3)  # long enough for a call that nothing holds back
+        events.append(f"end {shard}")
+
+    tally = Tally(report, [Task("a", 10, ()), Task("b", 10, ())], [])
+    tally.add("a", 20)
+    threads[0].join()
+    assert events == ["begin a", "end a", "begin b", "end b"]

@@ -33,4 +33,5 @@ def test_the_reason_is_the_first_that_holds(before, changes, forced, why):
 def test_a_reused_shard_is_unchanged_or_was_known_already():
     assert report_reused(OLD, OLD).why == "unchanged"
     assert "in the cache already" in report_reused(OLD, None).why
+    assert "in the cache already" in report_reused(OLD, replace(OLD, key="6" * 64)).why
     assert report_reused(OLD, OLD).action == "reused"

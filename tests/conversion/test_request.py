@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,19 +31,33 @@ def test_an_unknown_option_is_refused(model_dir):
 
 
 def test_by_default_there_is_a_job_per_core_and_at_most_8(monkeypatch, model_dir):
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert 1 <= default_jobs() <= 8
+    for cores, jobs in ((64, 8), (8, 8), (3, 3), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert default_jobs() == make_request(model_dir).jobs == jobs
     assert make_request(model_dir, jobs=3).jobs == 3
 
 
 def test_an_executor_gives_the_number_of_jobs(model_dir):
     with ThreadPoolExecutor(5) as pool:
-        assert make_request(model_dir, executor=pool).jobs >= 1
+        assert make_request(model_dir, executor=pool).jobs == 5
+        assert make_request(model_dir, executor=pool, jobs=2).jobs == 2
+
+
+def test_an_executor_that_does_not_tell_has_the_default(model_dir, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert make_request(model_dir, executor=Executor()).jobs == 3
 
 
 def test_the_model_id_is_of_path_and_dtype():
     one, other = Path("/m"), Path("/n")
     assert len({model_id(p, d) for p in (one, other) for d in ("source", "float16")}) == 4
+
+
+def test_a_new_cast_version_renames_only_manifests_of_casts(monkeypatch):
+    before = [model_id(Path("/m"), dtype) for dtype in ("source", "float16", "bfloat16")]
+    monkeypatch.setattr("paroquant_stream.conversion.request.CAST_VERSION", 99)
+    after = [model_id(Path("/m"), dtype) for dtype in ("source", "float16", "bfloat16")]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, False]
 
 
 def test_an_in_place_manifest_is_named_without_a_path():

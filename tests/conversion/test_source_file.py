@@ -279,3 +279,26 @@ def test_a_restored_file_takes_no_name_that_another_has(tmp_path):
     put_all_back(tmp_path, {NAME})
     assert (tmp_path / NAME).read_bytes() == b"y"
     assert aside.read_bytes() == b"x"
+
+
+def test_without_hard_links_a_restored_file_takes_no_name_either(tmp_path, monkeypatch):
+    aside = tmp_path / f".{NAME}.0123456789abcdef.removing"
+    aside.write_bytes(b"x")
+    (tmp_path / NAME).write_bytes(b"y")
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreError, match="cannot be renamed: Operation not permitted"):
+        put_all_back(tmp_path, {NAME})
+    assert (tmp_path / NAME).read_bytes() == b"y"
+    assert aside.read_bytes() == b"x"
+
+
+def test_files_of_such_a_form_that_are_no_shards_stay(tmp_path):
+    others = [f".{name}.0123456789abcdef.removing" for name in ("notes.txt", "ab" * 21)]
+    for name in others:
+        (tmp_path / name).touch()
+    put_all_back(tmp_path, {NAME})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

@@ -106,6 +106,12 @@ def test_an_expert_needs_no_rotation_and_may_have_none():
     assert "experts share one" in issue
 
 
+@pytest.mark.parametrize("shape", [(0, N // 8), (K, 0)])
+def test_a_linear_without_inputs_or_outputs_is_an_issue(shape):
+    (issue,) = linear(Layout.AUTOAWQ, qweight=("I32", shape)).issues()
+    assert f"expected I32 two dimensions, found I32 {shape}" in issue
+
+
 def test_legacy_inputs_come_in_blocks_of_64():
     made = linear(Layout.PARO_NATIVE_LEGACY, qweight=("I16", (N // 4, 96)))
     made = Linear("m", made.layout, Quantization(4, 32), False, made.parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from paroquant_stream.checkpoint.layout import Layout
 from paroquant_stream.errors import PlanError
 from paroquant_stream.files.tensor_header import Header, TensorInfo
+from paroquant_stream.plan import planner
 from paroquant_stream.plan.planner import make_plan
 from tests.helpers.builders import cut_apart, cut_evenly, llama_tensors
 from tests.helpers.plans import QUANTIZATION, headers_of, moe_tensors, plan_of
@@ -118,6 +121,48 @@ def test_embedding_rows_must_divide_by_the_group_size():
     tensors = llama_tensors() | {"lm_head.weight": np.zeros((64, 40), np.float16)}
     with pytest.raises(PlanError, match="rows of 40 do not divide by group_size 32"):
         plan_of(tensors)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+@pytest.mark.parametrize("sound", [True, False])
+def test_planning_leaves_the_garbage_collector_as_it_was(collecting, sound, monkeypatch):
+    """It rests meanwhile: nothing here is cyclic."""
+    during, real = [], planner.split_experts
+    monkeypatch.setattr(
+        planner, "split_experts", lambda *given: during.append(gc.isenabled()) or real(*given)
+    )
+    tensors = llama_tensors()
+    if not sound:
+        tensors["lm_head.weight"] = np.zeros((64, 40), np.float16)
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with contextlib.nullcontext() if sound else pytest.raises(PlanError):
+            plan_of(tensors)
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert during == [False]
+
+
+def test_a_part_that_the_layout_does_not_have_is_left_over():
+    stray = {"model.layers.0.mlp.up_proj.scaled_zeros": np.zeros((2, 128), np.float16)}
+    with pytest.raises(PlanError, match=r"scaled_zeros .*: not a part that layout \w+ has"):
+        plan_of(llama_tensors() | stray)
+
+
+def test_a_bias_of_a_plain_linear_is_copied():
+    plain = {"model.visual.fc.weight": np.zeros((8, 8), np.float16)}
+    plain["model.visual.fc.bias"] = np.zeros((8,), np.float16)
+    (task,) = plan_of(llama_tensors() | plain).tasks
+    assert {"model.visual.fc.weight", "model.visual.fc.bias"} <= {o.name for o in task.outputs}
+
+
+def test_the_operations_of_a_task_follow_the_bytes_of_its_shard():
+    for task in plan_of(llama_tensors(), cut_apart(3)).tasks:
+        starts = [operation.start for operation in task.operations]
+        assert len(starts) > 3
+        assert starts == sorted(starts)
 
 
 def headers_of_experts(layers: int) -> dict[str, Header]:

@@ -66,6 +66,31 @@ def test_a_cast_to_the_dtype_at_hand_is_none():
     assert BIASES.cast_to("BF16").made == ("F16",)
 
 
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        *("theta", "channel_scales", "A_log", "dt_bias"),
+        *("expert_bias", "e_score_correction_bias", "router_bias"),
+    ],
+)
+def test_a_cast_keeps_what_is_computed_in_float32(leaf):
+    part = Part(f"l.{leaf}", "F32", (4,), "a.safetensors", 0, 16)
+    kept = Operation("copy", ((part,),), (TensorSpec(f"l.{leaf}", "F32", (4,)),))
+    assert kept.cast_to("F16") is kept
+
+
+def test_a_cast_keeps_words_and_indices():
+    made = tuple(TensorSpec(f"x.{dtype}", dtype, (2, 4)) for dtype in ("U32", "I16", "F32"))
+    cast = replace(BIASES, outputs=made).cast_to("BF16")
+    assert [output.dtype for output in cast.outputs] == ["U32", "I16", "BF16"]
+
+
+def test_an_operation_starts_where_all_of_its_own_parts_have_begun():
+    far = replace(SCALES, shard="a.safetensors", start=900, stop=1028)
+    assert replace(BIASES, slices=((ZEROS, far),)).start == 900
+    assert BIASES.start == ZEROS.start  # what another shard lends is read elsewhere
+
+
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_the_key_changes_with_the(what):
     assert DIFFERENT[what].key(SHA, [OTHER]) != TASK.key(SHA, [OTHER])
