@@ -31,6 +31,10 @@ class UnreadableFileError(CheckpointError):
     """The operating system cannot read an existing file; names the file and the reason."""
 
 
+class MissingTokenizerError(CheckpointError):
+    """The model directory has no vocabulary of a tokenizer; names the files that are expected."""
+
+
 class OutOfRangeError(CheckpointError):
     """A finite value would be infinite in the requested dtype; names its tensor and shard."""
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..backends.mlx_lm import MlxLm
-from ..checkpoint.model_files import check_directory
+from ..checkpoint.model_files import check_directory, check_has_tokenizer
 from ..conversion.converter import Loads, convert
 from ..conversion.in_place import shipped
 from ..conversion.request import Request, request_for
@@ -144,6 +144,7 @@ def _load_repairing(request: Request, options: _Options, progress: ProgressOptio
 def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loaded:
     """Load from an export, `mlx/`, the single file or the cache, whichever there is first."""
     check_directory(request.source.directory)  # fail before a long conversion
+    check_has_tokenizer(request.source.directory)
     with options.trace.span("import MLX"):
         from ..exports.mlx_directory_reader import stored_in_export
         from ..model.assemble import assemble, assemble_from, needed_entries

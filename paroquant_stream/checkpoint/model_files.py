@@ -12,13 +12,14 @@ Only real paths are compared, since the text of a link is untrusted: any directo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import CheckpointError, MalformedFileError
+from ..errors import CheckpointError, MalformedFileError, MissingTokenizerError
 from ..files.descriptor import file_status, open_regular, unreadable
 from ..text import bytes_text
 
@@ -31,6 +32,13 @@ _LIMITS = {".json": MAX_JSON, ".jinja": MAX_JSON} | dict.fromkeys(
     (".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab", ".yaml"), MAX_TEXT
 )
 """Suffix -> the most bytes of a file that tokenizer or processor classes read whole."""
+VOCABULARIES = (
+    "tokenizer.json", "vocab.json", "tekken.json", "vocab.txt", "bpe.codes", "tokenizer.model",
+    "tiktoken.model", "spiece.model", "spm.model", "sentencepiece.model",
+    "sentencepiece.bpe.model", "tokenizer.tiktoken", "qwen.tiktoken", "hy.tiktoken",
+)  # fmt: skip
+"""Every tokenizer of transformers has one of these, but for those of `_OF_BYTES`."""
+_OF_BYTES = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
 _NEVER_READ = {"trainer_state.json"}  # a training log of any length
 _SHARED = re.compile("[0-9a-f]{64}")
 
@@ -182,6 +190,34 @@ def check_directory(directory: Path) -> None:
         limit = size_limit(entry.name)
         if limit is not None:
             check_size(Path(entry.path), status.st_size, limit)
+
+
+def why_no_tokenizer(directory: Path) -> str | None:
+    """Tell that a model directory has no tokenizer, and what to do; None if it has one."""
+    if any(os.path.exists(directory / name) for name in VOCABULARIES):
+        return None
+    with contextlib.suppress(FileNotFoundError, CheckpointError, ValueError, RecursionError):
+        settings = json.loads(read_linked(directory / "tokenizer_config.json", MAX_JSON))
+        if isinstance(settings, dict) and settings.get("tokenizer_class") in _OF_BYTES:
+            return None
+    return (
+        f"{directory}: no tokenizer, so the model cannot be loaded: expected tokenizer.json, "
+        "tokenizer.model, vocab.json or another vocabulary, and tokenizer_config.json; copy them "
+        "from where the model came from"
+    )
+
+
+def check_has_tokenizer(directory: Path) -> None:
+    """Check that a model directory has a tokenizer.
+
+    Args:
+        directory: A model directory that `check_directory` accepted.
+
+    Raises:
+        MissingTokenizerError: It has none.
+    """
+    if reason := why_no_tokenizer(directory):
+        raise MissingTokenizerError(reason)
 
 
 def size_limit(name: str) -> int | None:

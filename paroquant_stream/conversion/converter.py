@@ -16,6 +16,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from ..checkpoint.model_files import why_no_tokenizer
 from ..errors import StoreError
 from ..files.folder import Folder
 from ..store.lock import directory_lock
@@ -100,6 +101,8 @@ def _convert_alone(
             check_assembly(request.source.config, model.plan)
     elif reason := backend.why_unknown(model.checkpoint.config.values):
         logger.warning("%s: %s", request.source.name, reason)
+    if reason := why_no_tokenizer(request.source.directory):
+        logger.warning("%s", reason)
     try:
         request.store.create()
     except StoreError:

@@ -13,7 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.model_files import MAX_JSON, MAX_TEXT, TEMPLATES, check_size, open_inside
+from ..checkpoint.model_files import (
+    MAX_JSON,
+    MAX_TEXT,
+    TEMPLATES,
+    VOCABULARIES,
+    check_size,
+    open_inside,
+)
 from ..errors import CheckpointError, MalformedFileError
 from ..files.descriptor import closing, file_status
 from ..files.hashing import CHUNK, read_chunks
@@ -21,13 +28,13 @@ from ..files.new_file import new_file_at
 from ..files.strict_json import strict_json
 
 JSON = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "tekken.json", "chat_template.json", "generation_config.json",
+    *(name for name in VOCABULARIES if name.endswith(".json")),
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "generation_config.json",
 )  # fmt: skip
 OTHER = (
-    "chat_template.jinja", "merges.txt", "vocab.txt", "bpe.codes", "tokenizer.model",
-    "tiktoken.model", "spiece.model", "spm.model", "sentencepiece.model",
-    "sentencepiece.bpe.model", "tokenizer.tiktoken", "qwen.tiktoken", "hy.tiktoken",
+    *(name for name in VOCABULARIES if not name.endswith(".json")),
+    "chat_template.jinja", "merges.txt",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING", "NOTICE", "NOTICE.txt",
     "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip

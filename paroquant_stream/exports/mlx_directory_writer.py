@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from ..backends.dtypes import MLX_DTYPES
 from ..checkpoint.config import EXPORTED, INDEX_NAME, SINGLE_NAME
-from ..checkpoint.model_files import check_directory
+from ..checkpoint.model_files import check_directory, check_has_tokenizer
 from ..conversion.in_place import converted
 from ..conversion.progress import FileProgress, Progress
 from ..conversion.request import Request
@@ -125,6 +125,7 @@ def _check_source(request: Request) -> None:
     if request.source.config.is_export:
         raise CheckpointError(f"{directory}: is an export already; export its original")
     check_directory(directory)
+    check_has_tokenizer(directory)
     files_to_export(directory)
 
 

@@ -10,7 +10,7 @@ import pytest
 from paroquant_stream import export_model
 from paroquant_stream.api import export as exporting
 from paroquant_stream.backends import backend
-from paroquant_stream.errors import CheckpointError, MissingExtraError
+from paroquant_stream.errors import CheckpointError, MissingExtraError, MissingTokenizerError
 from tests.helpers.paths import FIXTURES
 
 
@@ -46,3 +46,10 @@ def test_a_function_is_told_of_shards_and_of_written_files(model_dir, tmp_path):
     assert told.keys() == files | {path.name for path in model_dir.glob("*.safetensors")}
     assert all(done == size for done, size in told.values())
     assert sum(size for name, (_, size) in told.items() if name in files) == export.nbytes
+
+
+def test_without_a_tokenizer_nothing_is_exported(model_dir, tmp_path):
+    (model_dir / "tokenizer.json").unlink()
+    with pytest.raises(MissingTokenizerError):
+        export_model(model_dir, tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert not os.path.lexists(tmp_path / "cache")

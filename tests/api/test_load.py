@@ -21,6 +21,7 @@ from paroquant_stream.errors import (
     CheckpointError,
     EntryDamagedError,
     MissingExtraError,
+    MissingTokenizerError,
 )
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble, entries
@@ -276,3 +277,10 @@ def test_each_phase_is_logged(model_dir, caplog):
     os.utime(shard)
     load(model_dir)
     assert f"{shard}: hashing" in caplog.text
+
+
+def test_without_a_tokenizer_nothing_is_converted(model_dir, monkeypatch):
+    (model_dir / "tokenizer.json").unlink()
+    forbid(monkeypatch, "convert")
+    with pytest.raises(MissingTokenizerError, match=r"expected tokenizer\.json,.* copy"):
+        load(model_dir)

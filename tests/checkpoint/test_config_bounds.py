@@ -29,6 +29,7 @@ from paroquant_stream.model.assemble import needed_entries
 from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, write_checkpoint
 from tests.helpers.paths import FIXTURES
+from tests.helpers.ranks import Rank
 
 MANY = [TensorSpec(f"t{i}", "F16", (4, 100)) for i in range(3000)]
 FEW = MANY[:30]
@@ -218,7 +219,7 @@ def test_a_pipeline_split_is_checked_before_building(model_dir, monkeypatch):
     monkeypatch.setattr(Backend, "build", never)
     with pytest.raises(AssemblyError, match="num_hidden_layers is 10,000,000"):
         needed_entries(
-            Split(None, object(), "pipeline"), ModelConfig.read(model_dir), manifest, True
+            Split(None, Rank(0, 2), "pipeline"), ModelConfig.read(model_dir), manifest, True
         )
     assert cache_store().root.exists()
 

@@ -12,13 +12,15 @@ from paroquant_stream.checkpoint import model_files
 from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.model_files import (
+    VOCABULARIES,
     check_directory,
+    check_has_tokenizer,
     hub_blob,
     open_inside,
     read_inside,
     read_linked,
 )
-from paroquant_stream.errors import CheckpointError, MalformedFileError
+from paroquant_stream.errors import CheckpointError, MalformedFileError, MissingTokenizerError
 from paroquant_stream.text import bytes_text
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
@@ -380,3 +382,25 @@ def test_a_file_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(model_files, "open_regular", fail)
     with pytest.raises(CheckpointError, match="x: cannot be opened: Permission denied"):
         read_inside(tmp_path / "x", 5)
+
+
+def test_without_a_vocabulary_there_is_no_tokenizer(tmp_path):
+    with pytest.raises(MissingTokenizerError, match=f"^{tmp_path}: no tokenizer.* tokenizer.json"):
+        check_has_tokenizer(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    for text in ("{}", "[]", "{", "[" * 100_000, '{"tokenizer_class": "LlamaTokenizer"}'):
+        settings.write_text(text)
+        with pytest.raises(MissingTokenizerError):
+            check_has_tokenizer(tmp_path)
+    settings.write_text('{"tokenizer_class": "ByT5Tokenizer"}')  # its tokens are the bytes
+    check_has_tokenizer(tmp_path)
+    settings.unlink()
+    os.mkfifo(settings)
+    with pytest.raises(MissingTokenizerError):
+        check_has_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_any_vocabulary_is_a_tokenizer(tmp_path, name):
+    (tmp_path / name).touch()
+    check_has_tokenizer(tmp_path)

@@ -314,3 +314,12 @@ def test_a_lost_entry_without_a_digest_is_converted_again(model_dir):
     again = run(model_dir)
     assert [report.action for report in again.shards].count("converted") == 1
     assert store.entry_digest(record.key) == record.digest
+
+
+def test_a_missing_tokenizer_is_one_line_and_converts_anyway(model_dir, caplog):
+    (model_dir / "tokenizer.json").unlink()
+    assert set(actions(run(model_dir)).values()) == {"converted"}
+    assert [message.startswith(f"{model_dir}: no tokenizer") for message in caplog.messages] == [
+        True
+    ]
+    assert "\n" not in caplog.messages[0]

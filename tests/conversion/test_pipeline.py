@@ -57,7 +57,7 @@ def test_a_full_disk_is_reported_before_work_and_a_rerun_resumes(model_dir, monk
 def test_a_forced_run_needs_room_for_what_is_converted_already(model_dir, monkeypatch):
     run(model_dir)
     monkeypatch.setattr(Store, "free_bytes", lambda _: 1000)
-    with pytest.raises(StoreError, match="kB needed for 3 shards, 1\.0 kB free"):
+    with pytest.raises(StoreError, match=r"kB needed for 3 shards, 1\.0 kB free"):
         run(model_dir, force=True)
 
 

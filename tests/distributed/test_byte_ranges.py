@@ -156,7 +156,7 @@ def test_an_unsplittable_class_is_refused_before_any_read(slices_read):
 
 
 def test_an_unknown_way_to_split_is_refused(model_dir):
-    with pytest.raises(ValueError, match="pipeline or tensor, not 'data'"):
+    with pytest.raises(ValueError, match="one of pipeline, tensor, not 'data'"):
         load(model_dir, group=Rank(0, 2), parallel="data")
 
 
