@@ -32,6 +32,7 @@ def _own_cache(tmp_path, monkeypatch):
 def settled(monkeypatch):
     """Every file counts as settled and its times as reliable, so that its digest is stored."""
     monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", -1)
     monkeypatch.setattr(digest_cache, "ctime_kind", lambda *_: Ctime.LOCAL)
 
 

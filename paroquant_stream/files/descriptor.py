@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import MalformedFileError, UnreadableFileError
 
+TICK_SECONDS = 0.1  # ten ticks of a kernel whose clock ticks 100 times a second, the fewest in use
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
 WIDE_SECONDS = 86_400.0  # how far two machines' clocks may differ, a wrong time zone included
 
@@ -58,14 +59,14 @@ class FileStamp:
         """
         return replace(self, ctime_ns=0) == replace(other, ctime_ns=0)
 
-    def is_settled(self, now_ns: int, same_clock: bool) -> bool:
+    def is_settled(self, now_ns: int, margin: float) -> bool:
         """Return whether any change of the file after `now_ns` must alter the stamp.
 
         Args:
             now_ns: A time in nanoseconds since 1970.
-            same_clock: Whether that time is from the clock that stamps the file.
+            margin: Seconds that the stamp must be older: `TICK_SECONDS` if the kernel's own clock
+                gave both, `RACY_SECONDS` for any one clock, `WIDE_SECONDS` for those of two hosts.
         """
-        margin = RACY_SECONDS if same_clock else WIDE_SECONDS
         return max(self.mtime_ns, self.ctime_ns) + margin * 1e9 <= now_ns
 
 

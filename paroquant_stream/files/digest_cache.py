@@ -8,9 +8,10 @@ was hashed, and
     if not trusted    the Hub's cache has the digest as the file's name; no program rewrites blobs
 
 A file is settled when every change after the start of its hash must alter its stamp ("racy git"):
-the stamp is then 2 s older than that start, by the clock of the file system, so that a wrong clock
-of this process has no effect. Where the stamp and the start may be from the clocks of two machines,
-the stamp must be a day older, or an equal record at least 2 s older. A write through mmap to a page
+the stamp is then ten ticks of the kernel's clock older than that start, by the clock of the file
+system, so that a wrong clock of this process has no effect. Where the stamp and the start may be
+from the clocks of two machines, the stamp must be a day older, or an equal record at least 2 s
+older. A write through mmap to a page
 that is already dirty alters no time; only the sample can show it.
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ParoquantStreamError
+from . import descriptor
 from .descriptor import FileStamp, file_status
 from .filesystems import Ctime, ctime_kind, shows_changes
 from .folder import Folder
@@ -67,7 +69,8 @@ class Observation:
     @property
     def is_settled(self) -> bool:
         """Return whether even a change right after `now_ns` must alter the stamp."""
-        return self.stamp.is_settled(self.now_ns, self.same_clock)
+        margin = descriptor.TICK_SECONDS if self.same_clock else descriptor.WIDE_SECONDS
+        return self.stamp.is_settled(self.now_ns, margin)
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class DigestCache:
             return False
         with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:
             written = FileStamp.of(folder.stat(_name(seen.stamp)))
-            return record[1] or written.is_settled(seen.now_ns, same_clock=True)
+            return record[1] or written.is_settled(seen.now_ns, descriptor.RACY_SECONDS)
         return False
 
     def _write(self, seen: Observation, digest: str, trusted: bool) -> None:

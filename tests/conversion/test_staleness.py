@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("settled")
 
 def test_a_shard_that_just_changed_is_not_trusted_by_its_stat(model_dir, monkeypatch):
     monkeypatch.setattr(descriptor, "RACY_SECONDS", 2.0)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", 2.0)
     request = make_request(model_dir, jobs=1)
     result = convert(request)
     assert "never hashed" in staleness(request, result.manifest)

@@ -91,6 +91,7 @@ def test_a_cache_that_cannot_be_made_costs_only_the_hashing(exported, tmp_path):
 def test_a_file_that_was_just_written_is_hashed_again(exported, monkeypatch):
     """Its stat may not show the next write: git's racy rule."""
     monkeypatch.setattr("paroquant_stream.files.descriptor.RACY_SECONDS", 3600)
+    monkeypatch.setattr("paroquant_stream.files.descriptor.TICK_SECONDS", 3600)
     real, hashed = single_file.hash_parts, []
     monkeypatch.setattr(single_file, "hash_parts", lambda *a: hashed.append(a) or real(*a))
     load(exported)

@@ -47,6 +47,7 @@ def cache(tmp_path) -> DigestCache:
 def old(monkeypatch):
     """Every file counts as settled."""
     monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", -1)
     monkeypatch.setattr(descriptor, "WIDE_SECONDS", -1)
 
 
@@ -54,3 +55,4 @@ def old(monkeypatch):
 def young(monkeypatch):
     """A file counts as settled an hour after it was written."""
     monkeypatch.setattr(descriptor, "RACY_SECONDS", HOUR)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", HOUR)

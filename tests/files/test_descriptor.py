@@ -11,6 +11,7 @@ import pytest
 from paroquant_stream.errors import MalformedFileError, UnreadableFileError
 from paroquant_stream.files.descriptor import (
     RACY_SECONDS,
+    TICK_SECONDS,
     WIDE_SECONDS,
     FileStamp,
     closing,
@@ -56,18 +57,18 @@ def test_a_ctime_without_fraction_is_in_whole_seconds(ctime, whole):
     assert replace(STAMP, ctime_ns=ctime).in_whole_seconds is whole
 
 
-@pytest.mark.parametrize(("same_clock", "margin"), [(True, RACY_SECONDS), (False, WIDE_SECONDS)])
+@pytest.mark.parametrize("margin", [TICK_SECONDS, RACY_SECONDS, WIDE_SECONDS])
 @pytest.mark.parametrize("field", ["mtime_ns", "ctime_ns"])
-def test_a_file_is_settled_when_both_its_times_are_old(field, same_clock, margin):
+def test_a_file_is_settled_when_both_its_times_are_old(field, margin):
     old = NOW - int(margin * SECOND)
     settled = replace(STAMP, mtime_ns=old, ctime_ns=old)
-    assert settled.is_settled(NOW, same_clock)
-    second_younger = replace(settled, **{field: old + SECOND})
-    assert not second_younger.is_settled(NOW, same_clock)
+    assert settled.is_settled(NOW, margin)
+    younger = replace(settled, **{field: old + SECOND // 100})
+    assert not younger.is_settled(NOW, margin)
 
 
 def test_times_in_the_future_are_never_settled():
-    assert not replace(STAMP, mtime_ns=NOW + 10**15).is_settled(NOW, same_clock=True)
+    assert not replace(STAMP, mtime_ns=NOW + 10**15).is_settled(NOW, TICK_SECONDS)
 
 
 @pytest.mark.parametrize("follow", [True, False])

@@ -72,6 +72,7 @@ def test_a_wrong_clock_of_the_process_settles_nothing(cache, path, monkeypatch, 
 def test_a_clock_that_is_behind_costs_only_reading(cache, path, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(descriptor, "RACY_SECONDS", -1)
+        patch.setattr(descriptor, "TICK_SECONDS", -1)
         digest = hash_now(cache, path)
     now = time.time_ns() - YEAR
     monkeypatch.setattr(time, "time_ns", lambda: now)
@@ -105,6 +106,7 @@ def test_two_contents_in_one_tick_are_never_confused(cache, path, disk, monkeypa
 def test_the_time_of_the_start_of_the_hash_counts(cache, path, disk, monkeypatch):
     """A change during a hash can be in the last tick of the file, however long the hash takes."""
     monkeypatch.setattr(descriptor, "RACY_SECONDS", HOUR)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", HOUR)
     with path.open("rb") as file:
         before = cache.begin(file.fileno())
         later = time.time_ns() + 2 * HOUR * SECOND
@@ -149,10 +151,12 @@ def test_a_cache_with_a_clock_ahead_settles_nothing(cache, path, disk):
 def test_by_another_clock_a_second_hash_settles_a_file(cache, path, disk, monkeypatch):
     disk.kind = Ctime.WEAK
     monkeypatch.setattr(descriptor, "RACY_SECONDS", HOUR)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", HOUR)
     digest = hash_now(cache, path)
     hash_now(cache, path)  # the first record is as young as the file
     assert look_up(cache, path) is None
     monkeypatch.setattr(descriptor, "RACY_SECONDS", 0.02)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", 0.02)
     time.sleep(0.05)
     hash_now(cache, path)
     assert look_up(cache, path) == digest
@@ -162,6 +166,7 @@ def test_two_digests_under_one_stamp_settle_nothing(cache, path, disk, monkeypat
     """The stamp did not show the change between them."""
     disk.kind = Ctime.WEAK
     monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", -1)
     with path.open("rb") as file:
         cache.remember(file.fileno(), cache.begin(file.fileno()), "a" * 64)
     hash_now(cache, path)
@@ -171,8 +176,10 @@ def test_two_digests_under_one_stamp_settle_nothing(cache, path, disk, monkeypat
 @pytest.mark.usefixtures("disk")
 def test_another_hash_keeps_a_trusted_record(cache, path, monkeypatch):
     monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", -1)
     digest = hash_now(cache, path)
     monkeypatch.setattr(descriptor, "RACY_SECONDS", HOUR)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", HOUR)
     hash_now(cache, path)
     assert look_up(cache, path) == digest
 
@@ -185,4 +192,20 @@ def test_a_clock_that_cannot_be_read_settles_nothing(cache, path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "utime", refuse)
         hash_now(cache, path)
+    assert look_up(cache, path) is None
+
+
+@pytest.mark.usefixtures("disk")
+def test_a_file_that_was_left_alone_for_a_moment_is_settled(cache, path):
+    os.utime(path)
+    time.sleep(1.5 * descriptor.TICK_SECONDS)
+    digest = hash_now(cache, path)
+    assert look_up(cache, path) == digest
+
+
+def test_by_another_clock_a_moment_is_not_enough(cache, path, disk):
+    disk.kind = Ctime.WEAK
+    os.utime(path)
+    time.sleep(1.5 * descriptor.TICK_SECONDS)
+    hash_now(cache, path)
     assert look_up(cache, path) is None

@@ -17,7 +17,7 @@ from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES, DigestCach
 
 SETTLED = """
 from paroquant_stream.files import descriptor, digest_cache, filesystems
-descriptor.RACY_SECONDS = -1
+descriptor.RACY_SECONDS = descriptor.TICK_SECONDS = -1
 digest_cache.ctime_kind = lambda *_: filesystems.Ctime.LOCAL
 """
 """The fixture `settled`, for a process of its own."""

@@ -30,6 +30,7 @@ NAME = "model.safetensors"
 @pytest.fixture(autouse=True)
 def _old(monkeypatch):
     monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", -1)
     monkeypatch.setattr(descriptor, "WIDE_SECONDS", -1)
 
 
@@ -144,6 +145,7 @@ def test_a_blob_that_was_never_hashed_here_is_hashed_once(snapshot, tmp_path, ha
 @pytest.mark.parametrize("by", ["conversion", "verification"])
 def test_a_young_blob_that_was_hashed_here_is_known_by_its_name(snapshot, hashed, monkeypatch, by):
     monkeypatch.setattr(descriptor, "RACY_SECONDS", 3600)
+    monkeypatch.setattr(descriptor, "TICK_SECONDS", 3600)
     monkeypatch.setattr(descriptor, "WIDE_SECONDS", 3600)
     run(snapshot)
     memo = make_request(snapshot).store.digest_cache
