@@ -8,6 +8,7 @@ import pytest
 
 from tests.benchmarks.end_to_end.measure import stages
 from tests.benchmarks.end_to_end.run import main
+from tests.benchmarks.end_to_end.trace_picture import rows_of
 from tests.benchmarks.simulation import scale
 
 
@@ -43,3 +44,14 @@ def test_the_scale_table_has_every_model_site_and_case(tmp_path, capsys):
     rows = [line for line in lines if "limit:" in line]
     assert len(rows) == 2 * 4 * 4
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_has_a_row_for_each_thread_in_order_of_start():
+    names = [{"ph": "M", "tid": n, "args": {"name": name}} for n, name in enumerate("ab")]
+    slices = [
+        {"ph": "X", "tid": tid, "name": "hash", "ts": start, "dur": 5e5}
+        for tid, start in ((0, 3e6), (1, 1e6), (0, 2e6))
+    ]
+    rows = rows_of([*names, *slices])
+    assert list(rows) == ["b", "a"]
+    assert rows["a"] == {"hash": [(2, 0.5), (3, 0.5)]}
