@@ -161,7 +161,7 @@ def size_lines(sizes: Mapping[str, Any]) -> list[str]:
     notes = {
         "size": f"total in {sizes['path']}",
         "removable": "of that removable by `cache prune --orphans --foreign`:",
-        "useless": "by `cache prune` alone: of dead runs, damaged, remembered in vain",
+        "useless": "by `cache prune` alone: of dead runs, damaged, digests of absent files",
         "orphans": "with --orphans: of models whose directory is gone, or of none",
         "foreign": "with --foreign: of paroquant's own cache",
         "free": "free on its file system",
