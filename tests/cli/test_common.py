@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from paroquant_stream.cli.common import NO_READER
+from paroquant_stream.cli.common import NO_READER, run_command
 
 
 def run_without_reader(*arguments: str, streams: tuple[str, ...] = ("stdout",)) -> tuple[int, str]:
@@ -69,3 +70,16 @@ def test_the_code_of_the_command_is_that_of_the_process(give, code):
         f"import sys\nfrom paroquant_stream.cli.common import end_with\nend_with(lambda: {give})"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == code
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_with_its_own_code(capsys, stop, code):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def body() -> int:
+        signal.raise_signal(stop)
+        return 0
+
+    assert run_command(body, "run again") == code
+    assert capsys.readouterr() == ("", "interrupted; run again\n")
+    assert signal.getsignal(signal.SIGTERM) is before

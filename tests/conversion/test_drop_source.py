@@ -32,7 +32,7 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.files.folder import Folder
 from paroquant_stream.store import lock
-from paroquant_stream.store.drop_record import read_records, write_record
+from paroquant_stream.store.drop_record import NOTE, read_records, write_record
 from paroquant_stream.store.lock import directory_lock
 from tests.helpers.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.processes import killed_at
@@ -193,6 +193,27 @@ def test_what_was_lent_is_read_again_before_either_goes(tmp_path, monkeypatch, l
     with pytest.raises(SourceChangedError, match=f"{lender}: what {borrower} borrowed"):
         run(directory, drop_source=True)
     assert {FIRST, THIRD} <= set(shards(directory))
+
+
+def test_a_link_that_a_killed_drop_left_goes_with_the_next_drop(model_dir):
+    run(model_dir, drop_source=True)
+    (model_dir / SECOND).symlink_to("gone")
+    assert {r.action for r in run(model_dir).shards} == {"reused"}
+    assert shards(model_dir) == [SECOND]  # nothing is removed without being asked for
+    assert {r.action for r in run(model_dir, drop_source=True).shards} == {"reused"}
+    assert shards(model_dir) == []
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_hub_model_gets_a_note_only_beside_an_older_tree(hub, tmp_path, beside):
+    """A commit tells what it holds, but a conversion beside it may be of other shards."""
+    hub.push("owner/name", write_checkpoint(tmp_path / "m", cut=cut_evenly(2)))
+    if beside:
+        run("owner/name", in_place=True)
+    run("owner/name", drop_source=True)
+    directory = make_request("owner/name").source.directory
+    assert shards(directory) == []
+    assert (directory / NOTE).exists() == beside
 
 
 def test_files_that_were_read_and_stay_are_closed(scattered_dir, monkeypatch):
