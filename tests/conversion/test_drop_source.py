@@ -18,6 +18,7 @@ import pytest
 from paroquant_stream.api.load import load
 from paroquant_stream.conversion import drop_source as drop
 from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.in_place import shipped
 from paroquant_stream.conversion.planning import plan_model, survey
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
@@ -31,8 +32,14 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.store import lock
-from paroquant_stream.store.drop_record import NOTE, read_records, write_record
+from paroquant_stream.store import drop_record, lock
+from paroquant_stream.store.drop_record import (
+    NOTE,
+    read_note,
+    read_records,
+    record_ids,
+    write_record,
+)
 from paroquant_stream.store.lock import directory_lock
 from tests.helpers.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.processes import killed_at
@@ -214,6 +221,30 @@ def test_a_hub_model_gets_a_note_only_beside_an_older_tree(hub, tmp_path, beside
     directory = make_request("owner/name").source.directory
     assert shards(directory) == []
     assert (directory / NOTE).exists() == beside
+
+
+def test_beside_an_older_tree_a_drop_needs_its_note(model_dir, monkeypatch):
+    """Without one the tree would be used, whatever it was made of."""
+    run(model_dir, in_place=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(drop_record, "new_file_in", full)
+    with pytest.raises(StoreError, match=rf"{NOTE}: cannot be written: .*No space left"):
+        run(model_dir, drop_source=True)
+    assert shards(model_dir) == [FIRST, SECOND, THIRD]
+
+
+def test_a_drop_in_place_replaces_the_note_of_one_into_the_cache(model_dir):
+    run(model_dir, drop_source=True)
+    noted = read_note(model_dir)
+    write_checkpoint(model_dir, llama_tensors(1), cut_evenly(3))
+    right = digests(run(model_dir, drop_source=True, in_place=True))
+    store = make_request(model_dir, in_place=True).store
+    assert record_ids(store) == [read_note(model_dir)] != [noted]
+    manifest, _ = shipped(make_request(model_dir))
+    assert [record.digest for record in manifest.entries] == right
 
 
 def test_files_that_were_read_and_stay_are_closed(scattered_dir, monkeypatch):
