@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -150,3 +151,16 @@ def test_a_missing_name_is_a_defect_and_not_a_message():
 def test_a_refused_file_is_named(capsys):
     assert print_refusal(PermissionError(errno.EACCES, "Permission denied", "a/b")) == 1
     assert capsys.readouterr().err == "error: a/b: Permission denied\n"
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_with_its_own_code(capsys, stop, code):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def body() -> int:
+        signal.raise_signal(stop)
+        return 0
+
+    assert run_command(body, "run again") == code
+    assert capsys.readouterr() == ("", "interrupted; run again\n")
+    assert signal.getsignal(signal.SIGTERM) is before

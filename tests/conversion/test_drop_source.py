@@ -18,6 +18,7 @@ import pytest
 from paroquant_stream.api.load import load
 from paroquant_stream.conversion import drop_source as drop
 from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.in_place import shipped
 from paroquant_stream.conversion.planning import plan_model, survey
 from paroquant_stream.conversion.request import make_request, read_manifest
 from paroquant_stream.errors import (
@@ -31,8 +32,14 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.store import lock
-from paroquant_stream.store.drop_record import read_records, write_record
+from paroquant_stream.store import drop_record, lock
+from paroquant_stream.store.drop_record import (
+    NOTE,
+    read_note,
+    read_records,
+    record_ids,
+    write_record,
+)
 from paroquant_stream.store.lock import directory_lock
 from tests.helpers.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.processes import killed_at
@@ -193,6 +200,51 @@ def test_what_was_lent_is_read_again_before_either_goes(tmp_path, monkeypatch, l
     with pytest.raises(SourceChangedError, match=f"{lender}: what {borrower} borrowed"):
         run(directory, drop_source=True)
     assert {FIRST, THIRD} <= set(shards(directory))
+
+
+def test_a_link_that_a_killed_drop_left_goes_with_the_next_drop(model_dir):
+    run(model_dir, drop_source=True)
+    (model_dir / SECOND).symlink_to("gone")
+    assert {r.action for r in run(model_dir).shards} == {"reused"}
+    assert shards(model_dir) == [SECOND]  # nothing is removed without being asked for
+    assert {r.action for r in run(model_dir, drop_source=True).shards} == {"reused"}
+    assert shards(model_dir) == []
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_hub_model_gets_a_note_only_beside_an_older_tree(hub, tmp_path, beside):
+    """A commit tells what it holds, but a conversion beside it may be of other shards."""
+    hub.push("owner/name", write_checkpoint(tmp_path / "m", cut=cut_evenly(2)))
+    if beside:
+        run("owner/name", in_place=True)
+    run("owner/name", drop_source=True)
+    directory = make_request("owner/name").source.directory
+    assert shards(directory) == []
+    assert (directory / NOTE).exists() == beside
+
+
+def test_beside_an_older_tree_a_drop_needs_its_note(model_dir, monkeypatch):
+    """Without one the tree would be used, whatever it was made of."""
+    run(model_dir, in_place=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(drop_record, "new_file_in", full)
+    with pytest.raises(StoreError, match=rf"{NOTE}: cannot be written: .*No space left"):
+        run(model_dir, drop_source=True)
+    assert shards(model_dir) == [FIRST, SECOND, THIRD]
+
+
+def test_a_drop_in_place_replaces_the_note_of_one_into_the_cache(model_dir):
+    run(model_dir, drop_source=True)
+    noted = read_note(model_dir)
+    write_checkpoint(model_dir, llama_tensors(1), cut_evenly(3))
+    right = digests(run(model_dir, drop_source=True, in_place=True))
+    store = make_request(model_dir, in_place=True).store
+    assert record_ids(store) == [read_note(model_dir)] != [noted]
+    manifest, _ = shipped(make_request(model_dir))
+    assert [record.digest for record in manifest.entries] == right
 
 
 def test_files_that_were_read_and_stay_are_closed(scattered_dir, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.api.load import load
 from paroquant_stream.conversion.converter import convert
+from paroquant_stream.conversion.in_place import shipped
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import StoreError
 from tests.helpers.builders import cut_evenly, temp_of, write_checkpoint
@@ -105,6 +106,19 @@ def test_a_tree_that_others_can_write_into_is_not_used(model_dir, caplog):
     (model_dir / "mlx" / "v1" / "entries").chmod(0o777)
     load(model_dir)
     assert "others can write into it" in caplog.text
+
+
+def test_a_tree_of_a_newer_format_is_not_used(model_dir, caplog):
+    request = make_request(model_dir, in_place=True, jobs=1)
+    convert_checkpoint(model_dir, in_place=True, drop_source=True)
+    assert shipped(make_request(model_dir))
+    request.store.manifest_path(request.manifest_name).unlink()
+    for path in request.store.folder("dropped").iterdir():
+        data = bytearray(path.read_bytes())
+        data[10:12] = (99).to_bytes(2, "little")  # the major version
+        path.write_bytes(data)
+    assert shipped(make_request(model_dir)) is None
+    assert "is not used: manifest format 99" in caplog.text
 
 
 def test_an_in_place_conversion_locks_the_directory(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from paroquant_stream.conversion import pipeline
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import StoreError
+from paroquant_stream.errors import RunCancelledError, StoreError
+from paroquant_stream.execution.slots import SlotPool
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import Store
 from tests.helpers.builders import cut_apart, llama_tensors, write_checkpoint
@@ -81,3 +84,17 @@ def test_an_equal_manifest_is_not_written_again(model_dir, monkeypatch):
     monkeypatch.setattr(Store, "write_manifest", lambda *_: pytest.fail("written"))
     assert run(model_dir).manifest == first.manifest
     assert looked
+
+
+def test_a_run_that_is_stopped_ends_at_the_next_bytes(model_dir):
+    slots, told = SlotPool(1, 0), []
+
+    def stop(shard: str, done: int, size: int) -> None:
+        told.append(done)
+        if done:
+            slots.stop()
+
+    request = replace(make_request(model_dir, jobs=1), slots=slots)
+    with pytest.raises(RunCancelledError):
+        convert(request, stop)
+    assert told[:-1] == [0, 0, 0]  # the sizes, then what stopped it
