@@ -32,14 +32,9 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.store import drop_record, lock
-from paroquant_stream.store.drop_record import (
-    NOTE,
-    read_note,
-    read_records,
-    record_ids,
-    write_record,
-)
+from paroquant_stream.store import lock
+from paroquant_stream.store.drop_note import NOTE, read_note
+from paroquant_stream.store.drop_record import read_records, record_ids, write_record
 from paroquant_stream.store.lock import directory_lock
 from tests.helpers.builders import CONFIG, cut_apart, cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.processes import killed_at
@@ -230,7 +225,7 @@ def test_beside_an_older_tree_a_drop_needs_its_note(model_dir, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(drop_record, "new_file_in", full)
+    monkeypatch.setattr(drop_note, "new_file_in", full)
     with pytest.raises(StoreError, match=rf"{NOTE}: cannot be written: .*No space left"):
         run(model_dir, drop_source=True)
     assert shards(model_dir) == [FIRST, SECOND, THIRD]
