@@ -32,7 +32,7 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.files.folder import Folder
-from paroquant_stream.store import lock
+from paroquant_stream.store import drop_note, lock
 from paroquant_stream.store.drop_note import NOTE, read_note
 from paroquant_stream.store.drop_record import read_records, record_ids, write_record
 from paroquant_stream.store.lock import directory_lock
