@@ -79,6 +79,12 @@ def test_models_of_one_shard_are_converted_beside_each_other(models, monkeypatch
     convert_checkpoints([models[0], models[3]], jobs=2)
 
 
+def test_the_largest_number_of_jobs_counts_for_all(models, monkeypatch):
+    meeting(monkeypatch, 2)
+    requests = [make_request(models[index], jobs=jobs) for index, jobs in ((0, 1), (3, 2))]
+    assert [type(result) for _, result in convert_all(requests)] == [Conversion] * 2
+
+
 def test_the_end_of_one_model_frees_its_workers_for_the_next(models):
     requests = [make_request(model, jobs=2) for model in models]
     finished = [request.source.name for request, _ in convert_all(requests)]

@@ -17,8 +17,9 @@ from paroquant_stream.conversion.staleness import staleness
 from paroquant_stream.errors import StoreError
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES
 from paroquant_stream.maintenance.activity import demand_quiet
+from paroquant_stream.store import drop_record
 from paroquant_stream.store.format import OPERATION_VERSIONS
-from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.helpers.builders import cut_evenly, llama_tensors, temp_of, write_checkpoint
 from tests.helpers.conversions import actions, flip_byte, reasons, run
 
 pytestmark = pytest.mark.usefixtures("settled")
@@ -281,6 +282,26 @@ def test_what_could_not_be_loaded_is_converted_with_a_warning(model_dir, caplog)
     config.write_text(config.read_text().replace('"llama"', '"nosuch"'))
     assert set(actions(run(model_dir)).values()) == {"reused"}
     assert "nosuch" in caplog.text
+
+
+def test_a_record_that_cannot_be_repaired_serves_all_the_same(model_dir, monkeypatch):
+    first, fired = run(model_dir, drop_source=True), []
+
+    def refuse(_):
+        fired.append(1)
+        raise StoreError("Read-only file system")
+
+    monkeypatch.setattr(drop_record, "repair_records", refuse)
+    assert run(model_dir).manifest == first.manifest
+    assert fired
+
+
+def test_a_run_without_work_sweeps_what_dead_runs_left(model_dir):
+    run(model_dir)
+    left = make_request(model_dir).store.folder("tmp") / temp_of(4194305)  # above any pid
+    left.write_bytes(b"half of an entry")
+    assert set(actions(run(model_dir)).values()) == {"reused"}
+    assert not left.exists()
 
 
 def test_only_a_cache_manifest_names_the_directory(model_dir):

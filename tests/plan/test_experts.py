@@ -71,6 +71,14 @@ def test_an_absurd_number_of_experts_costs_no_more_time():
     assert min(seconds_of_refusal(moe_tensors(), 2 * 10**12, words) for _ in range(3)) < 5 * small
 
 
+def test_only_experts_beyond_the_first_ten_are_counted():
+    with pytest.raises(PlanError, match="expert 13 has no gate_proj") as caught:
+        plan_of(moe_tensors(experts=4), experts=14)
+    assert "more of its" not in str(caught.value)
+    with pytest.raises(PlanError, match="1 more of its 15 experts have no gate_proj"):
+        plan_of(moe_tensors(experts=4), experts=15)
+
+
 def test_a_stack_with_gaps_is_refused_in_linear_time():
     """The nearest expert of each that is missing was looked for among all."""
 

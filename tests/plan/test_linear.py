@@ -75,6 +75,20 @@ def test_legacy_group_rows_may_be_padded(rows):
     assert values["legacy_scales"] == values["legacy_biases"] == (("groups", GROUPS),)
 
 
+@pytest.mark.parametrize(("group_size", "padded"), [(128, 8), (64, 16), (32, 32)])
+def test_the_padding_of_legacy_group_rows_is_that_of_tinychat(group_size, padded):
+    """One word of 8 rows for groups of 128, two for 64 and four for 32."""
+    for rows, sound in ((padded, True), (padded // 2, False), (2 * padded, False)):
+        grid = ("F16", (rows, N))
+        parts = linear(Layout.PARO_NATIVE_LEGACY, scales=grid, zeros=grid).parts
+        made = Linear(
+            "m.q_proj", Layout.PARO_NATIVE_LEGACY, Quantization(4, group_size), False, parts
+        )
+        assert [issue.partition(" ")[0] for issue in made.issues()] == (
+            [] if sound else [parts["scales"].name, parts["zeros"].name]
+        )
+
+
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("role", ["scales", "zeros", "theta", "pairs", "channel_scales"])
 def test_a_missing_part_is_named_as_the_layout_spells_it(layout, role):

@@ -158,6 +158,20 @@ def test_a_bias_of_a_plain_linear_is_copied():
     assert {"model.visual.fc.weight", "model.visual.fc.bias"} <= {o.name for o in task.outputs}
 
 
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("lm_head.weight", np.zeros((64, 64), np.int32)),
+        ("lm_head.weight", np.zeros((64,), np.float16)),
+        ("model.old_lm_head", np.zeros((64, 64), np.float16)),
+    ],
+)
+def test_only_a_matrix_of_floats_is_quantized_as_a_head(name, array):
+    (task,) = plan_of(llama_tensors() | {name: array}).tasks
+    (made,) = [o for o in task.operations if name in {p.name for p in o.slices[0]}]
+    assert (made.kind, [o.name for o in made.outputs]) == ("copy", [name])
+
+
 def test_the_operations_of_a_task_follow_the_bytes_of_its_shard():
     for task in plan_of(llama_tensors(), cut_apart(3)).tasks:
         starts = [operation.start for operation in task.operations]
