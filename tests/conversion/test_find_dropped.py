@@ -12,7 +12,8 @@ from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.conversion.find_dropped import find_dropped, find_manifest
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import CheckpointError
-from paroquant_stream.store.drop_record import NOTE, read_records, write_record
+from paroquant_stream.store.drop_note import NOTE
+from paroquant_stream.store.drop_record import read_records, write_record
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.conversions import run
 from tests.helpers.hub_models import digests
