@@ -383,5 +383,5 @@ def test_a_sparse_giant_is_refused_before_anybody_reads_it(tmp_path, form, name)
     directory = loadable(form, write_checkpoint(tmp_path / "m", cut=cut_evenly(2)), tmp_path)
     with (directory / name).open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match=f"{name}: 1,099,511,627,776 bytes, over "):
+    with pytest.raises(CheckpointError, match=f"{name}: 1.1 TB, over "):
         load(directory)

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream.api.load import load
-from paroquant_stream.cli.cache_listing import make_row
+from paroquant_stream.maintenance.listing import make_row
 from paroquant_stream.conversion import drop_source
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
