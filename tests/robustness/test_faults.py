@@ -378,7 +378,7 @@ def test_a_failure_while_shards_are_queued_ends_the_run():
     script += "\nfor _ in threads.run_all(job, range(4), 2):\n    pass"
     with process(script) as waiting:
         try:
-            assert "OSError" in ended(waiting, 5)[1]
+            assert "OSError" in ended(waiting, 60)[1]
         finally:
             waiting.kill()
 

@@ -12,7 +12,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 from paroquant_stream.api.load import load
-from paroquant_stream.maintenance.listing import make_row
 from paroquant_stream.conversion import drop_source
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request, read_manifest
@@ -24,6 +23,7 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.maintenance.activity import demand_quiet
 from paroquant_stream.maintenance.inventory import take_inventory
+from paroquant_stream.maintenance.listing import make_row
 from paroquant_stream.maintenance.prune import Rules, plan_prune, plan_removal
 from paroquant_stream.maintenance.removal import execute
 from paroquant_stream.store.damage import damaged_path
