@@ -118,3 +118,13 @@ def test_a_manifest_of_another_config_is_not_the_models(model_dir):
     config = model_dir / "config.json"
     config.write_text(config.read_text().replace("1e-05", "1e-06"))
     assert find_manifest(make_request(model_dir)) is None
+
+
+def test_a_manifest_outlives_both_copies_of_its_record(model_dir):
+    """The note names a record that cannot be read: no reason to doubt the manifest."""
+    first = run(model_dir, drop_source=True)
+    copies = [*make_request(model_dir).store.folder("dropped").iterdir()]
+    assert len(copies) == 2
+    for path in copies:
+        flip_last_byte(path)
+    assert run(model_dir).manifest == first.manifest
