@@ -105,7 +105,27 @@ def test_a_manifest_of_other_shards_is_not_the_models(model_dir):
     run(model_dir, drop_source=True)
     request.store.manifest_path(request.manifest_name).unlink()
     assert find_manifest(request)
+    assert find_manifest(make_request(model_dir, dtype="float16")) is None
     (record,) = read_records(request.store)
     part = replace(record.manifest, entries=record.manifest.entries[:2])
     write_record(request.store, replace(record, manifest=part))
     assert find_manifest(request) is None
+
+
+def test_a_manifest_of_another_config_is_not_the_models(model_dir):
+    request = make_request(model_dir)
+    run(model_dir, drop_source=True)
+    request.store.manifest_path(request.manifest_name).unlink()
+    config = model_dir / "config.json"
+    config.write_text(config.read_text().replace("1e-05", "1e-06"))
+    assert find_manifest(make_request(model_dir)) is None
+
+
+def test_a_manifest_outlives_both_copies_of_its_record(model_dir):
+    """The note names a record that cannot be read: no reason to doubt the manifest."""
+    first = run(model_dir, drop_source=True)
+    copies = [*make_request(model_dir).store.folder("dropped").iterdir()]
+    assert len(copies) == 2
+    for path in copies:
+        flip_last_byte(path)
+    assert run(model_dir).manifest == first.manifest

@@ -32,7 +32,7 @@ def test_a_shard_that_cannot_be_read_is_a_reason_and_no_error(model_dir):
     assert reason.startswith(f"{shard}: expected a regular file, found a directory")
 
 
-def test_an_entry_of_another_size_is_a_reason_whether_longer_or_not(model_dir):
+def test_an_entry_that_is_longer_or_shorter_is_a_reason(model_dir):
     result = run(model_dir)
     request, record = make_request(model_dir), result.manifest.entries[1]
     path = request.store.entry_path(record.key)

@@ -85,7 +85,7 @@ def test_a_cast_keeps_words_and_indices():
     assert [output.dtype for output in cast.outputs] == ["U32", "I16", "BF16"]
 
 
-def test_an_operation_starts_where_all_of_its_own_parts_have_begun():
+def test_an_operation_starts_where_all_its_parts_have_begun():
     far = replace(SCALES, shard="a.safetensors", start=900, stop=1028)
     assert replace(BIASES, slices=((ZEROS, far),)).start == 900
     assert BIASES.start == ZEROS.start  # what another shard lends is read elsewhere
