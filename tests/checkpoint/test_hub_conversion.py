@@ -24,6 +24,8 @@ from paroquant_stream.errors import (
 from tests.helpers.builders import cut_apart, cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.hub_models import COUNT, REPO, digests, digests_in, names, size_of
 
+pytestmark = pytest.mark.slow  # each downloads in processes that are cut or killed
+
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(

@@ -19,6 +19,7 @@ from tests.helpers.builders import cut_apart, write_checkpoint
 from tests.helpers.cache_files import entries, temps
 from tests.helpers.loopback_cluster import LoopbackCluster
 
+pytestmark = pytest.mark.slow  # each starts or kills processes of a cluster
 ABSENT = "import sys; sys.modules['paroquant_stream'] = None"
 OLDER = "import paroquant_stream; paroquant_stream.__version__ = '0.0.9'"
 BLIND = """

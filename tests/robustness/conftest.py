@@ -24,11 +24,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    marks = [pytest.mark.slow]
     if sys.platform != "linux":
-        skip = pytest.mark.skip(reason="runs are forked beside MLX, which was tried on Linux alone")
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(skip)
+        why = "runs are forked beside MLX, which was tried on Linux alone"
+        marks.append(pytest.mark.skip(reason=why))
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for mark in marks:
+                item.add_marker(mark)
 
 
 @pytest.fixture(scope="session", autouse=True)

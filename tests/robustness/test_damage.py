@@ -203,7 +203,7 @@ def test_one_bad_read_of_a_dropped_model_loses_nothing(in_place, stride):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("clock", [60, pytest.param(0, marks=pytest.mark.long)])
-@pytest.mark.parametrize("stride", [53, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.long)])
 def test_one_bad_read_inside_a_drop_loses_nothing(stride, clock):
     """Of a shard or of an entry that is read back: one more run completes the model. With the clock
     ahead, files count as left alone, and what was read once is remembered.
