@@ -21,6 +21,7 @@ from paroquant_stream.checkpoint.hub_watch import Watch, run_calls
 from paroquant_stream.errors import CheckpointError
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
+pytestmark = pytest.mark.slow  # each waits for a server that is too slow
 REPO = "owner/name"
 SHARD = "model-00002-of-00003.safetensors"
 SLOW = r"received [\d.]+ k?B from the Hub in \d+ s, less than 1\.0 kB/s"

@@ -26,7 +26,8 @@ from paroquant_stream.rotation import kernels
 from tests.helpers.builders import CONFIG, awq_linear, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+# slow: stock mlx-lm runs in processes of its own
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_the_cpu")]
 FAMILIES = [
     "llama-awq-adversarial",
     "qwen2-awq-size",  # biases
