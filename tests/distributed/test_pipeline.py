@@ -23,7 +23,8 @@ from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.pipeline_rank import logits
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+# slow: each rank is a process
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_the_cpu")]
 FAMILIES = [
     *("qwen2-native-adversarial", "qwen3_moe-awq-adversarial", "qwen3_5-awq-adversarial"),
     *("qwen3_5_moe-awq-adversarial", "qwen3_5_text-awq-size", "qwen3_5_moe_text-awq-size"),

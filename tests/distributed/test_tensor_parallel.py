@@ -21,7 +21,8 @@ from tests.helpers.ranks import Rank, logits_of, run_two_ranks
 from tests.helpers.split_layers import Block, Experts, linear
 from tests.helpers.splittable import FAMILIES, splittable
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+# slow: each rank is a process
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_the_cpu")]
 
 
 @pytest.fixture(autouse=True)
