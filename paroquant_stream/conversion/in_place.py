@@ -15,7 +15,6 @@ from ..store.manifest import Manifest
 from ..store.store import Store
 from ..trace import NO_TRACE, Trace
 from .converter import Loads, convert
-from .find_dropped import find_manifest, is_superseded
 from .progress import Progress
 from .report import Conversion, report_inside
 from .request import Request, Target, read_manifest
@@ -129,6 +128,8 @@ def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, S
     """
     if not os.path.lexists(request.source.directory / IN_PLACE):
         return None
+    from .find_dropped import find_manifest, is_superseded  # late: most models keep their sources
+
     beside = inside_model(request)
     store = beside.store
     manifest = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from ..options import check
-from ..plan.task import Task
+
+if TYPE_CHECKING:
+    from ..plan.task import Task
 
 Progress = Callable[[str, int, int], None]
 """Called with a shard's name, the source bytes of it that are done, and its size."""

@@ -188,9 +188,10 @@ def _check_executor(executor: object) -> None:
 def _jobs(options: ConvertOptions) -> int:
     if options.jobs is None and options.executor:
         from ..execution.automatic import Automatic  # late: most runs need no executor
-        from ..execution.executors import worker_count
 
         if not isinstance(options.executor, Automatic):
+            from ..execution.executors import worker_count
+
             return worker_count(options.executor) or default_jobs()
     return options.jobs or default_jobs()
 
