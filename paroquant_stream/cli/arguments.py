@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import shutil
 import sys
 import textwrap
@@ -15,7 +14,7 @@ from ..text import shown
 from ..version import __version__
 
 _Value = TypeVar("_Value", int, float, str)
-_CHOICE = re.compile(
+_CHOICE = (
     r"(?P<where>.*)invalid choice: ['\"]?(?P<word>.*?)['\"]?,? .*\(choose from (?P<choices>.*)\)"
 )
 """What argparse says of a wrong word; its quotes differ between versions of Python."""
@@ -36,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line that says what is wrong, and end the process with 2."""
-        if match := _CHOICE.fullmatch(message):
+        if match := re.fullmatch(_CHOICE, message):
             choices = re.findall(r"[^\s',]+", match["choices"])
             message = (
                 f"{match['where']}{match['word']!r} is none of {', '.join(choices)}"
@@ -65,7 +64,9 @@ def typed(command: str = "") -> str:
     package, _, module = (spec.name if spec else "").partition(".")
     if package != __package__.partition(".")[0]:
         return f"paroquant-stream {command}".rstrip()
-    python = f"{shlex.quote(sys.orig_argv[0])} -m {package}"
+    from shlex import quote  # for `python -m` alone
+
+    python = f"{quote(sys.orig_argv[0])} -m {package}"
     return f"{python} {command}".rstrip() if module == "__main__" else f"{python}.{command}"
 
 

@@ -23,7 +23,8 @@ from tests.helpers.server import PROMPT, ask
 
 DENSE, MOE = FIXTURES / "llama-awq-adversarial", FIXTURES / "qwen3_moe-awq-adversarial"
 HYBRID_MOE, GEMMA = FIXTURES / "qwen3_5_moe_text-awq-size", FIXTURES / "gemma4_moe-awq-adversarial"
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+# slow: models generate text, some in processes of their own
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_the_cpu")]
 
 
 def rotation_matrix(theta, pairs, channel_scales, group: int) -> np.ndarray:
