@@ -68,6 +68,7 @@ def test_a_program_that_loads_through_paroquant_has_this_loader(tmp_path):
     assert run(command, tmp_path) == "paroquant_stream.rotation.layers\n"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_an_export_runs_in_stock_mlx_lm(tmp_path):
     export, generate = lines(blocks("console")[2])

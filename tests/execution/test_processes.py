@@ -22,6 +22,7 @@ from tests.helpers import slow_worker
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.cache_files import entries, temps
 
+pytestmark = pytest.mark.slow  # each starts worker processes
 LIMIT = 60  # seconds to wait for what happens at once; reached only by a failure
 SLOW = """
 import sys

@@ -68,6 +68,7 @@ def forbidden(name):
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.slow  # the public loader converts too
 def test_the_generator_writes_the_same_text_from_the_cache(tmp_path, monkeypatch):
     # Private names of paroquant: its rotation needs a Mac, and its conversion must not run.
     monkeypatch.setattr(modules, "_apply_rotation", rotate_on_the_cpu)
