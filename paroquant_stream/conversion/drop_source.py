@@ -172,6 +172,8 @@ class Dropper(AbstractContextManager["Dropper"]):
             with contextlib.ExitStack() as stack:
                 stack.callback(source.close)
                 if source.sha256() != record.source_sha256:
+                    # one of the two reads may have been bad: the next run must not believe either
+                    self._request.store.digest_cache.forget(source.stamp)
                     raise SourceChangedError(f"{path}: changed since it was converted; run again")
                 stack.pop_all()
             self._proved[shard] = source

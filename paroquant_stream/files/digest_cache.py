@@ -142,6 +142,12 @@ class DigestCache:
         if seen and seen.stamp == stamp and seen.shows_changes and not stamp.in_whole_seconds:
             self._write(seen, digest, trusted=True)
 
+    def forget(self, stamp: FileStamp) -> None:
+        """Remove the digest of the file with a stamp, so that it is hashed again."""
+        with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:
+            if not self.read_only:
+                folder.unlink(_name(stamp))
+
     def knows_size(self, size: int) -> bool:
         """Return whether there is a digest of any file of this size in bytes."""
         with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:

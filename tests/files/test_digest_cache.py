@@ -258,3 +258,15 @@ def test_restoring_the_mtime_does_not_hide_a_change(tmp_path):
     time.sleep(0.01)
     rewrite(path, 0)
     assert FileStamp.of(path.stat()) != stamp
+
+
+@pytest.mark.usefixtures("disk", "old")
+def test_a_forgotten_digest_is_not_found_again(path, cache):
+    digest = hash_now(cache, path)
+    assert look_up(cache, path) == digest
+    stamp = FileStamp.of(path.stat())
+    replace(cache, read_only=True).forget(stamp)
+    assert look_up(cache, path) == digest
+    cache.forget(stamp)
+    assert look_up(cache, path) is None
+    cache.forget(stamp)  # nothing is there
