@@ -11,12 +11,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-COLORS = {
-    "hash": "#3182bd",
-    "read": "#9ecae1",
+COLORS = {  # what contains others comes first, so that those are drawn over it
     "awq_weight": "#e6550d",
     "awq_biases": "#fdae6b",
     "quantize": "#31a354",
+    "read": "#9ecae1",
+    "hash": "#3182bd",
     "write": "#756bb1",
     "publish": "#c51b8a",
 }
