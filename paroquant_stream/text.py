@@ -103,6 +103,19 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else many}"
 
 
+def without_start(text: str, width: int) -> str:
+    """Cut a path or a file name at its start, as its end identifies it; keep its indentation.
+
+    Args:
+        text: One line.
+        width: The most characters of the result.
+    """
+    if len(text) <= width:
+        return text
+    indent = len(text) - len(text.lstrip())
+    return text[:indent] + "..." + text[len(text) - width + indent + 3 :]
+
+
 def shown(text: object, keep: str = "") -> str:
     """Escape what a terminal must not get: control characters and invalid UTF-8 from paths.
 

@@ -14,7 +14,7 @@ from ..maintenance.listing import Row
 from ..maintenance.models import Model
 from ..maintenance.paroquant_cache import Foreign
 from ..maintenance.prune import PrunePlan, Rules, plan_prune
-from ..text import age_text, bytes_text, shown
+from ..text import age_text, bytes_text, counted, shown, without_start
 
 _STATE = "STATE"
 _HEADS = ("MODEL", "LAYOUT", "SHARDS", "SIZE", "LAST USED", _STATE)
@@ -93,11 +93,11 @@ def _fitted(lines: list[list[str]], limit: int) -> list[list[str]]:
         if name in lines[0] and _width_of(lines, limit) < _LEAST_WIDTH:
             at = lines[0].index(name)
             lines = [[*line[:at], *line[at + 1 :]] for line in lines]
-    room, widths = _width_of(lines, limit), _widths(lines)
-    state = min(widths[-1], max(room - widths[0], room // 3)) if lines[0][-1] == _STATE else 0
-    first = max(room - state, 8)
+    left, widths = _width_of(lines, limit), _widths(lines)
+    state = min(widths[-1], max(left - widths[0], left // 3)) if lines[0][-1] == _STATE else 0
+    first = max(left - state, 8)
     return [
-        [_without_start(line[0], first), *line[1:-1], _without_end(line[-1], state or widths[-1])]
+        [without_start(line[0], first), *line[1:-1], _without_end(line[-1], state or widths[-1])]
         for line in lines
     ]
 
@@ -109,14 +109,6 @@ def _width_of(lines: Sequence[Sequence[str]], limit: int) -> int:
     return limit - sum(kept) - len(_GAP) * (len(widths) - 1)
 
 
-def _without_start(text: str, width: int) -> str:
-    """Cut a path or a file name at its start, as its end tells which it is; keep the indent."""
-    if len(text) <= width:
-        return text
-    indent = len(text) - len(text.lstrip())
-    return text[:indent] + "..." + text[len(text) - width + indent + 3 :]
-
-
 def _without_end(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
 
@@ -125,32 +117,32 @@ def footer(inventory: Inventory) -> list[str]:
     """Return the total, and what could be removed."""
     shared = [k for k, ids in inventory.claims.items() if len(ids) > 1 and k in inventory.entries]
     lines = [
-        f"{_count(len(inventory.models), 'model')}, {_count(len(inventory.entries), 'entry')}, "
+        f"{counted(len(inventory.models), 'model')}, {counted(len(inventory.entries), 'entry')}, "
         f"{bytes_text(inventory.size)} in {inventory.store.root}"
     ]
     if shared:
         size = sum(inventory.entries[key].size for key in shared)
-        lines.append(f"{_count(len(shared), 'entry')} shared by models ({bytes_text(size)})")
+        lines.append(f"{counted(len(shared), 'entry')} shared by models ({bytes_text(size)})")
     if unclaimed := inventory.unclaimed:
         lines.append(
-            f"{_count(len(unclaimed), 'unclaimed entry')} ({_bytes_of(unclaimed.values())}): of a "
+            f"{counted(len(unclaimed), 'unclaimed entry')} ({_bytes_of(unclaimed.values())}): of a "
             "conversion that is not complete; run it again, or remove them with `prune --orphans`"
         )
     if idle := [*inventory.dead_temps, *(file for file, _ in inventory.removed)]:
         lines.append(
-            f"{_count(len(idle), 'file')} of dead runs and interrupted "
+            f"{counted(len(idle), 'file')} of dead runs and interrupted "
             f"removals ({_bytes_of(idle)}): `prune` removes them"
         )
     if damaged := inventory.damaged.values():
         lines.append(
-            f"{_count(len(damaged), 'damaged entry')} ({_bytes_of(damaged)}) kept in "
+            f"{counted(len(damaged), 'damaged entry')} ({_bytes_of(damaged)}) kept in "
             f"{inventory.store.folder('damaged')}, as nothing could make them again: put their "
             "shards back and convert"
         )
     if inventory.foreign:
         size = sum(foreign.size for foreign in inventory.foreign)
         lines.append(
-            f"{_count(len(inventory.foreign), 'directory')} of paroquant's own cache "
+            f"{counted(len(inventory.foreign), 'directory')} of paroquant's own cache "
             f"({bytes_text(size)}): `prune --foreign` removes them"
         )
     return ["", *(shown(line) for line in lines)]
@@ -227,11 +219,6 @@ def _removal_of(plan: PrunePlan, model: Model) -> str:
 
 def _bytes_of(files: Iterable[Any]) -> str:
     return bytes_text(sum(file.size for file in files))
-
-
-def _count(count: int, noun: str) -> str:
-    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{count} {noun if count == 1 else many}"
 
 
 def as_json(inventory: Inventory, rows: Sequence[Row]) -> list[dict[str, Any]]:

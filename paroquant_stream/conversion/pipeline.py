@@ -119,8 +119,8 @@ def _report(
         report = report_converted(record, old, request.options.force, outcome.seconds)
     else:
         report = report_reused(record, old, outcome.seconds)
-    told = (request.source.name, report.shard, report.action, report.why, report.seconds)
-    logger.info("%s: %s: %s, %s, %.1f s", *told)
+    fields = (request.source.name, report.shard, report.action, report.why, report.seconds)
+    logger.info("%s: %s: %s, %s, %.1f s", *fields)
     return report
 
 
@@ -201,8 +201,7 @@ def check_space(request: Request, sizes: Sequence[int]) -> None:
 
 def _check_mlx(request: Request, sure: Sequence[Task]) -> None:
     """Raise MissingExtraError when MLX, which quantizes embeddings, is needed and not usable."""
-    executor = request.options.executor
-    if executor and not isinstance(executor, Automatic) and client_of(executor):
+    if client_of(request.options.executor):
         return  # of a cluster, whose workers have an environment of their own
     if any(operation.kind == "quantize" for task in sure for operation in task.operations):
         from ..backends.mlx_core import check_mlx  # late: most runs have no work

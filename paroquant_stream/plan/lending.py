@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..text import bytes_text
+from ..text import bytes_text, counted, without_start
 from .task import Task
 
 SINGLE = 12  # shards of a model of which each has its own place
@@ -49,7 +49,7 @@ def lending_lines(tasks: Sequence[Task], width: int) -> list[str]:
     names = [task.shard for task in tasks]
     loans = _loans(tasks)
     borrowers = sum(map(bool, loans.values())) or "none"
-    lines = [f"{_count(len(tasks), 'shard')}, {borrowers} made with tensors of others"]
+    lines = [f"{counted(len(tasks), 'shard')}, {borrowers} made with tensors of others"]
     if len(tasks) <= SINGLE:
         for place, found in loans.items():
             single = [(names[lender - 1], _sum([loan])) for lender, loan in found.items()]
@@ -57,14 +57,16 @@ def lending_lines(tasks: Sequence[Task], width: int) -> list[str]:
         return lines
     digits = len(str(len(names)))
     for place in (1, len(names)):
-        lines.append(f"  {place:<{digits}} is {_cut(names[place - 1], width - digits - 6)}")
+        lines.append(
+            f"  {place:<{digits}} is {without_start(names[place - 1], width - digits - 6)}"
+        )
     groups = _groups(loans)
     if len(groups) > _GROUPS:
         groups.sort(key=lambda group: -len(group.members))
     for group in groups[:_GROUPS]:
         lines += ["", *_place(_runs(group.members), _lenders(group, loans), width)]
     if left := sum(len(group.members) for group in groups[_GROUPS:]):
-        lines += ["", f"... and {_count(left, 'shard')} more: --json lists all"]
+        lines += ["", f"... and {counted(left, 'shard')} more: --json lists all"]
     return lines
 
 
@@ -146,8 +148,8 @@ def _sum(found: Sequence[tuple[int, int]]) -> str:
     counts = sorted({tensors for tensors, _ in found})
     size = bytes_text(sum(nbytes for _, nbytes in found))
     if len(found) == 1:
-        return f"{_count(counts[0], 'tensor')}, {size}"
-    each = _count(counts[0], "tensor") if len(counts) == 1 else f"{counts[0]}-{counts[-1]} tensors"
+        return f"{counted(counts[0], 'tensor')}, {size}"
+    each = counted(counts[0], "tensor") if len(counts) == 1 else f"{counts[0]}-{counts[-1]} tensors"
     return f"{each} each, {size} in all"
 
 
@@ -160,8 +162,8 @@ def _place(name: str, lenders: Sequence[tuple[str, str]], width: int) -> list[st
 
 
 def _branches(lenders: Sequence[tuple[str, str]], width: int) -> list[str]:
-    room = width - 4 - max(len(note) + 2 for _, note in lenders)
-    longest = min(max(len(label) for label, _ in lenders), room)
+    left = width - 4 - max(len(note) + 2 for _, note in lenders)
+    longest = min(max(len(label) for label, _ in lenders), left)
     lines = []
     for index, (label, note) in enumerate(lenders, 1):
         rows = _fitted(label, longest)
@@ -185,22 +187,14 @@ def _runs(numbers: Sequence[int]) -> str:
 def _distances(numbers: Sequence[int]) -> str:
     """Return distances like `the one after it`, or `1-3, 7 before it`."""
     before, after = [-n for n in reversed(numbers) if n < 0], [n for n in numbers if n > 0]
-    said = [
+    phrases = [
         f"the one {where} it" if found == [1] else f"{_runs(found)} {where} it"
         for found, where in ((before, "before"), (after, "after"))
         if found
     ]
-    return " and ".join(said)
+    return " and ".join(phrases)
 
 
 def _fitted(text: str, width: int) -> list[str]:
-    """Wrap a list of numbers; a file name is cut at its start, as its end tells which it is."""
-    return textwrap.wrap(text, width) if " " in text else [_cut(text, width)]
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"...{text[len(text) - width + 3 :]}"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+    """Wrap a list of numbers; a file name is cut at its start, as its end identifies it."""
+    return textwrap.wrap(text, width) if " " in text else [without_start(text, width)]
