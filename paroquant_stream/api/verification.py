@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.config import CONFIG_NAME
@@ -113,7 +113,7 @@ def _to_verify(
         if not os.path.exists(Path(model or "/dev/null").expanduser() / CONFIG_NAME):
             raise
         request = make_request(model, cache_dir=cache_dir, in_place=in_place)
-        requests = [replace(request, target=replace(request.target, dtype=d)) for d in DTYPES]
+        requests = [request.with_dtype(dtype) for dtype in DTYPES]
         if moved := [r for r in requests if find_manifest(r)]:
             return [], moved
         raise

@@ -1,6 +1,4 @@
-"""What all commands share: the parser, its help and option types, the question before a removal,
-errors, exit codes.
-"""
+"""What all commands share: exit codes, errors, signals, and the question before a removal."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import CheckpointError, NewerManifestError, SourceDroppedError, StoreError
+from ..errors import CheckpointError, SourceDroppedError, StoreError
 from ..store.format import DTYPES, Dtype
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
@@ -77,7 +77,7 @@ def instead(request: Request, error: CheckpointError) -> tuple[Manifest, Path]:
     """
     source, beside = request.source, inside_model(request)
     absent = any(not os.path.lexists(source.directory / name) for name in source.config.shard_names)
-    held = [d for d in DTYPES if read_manifest(_with_dtype(beside, d))]
+    held = [d for d in DTYPES if read_manifest(beside.with_dtype(d))]
     if request.target.in_place or source.remote or not (absent and held):
         raise error
     root = beside.store.root
@@ -102,12 +102,8 @@ def dtypes_converted(request: Request) -> list[Dtype]:
     return [
         d
         for d in DTYPES
-        if read_manifest(_with_dtype(beside, d)) or read_manifest(_with_dtype(request, d))
+        if read_manifest(beside.with_dtype(d)) or read_manifest(request.with_dtype(d))
     ]
-
-
-def _with_dtype(request: Request, dtype: Dtype) -> Request:
-    return replace(request, target=replace(request.target, dtype=dtype))
 
 
 def inside_model(request: Request) -> Request:
@@ -140,7 +136,7 @@ def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, S
         reason = staleness(beside, manifest, read_unknown=True, needed=needed)
         if reason is None and is_superseded(request, beside, manifest):
             reason = "made from other shards than those that --drop-source removed later"
-    except (StoreError, NewerManifestError) as error:
+    except StoreError as error:
         reason = str(error)
     if reason or manifest is None:
         logger.warning("%s is not used: %s", store.root, reason)

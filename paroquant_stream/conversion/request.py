@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,6 +117,10 @@ class Request:
     def store(self) -> Store:
         """Where entries and the manifest go."""
         return self.target.store
+
+    def with_dtype(self, dtype: Dtype) -> Request:
+        """Give the request of the same model for another dtype."""
+        return replace(self, target=replace(self.target, dtype=dtype))
 
 
 def make_request(model_path: str | Path, **keywords: Unpack[ConvertKeywords]) -> Request:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,14 +14,15 @@ MIN_BYTES = 1 << 30  # of source shards; below, starting the processes costs mor
 MIN_JOBS = 3  # with more than two, threads mostly wait for the interpreter's lock
 
 
-class Automatic(AbstractContextManager["Automatic"]):
+class Automatic(ExitStack):
     """Worker processes that are started once a run has enough work, and shared by later runs.
 
     They end with the `with` block.
     """
 
     def __init__(self) -> None:
-        self._stack, self._lock = ExitStack(), threading.Lock()
+        super().__init__()
+        self._lock = threading.Lock()
         self._pool: Executor | None = None
 
     def choose(self, jobs: int, sizes: Sequence[int]) -> Executor | None:
@@ -41,14 +41,5 @@ class Automatic(AbstractContextManager["Automatic"]):
             if self._pool is None:
                 from .processes import processes  # late: most runs need none of it
 
-                self._pool = self._stack.enter_context(processes(jobs))
+                self._pool = self.enter_context(processes(jobs))
             return self._pool
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        """End the worker processes."""
-        return self._stack.__exit__(kind, error, trace)

@@ -53,7 +53,7 @@ def cluster(scheduler: str) -> Iterator[Executor]:
             client.close(timeout=INTERRUPT_TIMEOUT)
 
 
-def client_of(executor: Executor) -> Any:
+def client_of(executor: object) -> Any:
     """Return the client whose `get_executor` made this executor, or None if none did."""
     if "distributed" not in sys.modules:
         return None

@@ -138,20 +138,22 @@ def _add_record(
         models[drop_id] = unknown
         return
     entries, directory = record.manifest.entries, record.manifest.directory
-    home_id = model_id(Path(directory), record.dtype)
+    manifest_id = model_id(Path(directory), record.dtype)
     if not store.private:
-        directory, home_id = str(store.root.parent), in_place_id(record.dtype)
-    home = models.get(home_id)
+        directory, manifest_id = str(store.root.parent), in_place_id(record.dtype)
+    known = models.get(manifest_id)
     gone = {(e.shard, e.source_sha256) for e in entries if e.dropped}
-    if home and gone <= {(e.shard, e.source_sha256) for e in home.records}:
-        merged = {(e.key, e.shard): e for e in (*home.records, *entries)}
-        merged |= {(e.key, e.shard): e for e in home.records if e.dropped}
-        models[home.id] = replace(home, files=(*home.files, *files), records=tuple(merged.values()))
+    if known and gone <= {(e.shard, e.source_sha256) for e in known.records}:
+        merged = {(e.key, e.shard): e for e in (*known.records, *entries)}
+        merged |= {(e.key, e.shard): e for e in known.records if e.dropped}
+        models[known.id] = replace(
+            known, files=(*known.files, *files), records=tuple(merged.values())
+        )
         return
     name = f"{_shown_name(drop_id, record.manifest, Path(directory))}#{drop_id[:8]}"
     models[drop_id] = Model(
         drop_id, name, Path(directory), record.dtype, record.manifest, tuple(files),
-        tuple(entries), last_used, moved=home is not None or not os.path.isdir(directory),
+        tuple(entries), last_used, moved=known is not None or not os.path.isdir(directory),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,13 +112,8 @@ def verify_model(request: Request, sources: bool) -> tuple[int, list[Problem]]:
     manifest = find_manifest(request)
     if manifest is None:
         raise StoreError(f"{request.source.name}: not converted in {request.store.root}")
-    checks = [verify_entry(request.store, record) for record in manifest.entries]
-    if sources:
-        checks += [
-            verify_source(request.source.directory, record, request.store.digest_cache)
-            for record in manifest.entries
-        ]
-    return len(checks), [problem for problem in checks if problem]
+    directory = request.source.directory if sources else None
+    return _verify_records(request.store, manifest.entries, directory)
 
 
 def verify_found(store: Store, model: Model, sources: bool) -> tuple[int, list[Problem]]:
@@ -130,13 +125,9 @@ def verify_found(store: Store, model: Model, sources: bool) -> tuple[int, list[P
     Raises:
         StoreError: The shards are asked for, and where they lie is not known.
     """
-    checks = [verify_entry(store, record) for record in model.records]
     if sources and model.directory is None:
         raise StoreError(f"{model.name}: where its shards lie is not known; name its directory")
-    if sources and model.directory is not None:
-        directory, digests = model.directory, store.digest_cache
-        checks += [verify_source(directory, record, digests) for record in model.records]
-    return len(checks), [problem for problem in checks if problem]
+    return _verify_records(store, model.records, model.directory if sources else None)
 
 
 def verify_store(store: Store) -> tuple[int, list[Problem]]:
@@ -149,5 +140,15 @@ def verify_store(store: Store) -> tuple[int, list[Problem]]:
         repair_records(store)
     manifests = [*manifests_of(store), *(record.manifest for record in read_records(store))]
     records = {record.key: record for manifest in manifests for record in manifest.entries}
-    checks = [verify_entry(store, record) for record in records.values()]
+    return _verify_records(store, records.values(), None)
+
+
+def _verify_records(
+    store: Store, records: Iterable[EntryRecord], directory: Path | None
+) -> tuple[int, list[Problem]]:
+    """Verify these entries, and the shards in the model's directory if one is given."""
+    records = list(records)
+    checks = [verify_entry(store, record) for record in records]
+    if directory is not None:
+        checks += [verify_source(directory, record, store.digest_cache) for record in records]
     return len(checks), [problem for problem in checks if problem]
