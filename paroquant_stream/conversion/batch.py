@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ..errors import ParoquantStreamError, SomeModelsFailedError
-from ..execution.slots import Slot, SlotPool
-from ..execution.threads import run_all
+from ..execution.cancellation import Cancellation
+from ..execution.threads import Shared, run_all
 from ..trace import NO_TRACE, Trace
 from .in_place import convert_or_find
 from .progress import Progress
@@ -52,17 +53,20 @@ def convert_all(
     together = (
         1 if any(request.options.drop_source for request in requests) else min(jobs, len(requests))
     )
-    models = SlotPool(together, len(requests))
-    shards = SlotPool(jobs, 0, parent=models)
+    threads = ThreadPoolExecutor(jobs, thread_name_prefix="worker")
 
-    def work(request: Request, _slot: Slot) -> tuple[Request, Result]:
+    def work(request: Request, cancellation: Cancellation) -> tuple[Request, Result]:
         report = partial(_report, progress, request.source.name) if progress else None
+        shared = Shared(threads, cancellation)
         try:
-            return request, convert_or_find(replace(request, slots=shards), report, trace)
+            return request, convert_or_find(replace(request, shared=shared), report, trace)
         except ParoquantStreamError as error:
             return request, error
 
-    yield from run_all(work, requests, together, trace, models)
+    try:
+        yield from run_all(work, requests, together)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _report(progress: Progress, model: str, shard: str, done: int, size: int) -> None:

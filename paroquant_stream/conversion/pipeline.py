@@ -12,8 +12,8 @@ from functools import partial
 from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
 from ..execution.automatic import Automatic
+from ..execution.cancellation import Cancellation
 from ..execution.dask import client_of
-from ..execution.slots import Slot, SlotPool
 from ..execution.threads import run_all
 from ..files.folder import Folder
 from ..files.tensor_writer import file_size
@@ -22,8 +22,8 @@ from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
 from ..text import bytes_text, counted
 from ..trace import Trace
-from ..transform.remote_runner import runner
-from ..transform.task_runner import Job, Outcome
+from ..transform.task_runner import Job, Outcome, run_task
+from ..transform.unit_pool import unit_pool
 from .drop_source import Dropper
 from .planning import ModelPlan, Work, work_of
 from .progress import Progress, Tally
@@ -139,33 +139,32 @@ def _run(
     trace: Trace,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of tasks as they finish, each begun when its shards are present."""
+    directory, store, force = request.source.directory, request.store, request.options.force
+    last = max(0, len(tasks) - request.jobs) if request.jobs > 1 else len(tasks)
     jobs = [
-        Job(
-            task,
-            request.source.directory,
-            request.store,
-            request.options.force,
-            known.get(task.shard),
-        )
-        for task in tasks
+        Job(task, directory, store, force, known.get(task.shard), split=number >= last)
+        for number, task in enumerate(tasks)
     ]
+    executor, shared = request.options.executor, request.shared
+    if isinstance(executor, Automatic):
+        executor = executor.choose(request.jobs, sum(task.size for task in tasks))
+    executor = executor or (shared.threads if shared else None)
 
-    def work(job: Job, slot: Slot) -> Outcome:
+    def work(job: Job, cancellation: Cancellation) -> Outcome:
         def tick(count: int) -> None:
-            slot.check()
+            cancellation.check()
             tally.add(job.task.shard, count)
 
         with trace.span("wait for the shard", job.task.shard):
-            prefetcher.wait_for((job.task.shard, *job.task.borrowed), slot.check)
+            prefetcher.wait_for((job.task.shard, *job.task.borrowed), cancellation.check)
         with trace.span("shard", job.task.shard):
-            return run(job, slot, tick)
+            return run_task(job, pool, tick, trace)
 
-    slots = request.slots or SlotPool(request.jobs, 0)
-    executor = request.options.executor
-    if isinstance(executor, Automatic):
-        executor = executor.choose(request.jobs, [task.size for task in tasks])
-    with runner(executor, request.source.directory, request.store) as run:
-        yield from run_all(work, jobs, request.jobs, trace, slots.share(len(jobs)))
+    # one more than workers, so that these are busy while an entry is published
+    threads = request.jobs + (request.jobs > 1 and not request.options.drop_source)
+    parent = shared.cancellation if shared else None
+    with unit_pool(executor, request.jobs, directory, store, trace) as pool:
+        yield from run_all(work, jobs, threads, parent)
 
 
 def _check_before_work(request: Request, tasks: Sequence[Task]) -> None:

@@ -268,21 +268,27 @@ def survey(request: Request) -> tuple[ShardReport, ...]:
 
 
 def _survey(request: Request, task: Task, old: EntryRecord | None) -> ShardReport:
-    from ..execution.slots import Slot
-    from ..transform.task_runner import Job, find_entry, open_source
+    from ..transform.source_shard import SourceShard
+    from ..transform.task_runner import Job, find_entry
+    from ..transform.unit_pool import UnitPool
 
     store = replace(request.store, read_only=True)
     job = Job(task, request.source.directory, store, request.options.force, known=old)
-    source = open_source(job, Slot(), lambda _: None)
+    shard = SourceShard(task, job.directory, store.digest_cache)
     try:
-        if record := None if request.options.force else find_entry(job, source):
-            return report_reused(record, old)
-        sha256, borrowed = source.known_sha256(), source.borrowed_sha256()
+        known = None if request.options.force else find_entry(job, shard, UnitPool(1), _ignore)
+        if known:
+            return report_reused(known, old)
+        sha256, borrowed = shard.known_sha256(), shard.borrowed_sha256()
         return _report_work(
             task, why_converted(old, sha256, borrowed, task.sha256, request.options.force)
         )
     finally:
-        source.close()
+        shard.close()
+
+
+def _ignore(_count: int) -> None:
+    """Report no progress."""
 
 
 def _report_work(task: Task, why: str) -> ShardReport:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import TypedDict, Unpack
 
     from ..execution.automatic import Automatic
-    from ..execution.slots import SlotPool
+    from ..execution.threads import Shared
 
     class ConvertKeywords(TypedDict, total=False):
         """The fields of `ConvertOptions`, as keyword arguments."""
@@ -105,8 +105,8 @@ class Request:
     options: ConvertOptions = field(default_factory=ConvertOptions)
     jobs: int = 1
     """Shards in work at once."""
-    slots: SlotPool | None = None
-    """Shared with the conversions of other models; None for `jobs` of its own."""
+    shared: Shared | None = None
+    """With the conversions of other models."""
 
     @property
     def manifest_name(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -25,17 +24,17 @@ class Automatic(ExitStack):
         self._lock = threading.Lock()
         self._pool: Executor | None = None
 
-    def choose(self, jobs: int, sizes: Sequence[int]) -> Executor | None:
+    def choose(self, jobs: int, size: int) -> Executor | None:
         """Return where to convert shards.
 
         Args:
-            jobs: How many are converted at once.
-            sizes: The bytes of each shard.
+            jobs: How many units are converted at once.
+            size: The bytes of all shards.
 
         Returns:
             Worker processes, or None for threads of this process.
         """
-        if jobs < MIN_JOBS or len(sizes) < MIN_JOBS or sum(sizes) < MIN_BYTES:
+        if jobs < MIN_JOBS or size < MIN_BYTES:
             return None
         with self._lock:
             if self._pool is None:

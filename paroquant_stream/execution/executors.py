@@ -1,7 +1,6 @@
 """Call functions on any `concurrent.futures.Executor`, that of a Dask cluster included.
 
-A job on an executor has a thread of this process that waits for it, so that the flow of a
-conversion is the same as with threads.
+The units of a shard have a thread of this process that waits for them, whatever the executor.
 """
 
 from __future__ import annotations
@@ -9,14 +8,16 @@ from __future__ import annotations
 import os
 import pkgutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
+    FIRST_COMPLETED,
     BrokenExecutor,
     CancelledError,
     Executor,
     Future,
     wait,
 )
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,36 +31,45 @@ _VERSIONS = ("paroquant_stream:__version__", "paroquant_stream.store.format:TRAN
 _Result = TypeVar("_Result")
 
 
-def call_on(
+def call_all(
     executor: Executor,
     check: Callable[[], None],
     function: Callable[..., _Result],
-    *arguments: object,
-) -> _Result:
-    """Call `function(*arguments)` on a worker of the executor and return its result.
+    calls: Sequence[tuple[Any, ...]],
+    ahead: Callable[[], int],
+) -> Iterator[_Result]:
+    """Call `function` on workers of the executor and yield the results as the calls finish.
 
     Args:
         executor: Where the function runs.
-        check: Called every `POLL_SECONDS`; what it raises cancels the call and is raised.
+        check: Called every `POLL_SECONDS`; what it raises cancels the calls and is raised.
         function: Importable by the worker.
-        arguments: Picklable.
+        calls: The arguments of each call, picklable.
+        ahead: Returns how many of them may be queued or running, so that the workers take turns
+            between several callers.
 
     Raises:
         WorkersLostError: The executor cannot run the function.
         Exception: What the function or `check` raised.
     """
-    future: Future[_Result] | None = None
+    waiting = iter(calls)
+    running: set[Future[_Result]] = set()
     client, asked = client_of(executor), time.monotonic()
     try:
-        future = executor.submit(function, *arguments)
-        while not future.done():
+        while True:
+            count = max(1, ahead()) - len(running)
+            running |= {executor.submit(function, *call) for call in islice(waiting, max(0, count))}
+            if not running:
+                return
             check()
-            wait([future], POLL_SECONDS)
-            if client and time.monotonic() - asked > CONNECT_TIMEOUT:
+            done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+            if done:
+                asked = time.monotonic()
+            elif client and time.monotonic() - asked > CONNECT_TIMEOUT:
                 with translate_errors(client):  # a scheduler without workers waits forever
                     client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
                 asked = time.monotonic()
-        return future.result()
     except Exception as error:
         if not _is_executor_error(error):
             raise
@@ -69,7 +79,7 @@ def call_on(
             "again to resume"
         ) from error
     finally:
-        if future:
+        for future in running:
             future.cancel()
 
 

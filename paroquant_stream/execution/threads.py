@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
+    Executor,
     Future,
     ThreadPoolExecutor,
     as_completed,
     wait,
 )
+from dataclasses import dataclass
 from typing import TypeVar
 
-from ..trace import NO_TRACE, Trace
-from .slots import Slot, SlotPool
+from .cancellation import Cancellation
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -20,42 +21,43 @@ INTERRUPT_TIMEOUT = 1.0
 """Seconds an interrupted run waits for its jobs; an fsync of gigabytes cannot be cut short."""
 
 
-def run_all(
-    function: Callable[[_Item, Slot], _Result],
-    items: Sequence[_Item],
-    jobs: int,
-    trace: Trace = NO_TRACE,
-    slots: SlotPool | None = None,
-) -> Iterator[_Result]:
-    """Call `function(item, slot)` for every item and yield the results as the calls finish.
+@dataclass(frozen=True)
+class Shared:
+    """What the conversions of several models have in common."""
 
-    The first error is raised when every running job has ended; after an interrupt that wait lasts
+    threads: Executor
+    """Convert the shards of all of them."""
+    cancellation: Cancellation
+    """The end of the call that converts them."""
+
+
+def run_all(
+    function: Callable[[_Item, Cancellation], _Result],
+    items: Sequence[_Item],
+    threads: int,
+    parent: Cancellation | None = None,
+) -> Iterator[_Result]:
+    """Call `function(item, cancellation)` for every item and yield results as the calls finish.
+
+    The first error is raised when every running call has ended; after an interrupt that wait lasts
     at most `INTERRUPT_TIMEOUT`.
 
     Args:
-        function: A job; its `slot.check()` raises once another job failed or the run was stopped.
+        function: A job; its `cancellation.check()` raises once another job failed or the run was
+            stopped.
         items: One for each job; a single job runs inline, for a readable traceback.
-        jobs: How many run at once.
-        trace: Where the jobs record their stages.
-        slots: A share of slots that other runs use too; the end of this run stops that share.
+        threads: How many run at once.
+        parent: Of the run that this one is a part of.
     """
-    slots = slots or SlotPool(jobs, len(items))
-
-    def work(item: _Item) -> _Result:
-        slot = Slot(slots, trace)
-        try:
-            return function(item, slot)
-        finally:
-            slot.release()
-
-    if jobs == 1 or len(items) <= 1:
-        yield from (work(item) for item in items)
+    cancellation = Cancellation(parent)
+    if threads == 1 or len(items) <= 1:
+        yield from (function(item, cancellation) for item in items)
         return
-    pool = ThreadPoolExecutor(min(jobs, len(items)), thread_name_prefix="worker")
+    pool = ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="job")
     futures: list[Future[_Result]] = []
     timeout: float | None = None
     try:
-        futures += [pool.submit(work, item) for item in items]
+        futures += [pool.submit(function, item, cancellation) for item in items]
         for future in as_completed(futures):
             yield future.result()
     except Exception:
@@ -64,7 +66,7 @@ def run_all(
         timeout = INTERRUPT_TIMEOUT
         raise
     finally:
-        slots.stop()
+        cancellation.stop()
         pool.shutdown(wait=False, cancel_futures=True)
         # a future cancelled in the queue never counts as done, so waiting for it would never end
         wait([future for future in futures if not future.cancelled()], timeout)

@@ -15,8 +15,6 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import xxhash
-
 from ..conversion.in_place import converted
 from ..conversion.progress import FileProgress, Progress
 from ..conversion.request import Request
@@ -30,6 +28,7 @@ from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import end_of, lay_out, layout_defect
 from ..progress_bar import FILES, SHARDS
 from ..store.damage import forget_pages, take_out
+from ..store.entry_digest import EntryHasher
 from ..store.format import stacks_in_pieces
 from ..store.lock import locks_exclude
 from ..store.manifest import EntryRecord, Manifest
@@ -168,16 +167,16 @@ def _copy_tensors(
     count: FileProgress,
 ) -> str:
     header, tensors = lay_out(record.tensors)
-    digest = xxhash.xxh3_128(header)
-    buffer = memoryview(bytearray(CHUNK))
+    hasher, buffer = EntryHasher(header), memoryview(bytearray(CHUNK))
     for tensor in tensors:  # in file order and without holes, so every byte is hashed
         place = places[tensor.name]
         for chunk in read_chunks(fd, tensor.start, tensor.stop, label, buffer):
-            digest.update(chunk)
+            hasher.update(chunk)
             _write_at(target, chunk, place)
             place += len(chunk)
             count.add(len(chunk))
-    return digest.hexdigest()
+        hasher.end_tensor()
+    return hasher.digest(record.digest)
 
 
 def _write_at(fd: int, view: memoryview, place: int) -> None:
@@ -197,7 +196,7 @@ def _new_file(path: Path, size: int) -> Iterator[int]:
             with contextlib.suppress(OSError):
                 temp_files.sweep_beside(folder, path.name, locks_exclude(folder))
             temp = temp_files.name_beside(path.name)
-            file = AtomicFile(folder, temp, size, 0o666, direct=False)
+            file = AtomicFile(folder, temp, size, 0o666)
             try:
                 yield file.fd
                 file.publish(folder, path.name, size)

@@ -18,13 +18,12 @@ from .descriptor import FileStamp
 from .folder import Folder
 
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
-_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class AtomicFile:
     """A temp file with its lock and lease; `publish` renames it, `discard` removes it."""
 
-    def __init__(self, folder: Folder, name: str, size: int, mode: int, direct: bool) -> None:
+    def __init__(self, folder: Folder, name: str, size: int, mode: int) -> None:
         """Create the temp file.
 
         Args:
@@ -33,7 +32,6 @@ class AtomicFile:
                 is from `temp_files.temp_name`.
             size: Bytes to reserve on the disk.
             mode: Permission bits.
-            direct: Whether to bypass the page cache, where the file system can.
 
         Raises:
             OSError: The file cannot be created.
@@ -42,7 +40,7 @@ class AtomicFile:
         self.fd = -1
         temp_files.announce(name)  # first, or a sweep in another thread could remove the file
         try:
-            self.fd = _create(folder, name, mode, direct)
+            self.fd = _create(folder, name, mode)
             self._is_temp = True  # set after the creation: a file that was there is not ours
             temp_files.hold(name, self.fd)
             _reserve(self.fd, size)
@@ -100,17 +98,9 @@ def _reserve(fd: int, size: int) -> None:
                 raise
 
 
-def _create(folder: Folder, name: str, mode: int, direct: bool) -> int:
+def _create(folder: Folder, name: str, mode: int) -> int:
     """Create a new file and return its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    if direct and _DIRECT:
-        try:
-            return os.open(name, flags | _DIRECT, mode, dir_fd=folder.fd)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # the error of a file system without O_DIRECT
-                raise
-            with contextlib.suppress(FileNotFoundError):
-                folder.unlink(name)  # Linux has created the file by then
     return os.open(name, flags, mode, dir_fd=folder.fd)
 
 

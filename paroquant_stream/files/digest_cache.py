@@ -180,7 +180,7 @@ class DigestCache:
                 version, identity, digest, trusted = json.loads(file.read(_MAX_RECORD))
         except (OSError, ParoquantStreamError, ValueError, TypeError):
             return None
-        valid = version == _VERSION and isinstance(digest, str) and len(digest) in (32, 64)
+        valid = version == _VERSION and isinstance(digest, str) and len(digest) in (32, 37, 64)
         return (digest, trusted is True) if valid and identity == seen.identity else None
 
     def _was_known(self, seen: Observation, digest: str) -> bool:

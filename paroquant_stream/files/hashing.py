@@ -1,7 +1,4 @@
-"""Hashes of files: SHA-256 of sources, XXH3-128 of entries.
-
-SHA-256 is how the Hub identifies a shard. XXH3 is much faster; it detects damage, not tampering.
-"""
+"""Hashes of files: SHA-256 as the Hub identifies a shard; XXH3, much faster, shows damage alone."""
 
 from __future__ import annotations
 
@@ -15,8 +12,9 @@ import xxhash
 
 from ..errors import SourceChangedError
 from .descriptor import file_status, unreadable
-from .tensor_header import TensorInfo
 
+Range = tuple[int, int]
+"""The offset of the first byte in a file and that after the last."""
 CHUNK = 4 << 20  # bytes per read; small enough to be hashed while it is in the L2 cache
 
 
@@ -73,12 +71,12 @@ class SourceDigest:
 
     sha256: str
     """SHA-256 of the file, in hex."""
-    fingerprints: dict[str, bytes]
-    """XXH3-128 of each tensor's bytes, to check later that the converted bytes are the same."""
+    fingerprints: dict[Range, bytes]
+    """XXH3-128 of each range, to check that the bytes that were converted are the same."""
 
 
 class SourceHasher:
-    """Hashes a shard and each of its tensors in one pass, front to back.
+    """Hashes a shard and ranges of it in one pass, front to back.
 
     `update` takes bytes that the caller has read; `advance` reads the bytes between them.
     """
@@ -86,7 +84,7 @@ class SourceHasher:
     def __init__(
         self,
         fd: int,
-        tensors: Sequence[TensorInfo],
+        ranges: Sequence[Range],
         size: int,
         label: str,
         tick: Callable[[int], None],
@@ -95,17 +93,16 @@ class SourceHasher:
 
         Args:
             fd: The shard.
-            tensors: Its tensors in file order.
+            ranges: What gets a fingerprint: in file order, none empty or overlapping.
             size: Its length in bytes.
             label: The name of the file in errors.
             tick: Called with the number of bytes after every chunk that is read here; may raise to
                 stop.
         """
         self._fd, self._size, self._label, self._tick = fd, size, label, tick
-        self._file_hash, self._tensor_hash = hashlib.sha256(), xxhash.xxh3_128()
-        self._remaining = deque(tensor for tensor in tensors if tensor.stop > tensor.start)
-        empty = self._tensor_hash.digest()
-        self._fingerprints = {t.name: empty for t in tensors if t.stop == t.start}
+        self._file_hash, self._range_hash = hashlib.sha256(), xxhash.xxh3_128()
+        self._remaining = deque(ranges)
+        self._fingerprints: dict[Range, bytes] = {}
         self.position = 0
 
     def update(self, view: memoryview) -> None:
@@ -115,16 +112,16 @@ class SourceHasher:
             if not self._remaining:
                 self.position += len(view)
                 return
-            tensor = self._remaining[0]
-            inside = self.position >= tensor.start
-            chunk = view[: (tensor.stop if inside else tensor.start) - self.position]
+            start, stop = self._remaining[0]
+            inside = self.position >= start
+            chunk = view[: (stop if inside else start) - self.position]
             if inside:
-                self._tensor_hash.update(chunk)
+                self._range_hash.update(chunk)
             self.position += len(chunk)
             view = view[len(chunk) :]
-            if self.position == tensor.stop:
-                self._fingerprints[tensor.name] = self._tensor_hash.digest()
-                self._tensor_hash.reset()
+            if self.position == stop:
+                self._fingerprints[start, stop] = self._range_hash.digest()
+                self._range_hash.reset()
                 self._remaining.popleft()
 
     def advance(self, stop: int) -> None:
@@ -155,20 +152,6 @@ class SourceHasher:
 def sha256_of(data: memoryview) -> bytes:
     """Return the SHA-256 of bytes in memory, 32 bytes."""
     return hashlib.sha256(data).digest()
-
-
-def hash_entry(fd: int, label: str) -> str:
-    """Return the XXH3-128 of a whole file, in hex.
-
-    Args:
-        fd: The file.
-        label: The name of the file in errors.
-
-    Raises:
-        SourceChangedError: The file became shorter meanwhile.
-        UnreadableFileError: The operating system cannot read it.
-    """
-    return hash_parts(b"", fd, label)
 
 
 def hash_parts(head: bytes, fd: int, label: str) -> str:

@@ -16,9 +16,10 @@ from ..conversion.request import Request
 from ..errors import ParoquantStreamError, StoreError
 from ..files.descriptor import closing
 from ..files.digest_cache import DigestCache
-from ..files.hashing import hash_entry
+from ..files.tensor_writer import lay_out
 from ..store.damage import confirmed_defect, take_out
 from ..store.drop_record import read_records, repair_records
+from ..store.entry_digest import hash_entry
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 from .models import Model
@@ -39,7 +40,7 @@ class Problem:
         return f"{self.path}: expected {self.expected}, got {self.found}"
 
 
-def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
+def verify_entry(store: Store, record: EntryRecord, threads: int = 1) -> Problem | None:
     """Read every byte of an entry; a second opinion comes from the safetensors library.
 
     A damaged entry is taken out of use.
@@ -53,7 +54,9 @@ def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
     except StoreError:
         return Problem(path, f"{record.size:,} bytes", "no readable file", record.key)
     with closing(fd):
-        digest, opinion = hash_entry(fd, str(path)), _second_opinion(fd, record)
+        tensors = lay_out(record.tensors)[1]
+        digest = hash_entry(fd, tensors, str(path), record.digest, threads)
+        opinion = _second_opinion(fd, record)
     if digest == record.digest:
         return Problem(path, *opinion, record.key) if opinion else None
     if not confirmed_defect(record, store):  # one bad read is no damage

@@ -16,22 +16,23 @@ from pathlib import Path
 
 from ..errors import EntryDamagedError, ManifestError, StoreError
 from ..files.descriptor import closing
-from ..files.hashing import hash_entry
-from ..files.tensor_writer import layout_defect
+from ..files.tensor_writer import lay_out, layout_defect
 from .drop_record import read_record, record_ids
+from .entry_digest import hash_entry
 from .manifest import EntryRecord
 from .store import Store
 
 logger = logging.getLogger(__name__)
 
 
-def defect_of(record: EntryRecord, store: Store, fd: int) -> str | None:
+def defect_of(record: EntryRecord, store: Store, fd: int, threads: int = 1) -> str | None:
     """Check the layout and the digest of an open entry; every byte is read.
 
     Args:
         record: The manifest's record of the entry.
         store: Holds the entry.
         fd: A descriptor of the entry.
+        threads: How many threads read it.
 
     Returns:
         The defect in words; None if the entry is intact.
@@ -39,7 +40,7 @@ def defect_of(record: EntryRecord, store: Store, fd: int) -> str | None:
     label = str(store.entry_path(record.key))
     if problem := layout_defect(fd, record.tensors, label):
         return problem
-    digest = hash_entry(fd, label)
+    digest = hash_entry(fd, lay_out(record.tensors)[1], label, record.digest, threads)
     return None if digest == record.digest else f"expected XXH3 {record.digest}, found {digest}"
 
 

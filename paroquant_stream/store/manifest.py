@@ -20,14 +20,15 @@ import msgpack
 
 from ..errors import ManifestError, NewerManifestError
 from ..files.tensor_header import DTYPE_BYTES, TensorSpec, check_name
+from .entry_digest import FORM
 
 MAGIC = b"PAROSTRM"
-MAJOR, MINOR = 1, 1  # 1.1: directory
+MAJOR, MINOR = 2, 0  # 1.1: directory; 2.0: digests over blocks
+_OLDEST = 1
 MAX_BYTES = 64 << 20  # several times what the largest models need
 _MAX_PATH = 4096  # bytes, Linux's PATH_MAX
 _HEAD = struct.Struct("<8sIQ32s")
 _HEX64 = re.compile("[0-9a-f]{64}")
-_HEX32 = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class EntryRecord:
     """SHA-256 of the task's canonical description."""
     key: str
     digest: str
-    """XXH3-128 of the entry's bytes, 32 hex digits."""
+    """Of the entry's bytes, see entry_digest.py."""
     size: int
     """Bytes of the entry."""
     tensors: tuple[TensorSpec, ...]
@@ -167,7 +168,7 @@ def unseal(magic: bytes, data: bytes, limit: int = MAX_BYTES) -> bytes:
     body = data[_HEAD.size :]
     if found != magic or length != len(body):
         raise ManifestError("not a manifest: wrong magic or length")
-    if version >> 16 != MAJOR:
+    if not _OLDEST <= version >> 16 <= MAJOR:
         raise NewerManifestError(f"manifest format {version >> 16}, this version reads {MAJOR}")
     if hashlib.sha256(body).digest() != sha256:
         raise ManifestError("damaged: the body has another SHA-256")
@@ -234,7 +235,7 @@ def _unpack_record(fields: dict[str, Any]) -> EntryRecord:
         tuple(fields["borrowed_sha256"]),
         _hex(fields, "task_sha256"),
         _hex(fields, "key"),
-        _hex(fields, "digest", _HEX32),
+        _hex(fields, "digest", FORM),
         _typed(fields, "size", int),
         tuple(_unpack_tensor(tensor) for tensor in _typed(fields, "tensors", list)),
         _typed(fields, "dropped", bool),

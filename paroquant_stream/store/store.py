@@ -21,25 +21,29 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import MalformedFileError, ManifestError, StoreError
 from ..files import temp_files
 from ..files.descriptor import FileStamp
 from ..files.digest_cache import DigestCache
 from ..files.folder import Folder
-from ..files.new_file import NewFile
-from ..trace import NO_TRACE, Trace
+from ..files.tensor_header import TensorSpec
 from .directories import StoreDirectories
 from .location import open_child, user_cache_root
 from .lock import conversion_lock, directory_lock, locks_exclude, removal_lock
 from .manifest import MAX_BYTES, Manifest
 
-_DIGEST = re.compile(rb"xxh3-128 ([0-9a-f]{32}) (\d{1,19})\n")
+if TYPE_CHECKING:
+    from ..files.new_file import NewFile
+    from .entry_file import EntryFile
+
+_DIGEST = re.compile(rb"xxh3-128 ((?:tree:)?[0-9a-f]{32}) (\d{1,19})\n")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Store(StoreDirectories):
             return None
 
     def entry_digest(self, key: str) -> str | None:
-        """Return the XXH3-128 that the writer of an entry stored in its `.digest` file.
+        """Return the digest that the writer of an entry stored in its `.digest` file.
 
         An entry without a manifest is used only with this digest, since hashing the present bytes
         would accept any damage.
@@ -81,7 +85,8 @@ class Store(StoreDirectories):
             key: The entry's key.
 
         Returns:
-            32 hex digits; None if the file is absent, malformed or of another size than the entry.
+            As `entry_digest.FORM`; None if the file is absent, malformed or of another size than the
+            entry.
         """
         absent = contextlib.suppress(OSError, MalformedFileError)
         with absent, self.opened("entries", key[:2]) as folder:
@@ -91,11 +96,11 @@ class Store(StoreDirectories):
             return found[1].decode() if found and int(found[2]) == size else None
         return None
 
-    def publish_entry(self, file: NewFile, key: str) -> FileStamp:
+    def publish_entry(self, file: EntryFile, key: str) -> FileStamp:
         """Publish an entry durably, after its digest file.
 
         Args:
-            file: The written file, from `new_file`.
+            file: The written file, from `new_entry`.
             key: The entry's key.
 
         Returns:
@@ -104,12 +109,23 @@ class Store(StoreDirectories):
         Raises:
             StoreError: The entry cannot be published.
         """
-        digest = f"xxh3-128 {file.digest} {file.size}\n".encode()
+        text = _digest_text(file.digest, file.size)
         with self._writing("entries") as entries, self._writing("entries", key[:2]) as folder:
-            self._publish(folder, f"{key}.digest", digest)
+            self._publish(folder, f"{key}.digest", text)
             stamp = file.publish(folder, f"{key}.safetensors")
             entries.sync()  # the directory of the key may be new
             return stamp
+
+    def write_digest(self, key: str, digest: str, size: int) -> None:
+        """Replace the digest file of an entry by one of this version, if it can be written.
+
+        Args:
+            key: The entry's key.
+            digest: Its digest.
+            size: Its bytes.
+        """
+        with contextlib.suppress(StoreError), self._writing("entries", key[:2]) as folder:
+            self._publish(folder, f"{key}.digest", _digest_text(digest, size))
 
     def sync_entry(self, key: str) -> None:
         """Make the name of an entry durable, in case its writer was killed before it did so."""
@@ -186,12 +202,11 @@ class Store(StoreDirectories):
             file.publish(folder, name)
 
     @contextlib.contextmanager
-    def new_file(self, size: int, trace: Trace = NO_TRACE) -> Iterator[NewFile]:
+    def new_file(self, size: int) -> Iterator[NewFile]:
         """Create a temp file, which is removed after the `with` block unless it was published.
 
         Args:
             size: The bytes that will be written.
-            trace: Records the time of the writes.
 
         Yields:
             The file.
@@ -199,8 +214,32 @@ class Store(StoreDirectories):
         Raises:
             StoreError: The file cannot be created, written or published.
         """
+        from ..files.new_file import NewFile  # late: a run without work writes nothing
+
         with self._writing("tmp") as folder:
-            file = NewFile(folder, temp_files.temp_name(), size, self._modes[1], trace)
+            file = NewFile(folder, temp_files.temp_name(), size, self._modes[1])
+            try:
+                yield file
+            finally:
+                file.discard()
+
+    @contextlib.contextmanager
+    def new_entry(self, specs: Sequence[TensorSpec]) -> Iterator[EntryFile]:
+        """Create the temp file of an entry, removed after the `with` block unless published.
+
+        Args:
+            specs: The tensors of the entry.
+
+        Yields:
+            The file.
+
+        Raises:
+            StoreError: The file cannot be created, written or published.
+        """
+        from .entry_file import EntryFile  # late: a run without work writes nothing
+
+        with self._writing("tmp") as folder:
+            file = EntryFile(folder, temp_files.temp_name(), specs, self._modes[1])
             try:
                 yield file
             finally:
@@ -268,3 +307,7 @@ class Store(StoreDirectories):
 def cache_store(cache_dir: str | Path | None = None) -> Store:
     """Return the cache in a directory, by default the user's cache."""
     return Store(Path(cache_dir).expanduser() if cache_dir else user_cache_root())
+
+
+def _digest_text(digest: str, size: int) -> bytes:
+    return f"xxh3-128 {digest} {size}\n".encode()

@@ -123,7 +123,7 @@ def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]
     for chunk in source.chunks(part, row_bytes):
         stored = np.frombuffer(chunk, _DTYPES[part.dtype]).reshape(-1, part.shape[1])
         pieces = [stored[first : first + rows] for first in range(0, len(stored), rows)]
-        for results in source.parallel_map(quantize, pieces):
+        for results in map(quantize, pieces):
             yield from enumerate(results)
 
 

@@ -1,33 +1,34 @@
-"""Convert one shard and publish its entry: the function that every worker runs."""
+"""Convert one shard and publish its entry: the units run in workers, the rest in the run itself."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import StoreError
-from ..execution.slots import Slot
 from ..files.descriptor import FileStamp, closing
-from ..files.new_file import NewFile
-from ..files.tensor_header import TensorInfo
-from ..files.tensor_writer import TensorWriter, end_of, file_size, lay_out
-from ..plan.task import Operation, Task
+from ..files.tensor_writer import file_size, lay_out
+from ..plan.task import Task
 from ..store.damage import confirmed_defect
+from ..store.entry_digest import is_tree, tree_digest_of
+from ..store.entry_file import EntryFile
 from ..store.manifest import EntryRecord
 from ..store.store import Store
-from .operations import run_operation
-from .source import Source, Tick
+from ..trace import NO_TRACE, Trace
+from .source import Tick
+from .source_shard import SourceShard
+from .unit import Step, Unit, ranges_of, steps_of, units_of
+from .unit_pool import UnitPool
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task with its model directory and store; small when pickled."""
+    """A task with its model directory and store."""
 
     task: Task
     directory: Path
@@ -36,6 +37,8 @@ class Job:
     """Convert even if the entry exists, and replace it."""
     known: EntryRecord | None = None
     """The record of this shard in an earlier manifest, if there is one."""
+    split: bool = False
+    """Whether several workers convert the shard, since others would be idle."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,14 @@ class Outcome:
     """Duration of the job."""
 
 
-def run_task(job: Job, slot: Slot, tick: Tick) -> Outcome:
+def run_task(job: Job, pool: UnitPool, tick: Tick, trace: Trace = NO_TRACE) -> Outcome:
     """Find the entry of one shard in the store, or convert the shard and publish a new entry.
 
     Args:
         job: What is converted.
-        slot: The slot that the job runs in.
+        pool: Runs the units.
         tick: Progress callback; what it raises cancels the job.
+        trace: Gets the time of each stage.
 
     Raises:
         CheckpointError: The shard cannot be read.
@@ -67,32 +71,17 @@ def run_task(job: Job, slot: Slot, tick: Tick) -> Outcome:
         StoreError: The entry cannot be written.
     """
     started = time.monotonic()
-    source = open_source(job, slot, tick)
+    shard = SourceShard(job.task, job.directory, job.store.digest_cache)
     try:
-        record = None if job.force else find_entry(job, source)
+        record = None if job.force else find_entry(job, shard, pool, tick)
         converted = record is None
-        record = record or _convert(job, source, slot)
+        record = record or _convert(job, shard, pool, tick, trace)
         return Outcome(record, converted, time.monotonic() - started)
     finally:
-        source.close()
+        shard.close()
 
 
-def open_source(job: Job, slot: Slot, tick: Tick) -> Source:
-    """Open the shard of a job.
-
-    Args:
-        job: Whose shard.
-        slot: The slot that the job runs in.
-        tick: Progress callback.
-
-    Raises:
-        CheckpointError: The shard cannot be read.
-        MalformedFileError: It is not valid safetensors.
-    """
-    return Source(job.task, job.directory, job.store.digest_cache, tick, slot)
-
-
-def find_entry(job: Job, source: Source) -> EntryRecord | None:
+def find_entry(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick) -> EntryRecord | None:
     """Find the entry that the store already has for this shard.
 
     The shard's SHA-256 comes from the digest cache; else the shard is hashed if one of its size was
@@ -100,19 +89,24 @@ def find_entry(job: Job, source: Source) -> EntryRecord | None:
 
     Args:
         job: Whose shard.
-        source: The shard, opened.
+        shard: The shard, opened.
+        pool: Runs the unit that hashes it.
+        tick: Progress callback.
 
     Returns:
         The record of the entry, or None if the shard must be converted.
     """
-    sha256 = source.known_sha256()
+    sha256 = shard.known_sha256()
     same_size = job.known is not None and job.known.source_size == job.task.size
-    if sha256 is None and (same_size or source.may_be_known()):
+    if sha256 is None and (same_size or shard.may_be_known()):
         logger.info("%s: hashing, as it may be converted already", job.directory / job.task.shard)
-        sha256 = source.hash().sha256
+        steps = steps_of(job.task, lay_out(job.task.outputs)[1])
+        for result in pool.run([replace(_all(job, shard, steps, None), steps=())], tick):
+            shard.add(result)
+        sha256 = shard.known_sha256()
     if sha256 is None:
         return None
-    key = job.task.key(sha256, borrowed := source.borrowed_sha256())
+    key = job.task.key(sha256, borrowed := shard.borrowed_sha256())
     size = job.store.entry_size(key)
     if size is None:
         return None
@@ -123,84 +117,55 @@ def find_entry(job: Job, source: Source) -> EntryRecord | None:
 
 def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord | None:
     """Return a new record for an entry without one, if its bytes have the digest of its writer."""
-    digest = job.store.entry_digest(key)
+    digest, store = job.store.entry_digest(key), job.store
     if digest is None:
         return None
     size = file_size(job.task.outputs)
     record = _record(job.task, sha256, borrowed, key, digest, size)
-    if confirmed_defect(record, job.store):
+    if confirmed_defect(record, store):
         return None  # the shard is converted again, and the new entry replaces it
-    job.store.sync_entry(key)
+    if not is_tree(digest):
+        with closing(store.open_entry(key)) as fd:
+            label = str(store.entry_path(key))
+            tree = tree_digest_of(fd, lay_out(record.tensors)[1], label, digest)
+        if tree is None:
+            return None
+        record = replace(record, digest=tree)
+        store.write_digest(key, record.digest, size)
+    store.sync_entry(key)
     return record
 
 
-def _convert(job: Job, source: Source, slot: Slot) -> EntryRecord:
-    header, tensors = lay_out(job.task.outputs)
-    size = end_of(header, tensors)
-    with job.store.new_file(size, slot.trace) as file:
-        _write(job.task, source, slot, file, header, tensors)
-        borrowed = source.borrowed_sha256()
-        sha256 = source.check()
-        key = job.task.key(sha256, borrowed)
-        with slot.trace.span("publish", job.task.shard):
-            stamp = job.store.publish_entry(file, key)
-        _remember(job.store, key, stamp, file.digest)
-        return _record(job.task, sha256, borrowed, key, file.digest, size)
+def _all(job: Job, shard: SourceShard, steps: list[Step], path: Path | None) -> Unit:
+    """Return the unit that hashes a shard and converts all of it."""
+    hashed = (shard.header, *ranges_of(job.task.shard, steps))
+    return Unit(job.task.shard, job.directory, job.store, tuple(steps), path, hashed)
+
+
+def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace) -> EntryRecord:
+    with job.store.new_entry(job.task.outputs) as file:
+        unit = _all(job, shard, steps_of(job.task, file.tensors), file.path)
+        if shard.is_hashed:
+            unit = replace(unit, hashed=None)
+        for result in pool.run(units_of(unit, job.split), tick):
+            shard.add(result)
+            file.add(result.pieces)
+        return _publish(job, shard, file, trace)
+
+
+def _publish(job: Job, shard: SourceShard, file: EntryFile, trace: Trace) -> EntryRecord:
+    borrowed, sha256, digest = shard.borrowed_sha256(), shard.check(), file.digest
+    key = job.task.key(sha256, borrowed)
+    with trace.span("publish", job.task.shard):
+        stamp = job.store.publish_entry(file, key)
+    _remember(job.store, key, stamp, digest)
+    return _record(job.task, sha256, borrowed, key, digest, file.size)
 
 
 def _remember(store: Store, key: str, stamp: FileStamp, digest: str) -> None:
     """Store the digest of a new entry in the digest cache, so that the first load need not hash."""
     with suppress(StoreError), closing(store.open_entry(key)) as fd:
         store.digest_cache.remember_written(fd, stamp, digest)
-
-
-def _write(
-    task: Task,
-    source: Source,
-    slot: Slot,
-    file: NewFile,
-    header: bytes,
-    tensors: tuple[TensorInfo, ...],
-) -> None:
-    """Convert the task's outputs in the order of the file; hash in helper threads if possible."""
-    operation_of = {
-        output.name: operation for operation in task.operations for output in operation.outputs
-    }
-    held: dict[str, list[bytes]] = {}
-    writer = TensorWriter(file.write, header)
-    with slot.helper() as pool, source.hashed_by(pool) if pool else nullcontext():
-        for tensor in tensors:
-            for chunk in _chunks(tensor, operation_of[tensor.name], source, slot, held):
-                writer.write(tensor, chunk)
-    writer.finish(end_of(header, tensors))
-
-
-def _chunks(
-    tensor: TensorInfo,
-    operation: Operation,
-    source: Source,
-    slot: Slot,
-    held: dict[str, list[bytes]],
-) -> Iterator[memoryview]:
-    """Compute a tensor; hold the other outputs of its operation until they are written.
-
-    Held are the scales and biases of a quantized embedding, 1/8 of its bytes in 16 bit.
-    """
-    if tensor.name in held:
-        yield from (memoryview(chunk) for chunk in held.pop(tensor.name))
-        return
-    chunks = run_operation(operation, source)
-    while True:
-        with slot.trace.span(operation.kind, tensor.name):
-            result = next(chunks, None)
-        if result is None:
-            return
-        index, view = result
-        name = operation.outputs[index].name
-        if name == tensor.name:
-            yield view
-        else:
-            held.setdefault(name, []).append(bytes(view))
 
 
 def _record(

@@ -1,0 +1,171 @@
+"""The digest of an entry: XXH3-128 over those of its header and of each block of its tensors.
+
+    tree:<32 hex>  =  XXH3-128(XXH3-128(header) | XXH3-128(block) | XXH3-128(block) | ...)
+
+A block is 1 MiB of a tensor, counted from its first byte, or what is left of it. So the blocks can
+be written and verified in any order and by many workers. Entries of earlier versions have one
+XXH3-128 over all bytes, 32 hex digits, which stays valid. XXH3 detects damage, not tampering.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import xxhash
+
+from ..files.descriptor import file_status, pread_exactly
+from ..files.hashing import CHUNK, Range, read_chunks
+from ..files.tensor_header import TensorInfo
+
+BLOCK = 1 << 20  # bytes; smaller, an embedding can be cut at more rows; larger, less is hashed
+FORM = re.compile("(?:tree:)?[0-9a-f]{32}")
+_TREE = "tree:"
+_RANGE = 32 * BLOCK  # bytes that a thread hashes at once
+
+
+class BlockHasher:
+    """Hashes consecutive bytes of a tensor, block by block."""
+
+    def __init__(self) -> None:
+        """Start at the beginning of a block."""
+        self._hash, self._filled, self._digests = xxhash.xxh3_128(), 0, bytearray()
+
+    def update(self, view: memoryview) -> None:
+        """Hash the bytes that follow."""
+        while view:
+            part = view[: BLOCK - self._filled]
+            self._hash.update(part)
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == BLOCK:
+                self._end_block()
+
+    def finish(self) -> bytes:
+        """Return the digests of the blocks, 16 bytes each; an incomplete one is the last."""
+        if self._filled:
+            self._end_block()
+        return bytes(self._digests)
+
+    def _end_block(self) -> None:
+        self._digests += self._hash.digest()
+        self._hash.reset()
+        self._filled = 0
+
+
+def tree_digest(header: bytes, blocks: bytes) -> str:
+    """Return the digest of an entry.
+
+    Args:
+        header: The bytes before its tensors.
+        blocks: The digests of all blocks, 16 bytes each, tensor after tensor in file order.
+    """
+    top = xxhash.xxh3_128_digest(header) + blocks
+    return _TREE + xxhash.xxh3_128_hexdigest(top)
+
+
+def is_tree(digest: str) -> bool:
+    """Tell a digest over blocks from one of an earlier version."""
+    return digest.startswith(_TREE)
+
+
+class EntryHasher:
+    """Hashes an entry front to back, in both kinds."""
+
+    def __init__(self, header: bytes) -> None:
+        """Start after the header."""
+        self._header, self._flat = header, xxhash.xxh3_128(header)
+        self._blocks, self._hasher = bytearray(), BlockHasher()
+
+    def update(self, chunk: memoryview) -> None:
+        """Hash the bytes that follow."""
+        self._flat.update(chunk)
+        self._hasher.update(chunk)
+
+    def end_tensor(self) -> None:
+        """End the last block of a tensor."""
+        self._blocks += self._hasher.finish()
+        self._hasher = BlockHasher()
+
+    def digest(self, like: str) -> str:
+        """Return the digest of the kind of another one."""
+        if is_tree(like):
+            return tree_digest(self._header, bytes(self._blocks))
+        return self._flat.hexdigest()
+
+
+def hash_entry(
+    fd: int, tensors: Sequence[TensorInfo], label: str, like: str, threads: int = 1
+) -> str:
+    """Read every byte of an entry and return its digest.
+
+    Args:
+        fd: The entry.
+        tensors: Its tensors in file order, as they should be; of a file that is shorter or longer,
+            what there is is hashed.
+        label: The name of the file in errors.
+        like: A digest of the kind that is wanted.
+        threads: How many threads read and hash; one where the kind allows no more.
+
+    Raises:
+        SourceChangedError: The file became shorter meanwhile.
+        UnreadableFileError: The operating system cannot read it.
+    """
+    header, places = _parts(fd, tensors, label)
+    if not is_tree(like):
+        return _read_all(fd, header, places, label).digest(like)
+    ranges = [
+        (at, min(at + _RANGE, stop)) for start, stop in places for at in range(start, stop, _RANGE)
+    ]
+
+    def hash_range(bounds: Range) -> bytes:
+        hasher, (start, stop) = BlockHasher(), bounds
+        buffer = memoryview(bytearray(min(BLOCK, stop - start)))
+        for chunk in read_chunks(fd, start, stop, label, buffer):
+            hasher.update(chunk)
+        return hasher.finish()
+
+    if threads == 1 or len(ranges) < 2:
+        return tree_digest(header, b"".join(map(hash_range, ranges)))
+    from concurrent.futures import ThreadPoolExecutor  # late: it is slow to import
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        return tree_digest(header, b"".join(pool.map(hash_range, ranges)))
+
+
+def tree_digest_of(fd: int, tensors: Sequence[TensorInfo], label: str, known: str) -> str | None:
+    """Return the digest over blocks of an entry that has one of an earlier version.
+
+    Args:
+        fd: The entry.
+        tensors: Its tensors in file order.
+        label: The name of the file in errors.
+        known: The digest that it has.
+
+    Returns:
+        The digest; None if that which it has is not that of the same reading.
+
+    Raises:
+        SourceChangedError: The file became shorter meanwhile.
+        UnreadableFileError: The operating system cannot read it.
+    """
+    hasher = _read_all(fd, *_parts(fd, tensors, label), label)
+    return hasher.digest(_TREE) if hasher.digest(known) == known else None
+
+
+def _read_all(fd: int, header: bytes, places: Sequence[Range], label: str) -> EntryHasher:
+    hasher, buffer = EntryHasher(header), memoryview(bytearray(CHUNK))
+    for start, stop in places:
+        for chunk in read_chunks(fd, start, stop, label, buffer):
+            hasher.update(chunk)
+        hasher.end_tensor()
+    return hasher
+
+
+def _parts(fd: int, tensors: Sequence[TensorInfo], label: str) -> tuple[bytes, list[Range]]:
+    """Return the bytes before the tensors, and where each of these and what follows them lies."""
+    size = file_status(fd, label).st_size
+    places = [(min(t.start, size), min(t.stop, size)) for t in tensors]
+    end = places[-1][1] if places else size
+    header = pread_exactly(fd, 0, places[0][0] if places else size, label)
+    return header, [*places, *([(end, size)] if end < size else [])]
