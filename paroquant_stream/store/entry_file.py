@@ -75,9 +75,7 @@ class EntryFile:
         blocks, position = [], len(self._header)
         for start in sorted(self._pieces):
             if start != position:
-                raise AssertionError(
-                    f"{self.path}: the next piece is at {start:,}, not {position:,}"
-                )
+                raise AssertionError(f"{self.path}: a piece at {start:,}, expected {position:,}")
             blocks.append(self._pieces[start].blocks)
             position += self._pieces[start].size
         if position != self.size:

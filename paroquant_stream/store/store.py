@@ -85,8 +85,7 @@ class Store(StoreDirectories):
             key: The entry's key.
 
         Returns:
-            As `entry_digest.FORM`; None if the file is absent, malformed or of another size than the
-            entry.
+            As `entry_digest.FORM`; None if the file is absent, malformed or of another size.
         """
         absent = contextlib.suppress(OSError, MalformedFileError)
         with absent, self.opened("entries", key[:2]) as folder:

@@ -1,9 +1,8 @@
 """The bytes that one unit reads: its shard and the parts borrowed from other shards.
 
-A unit that hashes the shard too reads it in the order of the entry, which is that of the file except
-for small tensors; where the orders agree, one read serves both. All else that is read of the shard
-gets a fingerprint (XXH3), which must be that of the bytes in the hash. So an entry is stored only
-under the hash of the bytes that it was made from.
+A unit that hashes the shard too reads each tensor once, where its steps take them in file order.
+All else that is read of the shard gets a fingerprint (XXH3), which must be that of the bytes in the
+hash. So an entry is stored only under the hash of the bytes that it was made from.
 """
 
 from __future__ import annotations
