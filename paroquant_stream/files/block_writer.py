@@ -70,7 +70,9 @@ class BlockWriter:
         """
         chunk = chunk.cast("B")
         while chunk:
-            block, filled = self._blocks.pop(offset, None) or (self._take_block(), 0)
+            if offset not in self._blocks:
+                self._blocks[offset] = self._take_block(), 0
+            block, filled = self._blocks.pop(offset)
             count = min(len(block) - filled, len(chunk))
             block[filled : filled + count] = chunk[:count]
             offset, filled, chunk = offset + count, filled + count, chunk[count:]
