@@ -27,8 +27,6 @@ from .convert_options import EXAMPLES, configure_parser, parse
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from ..execution.automatic import Automatic
-
 
 __all__ = ["EXAMPLES", "configure_parser", "main"]
 OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
@@ -66,18 +64,17 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _executor(
-    arguments: argparse.Namespace,
-) -> AbstractContextManager[Executor | Automatic | None]:
-    """Return where shards are converted; None for threads of this process."""
-    if arguments.executor == "auto":
-        from ..execution.automatic import Automatic
+def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
+    """Return where shards are converted; None for the choice by how much there is to do."""
+    jobs = arguments.jobs or default_jobs()
+    if arguments.executor == "thread":
+        from concurrent.futures import ThreadPoolExecutor  # late, as it is slow to import
 
-        return Automatic()
+        return ThreadPoolExecutor(jobs, thread_name_prefix="worker")
     if arguments.executor == "process":
-        from ..execution.processes import processes  # here, as the other two need none of it
+        from ..execution.processes import processes  # here, as the others need none of it
 
-        return processes(arguments.jobs or default_jobs())
+        return processes(jobs)
     if arguments.executor == "dask":
         from ..execution.dask import cluster
 
@@ -85,9 +82,7 @@ def _executor(
     return nullcontext()
 
 
-def _prepare(
-    model: str, executor: Executor | Automatic | None, arguments: argparse.Namespace
-) -> Request:
+def _prepare(model: str, executor: Executor | None, arguments: argparse.Namespace) -> Request:
     """Make the request for one model, and ask whether its shards may be removed."""
     given = {name: getattr(arguments, name) for name in OPTIONS}
     request = make_request(model, **given, executor=executor)

@@ -107,7 +107,7 @@ def _configure_output(parser: argparse.ArgumentParser) -> None:
 def _configure_workers(parser: argparse.ArgumentParser) -> None:
     add_jobs(
         parser,
-        "shards converted at once (default: one per core, at most 8; all threads of a cluster)",
+        "workers (default: one per core, at most 16; all threads of a cluster)",
     )
     parser.add_argument(
         "--executor",
@@ -115,7 +115,7 @@ def _configure_workers(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="E",
         help="where shards are converted: thread, process, dask for a Dask cluster, or auto "
-        "(default): process for 1 GB and more with 3 jobs and more, else thread",
+        "(default): process for 1 GB and more, else thread",
     )
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", help="the cluster's scheduler, like tcp://host:8786"

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import ParoquantStreamError, SomeModelsFailedError
+from ..execution.automatic import Automatic
 from ..execution.cancellation import Cancellation
 from ..execution.threads import Shared, run_all
 from ..trace import NO_TRACE, Trace
@@ -57,14 +58,15 @@ def convert_all(
 
     def work(request: Request, cancellation: Cancellation) -> tuple[Request, Result]:
         report = partial(_report, progress, request.source.name) if progress else None
-        shared = Shared(threads, cancellation)
+        shared = Shared(automatic, threads, cancellation)
         try:
             return request, convert_or_find(replace(request, shared=shared), report, trace)
         except ParoquantStreamError as error:
             return request, error
 
     try:
-        yield from run_all(work, requests, together)
+        with Automatic() as automatic:
+            yield from run_all(work, requests, together)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
 

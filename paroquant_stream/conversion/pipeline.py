@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -139,16 +140,8 @@ def _run(
     trace: Trace,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of tasks as they finish, each begun when its shards are present."""
-    directory, store, force = request.source.directory, request.store, request.options.force
-    last = max(0, len(tasks) - request.jobs) if request.jobs > 1 else len(tasks)
-    jobs = [
-        Job(task, directory, store, force, known.get(task.shard), split=number >= last)
-        for number, task in enumerate(tasks)
-    ]
-    executor, shared = request.options.executor, request.shared
-    if isinstance(executor, Automatic):
-        executor = executor.choose(request.jobs, sum(task.size for task in tasks))
-    executor = executor or (shared.threads if shared else None)
+    shared = request.shared
+    parent = shared.cancellation if shared else None
 
     def work(job: Job, cancellation: Cancellation) -> Outcome:
         def tick(count: int) -> None:
@@ -162,9 +155,28 @@ def _run(
 
     # one more than workers, so that these are busy while an entry is published
     threads = request.jobs + (request.jobs > 1 and not request.options.drop_source)
-    parent = shared.cancellation if shared else None
-    with unit_pool(executor, request.jobs, directory, store, trace) as pool:
-        yield from run_all(work, jobs, threads, parent)
+    with Automatic() if shared is None else nullcontext(shared.automatic) as automatic:
+        executor = request.options.executor or automatic.choose(request.jobs, _size(tasks))
+        executor = executor or (shared.threads if shared else None)
+        with unit_pool(
+            executor, request.jobs, request.source.directory, request.store, trace
+        ) as pool:
+            yield from run_all(work, _jobs(request, tasks, known), threads, parent)
+
+
+def _jobs(request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord]) -> list[Job]:
+    """Return the jobs; the last shards are split, so that no worker is idle before the end."""
+    jobs, left = [], _size(tasks)
+    for task in tasks:
+        split = request.jobs > 1 and 2 * request.jobs * task.size > left
+        options = (request.options.force, known.get(task.shard), split)
+        jobs.append(Job(task, request.source.directory, request.store, *options))
+        left -= task.size
+    return jobs
+
+
+def _size(tasks: Sequence[Task]) -> int:
+    return sum(task.size for task in tasks)
 
 
 def _check_before_work(request: Request, tasks: Sequence[Task]) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
     from typing import TypedDict, Unpack
 
-    from ..execution.automatic import Automatic
     from ..execution.threads import Shared
 
     class ConvertKeywords(TypedDict, total=False):
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
         revision: str | None
         drop_source: bool
         dtype: Dtype
-        executor: Executor | Automatic | None
+        executor: Executor | None
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,16 @@ class ConvertOptions:
         cache_dir: Directory of the cache; None for the user's.
         in_place: Convert into `<model>/mlx`, to ship with the model, instead of the cache.
         force: Convert every shard again.
-        jobs: Shards in work at once; None for one per core and at most 8, or for the width of
-            `executor`. Each holds the input and output of one linear in memory.
+        jobs: Workers; None for one per core and at most 16, or for the width of `executor`. Each
+            holds the input and output of one linear in memory.
         revision: Branch, tag or commit of a Hub repository; None for `main`.
         drop_source: **Remove** each shard, downloaded or local, once its entry was read back and no
             other shard needs it. Nothing asks before.
         dtype: "source" stores every tensor as the public loader would, bit for bit. "float16" or
             "bfloat16" stores scales, biases, norms and all that meets activations in that one
             width; that rounds values.
-        executor: Convert each shard in a worker of it, which sees the same paths; None for threads
-            of this process; `Automatic()` for processes where there is enough work.
+        executor: Convert in its workers, which see the same paths; None for worker processes where
+            there is enough work, and else threads.
 
     Raises:
         ValueError: An option has a value that is not allowed.
@@ -67,7 +66,7 @@ class ConvertOptions:
     revision: str | None = None
     drop_source: bool = False
     dtype: Dtype = "source"
-    executor: Executor | Automatic | None = None
+    executor: Executor | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -104,7 +103,7 @@ class Request:
     target: Target
     options: ConvertOptions = field(default_factory=ConvertOptions)
     jobs: int = 1
-    """Shards in work at once."""
+    """Units of work at once."""
     shared: Shared | None = None
     """With the conversions of other models."""
 
@@ -175,28 +174,22 @@ def in_place_id(dtype: Dtype) -> str:
 
 
 def default_jobs() -> int:
-    """Give one job per core, at most 8."""
-    return min(8, os.cpu_count() or 1)
+    """Give one job per core, at most 16."""
+    return min(16, os.cpu_count() or 1)
 
 
 def _check_executor(executor: object) -> None:
-    from ..execution.automatic import Automatic  # late: most runs need no executor
+    from concurrent.futures import Executor  # late, as it is slow to import
 
-    if not isinstance(executor, Automatic):
-        from concurrent.futures import Executor  # which is slow to import
-
-        fits = isinstance(executor, Executor)
-        check("executor", executor, "a concurrent.futures.Executor or None", fits)
+    fits = isinstance(executor, Executor)
+    check("executor", executor, "a concurrent.futures.Executor or None", fits)
 
 
 def _jobs(options: ConvertOptions) -> int:
     if options.jobs is None and options.executor:
-        from ..execution.automatic import Automatic  # late: most runs need no executor
+        from ..execution.executors import worker_count  # late: most runs need no executor
 
-        if not isinstance(options.executor, Automatic):
-            from ..execution.executors import worker_count
-
-            return worker_count(options.executor) or default_jobs()
+        return worker_count(options.executor) or default_jobs()
     return options.jobs or default_jobs()
 
 

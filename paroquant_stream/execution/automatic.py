@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -9,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+logger = logging.getLogger(__name__)
 MIN_BYTES = 1 << 30  # of source shards; below, starting the processes costs more than they save
-MIN_JOBS = 3  # with more than two, threads mostly wait for the interpreter's lock
+MIN_JOBS = 2
 
 
 class Automatic(ExitStack):
@@ -34,11 +37,19 @@ class Automatic(ExitStack):
         Returns:
             Worker processes, or None for threads of this process.
         """
-        if jobs < MIN_JOBS or size < MIN_BYTES:
+        if jobs < MIN_JOBS or size < MIN_BYTES or not _can_start():
             return None
         with self._lock:
             if self._pool is None:
                 from .processes import processes  # late: most runs need none of it
 
-                self._pool = self.enter_context(processes(jobs))
+                try:
+                    self._pool = self.enter_context(processes(jobs))
+                except OSError as error:
+                    logger.warning("no worker processes, so threads convert: %s", error)
             return self._pool
+
+
+def _can_start() -> bool:
+    """Return whether this interpreter can be started again; one in a bundle is no Python."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)

@@ -13,6 +13,7 @@ from concurrent.futures import (
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .automatic import Automatic
 from .cancellation import Cancellation
 
 _Item = TypeVar("_Item")
@@ -25,8 +26,10 @@ INTERRUPT_TIMEOUT = 1.0
 class Shared:
     """What the conversions of several models have in common."""
 
+    automatic: Automatic
+    """Has the worker processes of all of them, if one is large."""
     threads: Executor
-    """Convert the shards of all of them."""
+    """Convert all of them, if none is."""
     cancellation: Cancellation
     """The end of the call that converts them."""
 
