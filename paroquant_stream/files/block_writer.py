@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BLOCK = 4 << 20  # bytes per write
 PENDING = 3  # blocks that may wait to be written
 _STREAMS = 3  # places that are written in turn, as the outputs of a quantized embedding
+_LARGE = 256 << 10  # bytes that are worth a call
 _DISK_BLOCK = 4096  # bytes; O_DIRECT takes multiples of it
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -69,6 +70,9 @@ class BlockWriter:
             StoreError: These or earlier bytes cannot be written.
         """
         chunk = chunk.cast("B")
+        if self._direct_fd == -1 and len(chunk) >= _LARGE and offset not in self._blocks:
+            self._write(chunk, offset)  # the page cache takes it at the speed of a copy
+            return
         while chunk:
             if offset not in self._blocks:
                 self._blocks[offset] = self._take_block(), 0

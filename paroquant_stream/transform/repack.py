@@ -29,8 +29,8 @@ Step = tuple[Callable[..., Any], Array, Any, Array]
 
 _SIDE = 8  # nibbles in a word, so rows in a block
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_STRIPE_BYTES = 4 << 20  # stays in the L3 cache until it is hashed or written
-_TILE_BYTES = 640 << 10  # with its scratch 1 MB, an L2 cache; smaller, calls cost more
+_STRIPE_BYTES = 8 << 20  # stays in the L3 cache until it is hashed or written
+_TILE_BYTES = 1 << 20  # with its scratch 1.5 MB, about an L2 cache; smaller, calls cost more
 _L1_ELEMENTS = 16 << 10  # of 2 bytes, 32 KB
 _LINE_WORDS = 16  # words in a cache line of 64 bytes
 _MIN_LINES = 3  # of a row copied at a time; single lines are slower
@@ -46,7 +46,7 @@ def awq_stripes(qweight: Array, first_row: int = 0, last_row: int | None = None)
         last_row: Where to end, a multiple of 8; by default N.
 
     Yields:
-        The next rows, uint32 (rows, K/8), rows a multiple of 8, about 4 MB. All stripes of a call
+        The next rows, uint32 (rows, K/8), rows a multiple of 8, about 8 MB. All stripes of a call
         share one buffer, so each is valid until the next.
 
     Raises:
