@@ -117,7 +117,8 @@ def _convert_alone(
             )
         current = _current(request, needed)  # another process may have just done it
         if current is None:
-            return convert_shards(request, model, model_dir, progress, trace, started)
+            ready = (request, model, model_dir, progress, trace, started)
+            return convert_shards(*ready, loads=loads is not None)
     return _unchanged(request, current, started)
 
 

@@ -16,6 +16,7 @@ from ..execution.automatic import Automatic
 from ..execution.cancellation import Cancellation
 from ..execution.dask import client_of
 from ..execution.threads import run_all
+from ..files.block_writer import fits_in_memory
 from ..files.folder import Folder
 from ..files.tensor_writer import file_size
 from ..plan.task import Task
@@ -41,6 +42,7 @@ def convert_shards(
     progress: Progress | None,
     trace: Trace,
     started: float,
+    loads: bool = False,
 ) -> Conversion:
     """Convert what is missing, publish the manifest, and report what became of each shard.
 
@@ -51,6 +53,7 @@ def convert_shards(
         progress: As for `convert`.
         trace: As for `convert`.
         started: `time.monotonic()` at the start of the conversion.
+        loads: Whether the caller loads the model next.
     """
     before = read_manifest(request)
     known = _known_records(model, before)
@@ -65,7 +68,8 @@ def convert_shards(
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        for outcome in _run(request, work.tasks, known, prefetcher, tally, trace):
+        jobs = _jobs(request, work.tasks, known, loads)
+        for outcome in _run(request, jobs, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
             reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
@@ -132,14 +136,9 @@ def _known_records(model: ModelPlan, before: Manifest | None) -> dict[str, Entry
 
 
 def _run(
-    request: Request,
-    tasks: Sequence[Task],
-    known: Mapping[str, EntryRecord],
-    prefetcher: Prefetcher,
-    tally: Tally,
-    trace: Trace,
+    request: Request, jobs: Sequence[Job], prefetcher: Prefetcher, tally: Tally, trace: Trace
 ) -> Iterator[Outcome]:
-    """Yield the outcomes of tasks as they finish, each begun when its shards are present."""
+    """Yield the outcomes of jobs as they finish, each begun when its shards are present."""
     shared = request.shared
     parent = shared.cancellation if shared else None
 
@@ -156,27 +155,28 @@ def _run(
     # one more than workers, so that these are busy while an entry is published
     threads = request.jobs + (request.jobs > 1 and not request.options.drop_source)
     with Automatic() if shared is None else nullcontext(shared.automatic) as automatic:
-        executor = request.options.executor or automatic.choose(request.jobs, _size(tasks))
+        executor = request.options.executor or automatic.choose(
+            request.jobs, sum(job.task.size for job in jobs)
+        )
         executor = executor or (shared.threads if shared else None)
         with unit_pool(
             executor, request.jobs, request.source.directory, request.store, trace
         ) as pool:
-            yield from run_all(work, _jobs(request, tasks, known), threads, parent)
+            yield from run_all(work, jobs, threads, parent)
 
 
-def _jobs(request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord]) -> list[Job]:
+def _jobs(
+    request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord], loads: bool
+) -> list[Job]:
     """Return the jobs; the last shards are split, so that no worker is idle before the end."""
-    jobs, left = [], _size(tasks)
+    jobs, left = [], sum(task.size for task in tasks)
+    cached = loads and fits_in_memory(2 * left)  # the entries, and the arrays read from them
     for task in tasks:
         split = request.jobs > 1 and 2 * request.jobs * task.size > left
-        options = (request.options.force, known.get(task.shard), split)
+        options = (request.options.force, known.get(task.shard), split, cached)
         jobs.append(Job(task, request.source.directory, request.store, *options))
         left -= task.size
     return jobs
-
-
-def _size(tasks: Sequence[Task]) -> int:
-    return sum(task.size for task in tasks)
 
 
 def _check_before_work(request: Request, tasks: Sequence[Task]) -> None:
