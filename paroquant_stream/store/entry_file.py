@@ -62,8 +62,14 @@ class EntryFile:
         return self._file.path
 
     def add(self, pieces: Iterable[Piece]) -> None:
-        """Note pieces that were written."""
-        self._pieces.update((piece.start, piece) for piece in pieces if piece.size)
+        """Note pieces that were written.
+
+        Raises:
+            AssertionError: One was written already, so its bytes may be those of either.
+        """
+        for piece in pieces:
+            if piece.size and self._pieces.setdefault(piece.start, piece) is not piece:
+                raise AssertionError(f"{self.path}: the piece at {piece.start:,} twice")
 
     @property
     def digest(self) -> str:
