@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.files import descriptor, digest_cache, new_file
+from paroquant_stream.files import block_writer, descriptor, digest_cache
 from paroquant_stream.files.filesystems import Ctime
 from tests.helpers.builders import cut_apart, cut_evenly, write_checkpoint
 
@@ -39,8 +39,7 @@ def settled(monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Even a tiny entry is written in full blocks, with O_DIRECT and in a thread."""
-    # private: the size of a block is not an option
-    monkeypatch.setattr(new_file, "_BLOCK", 4096)
+    monkeypatch.setattr(block_writer, "BLOCK", 4096)
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ def test_an_unknown_option_is_refused(model_dir):
         make_request(model_dir, nope=1)
 
 
-def test_by_default_there_is_a_job_per_core_and_at_most_8(monkeypatch, model_dir):
-    for cores, jobs in ((64, 8), (8, 8), (3, 3), (None, 1)):
+def test_by_default_there_is_a_job_per_core_and_at_most_16(monkeypatch, model_dir):
+    for cores, jobs in ((64, 16), (16, 16), (3, 3), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         assert default_jobs() == make_request(model_dir).jobs == jobs
     assert make_request(model_dir, jobs=3).jobs == 3

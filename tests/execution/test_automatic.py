@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import errno
+import os
+import sys
 
 import pytest
 
+from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
-from paroquant_stream.conversion.request import default_jobs, make_request
-from paroquant_stream.execution import automatic
+from paroquant_stream.execution import automatic, processes
 from paroquant_stream.execution.automatic import MIN_BYTES, Automatic
+from paroquant_stream.execution.processes import Processes
 from tests.helpers.cache_files import entries
 
 GB = 1 << 30
 
 
-@pytest.mark.parametrize(
-    ("jobs", "sizes"),
-    [(2, [GB] * 9), (1, [GB] * 9), (16, [40 * GB, GB]), (16, [MIN_BYTES // 4] * 3), (16, [])],
-)
-def test_little_work_is_done_by_threads(jobs, sizes):
+@pytest.mark.parametrize(("jobs", "size"), [(1, 9 * GB), (16, MIN_BYTES - 1), (16, 0)])
+def test_little_work_is_done_by_threads(jobs, size):
     with Automatic() as choice:
-        assert choice.choose(jobs, sizes) is None
+        assert choice.choose(jobs, size) is None
 
 
+@pytest.mark.slow
 def test_much_work_is_done_by_one_pool_of_processes():
     with Automatic() as choice:
-        pool = choice.choose(3, [GB] * 3)
-        assert isinstance(pool, ProcessPoolExecutor)
-        assert choice.choose(8, [GB] * 30) is pool
-        assert not multiprocessing.active_children()  # none is started before its first job
-        pool.submit(abs, -1).result()
-        assert multiprocessing.active_children()
-    assert not multiprocessing.active_children()
+        pool = choice.choose(2, MIN_BYTES)
+        assert isinstance(pool, Processes)
+        assert choice.choose(8, 30 * GB) is pool
+        assert pool.submit(os.getpid).result() != os.getpid()
     with pytest.raises(RuntimeError):
         pool.submit(abs, -1)
 
 
-def test_the_default_jobs_are_those_of_threads(model_dir):
-    assert make_request(model_dir, executor=Automatic()).jobs == default_jobs()
+@pytest.mark.parametrize(("name", "value"), [("executable", ""), ("frozen", True)])
+def test_an_interpreter_that_cannot_start_again_has_threads(monkeypatch, name, value):
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with Automatic() as choice:
+        assert choice.choose(16, 9 * GB) is None
+
+
+def test_a_system_without_more_processes_has_threads(monkeypatch, caplog):
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(processes.subprocess, "Popen", refuse)
+    with Automatic() as choice:
+        assert choice.choose(2, 9 * GB) is None
+    assert "no worker processes, so threads convert" in caplog.text
 
 
 @pytest.fixture
@@ -56,16 +66,20 @@ def pools(monkeypatch) -> list:
     return chosen
 
 
-def test_the_command_converts_a_large_model_in_processes(model_dir, tmp_path, pools):
-    arguments = [str(model_dir), "--quiet", "--jobs", "3"]
+@pytest.mark.slow
+def test_a_large_model_is_converted_in_processes(model_dir, tmp_path, pools):
+    convert_checkpoint(model_dir, cache_dir=tmp_path / "api", jobs=2)
+    arguments = [str(model_dir), "--quiet", "--jobs", "2"]
     assert main([*arguments, "--cache-dir", str(tmp_path / "a")]) == 0
     assert main([*arguments, "--cache-dir", str(tmp_path / "b"), "--executor", "thread"]) == 0
-    assert [type(pool).__mro__[1] for pool in pools] == [ProcessPoolExecutor]
-    assert entries(tmp_path / "a") == entries(tmp_path / "b")
+    assert [type(pool) for pool in pools] == [Processes, Processes]
+    assert entries(tmp_path / "a") == entries(tmp_path / "b") == entries(tmp_path / "api")
     assert len(entries(tmp_path / "a")) == 3
 
 
-def test_a_command_without_work_chooses_nothing(model_dir, tmp_path, pools):
+@pytest.mark.usefixtures("settled")
+def test_a_command_without_work_chooses_nothing(model_dir, tmp_path, pools, monkeypatch):
+    monkeypatch.setattr(automatic, "MIN_BYTES", GB)  # no process is started here
     arguments = [str(model_dir), "--quiet", "--jobs", "3", "--cache-dir", str(tmp_path / "a")]
     for _ in range(2):
         assert main(arguments) == 0

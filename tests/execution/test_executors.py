@@ -22,11 +22,17 @@ from paroquant_stream.errors import (
     WorkersUnfitError,
 )
 from paroquant_stream.execution import executors
-from paroquant_stream.execution.executors import call_on, check_workers, worker_count
+from paroquant_stream.execution.executors import call_all, check_workers, worker_count
 
 
 def never() -> None:
     """Cancel nothing."""
+
+
+def call(executor: Executor, check, function, *arguments):
+    """Call a function once, as one of many calls."""
+    (result,) = call_all(executor, check, function, [arguments], lambda: 1)
+    return result
 
 
 class Failing(Executor):
@@ -54,13 +60,13 @@ class Idle(Executor):
 
 def test_the_result_of_the_function_is_returned():
     with ThreadPoolExecutor(1) as pool:
-        assert call_on(pool, never, divmod, 7, 2) == (3, 1)
+        assert call(pool, never, divmod, 7, 2) == (3, 1)
 
 
 @pytest.mark.parametrize("error", [StoreError("disk full"), ValueError("7")])
 def test_an_error_of_the_function_is_raised_as_it_is(error):
     with pytest.raises(type(error)) as caught:
-        call_on(Failing(error), never, len, "")
+        call(Failing(error), never, len, "")
     assert caught.value is error
 
 
@@ -74,19 +80,19 @@ def test_an_error_of_the_function_is_raised_as_it_is(error):
 )
 def test_an_error_of_the_executor_is_workers_lost(error):
     with pytest.raises(WorkersLostError, match=r"the executor or its workers failed .*to resume"):
-        call_on(Failing(error), never, len, "")
+        call(Failing(error), never, len, "")
 
 
 def test_an_import_error_of_the_job_is_the_jobs_own():
     with pytest.raises(ImportError, match="no module"):
-        call_on(Failing(ImportError("no module", name="mlx")), never, len, "")
+        call(Failing(ImportError("no module", name="mlx")), never, len, "")
 
 
 def test_an_executor_that_was_shut_down_raises_its_own_error():
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
     with pytest.raises(RuntimeError, match="shutdown"):
-        call_on(pool, never, len, "")
+        call(pool, never, len, "")
 
 
 def test_a_cancelled_run_cancels_its_call(monkeypatch):
@@ -99,7 +105,7 @@ def test_a_cancelled_run_cancels_its_call(monkeypatch):
             raise RunCancelledError("stopped")
 
     with pytest.raises(RunCancelledError):
-        call_on(pool, check, len, "")
+        call(pool, check, len, "")
     assert pool.futures[0].cancelled()
 
 
@@ -107,7 +113,7 @@ def test_the_check_is_called_while_the_function_runs(monkeypatch):
     monkeypatch.setattr(executors, "POLL_SECONDS", 0.001)
     checked = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        assert call_on(pool, checked.set, checked.wait, 30)
+        assert call(pool, checked.set, checked.wait, 30)
 
 
 def test_the_worker_count_is_that_of_the_pool():
@@ -132,3 +138,65 @@ def test_threads_and_spawned_processes_are_accepted():
         check_workers(pool, [])
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         check_workers(pool, [])
+
+
+def test_every_call_has_a_result():
+    with ThreadPoolExecutor(3) as pool:
+        calls = [(number, 7) for number in range(20)]
+        found = call_all(pool, never, divmod, calls, lambda: 4)
+        assert sorted(found) == sorted(divmod(*each) for each in calls)
+
+
+def test_only_so_many_calls_are_on_the_executor_as_asked_for():
+    now, most, lock = [], [], threading.Lock()
+
+    class Recording(ThreadPoolExecutor):
+        def submit(self, *given):
+            with lock:
+                now.append(1)
+                most.append(len(now))
+            return super().submit(*given)
+
+    def work() -> None:
+        with lock:
+            now.pop()
+
+    limits = iter([1, 3, *[2] * 100])
+    with Recording(8) as pool:
+        list(call_all(pool, never, work, [()] * 20, lambda: next(limits)))
+    assert len(most) == 20
+    assert max(most) <= 3
+
+
+def test_a_caller_without_a_turn_still_has_one_call():
+    with ThreadPoolExecutor(1) as pool:
+        assert list(call_all(pool, never, abs, [(-1,), (-2,)], lambda: 0)) == [1, 2]
+
+
+def test_an_error_cancels_the_calls_that_have_not_begun():
+    class OneFails(Idle):
+        def submit(self, *given, **options) -> Future:
+            future = super().submit(*given, **options)
+            if len(self.futures) == 1:
+                future.set_exception(StoreError("disk full"))
+            return future
+
+    idle = OneFails()
+    with pytest.raises(StoreError, match="disk full"):
+        list(call_all(idle, never, len, [("",)] * 5, lambda: 3))
+    assert [future.cancelled() for future in idle.futures] == [False, True, True]
+
+
+def test_a_caller_that_stops_listening_cancels_its_calls():
+    class FirstIsDone(Idle):
+        def submit(self, *given, **options) -> Future:
+            future = super().submit(*given, **options)
+            if len(self.futures) == 1:
+                future.set_result(1)
+            return future
+
+    idle = FirstIsDone()
+    results = call_all(idle, never, len, [("",)] * 5, lambda: 3)
+    assert next(results) == 1
+    results.close()
+    assert [future.cancelled() for future in idle.futures] == [False, True, True]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from concurrent.futures import BrokenExecutor
 
 import pytest
 
@@ -17,7 +20,7 @@ from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import OutOfRangeError, WorkersLostError
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
-from paroquant_stream.transform import remote_runner
+from paroquant_stream.transform import unit_pool
 from tests.helpers import slow_worker
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.cache_files import entries, temps
@@ -27,9 +30,9 @@ LIMIT = 60  # seconds to wait for what happens at once; reached only by a failur
 SLOW = """
 import sys
 from paroquant_stream.cli import convert, common
-from paroquant_stream.transform import remote_runner
+from paroquant_stream.transform import unit_pool
 from tests.helpers import slow_worker
-remote_runner.run_remote = slow_worker.slow
+unit_pool.run_remote = slow_worker.slow
 common.end_with(lambda: convert.main(sys.argv[1:]))
 """
 
@@ -64,14 +67,13 @@ def test_an_error_of_a_worker_has_its_own_class(tmp_path):
 def test_a_dead_worker_is_one_message_and_the_next_run_resumes(model_dir, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch, processes(1) as pool:
-        patch.setattr(remote_runner, "run_remote", slow_worker.deadly)
-        with pytest.raises(WorkersLostError, match=r"BrokenProcessPool.*run again to resume"):
+        patch.setattr(unit_pool, "run_remote", slow_worker.deadly)
+        with pytest.raises(WorkersLostError, match=r"exit code 9.*run again to resume"):
             convert_checkpoint(model_dir, cache_dir=cache, executor=pool)
-    (left,) = temps(cache)  # it died while it wrote an entry
-    assert f"-{os.getpid()}-" not in left
+    assert not entries(cache)
+    assert not temps(cache)
     convert_checkpoint(model_dir, cache_dir=cache)
     assert len(entries(cache)) == 3
-    assert not temps(cache)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +104,10 @@ def test_no_worker_outlives_the_run(model_dir, tmp_path, number, group, code):
     assert not temps(tmp_path / "cache")
 
 
-def test_ctrl_c_does_not_reach_a_worker_even_while_it_starts():
+def test_ctrl_c_in_a_terminal_does_not_reach_a_worker():
     with processes(1) as pool:
-        answer = pool.submit(os.getpid)
-        (worker,) = multiprocessing.active_children()
-        os.kill(worker.pid, signal.SIGINT)  # it has not started Python yet
-        assert answer.result(LIMIT) == worker.pid
-        os.kill(worker.pid, signal.SIGINT)
+        (worker,) = [each.process for each in pool._workers]  # private: its process group
+        assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
         assert pool.submit(os.getpid).result(LIMIT) == worker.pid
 
 
@@ -116,3 +115,126 @@ def test_the_pool_has_as_many_jobs_as_processes():
     with processes(3) as pool:
         assert make_request(".", executor=pool).jobs == 3
         assert make_request(".", executor=pool, jobs=5).jobs == 5
+
+
+def fails_to_return() -> object:
+    return threading.Lock()
+
+
+def refuse() -> None:
+    raise OutOfRangeError("model.norm.weight: too large")
+
+
+def die() -> None:
+    os._exit(7)
+
+
+def waits() -> None:
+    time.sleep(LIMIT)
+
+
+def test_a_worker_answers_call_after_call():
+    with processes(2) as pool:
+        found = [pool.submit(divmod, number, 7) for number in range(20)]
+        assert [each.result(LIMIT) for each in found] == [divmod(n, 7) for n in range(20)]
+        with pytest.raises(OutOfRangeError, match="too large"):
+            pool.submit(refuse).result(LIMIT)
+        with pytest.raises(RuntimeError, match="cannot be returned"):
+            pool.submit(fails_to_return).result(LIMIT)
+        assert pool.submit(abs, -1).result(LIMIT) == 1
+
+
+def test_a_call_that_cannot_be_sent_is_an_error_and_the_worker_lives():
+    with processes(1) as pool:
+        with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+            pool.submit(lambda: 1).result(LIMIT)
+        assert pool.submit(abs, -1).result(LIMIT) == 1
+
+
+def test_a_function_that_a_worker_does_not_have_is_an_error():
+    module = types.ModuleType("absent_elsewhere")
+    exec("def function(): pass", vars(module))
+    sys.modules["absent_elsewhere"] = module
+    try:
+        with processes(1) as pool:
+            with pytest.raises(ImportError, match="absent_elsewhere"):
+                pool.submit(module.function).result(LIMIT)
+            assert pool.submit(abs, -1).result(LIMIT) == 1
+    finally:
+        del sys.modules["absent_elsewhere"]
+
+
+def test_a_dead_worker_is_an_error_of_the_executor():
+    with processes(1) as pool:
+        for _ in range(2):  # it stays dead
+            with pytest.raises(BrokenExecutor, match="exit code 7"):
+                pool.submit(die).result(LIMIT)
+
+
+def test_the_workers_end_with_the_block():
+    with processes(2) as pool:
+        workers = [each.process for each in pool._workers]  # private: to see that they end
+        pool.submit(abs, -1).result(LIMIT)
+    assert [worker.poll() is not None for worker in workers] == [True, True]
+
+
+def test_an_error_in_the_block_does_not_wait_for_the_workers():
+    with pytest.raises(KeyError), processes(1) as pool:
+        (worker,) = [each.process for each in pool._workers]  # private: to see that it ends
+        call = pool.submit(waits)
+        pool.submit(waits)
+        raise KeyError
+    assert worker.poll() == -signal.SIGKILL
+    with pytest.raises(BrokenExecutor):
+        call.result(0)
+
+
+def test_the_jobs_of_a_worker_that_has_ended_end_with_its_parent():
+    """The end of the pipe ends a call that would go on for a minute."""
+    script = """
+import os, sys
+from paroquant_stream.execution.processes import Processes
+from tests.execution import test_processes
+pool = Processes(1)
+pool.submit(os.write, 2, b"started").result()
+pool.submit(test_processes.waits)
+pool.submit(abs, -1)
+os._exit(0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    _, stderr = process.communicate(timeout=LIMIT / 2)  # until no process has stderr open
+    assert stderr == b"started"
+
+
+MAIN = """
+import sys
+from paroquant_stream import convert_checkpoint
+from paroquant_stream.execution import automatic
+automatic.MIN_BYTES = 1
+with open(sys.argv[3], "a") as file:
+    file.write("once")
+convert_checkpoint(sys.argv[1], cache_dir=sys.argv[2], jobs=2)
+"""
+
+
+def test_a_program_need_not_protect_its_main_module(model_dir, tmp_path):
+    """It has no `if __name__ == "__main__"`, and runs once although processes convert."""
+    (tmp_path / "program.py").write_text(MAIN)
+    given = [str(model_dir), str(tmp_path / "cache"), str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), *given], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "runs").read_text() == "once"
+    assert len(entries(tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTHONSAFEPATH": "1"}])
+def test_a_program_on_stdin_converts_in_processes(model_dir, tmp_path, environment):
+    given = [str(model_dir), str(tmp_path / "cache"), str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, "-", *given], input=MAIN, capture_output=True, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "runs").read_text() == "once"

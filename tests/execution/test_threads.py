@@ -10,16 +10,16 @@ import pytest
 
 from paroquant_stream.errors import RunCancelledError, StoreError
 from paroquant_stream.execution import threads
-from paroquant_stream.execution.slots import SlotPool
+from paroquant_stream.execution.cancellation import Cancellation
 from paroquant_stream.execution.threads import run_all
 
 LIMIT = 30  # seconds to wait for what happens at once; reached only by a failure
 
 
-def run_until_cancelled(slot) -> None:
+def run_until_cancelled(cancellation: Cancellation) -> None:
     until = time.monotonic() + LIMIT
     while time.monotonic() < until:
-        slot.check()
+        cancellation.check()
         time.sleep(0.001)
 
 
@@ -44,22 +44,6 @@ def test_at_most_jobs_run_at_once():
     assert max(most) == 2
 
 
-def test_a_share_of_one_slot_runs_one_job_at_once():
-    pool = SlotPool(1, 0)
-    busy, most, lock = [], [], threading.Lock()
-
-    def work(item, _):
-        with lock:
-            busy.append(item)
-            most.append(len(busy))
-        with lock:
-            busy.remove(item)
-
-    list(run_all(work, range(4), 4, slots=pool.share(4)))
-    list(run_all(work, range(4), 4, slots=pool.share(4)))
-    assert most == [1] * 8
-
-
 def test_one_job_runs_in_the_calling_thread():
     main = threading.current_thread()
     assert all(run_all(lambda *_: threading.current_thread() is main, [1, 2], 1))
@@ -73,12 +57,12 @@ def test_one_item_runs_in_the_calling_thread():
 def test_the_first_error_cancels_the_others_and_is_raised():
     cancelled, running = [], threading.Barrier(3, timeout=LIMIT)
 
-    def work(item, slot):
+    def work(item, cancellation):
         running.wait()
         if item == 0:
             raise StoreError("disk full")
         try:
-            run_until_cancelled(slot)
+            run_until_cancelled(cancellation)
         except RunCancelledError:
             cancelled.append(item)
             raise
@@ -88,27 +72,16 @@ def test_the_first_error_cancels_the_others_and_is_raised():
     assert sorted(cancelled) == [1, 2]
 
 
-def test_a_slot_is_released_after_an_error():
-    pool = SlotPool(1, 0)
-
-    def work(*_):
-        raise StoreError("disk full")
-
-    for _ in range(2):
-        with pytest.raises(StoreError):
-            list(run_all(work, [1], 1, slots=pool.share(1)))
-
-
 def test_a_caller_that_closes_the_generator_stops_the_jobs():
     started, ended = threading.Event(), threading.Event()
 
-    def work(item, slot):
+    def work(item, cancellation):
         if item == 0:
             started.wait(LIMIT)
             return item
         started.set()
         try:
-            run_until_cancelled(slot)
+            run_until_cancelled(cancellation)
         finally:
             ended.set()
 
@@ -161,10 +134,29 @@ def test_an_interrupt_drops_the_jobs_in_the_queue(monkeypatch):
     assert len(ran) <= 3
 
 
-def test_the_end_of_a_run_stops_only_its_own_share():
-    pool = SlotPool(2, 0)
-    share = pool.share(2)
-    list(run_all(lambda *_: None, [1, 2], 2, slots=share))
-    pool.check()
+def test_the_end_of_a_run_stops_its_jobs_and_not_its_parent():
+    parent, seen = Cancellation(), []
+    list(run_all(lambda _, cancellation: seen.append(cancellation), [1, 2], 2, parent))
+    parent.check()
+    for cancellation in seen:
+        with pytest.raises(RunCancelledError):
+            cancellation.check()
+
+
+def test_the_end_of_the_parent_stops_the_jobs():
+    parent, cancelled = Cancellation(), []
+
+    def work(item, cancellation):
+        parent.stop()
+        try:
+            run_until_cancelled(cancellation)
+        except RunCancelledError:
+            cancelled.append(item)
+            raise
+
     with pytest.raises(RunCancelledError):
-        share.check()
+        list(run_all(work, [0, 1], 2, parent))
+    assert cancelled
+    with pytest.raises(RunCancelledError):
+        list(run_all(work, [2], 1, parent))
+    assert 2 in cancelled

@@ -30,8 +30,8 @@ def folder(tmp_path):
         yield folder
 
 
-def new(folder: Folder, size: int = 4, mode: int = 0o600, direct: bool = False) -> AtomicFile:
-    return AtomicFile(folder, temp_files.temp_name(), size, mode, direct)
+def new(folder: Folder, size: int = 4, mode: int = 0o600) -> AtomicFile:
+    return AtomicFile(folder, temp_files.temp_name(), size, mode)
 
 
 def test_a_file_is_synced_renamed_and_its_name_synced(folder, monkeypatch):
@@ -111,7 +111,7 @@ def test_what_is_planted_at_the_temp_name_is_left_alone(tmp_path, folder, plant)
         victim, folder.path / name
     )
     with pytest.raises(FileExistsError):
-        AtomicFile(folder, name, 4, 0o600, direct=False)
+        AtomicFile(folder, name, 4, 0o600)
     assert victim.read_bytes() == b"precious"
     assert folder.names() == [name]
     assert not temp_files.is_open(name)
@@ -144,28 +144,6 @@ def test_only_a_file_system_without_fallocate_is_excused(folder, monkeypatch, nu
     assert folder.names() == []
 
 
-@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no O_DIRECT")
-def test_only_the_error_of_no_direct_io_is_excused(folder, monkeypatch):
-    def refuse(number):
-        real = os.open
-
-        def call(name, flags, *rest, **options):
-            if flags & os.O_DIRECT:
-                raise OSError(number, os.strerror(number))
-            return real(name, flags, *rest, **options)
-
-        return call
-
-    for number in (errno.EINVAL, errno.EMFILE):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "open", refuse(number))
-            if number == errno.EINVAL:
-                new(folder, direct=True).discard()
-            else:
-                with pytest.raises(OSError, match="Too many open files"):
-                    new(folder, direct=True)
-
-
 def test_a_temp_is_announced_before_it_exists(folder, monkeypatch):
     # private: only the moment of the creation shows the order
     real, announced = atomic_file._create, []
@@ -186,7 +164,7 @@ def test_a_temp_that_cannot_be_created_is_not_open(folder, monkeypatch):
     monkeypatch.setattr(os, "open", fail)
     name = temp_files.temp_name()
     with pytest.raises(OSError, match="bad"):
-        AtomicFile(folder, name, 4, 0o600, direct=False)
+        AtomicFile(folder, name, 4, 0o600)
     assert not temp_files.is_open(name)
 
 
@@ -231,6 +209,6 @@ def test_an_interrupt_while_it_is_made_leaves_no_file_or_lease(folder, monkeypat
     monkeypatch.setattr(atomic_file, "_reserve", interrupted)
     name = temp_files.temp_name()
     with pytest.raises(KeyboardInterrupt):
-        AtomicFile(folder, name, 4, 0o600, False)
+        AtomicFile(folder, name, 4, 0o600)
     assert folder.names() == []
     assert not temp_files.is_open(name)

@@ -12,12 +12,10 @@ from paroquant_stream.errors import SourceChangedError, UnreadableFileError
 from paroquant_stream.files.hashing import (
     CHUNK,
     SourceHasher,
-    hash_entry,
     hash_parts,
     read_chunks,
     sha256_of,
 )
-from paroquant_stream.files.tensor_header import TensorInfo
 
 DATA = bytes(range(256)) * 50_000  # 12.8 MB, over three chunks
 
@@ -43,7 +41,7 @@ def test_chunks_fill_the_buffer_in_order(fd):
 def test_short_reads_are_continued(fd, monkeypatch):
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda f, views, at: real(f, [views[0][:999_983]], at))
-    assert hash_entry(fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
+    assert hash_parts(b"", fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
 
 
 def test_a_file_that_ends_early_is_an_error(fd):
@@ -51,19 +49,13 @@ def test_a_file_that_ends_early_is_an_error(fd):
         list(read_chunks(fd, 0, len(DATA) + 1, "x", memoryview(bytearray(100_000))))
 
 
-FIRST = TensorInfo("a", "U8", (100,), 10, 110)
-EMPTY = TensorInfo("e", "U8", (0,), 110, 110)
-SECOND = TensorInfo("b", "U8", (len(DATA) - 500,), 400, len(DATA) - 100)
-WANTED = {
-    "a": xxhash.xxh3_128_digest(DATA[10:110]),
-    "e": xxhash.xxh3_128_digest(b""),
-    "b": xxhash.xxh3_128_digest(DATA[400:-100]),
-}
+RANGES = [(10, 110), (110, 150), (400, len(DATA) - 100)]
+WANTED = {(start, stop): xxhash.xxh3_128_digest(DATA[start:stop]) for start, stop in RANGES}
 
 
-def test_one_pass_hashes_the_file_and_each_tensor(fd):
+def test_one_pass_hashes_the_file_and_each_range(fd):
     ticks: list[int] = []
-    hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", ticks.append)
+    hasher = SourceHasher(fd, RANGES, len(DATA), "x", ticks.append)
     found = hasher.finish()
     assert found.sha256 == hashlib.sha256(DATA).hexdigest()
     assert found.fingerprints == WANTED
@@ -71,7 +63,7 @@ def test_one_pass_hashes_the_file_and_each_tensor(fd):
 
 
 def test_bytes_that_the_caller_has_read_are_not_read_again(fd, monkeypatch):
-    hasher = SourceHasher(fd, (FIRST, EMPTY, SECOND), len(DATA), "x", lambda _: None)
+    hasher = SourceHasher(fd, RANGES, len(DATA), "x", lambda _: None)
     hasher.advance(50)
     hasher.update(memoryview(DATA[50:5000]))
     reads = []
@@ -84,14 +76,10 @@ def test_bytes_that_the_caller_has_read_are_not_read_again(fd, monkeypatch):
     assert found.fingerprints == WANTED
 
 
-def test_an_entry_is_hashed_whole(fd):
-    assert hash_entry(fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
-
-
 def test_another_head_is_hashed_in_place_of_the_first_bytes(fd):
     head = b"x" * 1000
     assert hash_parts(head, fd, "x") == xxhash.xxh3_128_hexdigest(head + DATA[1000:])
-    assert hash_parts(DATA[:1000], fd, "x") == hash_entry(fd, "x")
+    assert hash_parts(DATA[:1000], fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
 
 
 def test_the_sha256_of_bytes_in_memory():
@@ -104,7 +92,7 @@ def test_a_failed_read_names_the_file_and_the_reason(fd, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(UnreadableFileError, match="x: cannot be read: Input/output error"):
-        hash_entry(fd, "x")
+        hash_parts(b"", fd, "x")
 
 
 def test_a_caller_can_stop_after_any_chunk(fd):
@@ -119,7 +107,7 @@ def test_a_caller_can_stop_after_any_chunk(fd):
 
 
 def test_a_file_that_became_shorter_has_no_hash(fd, tmp_path):
-    hasher = SourceHasher(fd, (FIRST,), len(DATA), "x", lambda _: None)
+    hasher = SourceHasher(fd, RANGES[:1], len(DATA), "x", lambda _: None)
     hasher.advance(100)
     os.truncate(tmp_path / "x", len(DATA) - 1)
     with pytest.raises(SourceChangedError, match="x: became shorter"):

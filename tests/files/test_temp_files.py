@@ -186,7 +186,7 @@ def test_a_sweep_removes_leftovers_only(folder):
 
 def test_a_sweep_spares_open_temps_of_its_own_unless_asked(folder):
     name = temp_name()
-    file = AtomicFile(folder, name, 4, 0o600, direct=False)
+    file = AtomicFile(folder, name, 4, 0o600)
     assert sweep(folder, locks=True, own=False) == 0
     assert folder.names() == [name]
     assert sweep(folder, locks=True, own=True) == os.fstat(file.fd).st_size
@@ -213,7 +213,7 @@ def test_a_writer_locks_its_temp_even_when_a_sweep_tests_it(folder, monkeypatch)
         return real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", busy_first)
-    file = AtomicFile(folder, temp_name(), 0, 0o600, direct=False)
+    file = AtomicFile(folder, temp_name(), 0, 0o600)
     assert refused == [fcntl.LOCK_EX | fcntl.LOCK_NB] * 3
     assert is_held(folder, file.path.name)
     file.discard()
@@ -223,7 +223,7 @@ def test_a_writer_renews_its_lease(folder, monkeypatch):
     monkeypatch.setattr(temp_files, "RENEW", 0.01)
     # private: the thread of this process may have been started with the long interval
     monkeypatch.setattr(temp_files, "_renewer", threading.Lock())
-    file = AtomicFile(folder, temp_name(), 0, 0o600, direct=False)
+    file = AtomicFile(folder, temp_name(), 0, 0o600)
     os.utime(file.path, (0, 0))
     until = time.monotonic() + 60
     while file.path.stat().st_mtime == 0 and time.monotonic() < until:
@@ -234,7 +234,7 @@ def test_a_writer_renews_its_lease(folder, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # beside the renewing thread
 def test_a_forked_child_does_not_own_its_parents_temps(folder):
-    file = AtomicFile(folder, temp_name(), 0, 0o600, direct=False)
+    file = AtomicFile(folder, temp_name(), 0, 0o600)
     child = os.fork()
     if child == 0:
         os._exit(is_open(file.path.name) + 2 * is_own(file.path.name))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from paroquant_stream.files.hashing import hash_entry
 from paroquant_stream.store.manifest import Manifest
+from tests.helpers.cache_files import digest_of
 
 REPO = "owner/name"
 
@@ -21,12 +20,7 @@ def digests(manifest: Manifest) -> list[str]:
 
 def digests_in(cache: Path) -> set[str]:
     """Hash the entries of a cache."""
-    found = set()
-    for path in cache.rglob("entries/*/*.safetensors"):
-        fd = os.open(path, os.O_RDONLY)
-        found.add(hash_entry(fd, path.name))
-        os.close(fd)
-    return found
+    return {digest_of(path) for path in cache.rglob("entries/*/*.safetensors")}
 
 
 def names(count: int = COUNT) -> list[str]:

@@ -14,24 +14,26 @@ from tests.helpers.paths import ROOT
 
 FAULT = """
 import os
-from paroquant_stream.transform import source
-real = source.Source._count
-def count(self, size):
-    real(self, size)
-    try:
-        os.rename("armed", "firing")
-    except FileNotFoundError:
-        return
-    with open("firing") as file:
-        target, number = map(int, file.read().split())
-    target = target or os.getpid()
-    tmp = self._digest_cache.directory.parent / "tmp"
-    temps = [name for name in os.listdir(tmp) if f"-{os.getpid()}-" in name]
-    with open("firing", "w") as file:
-        file.write(f"{target} {temps}")
-    os.rename("firing", "fired")
-    os.kill(target, number)
-source.Source._count = count
+from paroquant_stream.transform import unit_pool, unit_runner
+def run_unit(unit, tick, *rest, **options):
+    def count(size):
+        tick(size)
+        try:
+            if unit.path:
+                os.rename("armed", "firing")
+            else:
+                return
+        except FileNotFoundError:
+            return
+        with open("firing") as file:
+            target, number = map(int, file.read().split())
+        target = target or os.getpid()
+        with open("firing", "w") as file:
+            file.write(f"{target} {[unit.path.name]}")
+        os.rename("firing", "fired")
+        os.kill(target, number)
+    return unit_runner.run_unit(unit, count, *rest, **options)
+unit_pool.run_unit = run_unit
 """
 SCHEDULER = "from distributed.cli.dask_scheduler import main; main()"
 WORKER = "from distributed.cli.dask_worker import main; main()"
@@ -74,7 +76,7 @@ class LoopbackCluster:
         (self.directory / "armed").write_text(f"{target} {int(number)}")
 
     def fired(self) -> str:
-        """Return the process that was signalled, and the temporary files of the worker then."""
+        """Return the process that was signalled, and what the worker was writing then."""
         return (self.directory / "fired").read_text()
 
     def add_worker(self, prelude: str = FAULT) -> subprocess.Popen[bytes]:

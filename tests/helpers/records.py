@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from paroquant_stream.files.hashing import hash_entry
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.files.tensor_writer import lay_out
 from paroquant_stream.store.drop_record import DropRecord
+from paroquant_stream.store.entry_digest import hash_entry
 from paroquant_stream.store.manifest import EntryRecord, Manifest
 from paroquant_stream.store.store import Store
 from tests.helpers.stores import KEY, publish
@@ -34,7 +34,7 @@ def publish_entry(store: Store, key: str = KEY, **fields: object) -> EntryRecord
     data = header + bytes(sum(tensor.nbytes for tensor in tensors))
     publish(store, data, key)
     fd = store.open_entry(key)
-    digest = hash_entry(fd, key)
+    digest = hash_entry(fd, tensors, key, "tree:")
     os.close(fd)
     return entry_record(key=key, digest=digest, size=len(data), **fields)
 

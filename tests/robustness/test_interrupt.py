@@ -16,39 +16,32 @@ import pytest
 
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.files.hashing import hash_entry
 from paroquant_stream.store.store import Store
 from tests.helpers.builders import SETTLED
+from tests.helpers.cache_files import digest_of
 from tests.helpers.processes import killed_at
 
-SMALL_BLOCKS = "from paroquant_stream.files import new_file\nnew_file._BLOCK = 4096\n"
+SMALL_BLOCKS = "from paroquant_stream.files import block_writer\nblock_writer.BLOCK = 4096\n"
 KILL = killed_at(
-    *("fsync", "replace", "posix_fallocate", "open", "write", "mkdir"),
+    *("fsync", "replace", "posix_fallocate", "open", "pwrite", "mkdir"),
     setup=SETTLED + SMALL_BLOCKS,
 )
 
 SLOW = """
 import sys, time
 from paroquant_stream.cli import convert
-from paroquant_stream.transform import source
-real = source.Source._count
-def slow(self, size):
+from tests.helpers import slow_worker
+def slow():
     print("ticking", file=sys.stderr, flush=True)
     time.sleep(0.2)
-    real(self, size)
-source.Source._count = slow
+slow_worker.before_each_tick(slow)
 sys.exit(convert.main(sys.argv[1:]))
 """
 
 
 def published(cache) -> dict[str, str]:
     """Key -> digest of the bytes of every entry that is there."""
-    found = {}
-    for path in cache.rglob("entries/*/*.safetensors"):
-        fd = os.open(path, os.O_RDONLY)
-        found[path.stem] = hash_entry(fd, path.name)
-        os.close(fd)
-    return found
+    return {path.stem: digest_of(path) for path in cache.rglob("entries/*/*.safetensors")}
 
 
 @pytest.mark.timeout(600)

@@ -29,7 +29,7 @@ MANIFEST = Manifest("owner/name", "f" * 64, "entry/1", "AUTOAWQ", 4, 128, (RECOR
 GOOD = MANIFEST.encode()
 
 
-def sealed(body: bytes, version: int = 1 << 16, magic: bytes = b"PAROSTRM") -> bytes:
+def sealed(body: bytes, version: int = 2 << 16, magic: bytes = b"PAROSTRM") -> bytes:
     """A manifest file of any body with the right hash."""
     head = struct.pack("<8sIQ32s", magic, version, len(body), hashlib.sha256(body).digest())
     return head + body
@@ -48,9 +48,22 @@ def test_a_manifest_is_decoded_as_it_was_encoded():
 
 def test_a_newer_minor_version_is_read_a_major_is_not():
     body = GOOD[52:]
-    assert Manifest.decode(sealed(body, 1 << 16 | 7)) == MANIFEST
-    with pytest.raises(ManifestError, match="format 2"):
-        Manifest.decode(sealed(body, 2 << 16))
+    assert Manifest.decode(sealed(body, 2 << 16 | 7)) == MANIFEST
+    with pytest.raises(ManifestError, match="format 3"):
+        Manifest.decode(sealed(body, 3 << 16))
+
+
+def test_a_manifest_of_format_1_is_read_as_it_is():
+    assert Manifest.decode(sealed(GOOD[52:], 1 << 16 | 1)) == MANIFEST
+    with pytest.raises(ManifestError, match="format 0"):
+        Manifest.decode(sealed(GOOD[52:], 0))
+
+
+def test_both_kinds_of_digest_are_kept():
+    for digest in ("e" * 32, "tree:" + "e" * 32):
+        found = Manifest.decode(changed(digest=digest))
+        assert found.entries[0].digest == digest
+        assert Manifest.decode(found.encode()) == found
 
 
 def test_every_flipped_bit_is_noticed():
@@ -79,6 +92,9 @@ def test_every_truncation_is_noticed():
         {"key": "D" * 64},
         {"key": "d" * 63},
         {"digest": "e" * 64},
+        {"digest": "tree:" + "e" * 31},
+        {"digest": "tree:"},
+        {"digest": "list:" + "e" * 32},
         {"size": "20"},
         {"size": True},
         {"dropped": 0},
@@ -165,7 +181,7 @@ def test_a_shard_that_is_not_a_file_name_is_noticed(shard):
 
 def test_a_newer_major_version_has_an_error_of_its_own():
     with pytest.raises(NewerManifestError):
-        Manifest.decode(sealed(GOOD[52:], 2 << 16))
+        Manifest.decode(sealed(GOOD[52:], 3 << 16))
     with pytest.raises(ManifestError) as caught:
         Manifest.decode(GOOD[:-1])
     assert not isinstance(caught.value, NewerManifestError)
