@@ -10,6 +10,7 @@ import pytest
 from paroquant_stream.files import block_writer, descriptor, digest_cache
 from paroquant_stream.files.filesystems import Ctime
 from tests.helpers.builders import cut_apart, cut_evenly, write_checkpoint
+from tests.helpers.units import make_small
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -40,6 +41,12 @@ def settled(monkeypatch):
 def small_blocks(monkeypatch):
     """Even a tiny entry is written in full blocks, with O_DIRECT and in a thread."""
     monkeypatch.setattr(block_writer, "BLOCK", 4096)
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Even a tiny shard is cut into units, and its entry into blocks."""
+    make_small(monkeypatch)
 
 
 @pytest.fixture

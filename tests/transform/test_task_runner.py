@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from paroquant_stream.execution.slots import Slot, SlotPool
 from safetensors.numpy import load_file
 
 from paroquant_stream.conversion.planning import plan_model
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import RunCancelledError, SourceChangedError, StoreError
-from paroquant_stream.execution.slots import Slot, SlotPool
 from paroquant_stream.files.tensor_writer import PAGE, lay_out
 from paroquant_stream.store.manifest import EntryRecord
 from paroquant_stream.store.store import Store

@@ -14,6 +14,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
+from paroquant_stream.execution.slots import Slot
+from paroquant_stream.transform.remote_runner import Lease, run_remote, runner
 
 from paroquant_stream import convert_checkpoint
 from paroquant_stream.conversion.planning import plan_model
@@ -25,9 +27,7 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.execution import executors
 from paroquant_stream.execution.processes import processes
-from paroquant_stream.execution.slots import Slot
 from paroquant_stream.transform import remote_runner
-from paroquant_stream.transform.remote_runner import Lease, run_remote, runner
 from paroquant_stream.transform.task_runner import Job, run_task
 from tests.helpers import slow_worker
 from tests.helpers.builders import cut_apart, write_checkpoint
