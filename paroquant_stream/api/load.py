@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from ..conversion.converter import Loads, convert
 from ..conversion.in_place import shipped
 from ..conversion.request import Request, request_for
 from ..conversion.staleness import Needed
-from ..distributed.split import Parallel, Split
+from ..distributed.split import WHOLE, Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
 from ..progress_bar import SHARDS, reported
 from ..store.format import Dtype
@@ -163,16 +164,24 @@ def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loa
         loaded, reason = _load_single(request, options)
     if loaded:
         return loaded
-    try:
-        with reported(progress) as phase:
-            done = convert(request, phase(SHARDS), options.trace, needed, options.loads)
-    except CheckpointError as error:
-        if damage:
-            raise damage from error
-        if reason is None:
-            raise
-        raise type(error)(f"{error}; and not used: {reason}") from error
-    return assemble(request.source.config, done.manifest, request.store, **vars(options))
+    from ..model.early_reader import EarlyReader
+    from ..model.entries import read_entry
+
+    whole = not options.lazy and options.split == WHOLE
+    with EarlyReader(partial(read_entry, store=request.store, full=options.full)) as early:
+        published = early.add if whole else None
+        try:
+            with reported(progress) as phase:
+                how = (phase(SHARDS), options.trace, needed, options.loads, published)
+                done = convert(request, *how)
+        except CheckpointError as error:
+            if damage:
+                raise damage from error
+            if reason is None:
+                raise
+            raise type(error)(f"{error}; and not used: {reason}") from error
+        config, manifest = request.source.config, done.manifest
+        return assemble(config, manifest, request.store, **vars(options), early=early)
 
 
 def _load_shipped(

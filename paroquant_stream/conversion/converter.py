@@ -28,6 +28,7 @@ from .staleness import Needed, staleness
 
 if TYPE_CHECKING:
     from ..backends.backend import Backend
+    from .pipeline import Published
     from .planning import ModelPlan
     from .progress import Progress
 
@@ -42,6 +43,7 @@ def convert(
     trace: Trace = NO_TRACE,
     needed: Needed | None = None,
     loads: Loads | None = None,
+    published: Published | None = None,
 ) -> Conversion:
     """Bring the store up to date with the model and publish the manifest.
 
@@ -52,6 +54,8 @@ def convert(
         needed: Where these entries are up to date nothing is done; else everything is converted.
         loads: What the caller loads of the model next, so that a library that this needs and that
             is not installed is an error before any work, and no warning.
+        published: Called with the record of each entry as soon as it was published, if memory
+            suffices for the model and a page cache with all of it.
 
     Raises:
         MissingExtraError: An optional package is needed and not installed; nothing was written.
@@ -66,7 +70,8 @@ def convert(
         drop = request.options.drop_source
         opened = partial(Folder.open, request.source.directory)
         with directory_lock(opened, exclusive=drop, required=drop) as model_dir:
-            return _convert_alone(request, model_dir, progress, trace, needed, loads, started)
+            how = (progress, trace, needed, loads, published)
+            return _convert_alone(request, model_dir, *how, started)
     request.store.sweep()
     return _unchanged(request, current, started)
 
@@ -78,6 +83,7 @@ def _convert_alone(
     trace: Trace,
     needed: Needed | None,
     loads: Loads | None,
+    published: Published | None,
     started: float,
 ) -> Conversion:
     """Convert while no other run removes sources of this model."""
@@ -117,8 +123,7 @@ def _convert_alone(
             )
         current = _current(request, needed)  # another process may have just done it
         if current is None:
-            ready = (request, model, model_dir, progress, trace, started)
-            return convert_shards(*ready, loads=loads is not None)
+            return convert_shards(request, model, model_dir, progress, trace, started, published)
     return _unchanged(request, current, started)
 
 

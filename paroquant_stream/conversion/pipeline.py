@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -33,6 +33,8 @@ from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
 
 logger = logging.getLogger(__name__)
+Published = Callable[[EntryRecord], None]
+"""Called with the record of each entry that was published, where it may be read at once."""
 
 
 def convert_shards(
@@ -42,7 +44,7 @@ def convert_shards(
     progress: Progress | None,
     trace: Trace,
     started: float,
-    loads: bool = False,
+    published: Published | None = None,
 ) -> Conversion:
     """Convert what is missing, publish the manifest, and report what became of each shard.
 
@@ -53,7 +55,7 @@ def convert_shards(
         progress: As for `convert`.
         trace: As for `convert`.
         started: `time.monotonic()` at the start of the conversion.
-        loads: Whether the caller loads the model next.
+        published: As for `convert`.
     """
     before = read_manifest(request)
     known = _known_records(model, before)
@@ -68,10 +70,12 @@ def convert_shards(
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        jobs = _jobs(request, work.tasks, known, loads)
+        jobs = _jobs(request, work.tasks, known, published is not None)
         for outcome in _run(request, jobs, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
+            if published and jobs[0].cached:
+                published(record)
             reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
             dropper.finish_task(record)
             prefetcher.finish_task()

@@ -184,9 +184,12 @@ class BlockWriter:
 
 
 def fits_in_memory(size: int) -> bool:
-    """Return whether Linux has this many bytes of memory to spare; False on other systems."""
+    """Return whether the system can spare this many bytes of memory.
+
+    Only Linux says how many it can; elsewhere half of all is taken for that.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10 > size
-    return False
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 > size

@@ -33,6 +33,7 @@ from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 from ..text import bytes_text
 from ..trace import NO_TRACE, Trace
+from .early_reader import EarlyReader
 from .entries import check_sizes, guard_reads, read_weights
 from .experts import placeholders
 from .names import rename_weights
@@ -56,6 +57,7 @@ def assemble(
     full: bool = False,
     trace: Trace = NO_TRACE,
     split: Split = WHOLE,
+    early: EarlyReader | None = None,
 ) -> Loaded:
     """Assemble a converted model, or a part of it, from its cache entries.
 
@@ -68,6 +70,7 @@ def assemble(
         full: Hash every entry before it is used.
         trace: Records the time of each stage.
         split: Which part is loaded.
+        early: Has read some entries already.
 
     Raises:
         EntryDamagedError: An entry's bytes are not those that were written.
@@ -77,7 +80,7 @@ def assemble(
     stored = TensorSource(
         [tensor for record in manifest.entries for tensor in record.tensors],
         lambda wanted: read_weights(
-            manifest, store, wanted, full=full, lazy=lazy or split.by_tensors
+            manifest, store, wanted, full=full, lazy=lazy or split.by_tensors, early=early
         ),
         lambda wanted: guard_reads(manifest.entries_with(wanted), store),
         lambda wanted: check_sizes(manifest.entries_with(wanted), store),

@@ -16,6 +16,7 @@ from ..files.tensor_writer import layout_defect
 from ..store.damage import confirmed_defect, defect_of, take_out
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
+from .early_reader import EarlyReader
 from .experts import join_pieces, stack_experts
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def read_weights(
     *,
     full: bool = False,
     lazy: bool = False,
+    early: EarlyReader | None = None,
 ) -> dict[str, mx.array]:
     """Read the wanted tensors as lazy arrays, with stacked experts joined to (experts, ...).
 
@@ -42,6 +44,7 @@ def read_weights(
         wanted: Decides by the name of a tensor whether it is read.
         full: Hash every entry, whatever the digest cache knows.
         lazy: Leave joined stacks unevaluated too.
+        early: Has read some entries already.
 
     Returns:
         The arrays by the names of their tensors.
@@ -56,7 +59,8 @@ def read_weights(
     records = manifest.entries_with(wanted)
     with guard_reads(records, store):
         for record in records:
-            arrays = _read_entry(record, store, full)
+            arrays = early.take(record) if early else None
+            arrays = arrays or read_entry(record, store, full)
             names = [tensor.name for tensor in record.tensors if wanted(tensor.name)]
             weights.update((name, arrays[name]) for name in names)
         return stack_experts(join_pieces(weights, lazy))
@@ -104,8 +108,18 @@ def check_sizes(records: Collection[EntryRecord], store: Store) -> None:
             raise take_out(store, record, "became shorter while it was read")
 
 
-def _read_entry(record: EntryRecord, store: Store, full: bool) -> dict[str, mx.array]:
-    """Load the arrays of an entry through the descriptor that was checked."""
+def read_entry(record: EntryRecord, store: Store, full: bool = False) -> dict[str, mx.array]:
+    """Load the lazy arrays of an entry through the descriptor that was checked.
+
+    Args:
+        record: The entry.
+        store: Holds it.
+        full: Hash it, whatever the digest cache knows.
+
+    Raises:
+        EntryDamagedError: Its bytes are not those that were written; it was taken out of use.
+        StoreError: It is absent or cannot be opened.
+    """
     with closing(_open_checked(record, store, full)) as fd:
         return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
 

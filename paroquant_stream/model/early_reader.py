@@ -1,0 +1,59 @@
+"""Reads the entries of a first load while later shards are still converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
+
+import mlx.core as mx
+
+from ..store.manifest import EntryRecord
+
+Arrays = dict[str, mx.array]
+
+
+class EarlyReader:
+    """A thread that reads entries as they are published.
+
+    What it cannot read is left to the reader that comes after it, which says why.
+    """
+
+    def __init__(self, read: Callable[[EntryRecord], Arrays]) -> None:
+        """Start with nothing read.
+
+        Args:
+            read: Returns the lazy arrays of an entry.
+        """
+        self._read_entry = read
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._found: dict[str, Future[Arrays]] = {}
+
+    def __enter__(self) -> EarlyReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._found.clear()
+
+    def add(self, record: EntryRecord) -> None:
+        """Read a published entry soon."""
+        self._found[record.key] = self._thread.submit(self._read, record)
+
+    def take(self, record: EntryRecord) -> Arrays | None:
+        """Give away the arrays of an entry; None if it was not read."""
+        future = self._found.pop(record.key, None)
+        with suppress(Exception):
+            return future.result() if future else None
+        return None
+
+    def _read(self, record: EntryRecord) -> Arrays:
+        arrays = self._read_entry(record)
+        mx.eval(arrays)
+        return arrays
