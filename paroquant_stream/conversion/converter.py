@@ -54,8 +54,7 @@ def convert(
         needed: Where these entries are up to date nothing is done; else everything is converted.
         loads: What the caller loads of the model next, so that a library that this needs and that
             is not installed is an error before any work, and no warning.
-        published: Called with the record of each entry as soon as it was published, if memory
-            suffices for the model and a page cache with all of it.
+        published: Called with the record of each new entry as soon as it was published.
 
     Raises:
         MissingExtraError: An optional package is needed and not installed; nothing was written.

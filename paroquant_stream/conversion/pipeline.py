@@ -16,7 +16,6 @@ from ..execution.automatic import Automatic
 from ..execution.cancellation import Cancellation
 from ..execution.dask import client_of
 from ..execution.threads import run_all
-from ..files.block_writer import fits_in_memory
 from ..files.folder import Folder
 from ..files.tensor_writer import file_size
 from ..plan.task import Task
@@ -34,7 +33,7 @@ from .request import Request, read_manifest
 
 logger = logging.getLogger(__name__)
 Published = Callable[[EntryRecord], None]
-"""Called with the record of each entry that was published, where it may be read at once."""
+"""Called with the record of each entry that was published."""
 
 
 def convert_shards(
@@ -70,11 +69,11 @@ def convert_shards(
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        jobs = _jobs(request, work.tasks, known, published is not None)
+        jobs = _jobs(request, work.tasks, known)
         for outcome in _run(request, jobs, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
-            if published and jobs[0].cached:
+            if published:
                 published(record)
             reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
             dropper.finish_task(record)
@@ -169,15 +168,12 @@ def _run(
             yield from run_all(work, jobs, threads, parent)
 
 
-def _jobs(
-    request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord], loads: bool
-) -> list[Job]:
+def _jobs(request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord]) -> list[Job]:
     """Return the jobs; the last shards are split, so that no worker is idle before the end."""
     jobs, left = [], sum(task.size for task in tasks)
-    cached = loads and fits_in_memory(2 * left)  # the entries, and the arrays read from them
     for task in tasks:
         split = request.jobs > 1 and 2 * request.jobs * task.size > left
-        options = (request.options.force, known.get(task.shard), split, cached)
+        options = (request.options.force, known.get(task.shard), split)
         jobs.append(Job(task, request.source.directory, request.store, *options))
         left -= task.size
     return jobs

@@ -39,7 +39,6 @@ class BlockWriter:
         path: Path,
         size: int,
         trace: Trace = NO_TRACE,
-        cached: bool = False,
     ) -> None:
         """Start with nothing written.
 
@@ -49,12 +48,10 @@ class BlockWriter:
             path: Its path, for errors.
             size: The most bytes that will be written.
             trace: Records the stage `write`.
-            cached: Leave the bytes in the page cache, as they are read soon.
         """
         self._fd, self._reopen, self._path, self._size = fd, reopen, path, size
         self._trace = trace
-        self._cached = cached
-        self._direct_fd: int | None = None if _DIRECT and size >= BLOCK and not cached else -1
+        self._direct_fd: int | None = None if _DIRECT and size >= BLOCK else -1
         self._blocks: dict[int, tuple[memoryview, int]] = {}  # next offset: block, bytes in it
         self._free: list[memoryview] = []
         self._thread: ThreadPoolExecutor | None = None
@@ -164,12 +161,7 @@ class BlockWriter:
                     raise
                 self._direct_fd = -1
                 os.close(fd)
-        count = os.pwrite(self._fd, block, offset)
-        if self._cached and hasattr(os, "posix_fadvise"):
-            # starts to write the dirty pages, which this call does not drop, before the fsync
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
-        return count
+        return os.pwrite(self._fd, block, offset)
 
     def _open_direct(self) -> int:
         """Return a descriptor with O_DIRECT, or -1 where the file system has none."""
@@ -181,15 +173,3 @@ class BlockWriter:
                     raise
                 self._direct_fd = -1
         return self._direct_fd
-
-
-def fits_in_memory(size: int) -> bool:
-    """Return whether the system can spare this many bytes of memory.
-
-    Only Linux says how many it can; elsewhere half of all is taken for that.
-    """
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10 > size
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 > size

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 import mlx.core as mx
@@ -12,6 +14,8 @@ import mlx.core as mx
 from ..store.manifest import EntryRecord
 
 Arrays = dict[str, mx.array]
+_MEMINFO = Path("/proc/meminfo")
+_LINUX = _MEMINFO.exists()
 
 
 class EarlyReader:
@@ -29,6 +33,7 @@ class EarlyReader:
         self._read_entry = read
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._found: dict[str, Future[Arrays]] = {}
+        self._size = 0
 
     def __enter__(self) -> EarlyReader:
         return self
@@ -43,8 +48,10 @@ class EarlyReader:
         self._found.clear()
 
     def add(self, record: EntryRecord) -> None:
-        """Read a published entry soon."""
-        self._found[record.key] = self._thread.submit(self._read, record)
+        """Read a published entry soon, if there is memory for the arrays and the files."""
+        self._size += record.size
+        if _spare_memory() > 2 * (record.size if _LINUX else self._size):
+            self._found[record.key] = self._thread.submit(self._read, record)
 
     def take(self, record: EntryRecord) -> Arrays | None:
         """Give away the arrays of an entry; None if it was not read."""
@@ -57,3 +64,11 @@ class EarlyReader:
         arrays = self._read_entry(record)
         mx.eval(arrays)
         return arrays
+
+
+def _spare_memory() -> int:
+    """Return the bytes of memory that Linux can spare now; elsewhere all that there is."""
+    if _LINUX:
+        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -114,10 +114,10 @@ class EntryFile:
 class PieceWriter:
     """Writes pieces of an entry's temp file, in a worker."""
 
-    def __init__(self, fd: int, path: Path, size: int, trace: Trace, cached: bool) -> None:
+    def __init__(self, fd: int, path: Path, size: int, trace: Trace) -> None:
         """Write to an open file; see `piece_writer`."""
         self._fd, self._path = fd, path
-        self._writer = BlockWriter(fd, partial(os.open, path), path, size, trace, cached)
+        self._writer = BlockWriter(fd, partial(os.open, path), path, size, trace)
         self._open: dict[int, tuple[int, BlockHasher]] = {}  # start: next offset, hasher
 
     def write(self, start: int, chunk: memoryview) -> None:
@@ -162,16 +162,13 @@ class PieceWriter:
 
 
 @contextmanager
-def piece_writer(
-    path: Path, size: int, trace: Trace = NO_TRACE, cached: bool = False
-) -> Iterator[PieceWriter]:
+def piece_writer(path: Path, size: int, trace: Trace = NO_TRACE) -> Iterator[PieceWriter]:
     """Open the temp file of an entry to write pieces of it.
 
     Args:
         path: The file.
         size: The most bytes that will be written.
         trace: Records the stage `write`.
-        cached: Leave the bytes in the page cache.
 
     Raises:
         StoreError: The file cannot be opened; it is absent once the run that made it has ended.
@@ -181,7 +178,7 @@ def piece_writer(
         fd = os.open(path, flags)
     except OSError as error:
         raise write_error(path, size, error) from error
-    writer = PieceWriter(fd, path, size, trace, cached)
+    writer = PieceWriter(fd, path, size, trace)
     try:
         yield writer
     finally:

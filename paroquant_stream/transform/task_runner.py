@@ -39,8 +39,6 @@ class Job:
     """The record of this shard in an earlier manifest, if there is one."""
     split: bool = False
     """Whether several workers convert the shard, since others would be idle."""
-    cached: bool = False
-    """Whether the entry stays in the page cache, as it is loaded next."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord 
 def _all(job: Job, shard: SourceShard, steps: list[Step], path: Path | None) -> Unit:
     """Return the unit that hashes a shard and converts all of it."""
     hashed = (shard.header, *ranges_of(job.task.shard, steps))
-    return Unit(job.task.shard, job.directory, job.store, tuple(steps), path, hashed, job.cached)
+    return Unit(job.task.shard, job.directory, job.store, tuple(steps), path, hashed)
 
 
 def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace) -> EntryRecord:

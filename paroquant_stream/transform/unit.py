@@ -60,8 +60,6 @@ class Unit:
     """The temp file of the entry; None where there are no steps."""
     hashed: tuple[Range, ...] | None = None
     """Whether this unit hashes the shard too, and what then gets a fingerprint."""
-    cached: bool = False
-    """Whether what is written stays in the page cache, as it is loaded next."""
 
     @cached_property
     def written(self) -> int:
