@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors
 
 from ..checkpoint.shard import Shard
 from ..conversion.find_dropped import find_manifest
-from ..conversion.request import Request
+from ..conversion.request import Request, default_jobs
 from ..errors import ParoquantStreamError, StoreError
 from ..files.descriptor import closing
 from ..files.digest_cache import DigestCache
@@ -40,7 +42,7 @@ class Problem:
         return f"{self.path}: expected {self.expected}, got {self.found}"
 
 
-def verify_entry(store: Store, record: EntryRecord, threads: int = 1) -> Problem | None:
+def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
     """Read every byte of an entry; a second opinion comes from the safetensors library.
 
     A damaged entry is taken out of use.
@@ -55,7 +57,7 @@ def verify_entry(store: Store, record: EntryRecord, threads: int = 1) -> Problem
         return Problem(path, f"{record.size:,} bytes", "no readable file", record.key)
     with closing(fd):
         tensors = lay_out(record.tensors)[1]
-        digest = hash_entry(fd, tensors, str(path), record.digest, threads)
+        digest = hash_entry(fd, tensors, str(path), record.digest)
         opinion = _second_opinion(fd, record)
     if digest == record.digest:
         return Problem(path, *opinion, record.key) if opinion else None
@@ -153,5 +155,7 @@ def _verify_records(
     records = list(records)
     checks = [verify_entry(store, record) for record in records]
     if directory is not None:
-        checks += [verify_source(directory, record, store.digest_cache) for record in records]
+        verify = partial(verify_source, directory, digest_cache=store.digest_cache)
+        with ThreadPoolExecutor(default_jobs()) as threads:
+            checks += threads.map(verify, records)
     return len(checks), [problem for problem in checks if problem]

@@ -25,14 +25,13 @@ from .store import Store
 logger = logging.getLogger(__name__)
 
 
-def defect_of(record: EntryRecord, store: Store, fd: int, threads: int = 1) -> str | None:
+def defect_of(record: EntryRecord, store: Store, fd: int) -> str | None:
     """Check the layout and the digest of an open entry; every byte is read.
 
     Args:
         record: The manifest's record of the entry.
         store: Holds the entry.
         fd: A descriptor of the entry.
-        threads: How many threads read it.
 
     Returns:
         The defect in words; None if the entry is intact.
@@ -40,7 +39,7 @@ def defect_of(record: EntryRecord, store: Store, fd: int, threads: int = 1) -> s
     label = str(store.entry_path(record.key))
     if problem := layout_defect(fd, record.tensors, label):
         return problem
-    digest = hash_entry(fd, lay_out(record.tensors)[1], label, record.digest, threads)
+    digest = hash_entry(fd, lay_out(record.tensors)[1], label, record.digest)
     return None if digest == record.digest else f"expected XXH3 {record.digest}, found {digest}"
 
 

@@ -9,6 +9,7 @@ XXH3-128 over all bytes, 32 hex digits, which stays valid. XXH3 detects damage, 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ BLOCK = 1 << 20  # bytes; smaller, an embedding can be cut at more rows; larger,
 FORM = re.compile("(?:tree:)?[0-9a-f]{32}")
 _TREE = "tree:"
 _RANGE = 32 * BLOCK  # bytes that a thread hashes at once
+_THREADS = 16  # more wait for the interpreter's lock
 
 
 class BlockHasher:
@@ -95,7 +97,7 @@ class EntryHasher:
 
 
 def hash_entry(
-    fd: int, tensors: Sequence[TensorInfo], label: str, like: str, threads: int = 1
+    fd: int, tensors: Sequence[TensorInfo], label: str, like: str, threads: int | None = None
 ) -> str:
     """Read every byte of an entry and return its digest.
 
@@ -105,7 +107,8 @@ def hash_entry(
             what there is is hashed.
         label: The name of the file in errors.
         like: A digest of the kind that is wanted.
-        threads: How many threads read and hash; one where the kind allows no more.
+        threads: How many threads read and hash; None for one per core. A digest of an earlier
+            version allows no more than one.
 
     Raises:
         SourceChangedError: The file became shorter meanwhile.
@@ -125,7 +128,8 @@ def hash_entry(
             hasher.update(chunk)
         return hasher.finish()
 
-    if threads == 1 or len(ranges) < 2:
+    threads = min(threads or os.cpu_count() or 1, _THREADS, len(ranges))
+    if threads <= 1:
         return tree_digest(header, b"".join(map(hash_range, ranges)))
     from concurrent.futures import ThreadPoolExecutor  # late: it is slow to import
 
