@@ -32,7 +32,7 @@ def cast(data: memoryview, found: str, wanted: str) -> tuple[memoryview, int]:
     """
     wide = _widen(data, found)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        narrow = _to_bfloat16(wide) if wanted == "BF16" else wide.astype(np.float16)
+        narrow = to_bfloat16(wide) if wanted == "BF16" else wide.astype(np.float16)
         lost = 0
         if found != "F16":  # every float16 is finite in bfloat16
             again = _widen(narrow.data.cast("B"), wanted)
@@ -49,7 +49,7 @@ def _widen(data: memoryview, dtype: str) -> Array:
     return np.frombuffer(data, {"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
 
 
-def _to_bfloat16(wide: Array) -> Array:
+def to_bfloat16(wide: Array) -> Array:
     """Round float32 to the upper 16 bits, ties to even, as uint16."""
     words = wide.view(np.uint32)
     rounded = words >> np.uint32(16)
