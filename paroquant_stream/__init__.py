@@ -6,7 +6,7 @@
 load                  build the MLX model of a checkpoint, converting shards that are not cached
 convert_checkpoint    fill the cache without loading; convert_checkpoints takes several models
 export_model          write a converted model as a directory for other MLX programs
-install, uninstall    replace the loader of the `paroquant` package by `load`, and restore it
+install, uninstall    let paroquant, mlx-lm and mlx-vlm load ParoQuant models by `load`; undo that
 ConvertOptions        the options that all of these share
 Manifest              the result of a conversion: its entries and the shards they come from
 ParoquantStreamError  base of every error raised on purpose; CheckpointError, StoreError,

@@ -35,7 +35,7 @@ TABLE = {
     "maintenance": "errors text conversion plan checkpoint store files",
     "exports": "errors trace text version conversion model distributed backends rotation plan store"
     " checkpoint files",
-    "integrations": "errors",
+    "integrations": "errors text checkpoint files",
     "api": "errors trace integrations exports maintenance conversion model distributed plan store"
     " checkpoint files execution",
     "cli": "errors trace text version api integrations exports maintenance conversion plan store"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,25 +52,27 @@ def load(
     layers: range | None = None,
     group: Any = None,
     parallel: Parallel = "pipeline",
+    model_config: Mapping[str, Any] | None = None,
+    tokenizer: bool = True,
 ) -> tuple[Any, Any, bool]:
     """Load a model as MLX modules, converting first what is not in the cache.
 
     Args:
         model_path: A model directory, one that `export_model` wrote, or a Hub repository id.
-        lazy: Leave the parameters unevaluated, so that MLX reads each at its first use.
+        lazy: Leave the parameters unevaluated: MLX reads each at its first use.
         force_text: Load the text part of a vision model, by mlx-lm.
         cache_dir: As in `ConvertOptions`.
         jobs: As in `ConvertOptions`.
         revision: As in `ConvertOptions`.
-        dtype: As in `ConvertOptions`; conversions in two dtypes are kept side by side.
+        dtype: As in `ConvertOptions`.
         progress: As for `convert_checkpoint`.
-        verify: "header" hashes an entry only if it may have changed since it was written; "full"
-            hashes every entry. Size, names, dtypes and shapes are always checked.
+        verify: "header" hashes an entry only if it may have changed, "full" hashes every entry.
         trace: As for `convert_checkpoint`.
-        layers: Load only these layers, and what belongs to none (embeddings, final norm, head,
-            towers). Another layer has no parameters; calling it raises MissingPartError.
+        layers: Load only these layers, and what belongs to none; calling another one is an error.
         group: An `mx.distributed.Group` whose ranks each load their part of the model.
         parallel: "pipeline" splits by layers, "tensor" splits each layer.
+        model_config: Values that replace those of config.json for the model's class.
+        tokenizer: Load the tokenizer too; without it None is returned in its place.
 
     Returns:
         The model in eval mode, its tokenizer or processor, and whether it is a vision model.
@@ -80,13 +82,10 @@ def load(
         ModelError: Tensors and parameters do not match, or the model has no such part.
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
-    full, split = _is_full(verify), Split(layers, group, parallel)
-    request = make_request(
-        model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
-    )
+    how = _is_full(verify), Split(layers, group, parallel), model_config or {}, tokenizer
+    found = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype)
     with written_to(trace) as timed:
-        options = _Options(lazy, force_text, full, timed, split)
-        return _load_repairing(request, options, progress)
+        return _load_repairing(found, _Options(lazy, force_text, timed, *how), progress)
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,15 @@ class _Options:
 
     lazy: bool
     force_text: bool
-    full: bool
     trace: Trace
+    full: bool
     split: Split
+    model_config: Mapping[str, Any]
+    tokenizer: bool
 
     def without_entries(self, force_text: bool) -> dict[str, Any]:
         """Return the options of `assemble_from`, which reads no entries."""
-        options = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
+        options = {k: v for k, v in vars(self).items() if k != "full"}
         return {**options, "force_text": force_text}
 
 

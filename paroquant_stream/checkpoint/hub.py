@@ -117,12 +117,28 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
             f"{model}: neither a model directory nor a repository id like owner/name"
         )
     try:
-        directory = Path(run_calls([_download(name, "config.json", revision)])[0]).parent
+        directory = fetch_config(name, revision)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; and no directory of this name exists") from error
     remote = HubModel(name, directory.name)
     _fetch_small(remote)
     return directory, remote
+
+
+def fetch_config(name: str, revision: str | None = None) -> Path:
+    """Download the config.json of a repository, and no other file.
+
+    Args:
+        name: The repository id.
+        revision: A branch, tag or commit, `main` by default.
+
+    Returns:
+        The directory of the snapshot, whose name is the commit.
+
+    Raises:
+        CheckpointError: It cannot be downloaded and is not in the Hub's cache.
+    """
+    return Path(run_calls([_download(name, "config.json", revision)])[0]).parent
 
 
 def _fetch_small(remote: HubModel) -> None:

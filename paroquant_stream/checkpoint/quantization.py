@@ -31,6 +31,10 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization:
         LayoutError: The model is not quantized by ParoQuant, or a value is not supported.
     """
     block = _quantization_block(config)
+    if block is None:
+        raise LayoutError(
+            "config.json: neither quantization_config nor paroquant_config; not a ParoQuant model"
+        )
     method = block.get("quant_method", "paroquant")
     if str(method).lower() != "paroquant":  # legacy files spell it ParoQuant
         raise LayoutError(f"config.json: expected quant_method paroquant, found {method!r}")
@@ -46,7 +50,17 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization:
     return Quantization(bits, group_size)
 
 
-def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def is_paroquant(config: Mapping[str, Any]) -> bool:
+    """Return whether a config says that ParoQuant quantized the model, by its quant_method.
+
+    Args:
+        config: The parsed config.json.
+    """
+    block = _quantization_block(config) or {}
+    return str(block.get("quant_method")).lower() == "paroquant"
+
+
+def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     text = config.get("text_config")
     places = [config, text] if isinstance(text, Mapping) else [config]
     for key in ("quantization_config", "paroquant_config"):
@@ -54,6 +68,4 @@ def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
             block = place.get(key)
             if isinstance(block, Mapping):
                 return block
-    raise LayoutError(
-        "config.json: neither quantization_config nor paroquant_config; not a ParoQuant model"
-    )
+    return None

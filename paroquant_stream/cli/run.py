@@ -1,4 +1,4 @@
-"""COMMAND run: run a program with this loader in the place of paroquant's own."""
+"""COMMAND run: run a program that loads ParoQuant models by this loader."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from .common import add_cache_dir, add_jobs, print_error
 
 USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
 DESCRIPTION = """\
-Run a Python program in which paroquant's MLX loader is replaced by paroquant_stream's: its models
-come from the cache and are converted first if they must be. Works for all that call
-paroquant.inference.backends.mlx.load.load: paroquant's chat and serve commands, oMLX, scripts.
+Run a Python program in which ParoQuant models are loaded by paroquant_stream: they come from the
+cache and are converted first if they must be. Works for all that load by paroquant, mlx_lm or
+mlx_vlm: their generate, chat and server commands, oMLX, scripts. Other models load as always.
 The program has its own arguments, __main__, sys.path and exit code; processes that it starts are
 not changed."""
 EPILOG = """\
 examples:
-  python -m paroquant_stream.run -m paroquant.cli.serve --model MODEL --port 8000
+  python -m paroquant_stream.run -m mlx_lm generate --model MODEL --prompt Hello
+  python -m paroquant_stream.run -m mlx_vlm server --model MODEL --port 8000
   python -m paroquant_stream.run --cache-dir /fast/cache script.py --an-option-of-the-script
   python -m paroquant_stream.run "$(command -v omlx)" serve"""
 
@@ -62,13 +63,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(program: list[str], arguments: argparse.Namespace) -> None:
-    """Raise ProgramNotFoundError, LoaderMovedError, and what the program raises."""
+    """Raise ProgramNotFoundError, and what the program raises."""
     name, as_module = program[0], bool(arguments.module)
     _set_path(name, as_module)  # first: the program's own paroquant, if it has one, is the one
     try:
         install(cache_dir=arguments.cache_dir, jobs=arguments.jobs, dtype=arguments.dtype)
     except MissingExtraError:
-        print("note: paroquant is not installed, so no loader was replaced", file=sys.stderr)
+        print(
+            "note: neither paroquant nor mlx-lm nor mlx-vlm is installed: no loader was replaced",
+            file=sys.stderr,
+        )
     sys.argv = program
     try:
         if as_module:

@@ -17,7 +17,7 @@ def test_install_replaces_the_loader_by_load_with_its_options(monkeypatch):
     assert calls == [((paroquant_stream.load,), {"jobs": 1, "verify": "full"}), "uninstall"]
 
 
-@pytest.mark.parametrize("option", ["lazy", "force_text", "model_path", "color"])
+@pytest.mark.parametrize("option", ["lazy", "force_text", "model_path", "tokenizer", "color"])
 def test_an_option_that_the_caller_passes_or_none_has_is_refused(option):
     with pytest.raises(TypeError, match=option):
         paroquant_stream.install(**{option: True})

@@ -230,3 +230,9 @@ def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
 def test_another_kind_of_verification_is_refused(model_dir):
     with pytest.raises(ValueError, match="verify is header or full, not 'ful'"):
         load(model_dir, verify="ful")
+
+
+def test_the_model_alone_with_another_config(model_dir):
+    model, tokenizer, _ = load(model_dir, model_config={"rms_norm_eps": 0.5}, tokenizer=False)
+    assert tokenizer is None
+    assert model.args.rms_norm_eps == 0.5
