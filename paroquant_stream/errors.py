@@ -90,7 +90,7 @@ class MissingExtraError(ExecutionError):
 
 
 class ProgramNotFoundError(ExecutionError):
-    """The program to run is neither a module nor a readable file."""
+    """The program to run is neither a module nor a readable file of Python code."""
 
 
 class WorkersUnfitError(ExecutionError):

@@ -38,12 +38,14 @@ TABLE = {
     "integrations": "errors text checkpoint files",
     "api": "errors trace integrations exports maintenance conversion model distributed plan store"
     " checkpoint files execution",
+    "startup": "integrations api",
     "cli": "errors trace text version api integrations exports maintenance conversion plan store"
     " checkpoint execution",
     "convert": "cli",
     "cache": "cli",
     "export": "cli",
     "run": "cli",
+    "switch": "cli",
     "__main__": "cli",
     "__init__": "errors version api exports conversion store",
 }

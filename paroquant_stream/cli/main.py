@@ -9,7 +9,7 @@ from typing import NoReturn
 from ..version import __version__
 from .common import end_with
 
-COMMANDS = ("cache", "convert", "export", "run")
+COMMANDS = ("cache", "convert", "export", "run", "switch")
 
 
 def main(argv: list[str] | None = None) -> int:

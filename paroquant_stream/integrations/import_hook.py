@@ -7,15 +7,18 @@ this module at its start.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
 
 TYPE_CHECKING = False  # as `typing` has it, which takes a millisecond to import
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
+    from types import ModuleType
     from typing import Any
 
-Action = Callable[[ModuleType], None]
+    Action = Callable[[ModuleType], None]
+
+LOADER_MODULES = ("paroquant.inference.backends.mlx.load", "mlx_lm.utils", "mlx_vlm.utils")
+"""The modules of other packages that define loaders; paroquant's as of 0.1.16."""
 _actions: dict[str, list[Action]] = {}
 """Module name -> what is called after each import of it."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import MissingExtraError
 from . import mlx_loaders
-from .import_hook import after_import, forget
+from .import_hook import LOADER_MODULES, after_import, forget
 from .replacement import Call, Replacement
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def install(loader: Callable[..., Any], **options: Any) -> None:
     """
     by_us = {"model_config": None, "tokenizer": False}
     inspect.signature(loader).bind("a model", False, False, **by_us, **options)
-    there = [module for module in MODULES if _is_there(module)]  # warns, so each is asked
+    there = [module for module in LOADER_MODULES if _is_there(module)]  # warns, so each is asked
     if not there:
         raise MissingExtraError(
             "neither paroquant nor mlx-lm nor mlx-vlm is installed, so there is no loader to "
@@ -47,9 +47,9 @@ def install(loader: Callable[..., Any], **options: Any) -> None:
         )
     _installed.append(partial(loader, **options))
     if len(_installed) == 1:
-        for module in MODULES:
+        for module in LOADER_MODULES:
             after_import(module, _apply)
-    for module in MODULES:
+    for module in LOADER_MODULES:
         home = sys.modules.get(module)
         if home is not None:
             _apply(home)
@@ -100,10 +100,7 @@ def _replacement(module: str, name: str, expected: str, call: Callable[[Call], A
     return Replacement(module, name, tuple(expected.split()), call, lambda: bool(_installed))
 
 
-PAROQUANT = "paroquant.inference.backends.mlx.load"
-"""The module of paroquant's loader, as of 0.1.16; its commands and oMLX import it from there."""
-_LM, _VLM = "mlx_lm.utils", "mlx_vlm.utils"
-MODULES = (PAROQUANT, _LM, _VLM)
+PAROQUANT, _LM, _VLM = LOADER_MODULES
 _REPLACEMENTS = (
     _replacement(PAROQUANT, "load", "model_path lazy force_text", _load),
     _replacement(_LM, "load", "path_or_hf_repo revision", mlx_loaders.load),

@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 import pytest
 from mlx_lm import generate
 
 from paroquant_stream import load
-from paroquant_stream.cli.run import main
+from paroquant_stream.cli.run import _other_kind, main
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.server import PROMPT, ask
 from tests.helpers.stand_in import stand_in
@@ -177,18 +178,57 @@ def test_a_program_without_a_loader_runs_with_a_note(tmp_path):
     assert done.stderr.startswith("note: neither paroquant nor mlx-lm nor mlx-vlm is installed")
 
 
-def test_a_forked_process_has_this_loader_a_spawned_one_not(here):
-    """What the help says of processes that the program starts, with the exception of a fork."""
+def test_processes_that_the_program_starts_have_this_loader(here):
     (here / "children.py").write_text(
         REPORT + "    for kind in ('spawn', 'fork'):\n"
         "        with multiprocessing.get_context(kind).Pool(1) as pool:\n"
         "            print(pool.apply(of_a_child))\n"
     )
-    lines = run("children.py", cwd=here).stdout.splitlines()
-    assert lines[1:] == [
-        "paroquant.inference.backends.mlx.load",
-        OURS,
-    ]
+    assert run("children.py", cwd=here).stdout.splitlines()[1:] == [OURS, OURS]
+
+
+def test_the_environment_is_restored(here, monkeypatch):
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.delenv("PAROQUANT_STREAM_JOBS", raising=False)
+    (here / "own.py").write_text(
+        "import os\nassert os.environ['PAROQUANT_STREAM_JOBS'] == '2'\nos.environ['OWN'] = 'x'"
+    )
+    before = dict(os.environ)
+    assert main(["--jobs", "2", "own.py"]) == 0
+    assert os.environ.pop("OWN") == "x"
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"#!/bin/bash\nexec python -m omlx.cli", "a script for bash"),
+        (b"#!/usr/bin/env -S zsh -f\n", "a script for zsh"),
+        (b"#! /usr/bin/env node", "a script for node"),
+        (b"#!", "a script for nothing"),
+        (b"\x7fELF\x02\0\0", "a binary program"),
+        (b"\xcf\xfa\xed\xfe\0\0", "a binary program"),
+        (b"#!/usr/bin/env python3\nimport omlx", None),
+        (b"#!/opt/venv/bin/pypy3.11 -E\n", None),
+        (b"#!/bin/sh\n'''exec' /a/long/path/python \"$0\" \"$@\"\n' '''", None),
+        (b"PK\x03\x04\0\0", None),
+        (MAGIC_NUMBER + b"\0\0", None),
+        (b"print(1)", None),
+        (b"", None),
+    ],
+)
+def test_what_is_no_python_is_known_by_its_start(start, kind):
+    assert _other_kind(start) == kind
+
+
+def test_a_wrapper_is_one_line_that_says_what_to_do(here):
+    (here / "omlx").write_text("#!/bin/bash\nexec python -m omlx.cli\n")
+    error = run("omlx", cwd=here, code=1).stderr
+    assert error.startswith("error: omlx: a script for bash, not Python")
+    assert "PAROQUANT_STREAM_INSTALL=1" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["--jobs", "0", "x.py"], ["--unknown"], ["-m"]])

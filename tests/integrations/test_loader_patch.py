@@ -200,7 +200,7 @@ print(home.load("m", "r"))
 
 
 def test_without_any_package_the_error_says_what_to_install(monkeypatch):
-    for name in [n for n in sys.modules if n in (*loader_patch.MODULES, *PACKAGES)]:
+    for name in [n for n in sys.modules if n in (*import_hook.LOADER_MODULES, *PACKAGES)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "paroquant", types.ModuleType("paroquant"))  # without a spec
     for package in PACKAGES[1:]:
