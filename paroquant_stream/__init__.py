@@ -17,11 +17,12 @@ Every name is imported on first use, so that `import paroquant_stream` imports n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from .version import __version__
 
+TYPE_CHECKING = False  # as `typing` has it, which is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from .api.convert import convert_checkpoint, convert_checkpoints
     from .api.install import install, uninstall
     from .api.load import load

@@ -1,7 +1,10 @@
 """The switch: a file in site-packages by which every program of an interpreter can be changed.
 
-    paroquant_stream_switch.pth      one line, run by `site` at each start of the interpreter
+    zz_paroquant_stream_switch.pth   one line, run by `site` at each start of the interpreter
     PAROQUANT_STREAM_INSTALL=1       without it in the environment, the line does nothing
+
+The name comes last in the order of names in which .pth files are read: others may make the package
+importable.
 
 For programs whose command cannot be changed: services, launchers, wrappers.
 """
@@ -23,7 +26,7 @@ VARIABLE = "PAROQUANT_STREAM_INSTALL"
 JOBS, DTYPE, CACHE = "PAROQUANT_STREAM_JOBS", "PAROQUANT_STREAM_DTYPE", "PAROQUANT_STREAM_CACHE"
 VARIABLES = (VARIABLE, JOBS, DTYPE, CACHE, "PYTHONPATH")
 """What `child_environment` may set."""
-NAME = "paroquant_stream_switch.pth"
+NAME = "zz_paroquant_stream_switch.pth"
 LINE = (
     f"import os; os.environ.get({VARIABLE!r}) == '1' and __import__('paroquant_stream.startup')\n"
 )
