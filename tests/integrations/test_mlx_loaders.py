@@ -71,11 +71,23 @@ def test_lazy_strict_and_tokenizer_config_are_followed(monkeypatch):
     assert tokenizer.eos_token == "w7"
 
 
-def test_adapters_go_to_mlx_lm(monkeypatch):
-    seen = []
-    monkeypatch.setattr(mlx_lm.utils, "load_adapters", lambda m, path: seen.append(path) or m)
-    mlx_lm.load(str(MODEL), adapter_path="adapters", lazy=True)
-    assert seen == ["adapters"]
+def test_an_adapter_is_applied_to_rotated_layers(tmp_path):
+    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    config = {"num_layers": 1, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    plain, _ = mlx_lm.load(str(MODEL))
+    layer = plain.model.layers[-1].self_attn.q_proj
+    inputs, outputs = layer.theta.shape[1] * 2, layer.weight.shape[0]
+    name = f"model.layers.{len(plain.layers) - 1}.self_attn.q_proj"
+    a, b = mx.random.normal((inputs, 4)), mx.random.normal((4, outputs))
+    mx.save_safetensors(
+        str(tmp_path / "adapters.safetensors"), {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    )
+    model, _ = mlx_lm.load(str(MODEL), adapter_path=str(tmp_path))
+    x = mx.random.normal((3, inputs))
+    found = model.model.layers[-1].self_attn.q_proj(x)
+    assert mx.allclose(found, layer(x) + 2.0 * (x @ a) @ b, atol=1e-3)
+    assert not model.training
 
 
 def test_quantized_activations_are_refused():
