@@ -31,7 +31,11 @@ def read_quantization(config: Mapping[str, Any], label: str = "config.json") -> 
     Raises:
         LayoutError: The model is not quantized by ParoQuant, or a value is not supported.
     """
-    block = _quantization_block(config, label)
+    block = _quantization_block(config)
+    if block is None:
+        raise LayoutError(
+            f"{label}: neither quantization_config nor paroquant_config; not a ParoQuant model"
+        )
     method = block.get("quant_method", "paroquant")
     if str(method).lower() != "paroquant":  # legacy files spell it ParoQuant
         raise LayoutError(f"{label}: expected quant_method paroquant, found {method!r}")
@@ -47,7 +51,17 @@ def read_quantization(config: Mapping[str, Any], label: str = "config.json") -> 
     return Quantization(bits, group_size)
 
 
-def _quantization_block(config: Mapping[str, Any], label: str) -> Mapping[str, Any]:
+def is_paroquant(config: Mapping[str, Any]) -> bool:
+    """Return whether a config says that ParoQuant quantized the model, by its quant_method.
+
+    Args:
+        config: The parsed config.json.
+    """
+    block = _quantization_block(config) or {}
+    return str(block.get("quant_method")).lower() == "paroquant"
+
+
+def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     text = config.get("text_config")
     places = [config, text] if isinstance(text, Mapping) else [config]
     for key in ("quantization_config", "paroquant_config"):
@@ -55,6 +69,4 @@ def _quantization_block(config: Mapping[str, Any], label: str) -> Mapping[str, A
             block = place.get(key)
             if isinstance(block, Mapping):
                 return block
-    raise LayoutError(
-        f"{label}: neither quantization_config nor paroquant_config; not a ParoQuant model"
-    )
+    return None

@@ -284,3 +284,9 @@ def test_without_a_tokenizer_nothing_is_converted(model_dir, monkeypatch):
     forbid(monkeypatch, "convert")
     with pytest.raises(MissingTokenizerError, match=r"expected tokenizer\.json,.* copy"):
         load(model_dir)
+
+
+def test_the_model_alone_with_another_config(model_dir):
+    model, tokenizer, _ = load(model_dir, model_config={"rms_norm_eps": 0.5}, tokenizer=False)
+    assert tokenizer is None
+    assert model.args.rms_norm_eps == 0.5

@@ -19,8 +19,9 @@ from tests.helpers.ranks import Rank
 CONVERSION = {"cache_dir": 5, "jobs": 1.5, "revision": 7, "progress": 3}
 LOAD = CONVERSION | {
     "lazy": "no", "force_text": 1, "dtype": "x", "verify": True, "trace": 4,
-    "layers": 3, "group": 2, "parallel": "x",
+    "layers": 3, "group": 2, "parallel": "x", "model_config": 8, "tokenizer": "no",
 }  # fmt: skip
+OF_THE_PROGRAM = {"lazy", "force_text", "model_config", "tokenizer"}
 CONVERT = CONVERSION | {
     "in_place": "no", "force": 1, "drop_source": "no", "dtype": [], "executor": 2, "trace": 4,
 }  # fmt: skip
@@ -63,7 +64,7 @@ def test_the_models_and_the_target_are_paths():
         convert_checkpoints(["owner/name", 3])
 
 
-@pytest.mark.parametrize("name", sorted(LOAD.keys() - {"lazy", "force_text"}))
+@pytest.mark.parametrize("name", sorted(LOAD.keys() - OF_THE_PROGRAM))
 def test_install_refuses_at_once(name):
     try:
         with pytest.raises(ValueError, match=f"^{name} is "):
