@@ -86,7 +86,8 @@ def _write_single(arguments: argparse.Namespace) -> int:
 
 
 def _write_directory(arguments: argparse.Namespace) -> int:
-    from ..exports.mlx_directory_writer import MODEL_FILE, export_model
+    from ..exports.exported_config import MODEL_FILE
+    from ..exports.mlx_directory_writer import export_model
 
     with Progress(arguments.quiet) as progress:
         export = export_model(

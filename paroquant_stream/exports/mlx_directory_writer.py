@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..backends.dtypes import MLX_DTYPES
-from ..checkpoint.config import EXPORTED, INDEX_NAME, SINGLE_NAME
+from ..checkpoint.config import INDEX_NAME, SINGLE_NAME
 from ..checkpoint.model_files import check_directory
 from ..conversion.in_place import converted
 from ..conversion.progress import Progress
@@ -31,15 +29,12 @@ from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
 from ..model.entries import guard_reads
-from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from ..store.manifest import Manifest
 from ..store.store import Store
 from . import standalone
 from .copied_files import as_json, export_files, files_to_export, without_code, write_file
-from .mlx_directory_reader import FORMAT
+from .exported_config import MODEL_FILE, exported_config
 
-MODEL_FILE = "paroquant_model.py"
-"""The code of a self-contained directory: `standalone.py`, byte for byte."""
 SHARD_SIZE = 5_000_000_000
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
@@ -137,7 +132,7 @@ def _write_directory(
     config = request.source.config.values
     text_only = any(config.get(key) for key in ("vision_config", "audio_config"))
     config = without_code(config, str(request.source.directory / "config.json"))
-    config = _exported_config(config, manifest, model, self_contained)
+    configs = exported_config(config, manifest, model, self_contained)
     tensors = dict(tree_flatten(model.parameters()))
     del model  # the only references to an array are those in `tensors`
     specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
@@ -153,43 +148,9 @@ def _write_directory(
         _write_bytes(directory / INDEX_NAME, as_json(index))
         if self_contained:
             _write_bytes(directory / MODEL_FILE, Path(standalone.__file__).read_bytes())
-        _write_bytes(directory / "config.json", as_json(config))
+        for name, values in configs.items():
+            _write_bytes(directory / name, as_json(values))
     return Export(target, len(shards), total, text_only)
-
-
-def _exported_config(
-    original: dict[str, Any],
-    manifest: Manifest,
-    model: nn.Module,
-    self_contained: bool,
-) -> dict[str, Any]:
-    """Return the export's config.json: MLX's `quantization`, no tower, no code but its own.
-
-    The model type stays, even one that mlx-lm does not know: it may decide the tokenizer's class.
-    """
-    left_out = ("_name_or_path", "vision_config", "audio_config")
-    config = {key: value for key, value in original.items() if key not in left_out}
-    if type(config.get("text_config")) is dict:
-        text = config["text_config"]
-        config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    config["quantization"] = {"group_size": manifest.group_size, "bits": manifest.bits}
-    config["quantization_config"] = config["quantization"]
-    mark: dict[str, Any] = {"format": FORMAT}
-    if self_contained:
-        config["model_file"] = MODEL_FILE
-        mark["module"] = type(model).__module__.removeprefix("mlx_lm.models.")
-        mark["rotated"] = dict(_rotated(model))
-    config[EXPORTED] = mark
-    return dict(sorted(config.items()))
-
-
-def _rotated(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Return path and number of rotation rounds of each rotated layer."""
-    for path, module in model.named_modules():
-        if isinstance(module, RotateQuantizedLinear):
-            yield path, module.theta.shape[0]
-        elif isinstance(module, RotateSwitchGLU):
-            yield path, module.gate_up_rot_theta.shape[0]
 
 
 def _cut(specs: list[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]]:

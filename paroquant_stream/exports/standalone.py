@@ -222,7 +222,7 @@ class ModelArgs:
 
 def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it as a class
     """The model of config.json with its rotated layers, before its weights are loaded."""
-    config = arguments.config
+    config = {**arguments.config, "model_type": arguments.config[MARK]["model_type"]}
     library = importlib.import_module(f"mlx_lm.models.{config[MARK]['module']}")
 
     class RotatedModel(library.Model):  # type: ignore[misc, name-defined]
@@ -238,7 +238,7 @@ def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it a
                 """Leaves this rank's part of each layer: tensor parallelism as mlx-lm does it."""
                 _shard(self, super().shard, group or mx.distributed.init())
 
-    model: nn.Module = RotatedModel(library.ModelArgs.from_dict(dict(config)))
+    model: nn.Module = RotatedModel(library.ModelArgs.from_dict(config))
     _put_rotated_layers(model, config)
     return model
 

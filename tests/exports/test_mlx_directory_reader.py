@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 from paroquant_stream import load
 from paroquant_stream.checkpoint.checkpoint import Checkpoint
 from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFileError
-from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
+from paroquant_stream.exports.exported_config import MODEL_FILE
+from paroquant_stream.exports.mlx_directory_writer import export_model
 from tests.helpers.paths import FIXTURES
 
 FAMILIES = ["llama-awq-adversarial", "qwen3_moe-awq-adversarial", "qwen3_5_text-awq-size"]
@@ -53,6 +54,16 @@ def test_load_returns_every_parameter_bit_for_bit(
     assert tokenizer.encode("w5 w9") == words.encode("w5 w9") != []
     assert not is_vlm
     assert not model.training
+
+
+def test_an_export_with_its_own_model_type_is_read(exported, model_dir):
+    """As it was written before the type was hidden from other libraries."""
+
+    def as_before(config):
+        config["model_type"] = config["paroquant_stream"].pop("model_type")
+
+    edit(exported / "config.json", as_before)
+    assert parameters(load(exported)[0]) == parameters(load(model_dir)[0])
 
 
 def test_code_in_the_directory_is_not_run(model_dir, tmp_path):

@@ -22,12 +22,13 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
 from paroquant_stream.exports import standalone
-from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE, export_model
+from paroquant_stream.exports.exported_config import MODEL_FILE, TRANSFORMERS_CONFIG
+from paroquant_stream.exports.mlx_directory_writer import export_model
 from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES
 
-PLAIN = {"config.json", "model.safetensors", "model.safetensors.index.json",
+PLAIN = {"config.json", TRANSFORMERS_CONFIG, "model.safetensors", "model.safetensors.index.json",
          "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
 
 
@@ -53,20 +54,6 @@ def test_self_contained_adds_the_one_file_verbatim(model_dir, tmp_path):
     assert names(tmp_path / "out") == {*PLAIN, MODEL_FILE}
     with open(standalone.__file__) as file:
         assert (tmp_path / "out" / MODEL_FILE).read_text() == file.read()
-
-
-def test_the_config_is_the_models_with_mlx_quantization(tmp_path):
-    config = {**CONFIG, "auto_map": {"AutoModel": "x.py"}, "model_file": "x.py"}
-    model = write_checkpoint(tmp_path / "model", config=config)
-    export_model(model, tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "config.json").read_text())
-    sizes = {"group_size": CONFIG["quantization_config"]["group_size"], "bits": 4}
-    assert found == {
-        **CONFIG,
-        "quantization": sizes,
-        "quantization_config": sizes,
-        "paroquant_stream": {"format": 1},
-    }
 
 
 def test_index_and_files_agree_under_the_models_names(model_dir, tmp_path):
