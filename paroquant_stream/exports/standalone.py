@@ -24,7 +24,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers import distributed
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 MARK = "paroquant_stream"
 """The key of config.json with what this file needs to know."""
@@ -230,6 +230,9 @@ def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it a
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             """The weights as they are: they have the model's own names and values."""
+            if not dict(tree_flatten(self.parameters())).keys() <= weights.keys():
+                # Gemma 3's own one takes the head away when it is tied.
+                super().sanitize({k: mx.zeros(a.shape, a.dtype) for k, a in weights.items()})
             return weights
 
         if hasattr(library.Model, "shard"):
@@ -278,10 +281,8 @@ def _shard(model: nn.Module, stock_shard: Any, group: Any) -> None:
         return module
 
     layers = [module for module in model.modules() if isinstance(module, _Rotated)]
-    names, ours = (
-        stock_shard.__func__.__globals__,
-        {"shard_linear": linear, "shard_inplace": inplace},
-    )
+    names = stock_shard.__func__.__globals__
+    ours = {"shard_linear": linear, "shard_inplace": inplace}
     before = {name: names[name] for name in ours.keys() & names.keys()}
     names.update({name: ours[name] for name in before})
     try:

@@ -15,6 +15,7 @@ from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError,
 from paroquant_stream.exports.exported_config import MODEL_FILE
 from paroquant_stream.exports.mlx_directory_writer import export_model
 from tests.helpers.paths import FIXTURES
+from tests.helpers.variants import variant
 
 FAMILIES = ["llama-awq-adversarial", "qwen3_moe-awq-adversarial", "qwen3_5_text-awq-size"]
 
@@ -64,6 +65,14 @@ def test_an_export_with_its_own_model_type_is_read(exported, model_dir):
 
     edit(exported / "config.json", as_before)
     assert parameters(load(exported)[0]) == parameters(load(model_dir)[0])
+
+
+def test_a_tied_head_that_the_class_itself_removes_is_not_missed(tmp_path):
+    model = variant("gemma3_text-awq-adversarial", tmp_path / "model", tied=True)
+    export_model(model, tmp_path / "out")
+    found = load(tmp_path / "out")[0]
+    assert parameters(found) == parameters(load(model)[0])
+    assert "lm_head" not in found
 
 
 def test_code_in_the_directory_is_not_run(model_dir, tmp_path):

@@ -49,6 +49,20 @@ def test_holds_the_files_of_an_mlx_model_and_no_code(model_dir, tmp_path):
     assert (tmp_path / "out" / "merges.txt").read_text() == "merges.txt"
 
 
+def test_files_beside_the_weights_arrive_as_they_are(model_dir, tmp_path):
+    """Byte for byte; only where `auto_map` was removed as the same JSON in another form."""
+    odd = '{ "eos_token_id":[1,7],\n\t"note": "\u00fc" }'
+    (model_dir / "generation_config.json").write_text(odd)
+    (model_dir / "chat_template.jinja").write_text("{{ messages }}\r\n")
+    mapped = json.loads((model_dir / "tokenizer_config.json").read_text())
+    text = json.dumps(mapped | {"auto_map": {"AutoTokenizer": ["x.X", None]}})
+    (model_dir / "tokenizer_config.json").write_text(text)
+    out = export_model(model_dir, tmp_path / "out", self_contained=True).directory
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (out / name).read_bytes() == (model_dir / name).read_bytes()
+    assert json.loads((out / "tokenizer_config.json").read_text()) == mapped
+
+
 def test_self_contained_adds_the_one_file_verbatim(model_dir, tmp_path):
     export_model(model_dir, tmp_path / "out", self_contained=True)
     assert names(tmp_path / "out") == {*PLAIN, MODEL_FILE}
