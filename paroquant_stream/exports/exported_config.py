@@ -29,11 +29,19 @@ TRANSFORMERS_CONFIG = "config.4.0.0.json"
 
 It loads no model by it, as `quantization_config` has no `quant_method` there.
 """
-_LEFT_OUT = ("_name_or_path", "vision_config", "audio_config")
+VISION_FILE = "paroquant_vision_model.py"
+"""The code of a directory with a tower, beside `MODEL_FILE`: `standalone_vision.py`."""
+NEEDS_MLX_VLM = "mlx_vlm_0.6.16_required"
+"""The `quantization.mode` of a directory with a tower: no library has one of this name.
+
+The model type stays, as mlx-vlm finds processors by it. Its versions that run `model_file` get the
+real mode from there; the others stop.
+"""
+TOWERS = ("vision_config", "audio_config")
 
 
 def exported_config(
-    original: dict[str, Any], manifest: Manifest, model: nn.Module, self_contained: bool
+    original: dict[str, Any], manifest: Manifest, model: nn.Module, code: str | None
 ) -> dict[str, dict[str, Any]]:
     """Make the config files of an export.
 
@@ -41,26 +49,31 @@ def exported_config(
         original: The model's config.json without keys that name code.
         manifest: Of its conversion.
         model: As it is written.
-        self_contained: Whether the export brings its own code.
+        code: The file that a library runs: `MODEL_FILE`, `VISION_FILE` or None.
 
     Returns:
-        The names of the files and what they hold: MLX's `quantization`, no tower.
+        The names of the files and what they hold: MLX's `quantization`, and towers for mlx-vlm.
     """
-    config = {key: value for key, value in original.items() if key not in _LEFT_OUT}
+    left_out = {"_name_or_path", "configuration_files", *(TOWERS if code != VISION_FILE else ())}
+    config = {key: value for key, value in original.items() if key not in left_out}
     if type(config.get("text_config")) is dict:
         text = config["text_config"]
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    config["quantization"] = {"group_size": manifest.group_size, "bits": manifest.bits}
-    config["quantization_config"] = config["quantization"]
-    model_type = config.get("model_type")
-    mark: dict[str, Any] = {"format": FORMAT, "model_type": model_type}
-    ours: dict[str, Any] = {"configuration_files": [TRANSFORMERS_CONFIG], EXPORTED: mark}
-    ours["model_type"] = f"{NEEDS_TRUST if self_contained else NEEDS_PACKAGE}{model_type}"
-    if self_contained:
-        ours["model_file"] = MODEL_FILE
-        mark["module"] = type(model).__module__.removeprefix("mlx_lm.models.")
+    sizes = {"group_size": manifest.group_size, "bits": manifest.bits}
+    config |= {"quantization": sizes, "quantization_config": sizes}
+    mark: dict[str, Any] = {"format": FORMAT, "model_type": config.get("model_type")}
+    ours: dict[str, Any] = {EXPORTED: mark}
+    if code is not None:
+        ours["model_file"] = code
         mark["rotated"] = dict(_rotated(model))
-    config.pop("configuration_files", None)
+    if code == VISION_FILE:
+        ours["quantization"] = {**sizes, "mode": NEEDS_MLX_VLM}
+        return {"config.json": dict(sorted((config | ours).items()))}
+    if code == MODEL_FILE:
+        mark["module"] = type(model).__module__.removeprefix("mlx_lm.models.")
+    needs = NEEDS_PACKAGE if code is None else NEEDS_TRUST
+    ours["model_type"] = f"{needs}{mark['model_type']}"
+    ours["configuration_files"] = [TRANSFORMERS_CONFIG]
     return {
         TRANSFORMERS_CONFIG: dict(sorted(config.items())),
         "config.json": dict(sorted((config | ours).items())),

@@ -2,7 +2,7 @@
 
 The directory appears complete or not at all, and shares no file with the cache. It holds the
 model's parameters under their own names; `load` of this package reads it. Of a vision model the
-text part is written.
+text part is written, for mlx-lm, or all of it, for mlx-vlm.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -31,10 +32,16 @@ from ..model.assemble import assemble
 from ..model.entries import guard_reads
 from ..store.manifest import Manifest
 from ..store.store import Store
-from . import standalone
+from . import standalone, standalone_vision
 from .copied_files import as_json, export_files, files_to_export, without_code, write_file
-from .exported_config import MODEL_FILE, exported_config
+from .exported_config import MODEL_FILE, TOWERS, VISION_FILE, exported_config
 
+CODE: dict[str | None, dict[str, ModuleType]] = {
+    None: {},
+    MODEL_FILE: {MODEL_FILE: standalone},
+    VISION_FILE: {VISION_FILE: standalone_vision, MODEL_FILE: standalone},
+}
+"""The `model_file` of an export -> the names of its Python files, and of what they are copies."""
 SHARD_SIZE = 5_000_000_000
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
@@ -60,6 +67,7 @@ def export_model(
     out: str | Path,
     *,
     self_contained: bool = False,
+    vision: bool = False,
     shard_size: int = SHARD_SIZE,
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
@@ -73,6 +81,8 @@ def export_model(
         out: The directory to write, which must not exist.
         self_contained: Add a Python file by which mlx-lm reads it without this package; mlx-lm runs
             it only with `trust_remote_code`.
+        vision: Write a vision model with its towers, and add two Python files by which mlx-vlm
+            0.6.16 or newer reads it without this package; mlx-vlm runs them without being asked.
         shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
         cache_dir: As for `convert_checkpoint`.
         jobs: As for `convert_checkpoint`.
@@ -86,7 +96,8 @@ def export_model(
     """
     target = _target(out)
     request = make_request(model_path, cache_dir=cache_dir, jobs=jobs, revision=revision)
-    _check_source(request)
+    code = VISION_FILE if vision else MODEL_FILE if self_contained else None
+    _check_source(request, code)
 
     def attempt() -> Export:
         try:
@@ -95,7 +106,7 @@ def export_model(
             if not isinstance(stop, Exception):  # Ctrl-C: workers may be inside a system call
                 request.store.sweep(own=True)
             raise
-        return _write_directory(request, manifest, store, target, self_contained, shard_size)
+        return _write_directory(request, manifest, store, target, code, shard_size)
 
     with contextlib.suppress(EntryDamagedError):  # logged; the entry is converted again
         return attempt()
@@ -112,12 +123,18 @@ def _target(out: str | Path) -> Path:
     return target
 
 
-def _check_source(request: Request) -> None:
-    directory = request.source.directory
-    if request.source.config.is_export:
+def _check_source(request: Request, code: str | None) -> None:
+    directory, config = request.source.directory, request.source.config
+    if config.is_export:
         raise CheckpointError(f"{directory}: is an export already; export its original")
+    if code == VISION_FILE and not config.values.get("vision_config"):
+        raise CheckpointError(_no_tower(directory))
     check_directory(directory)
-    files_to_export(directory)
+    files_to_export(directory, vision=code == VISION_FILE)
+
+
+def _no_tower(directory: Path) -> str:
+    return f"{directory}: has no vision tower; export it as a text model, without --vision"
 
 
 def _write_directory(
@@ -125,20 +142,23 @@ def _write_directory(
     manifest: Manifest,
     store: Store,
     target: Path,
-    self_contained: bool,
+    code: str | None,
     shard_size: int,
 ) -> Export:
-    model, _, _ = assemble(request.source.config, manifest, store, lazy=True, force_text=True)
-    config = request.source.config.values
-    text_only = any(config.get(key) for key in ("vision_config", "audio_config"))
-    config = without_code(config, str(request.source.directory / "config.json"))
-    configs = exported_config(config, manifest, model, self_contained)
+    original, source = request.source.config, request.source.directory
+    vision = code == VISION_FILE
+    model, _, is_vlm = assemble(original, manifest, store, lazy=True, force_text=not vision)
+    if vision and not is_vlm:
+        raise CheckpointError(_no_tower(source))
+    text_only = not vision and any(original.values.get(key) for key in TOWERS)
+    config = without_code(original.values, str(source / "config.json"))
+    configs = exported_config(config, manifest, model, code)
     tensors = dict(tree_flatten(model.parameters()))
     del model  # the only references to an array are those in `tensors`
     specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
     total = sum(spec.nbytes for spec in specs)
     with new_directory(target, total) as directory:
-        export_files(request.source.directory, files_to_export(request.source.directory), directory)
+        export_files(source, files_to_export(source, vision=vision), directory)
         shards = _cut(specs, shard_size)
         with guard_reads(manifest.entries, store):
             for name, held in shards.items():
@@ -146,8 +166,8 @@ def _write_directory(
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(directory / INDEX_NAME, as_json(index))
-        if self_contained:
-            _write_bytes(directory / MODEL_FILE, Path(standalone.__file__).read_bytes())
+        for name, module in CODE[code].items():
+            _write_bytes(directory / name, Path(str(module.__file__)).read_bytes())
         for name, values in configs.items():
             _write_bytes(directory / name, as_json(values))
     return Export(target, len(shards), total, text_only)

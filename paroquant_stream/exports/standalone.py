@@ -193,8 +193,8 @@ class RotatedSwitchGLU(_Rotated):
 
 
 def _quantized(projection: nn.Module, group_size: int, bits: int) -> nn.Module:
-    """mlx-lm's quantized class for a projection of all experts, its random start replaced."""
-    layers = importlib.import_module("mlx_lm.models.switch_layers")
+    """The library's quantized class for a projection of all experts, its random start replaced."""
+    layers = importlib.import_module(type(projection).__module__)
     inputs, outputs = projection.input_dims, projection.output_dims
     experts = projection.num_experts
     layer: nn.Module = layers.QuantizedSwitchLinear(
