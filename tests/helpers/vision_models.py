@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from tests.helpers.paths import FIXTURES
 
@@ -56,6 +55,8 @@ def with_processor(out: Path) -> Path:
 
 def write_image(path: Path, seed: int = 0) -> Path:
     """Write an image of random colours."""
+    from PIL import Image  # comes with mlx-vlm
+
     pixels = np.random.default_rng(seed).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
