@@ -94,7 +94,8 @@ def test_the_tokenizer_is_that_of_the_models_type(tmp_path, named, self_containe
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     export_model(model, out, self_contained=self_contained)
     expected = AutoTokenizer.from_pretrained(model)
-    assert type(expected).__name__ == "Qwen3_5Tokenizer"
+    if named is None:  # else it depends on the version of transformers
+        assert type(expected).__name__ == "Qwen3_5Tokenizer"
     for found in (AutoTokenizer.from_pretrained(out), load_tokenizer(out)._tokenizer):
         assert type(found) is type(expected)
         assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()

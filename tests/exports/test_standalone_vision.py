@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.utils import load_model
@@ -150,6 +151,21 @@ def test_it_holds_the_settings_of_the_processor_and_two_files_of_code(models, ex
 def test_its_names_are_those_of_the_package():
     assert standalone_vision.MARK == EXPORTED
     assert standalone_vision.LAYERS == MODEL_FILE
+
+
+def test_a_part_that_the_class_removes_itself_is_not_missed():
+    """As MiniCPM-o's its voice; the weights stay as they are."""
+    model, weights = nn.Module(), {"norm.weight": mx.ones(2)}
+    model.norm, model.voice = nn.RMSNorm(2), nn.Linear(2, 2)
+
+    def sanitize(given: dict) -> dict:
+        assert given.keys() == weights.keys()
+        model.pop("voice")
+        return {}
+
+    for _ in range(2):  # a second call finds nothing missing, or `pop` would fail
+        assert standalone_vision._sanitize(model, sanitize, weights) is weights
+    assert "voice" not in model
 
 
 @pytest.mark.parametrize(("trusted", "why"), [(False, "trust_remote_code"), (True, "mlx_vlm")])
