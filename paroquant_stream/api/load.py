@@ -159,10 +159,9 @@ def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loa
         from ..exports.mlx_directory_reader import stored_in_export
         from ..model.assemble import assemble, assemble_from, needed_entries
     if request.source.config.is_export:
-        stored = stored_in_export(request.source.config)
-        return assemble_from(
-            stored, request.source.config, **options.without_entries(force_text=True)
-        )
+        stored = stored_in_export(request.source.config, options.force_text)
+        settings = options.without_entries(options.force_text)
+        return assemble_from(stored, request.source.config, **settings)
 
     def entries_of_part(manifest: Manifest) -> Collection[EntryRecord]:
         return needed_entries(options.split, request.source.config, manifest, options.force_text)

@@ -20,12 +20,14 @@ Write a ParoQuant model as an MLX model directory OUT: safetensors files, index,
 What is not converted yet is converted first. paroquant_stream.load(OUT) reads it. With
 --self-contained it holds one Python file too, by which mlx_lm.generate and mlx_lm.server run it
 without this package; they run that file only with --trust-remote-code. Of a vision model the text
-part is written. OUT appears complete or not at all. --single-file writes one file that load() finds
-in a model directory. Exit code: 0 done, 1 failed, 2 wrong usage, 130
-or 143 interrupted."""
+part is written; with --vision its towers too, and two Python files by which mlx-vlm 0.6.16 or newer
+runs it, without asking. OUT appears complete or not at all. --single-file writes one file that
+load() finds in a model directory. Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143
+interrupted."""
 EXAMPLES = (
     "paroquant-stream export path/to/model my-export",
     "paroquant-stream export owner/name out --self-contained",
+    "paroquant-stream export vision/model out --vision",
     "paroquant-stream export path/to/model --single-file",
 )
 
@@ -48,6 +50,11 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         "--self-contained",
         action="store_true",
         help="add the code by which mlx-lm runs it without this package",
+    )
+    what.add_argument(
+        "--vision",
+        action="store_true",
+        help="write a vision model with its towers and the code by which mlx-vlm runs it",
     )
     what.add_argument(
         "--single-file",
@@ -131,6 +138,7 @@ def _write_directory(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.out,
         self_contained=arguments.self_contained,
+        vision=arguments.vision,
         shard_size=arguments.shard_size or SHARD_SIZE,
         cache_dir=arguments.cache_dir,
         jobs=arguments.jobs,
@@ -143,9 +151,11 @@ def _write_directory(arguments: argparse.Namespace) -> int:
     noun = "file" if export.files == 1 else "files"
     print(shown(f"{export.directory}: {export.files} {noun}, {bytes_text(export.nbytes)}"))
     if export.text_only:
-        print("its text part only: the vision and audio towers are left out")
-    if arguments.self_contained:
-        from ..exports.mlx_directory_writer import MODEL_FILE  # brings MLX
+        print("its text part only: the vision and audio towers are left out (--vision keeps them)")
+    from ..exports.exported_config import MODEL_FILE, VISION_FILE  # brings MLX
 
+    if arguments.self_contained:
         print(f"it contains code, {MODEL_FILE}, that mlx-lm runs only with --trust-remote-code")
+    if arguments.vision:
+        print(f"it contains code, {VISION_FILE} and {MODEL_FILE}, that mlx-vlm runs without asking")
     return 0

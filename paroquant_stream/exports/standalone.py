@@ -24,7 +24,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers import distributed
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 MARK = "paroquant_stream"
 """The key of config.json with what this file needs to know."""
@@ -193,8 +193,8 @@ class RotatedSwitchGLU(_Rotated):
 
 
 def _quantized(projection: nn.Module, group_size: int, bits: int) -> nn.Module:
-    """mlx-lm's quantized class for a projection of all experts, its random start replaced."""
-    layers = importlib.import_module("mlx_lm.models.switch_layers")
+    """The library's quantized class for a projection of all experts, its random start replaced."""
+    layers = importlib.import_module(type(projection).__module__)
     inputs, outputs = projection.input_dims, projection.output_dims
     experts = projection.num_experts
     layer: nn.Module = layers.QuantizedSwitchLinear(
@@ -222,7 +222,7 @@ class ModelArgs:
 
 def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it as a class
     """The model of config.json with its rotated layers, before its weights are loaded."""
-    config = arguments.config
+    config = {**arguments.config, "model_type": arguments.config[MARK]["model_type"]}
     library = importlib.import_module(f"mlx_lm.models.{config[MARK]['module']}")
 
     class RotatedModel(library.Model):  # type: ignore[misc, name-defined]
@@ -230,6 +230,9 @@ def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it a
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             """The weights as they are: they have the model's own names and values."""
+            if not dict(tree_flatten(self.parameters())).keys() <= weights.keys():
+                # Gemma 3's own one takes the head away when it is tied.
+                super().sanitize({k: mx.zeros(a.shape, a.dtype) for k, a in weights.items()})
             return weights
 
         if hasattr(library.Model, "shard"):
@@ -238,7 +241,7 @@ def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it a
                 """Leaves this rank's part of each layer: tensor parallelism as mlx-lm does it."""
                 _shard(self, super().shard, group or mx.distributed.init())
 
-    model: nn.Module = RotatedModel(library.ModelArgs.from_dict(dict(config)))
+    model: nn.Module = RotatedModel(library.ModelArgs.from_dict(config))
     _put_rotated_layers(model, config)
     return model
 
@@ -278,10 +281,8 @@ def _shard(model: nn.Module, stock_shard: Any, group: Any) -> None:
         return module
 
     layers = [module for module in model.modules() if isinstance(module, _Rotated)]
-    names, ours = (
-        stock_shard.__func__.__globals__,
-        {"shard_linear": linear, "shard_inplace": inplace},
-    )
+    names = stock_shard.__func__.__globals__
+    ours = {"shard_linear": linear, "shard_inplace": inplace}
     before = {name: names[name] for name in ours.keys() & names.keys()}
     names.update({name: ours[name] for name in before})
     try:

@@ -36,7 +36,7 @@ from ..text import bytes_text
 from ..trace import NO_TRACE, Trace
 from .entries import check_sizes, guard_reads, read_weights
 from .experts import placeholders
-from .names import rename_weights
+from .names import leave_out_absent, rename_weights
 from .placement import place_weights
 from .tensor_source import TensorSource
 
@@ -187,7 +187,9 @@ def _place(
     """Put the tensors of the part into the model, and placeholders for all others."""
     unread = placeholders(t for t in stored.tensors if part.has(t.name) and not part.reads(t.name))
     weights = weights | unread
-    if not stored.model_names:
+    if stored.model_names:
+        leave_out_absent(model, weights, part.backend)
+    else:
         weights = rename_weights(model, weights, part.backend)
     check_placed(part, weights, unread)
     place_weights(model, weights, stored.bits, stored.group_size, directory)

@@ -25,7 +25,7 @@ OF_THE_PROGRAM = {"lazy", "force_text", "model_config", "tokenizer"}
 CONVERT = CONVERSION | {
     "in_place": "no", "force": 1, "drop_source": "no", "dtype": [], "executor": 2, "trace": 4,
 }  # fmt: skip
-EXPORT = CONVERSION | {"self_contained": "no", "shard_size": "5GB"}
+EXPORT = CONVERSION | {"self_contained": "no", "vision": 1, "shard_size": "5GB"}
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,17 @@ def test_says_that_a_vision_model_loses_its_tower(tmp_path, capsys):
     assert "its text part only" in capsys.readouterr().out
 
 
+def test_a_vision_model_keeps_its_tower_on_demand(tmp_path, capsys):
+    model = str(FIXTURES / "qwen3_5-awq-adversarial")
+    assert export.main([model, str(tmp_path / "out"), "--vision"]) == 0
+    out = capsys.readouterr().out
+    assert "text part" not in out
+    assert out.splitlines()[1] == (
+        "it contains code, paroquant_vision_model.py and paroquant_model.py, that mlx-vlm runs "
+        "without asking"
+    )
+
+
 def test_quiet_prints_nothing(command, capsys):
     assert export.main([*command, "--quiet", "--self-contained"]) == 0
     assert capsys.readouterr() == ("", "")
