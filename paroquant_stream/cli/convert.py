@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
 """Arguments that are fields of `ConvertOptions`."""
+_DROP_NOTE = (
+    "note: programs that look for weight files in a model's directory, like oMLX, will not list it "
+    "after --drop-source into the cache; with --in-place they do"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     failed: dict[str, ParoquantStreamError] = {}
     requests = []
+    if arguments.drop_source and not (arguments.in_place or arguments.dry_run or arguments.quiet):
+        print(_DROP_NOTE, file=sys.stderr)
     with nullcontext() if arguments.dry_run else _executor(arguments) as executor:
         for model in dict.fromkeys(arguments.models):
             try:

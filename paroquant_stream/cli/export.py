@@ -43,6 +43,12 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help=f"write one {NAME} instead, which load() finds beside config.json",
     )
     parser.add_argument(
+        "--beside-shards",
+        action="store_true",
+        help="write the single file even where shards lie: programs that read every .safetensors "
+        "file of a directory then see the model twice",
+    )
+    parser.add_argument(
         "--shard-size",
         type=option_type(parse_size),
         default="5GB",
@@ -64,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.out is None and not arguments.single_file:
         parser.error("OUT is needed, unless --single-file writes into the model directory")
+    if arguments.beside_shards and not arguments.single_file:
+        parser.error("--beside-shards is for --single-file")
     write = _write_single if arguments.single_file else _write_directory
     return run_command(lambda: write(arguments), "nothing was exported, run again")
 
@@ -79,7 +87,9 @@ def _write_single(arguments: argparse.Namespace) -> int:
     )
     out = Path(arguments.out).expanduser() if arguments.out else None
     with Progress(arguments.quiet) as progress:
-        path, size = export_single_file(request, out, progress)
+        path, size = export_single_file(
+            request, out, progress, beside_shards=arguments.beside_shards
+        )
     if not arguments.quiet:
         print(shown(f"{path}: {bytes_text(size)}"))
     return 0
