@@ -27,7 +27,7 @@ from ..conversion.request import Request, make_request
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
-from ..store.format import Dtype
+from ..store.format import DEFAULT_VARIANT, Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
 
@@ -46,6 +46,7 @@ def load(
     jobs: int | None = None,
     revision: str | None = None,
     dtype: Dtype = "source",
+    io_bits: int = 4,
     progress: Progress | None = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
@@ -63,6 +64,7 @@ def load(
         jobs: As in `ConvertOptions`.
         revision: As in `ConvertOptions`.
         dtype: As in `ConvertOptions`; conversions in two dtypes are kept side by side.
+        io_bits: As in `ConvertOptions`, and kept side by side like dtypes.
         progress: As for `convert_checkpoint`.
         verify: "header" hashes an entry only if it may have changed since it was written; "full"
             hashes every entry. Size, names, dtypes and shapes are always checked.
@@ -82,7 +84,12 @@ def load(
     """
     full, split = _is_full(verify), Split(layers, group, parallel)
     request = make_request(
-        model_path, cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype
+        model_path,
+        cache_dir=cache_dir,
+        jobs=jobs,
+        revision=revision,
+        dtype=dtype,
+        io_bits=io_bits,
     )
     with written_to(trace) as timed:
         options = _Options(lazy, force_text, full, timed, split)
@@ -172,7 +179,7 @@ def _load_shipped(
 
 def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, str | None]:
     """Load from the single file in the model directory; return the reason if it is not used."""
-    if request.target.dtype != "source":
+    if request.target.variant != DEFAULT_VARIANT:
         return None, None
     from ..checkpoint.quantization import read_quantization
     from ..exports.single_file import opened

@@ -21,7 +21,7 @@ from ..maintenance.models import Model
 from ..maintenance.prune import PrunePlan, Rules, plan_prune, plan_removal
 from ..maintenance.removal import execute
 from ..maintenance.verify import verify_model, verify_store
-from ..store.format import DTYPES
+from ..store.format import VARIANTS
 from ..store.store import cache_store
 from ..text import bytes_text, shown
 from .cache_listing import as_json, footer, foreign_table, make_row, plan_json, plan_lines, table
@@ -51,7 +51,7 @@ def _find(inventory: Inventory, names: Sequence[str]) -> list[Model]:
     found: dict[str, Model] = {}
     for name in names:
         path = Path(os.path.realpath(os.path.expanduser(name)))
-        ids = {model_id(path, dtype) for dtype in DTYPES}
+        ids = {model_id(path, variant) for variant in VARIANTS.values()}
         same = [model for model in inventory.models if model.id in ids]
         same = same or [m for m in inventory.models if name in m.names]
         if not same:
@@ -132,11 +132,13 @@ def _carry_out(plan: PrunePlan, arguments: argparse.Namespace) -> int:
 
 
 def _requests_to_verify(arguments: argparse.Namespace) -> list[Request]:
-    """Return a request for each dtype that the model was converted to."""
+    """Return a request for each variant that the model was converted to."""
     request = make_request(  # once: a Hub id is looked up on the Hub
         arguments.model, cache_dir=arguments.cache_dir, in_place=arguments.in_place
     )
-    requests = [replace(request, target=replace(request.target, dtype=d)) for d in DTYPES]
+    requests = [
+        replace(request, target=replace(request.target, variant=v)) for v in VARIANTS.values()
+    ]
     return [r for r in requests if find_manifest(r)] or requests[:1]
 
 
@@ -166,7 +168,7 @@ def _requests_of(arguments: argparse.Namespace, damaged: set[str]) -> list[Reque
     return [
         Request(
             ModelSource(str(m.directory), m.directory),
-            Target(store, dtype=m.dtype),
+            Target(store, variant=m.variant),
             jobs=default_jobs(),
         )
         for m in take_inventory(store).models
@@ -196,8 +198,7 @@ def _repair(arguments: argparse.Namespace, requests: Sequence[Request]) -> bool:
 
 
 def _command_of(request: Request, cache_dir: str | None) -> str:
-    dtype = request.target.dtype
-    options = "" if dtype == "source" else f" --dtype {dtype}"
+    options = request.target.variant.options
     options += " --in-place" if request.target.in_place else ""
     options += f" --cache-dir {shlex.quote(cache_dir)}" if cache_dir else ""
     return f"paroquant-stream convert {shlex.quote(request.source.name)}{options}"

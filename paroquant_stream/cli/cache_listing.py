@@ -64,9 +64,8 @@ def _freshness(store: Store, model: Model) -> Freshness:
     if model.is_orphan:
         why = f"{directory} is gone"
         return Freshness("orphan", why, entries_alone(store, manifest, why))
-    return examine(
-        Request(ModelSource(str(directory), directory), Target(store, dtype=model.dtype)), manifest
-    )
+    target = Target(store, variant=model.variant)
+    return examine(Request(ModelSource(str(directory), directory), target), manifest)
 
 
 def table(inventory: Inventory, rows: Sequence[Row], verbose: bool) -> list[str]:

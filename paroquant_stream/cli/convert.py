@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
 
-OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
+OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype", "io_bits")
 """Arguments that are fields of `ConvertOptions`."""
 _DROP_NOTE = (
     "note: programs that look for weight files in a model's directory, like oMLX, will not list it "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..store.format import DTYPES
+from ..store.format import DTYPES, IO_BITS
 from .common import add_cache_dir, add_jobs
 
 DESCRIPTION = """\
@@ -56,6 +56,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         default="source",
         help="one width for scales, biases, norms and all that meets activations "
         "(default: source, bit-identical to the public loader)",
+    )
+    parser.add_argument(
+        "--io-bits",
+        type=int,
+        choices=IO_BITS,
+        default=4,
+        help="bits per weight of embedding and head (default: 4, as the public loader)",
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     parser.add_argument(

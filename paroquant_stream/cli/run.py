@@ -11,7 +11,7 @@ from typing import Any
 
 from ..api.install import install, uninstall
 from ..errors import MissingExtraError, ParoquantStreamError, ProgramNotFoundError
-from ..store.format import DTYPES
+from ..store.format import DTYPES, IO_BITS
 from .common import add_cache_dir, add_jobs, print_error
 
 USAGE = "python -m paroquant_stream.run [options] (-m MODULE | SCRIPT) [arguments of the program]"
@@ -34,6 +34,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     add_jobs(parser, "workers (default: one per core, at most 8)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="source", help="the width of floating tensors"
+    )
+    parser.add_argument(
+        "--io-bits", type=int, choices=IO_BITS, default=4, help="bits of embedding and head"
     )
     rest: Any = argparse.REMAINDER  # what follows belongs to the program, options too
     parser.add_argument("-m", dest="module", nargs=rest, help="run a module, as `python -m` does")
@@ -66,7 +69,12 @@ def _run(program: list[str], arguments: argparse.Namespace) -> None:
     name, as_module = program[0], bool(arguments.module)
     _set_path(name, as_module)  # first: the program's own paroquant, if it has one, is the one
     try:
-        install(cache_dir=arguments.cache_dir, jobs=arguments.jobs, dtype=arguments.dtype)
+        install(
+            cache_dir=arguments.cache_dir,
+            jobs=arguments.jobs,
+            dtype=arguments.dtype,
+            io_bits=arguments.io_bits,
+        )
     except MissingExtraError:
         print("note: paroquant is not installed, so no loader was replaced", file=sys.stderr)
     sys.argv = program

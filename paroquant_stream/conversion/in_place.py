@@ -35,7 +35,7 @@ def converted(
 def inside_model(request: Request) -> Request:
     """Give the same request for the conversion inside the model directory, only to be read."""
     store = Store(request.source.directory / IN_PLACE, private=False, read_only=True)
-    return replace(request, target=Target(store, in_place=True, dtype=request.target.dtype))
+    return replace(request, target=Target(store, in_place=True, variant=request.target.variant))
 
 
 def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:

@@ -87,8 +87,11 @@ def plan_model(request: Request) -> ModelPlan:
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
     layout = detect(checkpoint.config.values, dtypes)
-    dtype = DTYPES[request.target.dtype]
-    plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+    variant = request.target.variant
+    dtype = DTYPES[variant.dtype]
+    plan = make_plan(
+        headers, layout, quantization, _experts(checkpoint), dtype, io_bits=variant.io_bits
+    )
     return ModelPlan(plan, checkpoint, drop)
 
 

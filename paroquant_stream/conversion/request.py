@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import locate
 from ..checkpoint.model_source import ModelSource
-from ..store.format import CAST_VERSION, DTYPES, Dtype
+from ..store.format import CAST_VERSION, DEFAULT_VARIANT, DTYPES, IO_BITS, Dtype, Variant
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store, cache_store
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         revision: str | None
         drop_source: bool
         dtype: Dtype
+        io_bits: int
         executor: Executor | None
 
 
@@ -51,6 +52,7 @@ class ConvertOptions:
         dtype: "source" stores every tensor as the public loader would, bit for bit. "float16" or
             "bfloat16" stores scales, biases, norms and all that meets activations in that one
             width; that rounds values.
+        io_bits: Bits per weight of embedding and head, 4 (as the public loader) or 8.
         executor: Convert each shard in a worker of it, which sees the same paths; None for threads
             of this process.
 
@@ -65,28 +67,31 @@ class ConvertOptions:
     revision: str | None = None
     drop_source: bool = False
     dtype: Dtype = "source"
+    io_bits: int = 4
     executor: Executor | None = None
 
     def __post_init__(self) -> None:
         """Check the values that are not plain yes or no."""
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.io_bits not in IO_BITS:
+            raise ValueError(f"io_bits is 4 or 8, not {self.io_bits!r}")
         check_jobs(self.jobs)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a conversion goes, and in which dtype."""
+    """Where a conversion goes, and in which variant."""
 
     store: Store
     in_place: bool = False
-    dtype: Dtype = "source"
+    variant: Variant = DEFAULT_VARIANT
 
     def manifest_name(self, source: ModelSource) -> str:
         """Name a model's manifest: by its path in a cache, without any inside the model."""
         if self.in_place:
-            return f"model-{hashlib.sha256(_dtype_json(self.dtype)).hexdigest()[:16]}"
-        return model_id(source.resolved, self.dtype)
+            return f"model-{hashlib.sha256(_options_json(self.variant)).hexdigest()[:16]}"
+        return model_id(source.resolved, self.variant)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def make_request(model_path: str | Path, **keywords: Unpack[ConvertKeywords]) ->
     else:
         store = cache_store(options.cache_dir)
     source = ModelSource(str(model_path), directory, remote)
-    target = Target(store, options.in_place, options.dtype)
+    target = Target(store, options.in_place, Variant(options.dtype, options.io_bits))
     return Request(source, target, options, _jobs(options))
 
 
@@ -139,9 +144,9 @@ def read_manifest(request: Request) -> Manifest | None:
     return request.store.load_manifest(request.manifest_name)
 
 
-def model_id(directory: Path, dtype: Dtype = "source") -> str:
+def model_id(directory: Path, variant: Variant = DEFAULT_VARIANT) -> str:
     """Name the manifest, in a cache, of the model in this resolved directory."""
-    return hashlib.sha256(os.fsencode(directory) + b"\0" + _dtype_json(dtype)).hexdigest()
+    return hashlib.sha256(os.fsencode(directory) + b"\0" + _options_json(variant)).hexdigest()
 
 
 def default_jobs() -> int:
@@ -163,7 +168,8 @@ def _jobs(options: ConvertOptions) -> int:
     return options.jobs or default_jobs()
 
 
-def _dtype_json(dtype: Dtype) -> bytes:
+def _options_json(variant: Variant) -> bytes:
     """Return the options that change an entry, as JSON."""
-    cast = {} if dtype == "source" else {"cast": CAST_VERSION}
-    return json.dumps({"dtype": dtype, **cast}, sort_keys=True).encode()
+    cast = {} if variant.dtype == "source" else {"cast": CAST_VERSION}
+    io_bits = {} if variant.io_bits == DEFAULT_VARIANT.io_bits else {"io_bits": variant.io_bits}
+    return json.dumps({"dtype": variant.dtype, **cast, **io_bits}, sort_keys=True).encode()

@@ -18,13 +18,12 @@ from typing import TypeVar
 from ..conversion.request import model_id
 from ..errors import ManifestError, NewerManifestError
 from ..store.drop_record import MAX_RECORD, DropRecord
-from ..store.format import DTYPES, Dtype
+from ..store.format import DEFAULT_VARIANT, VARIANTS, Variant
 from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
 from ..store.store import Store
 from ..text import shown
 from .scan import Found, regular_files
 
-SOURCE: Dtype = "source"
 _Decoded = TypeVar("_Decoded")
 _ID = r"(?P<id>[0-9a-f]{64}|model-[0-9a-f]{16})"
 _MANIFEST = re.compile(_ID + r"(?P<journal>\.dropped)?\.msgpack(?P<removed>\.removed)?")
@@ -43,7 +42,7 @@ class Model:
     """As it is shown: its directory, or `owner/name@revision` in the Hub's cache."""
     directory: Path | None
     """Where it lies or lay; None when the manifest does not say so in a way that can be checked."""
-    dtype: Dtype
+    variant: Variant
     """What it was converted to."""
     manifest: Manifest | None
     """None when its bytes are damaged or of a newer format."""
@@ -126,7 +125,7 @@ def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) 
             drop_id,
             f"({drop_id[:12]})",
             None,
-            SOURCE,
+            DEFAULT_VARIANT,
             None,
             tuple(files),
             (),
@@ -136,7 +135,7 @@ def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) 
         models[drop_id] = unknown
         return
     entries, directory = record.manifest.entries, record.manifest.directory
-    home = models.get(model_id(Path(directory), record.dtype))
+    home = models.get(model_id(Path(directory), record.variant))
     gone = {(e.shard, e.source_sha256) for e in entries if e.dropped}
     if home and gone <= {(e.shard, e.source_sha256) for e in home.records}:
         merged = {(e.key, e.shard): e for e in (*home.records, *entries)}
@@ -145,7 +144,7 @@ def _add_record(models: dict[str, Model], drop_id: str, files: Sequence[Found]) 
         return
     name = f"{_shown_name(drop_id, record.manifest, Path(directory))}#{drop_id[:8]}"
     models[drop_id] = Model(
-        drop_id, name, Path(directory), record.dtype, record.manifest, tuple(files),
+        drop_id, name, Path(directory), record.variant, record.manifest, tuple(files),
         tuple(entries), last_used, moved=home is not None or not os.path.isdir(directory),
     )  # fmt: skip
 
@@ -159,15 +158,16 @@ def _model(name: str, files: list[Found]) -> Model:
     manifests = [manifest for manifest, _ in read.values() if manifest]
     main = read.get(f"{name}.msgpack", (None, False))[0]
     known = main or (manifests[0] if manifests else None)
-    directory, dtype = _directory(name, known) if known else (None, SOURCE)
+    directory, variant = _directory(name, known) if known else (None, DEFAULT_VARIANT)
+    suffix = "" if variant == DEFAULT_VARIANT else f" ({variant.name})"
     everything = [record for manifest in manifests for record in manifest.entries]
     # of two the last one counts: it says that the source was dropped
     records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
     return Model(
         name,
-        _shown_name(name, known, directory) + ("" if dtype == SOURCE else f" ({dtype})"),
+        _shown_name(name, known, directory) + suffix,
         directory,
-        dtype,
+        variant,
         main,
         tuple(files),
         tuple(records.values()),
@@ -205,15 +205,15 @@ def _decoded(
         return None, False
 
 
-def _directory(name: str, manifest: Manifest) -> tuple[Path | None, Dtype]:
-    """Return model directory and dtype, if the manifest's name is their hash."""
+def _directory(name: str, manifest: Manifest) -> tuple[Path | None, Variant]:
+    """Return model directory and variant, if the manifest's name is their hash."""
     candidates = [Path(manifest.directory)] if manifest.directory else []
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of links, no home, NUL
         candidates.append(Path(manifest.model).expanduser().resolve())
-    for path, dtype in product(candidates, DTYPES):
-        if model_id(path, dtype) == name:
-            return path, dtype
-    return None, SOURCE
+    for path, variant in product(candidates, VARIANTS.values()):
+        if model_id(path, variant) == name:
+            return path, variant
+    return None, DEFAULT_VARIANT
 
 
 def _shown_name(name: str, manifest: Manifest | None, directory: Path | None) -> str:

@@ -62,9 +62,17 @@ def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int)
         group_size,
         bits,
         class_predicate=lambda path, module: (
-            f"{path}.scales" in weights and hasattr(module, "to_quantized")
+            f"{path}.scales" in weights
+            and hasattr(module, "to_quantized")
+            and {"group_size": group_size, "bits": _stored_bits(weights, path, group_size)}
         ),
     )
+
+
+def _stored_bits(weights: Weights, path: str, group_size: int) -> int:
+    """Return the bits per weight of an embedding or head, which have their own (`--io-bits`)."""
+    words, groups = weights[f"{path}.weight"].shape[-1], weights[f"{path}.scales"].shape[-1]
+    return 32 * words // (group_size * groups)
 
 
 def _check(model: nn.Module, weights: Weights) -> None:

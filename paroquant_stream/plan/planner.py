@@ -38,6 +38,7 @@ def make_plan(
     quantization: Quantization,
     experts: int | None = None,
     dtype: str | None = None,
+    io_bits: int = 4,
 ) -> Plan:
     """Plan a checkpoint, in time linear in the number of tensors.
 
@@ -47,6 +48,7 @@ def make_plan(
         quantization: Bits and group size.
         experts: How many experts a layer has, if the config says so.
         dtype: "F16" or "BF16" for floating tensors in that width, None for the source's.
+        io_bits: Bits per weight of embedding and head.
 
     Raises:
         PlanError: Lists everything that is missing, left over or does not fit.
@@ -54,7 +56,7 @@ def make_plan(
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic, and collecting takes half of the time
     try:
-        return _make_plan(headers, layout, quantization, experts, dtype)
+        return _make_plan(headers, layout, quantization, experts, dtype, io_bits)
     finally:
         if collecting:
             gc.enable()
@@ -66,6 +68,7 @@ def _make_plan(
     quantization: Quantization,
     experts: int | None,
     dtype: str | None,
+    io_bits: int,
 ) -> Plan:
     parts = [
         Part(t.name, t.dtype, t.shape, shard, t.start, t.stop)
@@ -81,7 +84,7 @@ def _make_plan(
         op for linear in linears.values() for op in linear.operations()
     )
     for part in rest:
-        operations.append(_operation_of_rest(part, quantization, issues))
+        operations.append(_operation_of_rest(part, io_bits, quantization.group_size, issues))
     issues += shared_rotation_issues(stacks, operations)
     widest = counted_experts(stacks)
     for name, members in stacks.items():
@@ -134,7 +137,7 @@ def _left_over(rest: list[Part], layout: Layout) -> Iterator[str]:
             yield f"{part.name} in {part.shard}: not a part that layout {layout.value} has"
 
 
-def _operation_of_rest(part: Part, quantization: Quantization, issues: list[str]) -> Operation:
+def _operation_of_rest(part: Part, bits: int, group_size: int, issues: list[str]) -> Operation:
     """Copy a tensor byte for byte, or quantize an embedding or head."""
     module = part.name.removesuffix(".weight")
     floating = part.dtype in ("F16", "BF16", "F32")
@@ -146,7 +149,6 @@ def _operation_of_rest(part: Part, quantization: Quantization, issues: list[str]
         shape = (1, *part.shape) if two_rows else part.shape
         return Operation("copy", ((part,),), (TensorSpec(name, part.dtype, shape),))
     rows, columns = part.shape
-    bits, group_size = quantization.bits, quantization.group_size
     if columns % group_size:
         issues.append(
             f"{part.name} in {part.shard}: rows of {columns} do not divide by "
