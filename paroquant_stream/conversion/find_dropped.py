@@ -48,9 +48,10 @@ def find_dropped(request: Request) -> DropRecord | None:
     if read_note(request.source.directory) is None:
         return _from_manifest(request, absent)
     if request.source.remote is None:
+        options = request.target.variant.options or " --dtype source"
         raise SourceDroppedError(
             f"{request.source.directory}: its shards were removed by --drop-source, and "
-            f"{request.store.root} has no record of that for {request.target.variant.name}; name "
+            f"{request.store.root} has no record of that for{options}; name "
             "the cache, dtype and io-bits that it was converted with, or put the shards back"
         )
     return None

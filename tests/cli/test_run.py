@@ -89,7 +89,7 @@ def test_the_options_are_those_of_every_load(here):
         "print([loader.keywords for loader in _installed])"
     )
     shown = run("--cache-dir", "c", "--jobs", "3", "--dtype", "bfloat16", "-m", "shows", cwd=here)
-    correct = [{"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}]
+    correct = [{"cache_dir": "c", "jobs": 3, "dtype": "bfloat16", "io_bits": 4}]
     assert shown.stdout.strip() == str(correct)
 
 
