@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LayoutError
+from .config import EXPORTED
+
+INT5_FORMAT = "int5-bitplane"
+"""The `format` of checkpoints whose fifth bits lie in tensors of their own."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,32 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization:
     if str(method).lower() != "paroquant":  # legacy files spell it ParoQuant
         raise LayoutError(f"config.json: expected quant_method paroquant, found {method!r}")
     bits, group_size = block.get("bits", block.get("nbit", 4)), block.get("group_size", 128)
-    if type(bits) is not int or bits != 4:
+    expected = {5 if quantization_format(config) == INT5_FORMAT else 4}
+    if EXPORTED in config:
+        expected = {4, 5}  # repacked already
+    if type(bits) is not int or bits not in expected:
         raise LayoutError(
-            f"config.json: expected 4 bits, the only width ParoQuant packs, found {bits!r}"
+            f"config.json: expected 4 bits, or 5 in the format {INT5_FORMAT}, found {bits!r} in "
+            f"the format {block.get('format')!r}"
+        )
+    if group_size == -1:
+        raise LayoutError(
+            "config.json: group_size -1 (all inputs of a layer in one group) cannot be loaded: "
+            "MLX's groups are 32, 64 or 128 inputs"
         )
     if type(group_size) is not int or group_size not in (32, 64, 128):
         raise LayoutError(
             f"config.json: expected a group_size of 32, 64 or 128 (MLX's), found {group_size!r}"
         )
     return Quantization(bits, group_size)
+
+
+def quantization_format(config: Mapping[str, Any]) -> object:
+    """Return the `format` that a config's quantization block names; None if it names none."""
+    try:
+        return _quantization_block(config).get("format")
+    except LayoutError:
+        return None
 
 
 def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -55,6 +55,8 @@ OPERATION_VERSIONS = {
     "legacy_weight": 1,
     "legacy_scales": 1,
     "legacy_biases": 1,
+    "int5_weight": 1,
+    "int5_biases": 1,
 }
 """A fix of an operation increases its version, and only the entries made with it are rebuilt."""
 TRANSFORM = " ".join(
