@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..checkpoint.model_files import check_directory
 from ..conversion.converter import convert
 from ..conversion.in_place import shipped
-from ..conversion.request import Request, make_request
+from ..conversion.request import ConvertOptions, Request, request_for
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
@@ -64,7 +64,7 @@ def load(
         jobs: As in `ConvertOptions`.
         revision: As in `ConvertOptions`.
         dtype: As in `ConvertOptions`; conversions in two dtypes are kept side by side.
-        io_bits: As in `ConvertOptions`, and kept side by side like dtypes.
+        io_bits: As in `ConvertOptions`; kept side by side too.
         progress: As for `convert_checkpoint`.
         verify: "header" hashes an entry only if it may have changed since it was written; "full"
             hashes every entry. Size, names, dtypes and shapes are always checked.
@@ -83,17 +83,10 @@ def load(
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
     full, split = _is_full(verify), Split(layers, group, parallel)
-    request = make_request(
-        model_path,
-        cache_dir=cache_dir,
-        jobs=jobs,
-        revision=revision,
-        dtype=dtype,
-        io_bits=io_bits,
-    )
+    chosen = ConvertOptions(cache_dir, jobs=jobs, revision=revision, dtype=dtype, io_bits=io_bits)
+    request = request_for(model_path, chosen)
     with written_to(trace) as timed:
-        options = _Options(lazy, force_text, full, timed, split)
-        return _load_repairing(request, options, progress)
+        return _load_repairing(request, _Options(lazy, force_text, full, timed, split), progress)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,19 @@ def make_request(model_path: str | Path, **keywords: Unpack[ConvertKeywords]) ->
         CheckpointError: There is no such model.
         ValueError: An option has a value that is not allowed.
     """
-    options = ConvertOptions(**keywords)
+    return request_for(model_path, ConvertOptions(**keywords))
+
+
+def request_for(model_path: str | Path, options: ConvertOptions) -> Request:
+    """Find a model and its target, as `make_request` does.
+
+    Args:
+        model_path: A model directory or a repository id.
+        options: How the model is converted.
+
+    Raises:
+        CheckpointError: There is no such model.
+    """
     directory, remote = locate(model_path, options.revision)
     if options.in_place:
         store = Store(directory / IN_PLACE, private=False)
