@@ -22,6 +22,7 @@ def install(
     jobs: int | None = None,
     revision: str | None = None,
     dtype: Dtype = "source",
+    io_bits: int = 4,
     progress: ProgressOption = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
@@ -46,6 +47,7 @@ def install(
         jobs: As in `load`.
         revision: As in `load`.
         dtype: As in `load`.
+        io_bits: As in `load`.
         progress: As in `load`.
         verify: As in `load`.
         trace: As in `load`; the file of the last call stays.
@@ -57,8 +59,8 @@ def install(
         MissingExtraError: None of the three packages is installed.
         ValueError: An option has a value that is not allowed.
     """
-    how = (cache_dir, jobs, revision, dtype, progress, verify, trace, layers, group, parallel)
-    options = LoadOptions(False, False, *how)
+    how = (cache_dir, jobs, revision, dtype, io_bits, progress, verify, trace)
+    options = LoadOptions(False, False, *how, layers, group, parallel)
     given = {field.name: getattr(options, field.name) for field in fields(options)}
     for own in ("lazy", "force_text", "model_config", "tokenizer"):  # the program's
         del given[own]

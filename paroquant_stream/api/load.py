@@ -30,7 +30,7 @@ from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
 from ..progress_bar import SHARDS, reported
-from ..store.format import Dtype
+from ..store.format import DEFAULT_VARIANT, Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
 from .load_options import LoadOptions
@@ -62,6 +62,7 @@ def load(
     jobs: int | None = None,
     revision: str | None = None,
     dtype: Dtype = "source",
+    io_bits: int = 4,
     progress: ProgressOption = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
@@ -81,6 +82,7 @@ def load(
         jobs: As in `ConvertOptions`.
         revision: As in `ConvertOptions`.
         dtype: As in `ConvertOptions`.
+        io_bits: As in `ConvertOptions`.
         progress: As for `convert_checkpoint`.
         verify: "header" hashes an entry only if it may have changed, "full" hashes every entry.
         trace: As for `convert_checkpoint`.
@@ -98,8 +100,9 @@ def load(
         ModelError: Tensors and parameters do not match, or the model has no such part.
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
-    how = (cache_dir, jobs, revision, dtype, progress, verify, trace, layers, group, parallel)
-    return _load_with(model_path, LoadOptions(lazy, force_text, *how, model_config, tokenizer))
+    how = (cache_dir, jobs, revision, dtype, io_bits, progress, verify, trace)
+    part = (layers, group, parallel, model_config, tokenizer)
+    return _load_with(model_path, LoadOptions(lazy, force_text, *how, *part))
 
 
 def _load_with(model_path: str | Path, options: LoadOptions) -> Loaded:
@@ -203,7 +206,7 @@ def _load_shipped(
 
 def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, str | None]:
     """Load from the single file in the model directory; return the reason if it is not used."""
-    if request.target.dtype != "source":
+    if request.target.variant != DEFAULT_VARIANT:
         return None, None
     from ..checkpoint.quantization import read_quantization
     from ..exports.single_file import opened

@@ -32,6 +32,7 @@ class LoadOptions:
     jobs: int | None = None
     revision: str | None = None
     dtype: Dtype = "source"
+    io_bits: int = 4
     progress: ProgressOption = None
     verify: Literal["header", "full"] = "header"
     trace: str | Path | None = None
@@ -55,7 +56,11 @@ class LoadOptions:
     def conversion(self) -> ConvertOptions:
         """Return the options of a conversion of what is not in the cache."""
         return ConvertOptions(
-            cache_dir=self.cache_dir, jobs=self.jobs, revision=self.revision, dtype=self.dtype
+            cache_dir=self.cache_dir,
+            jobs=self.jobs,
+            revision=self.revision,
+            dtype=self.dtype,
+            io_bits=self.io_bits,
         )
 
     @cached_property

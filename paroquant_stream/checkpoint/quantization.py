@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LayoutError
+from .config import EXPORTED
+
+INT5_FORMAT = "int5-bitplane"
+"""The `format` of checkpoints whose fifth bits lie in tensors of their own."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,18 @@ def read_quantization(config: Mapping[str, Any], label: str = "config.json") -> 
     if str(method).lower() != "paroquant":  # legacy files spell it ParoQuant
         raise LayoutError(f"{label}: expected quant_method paroquant, found {method!r}")
     bits, group_size = block.get("bits", block.get("nbit", 4)), block.get("group_size", 128)
-    if type(bits) is not int or bits != 4:
+    expected = {5 if quantization_format(config) == INT5_FORMAT else 4}
+    if EXPORTED in config:
+        expected = {4, 5}  # repacked already
+    if type(bits) is not int or bits not in expected:
         raise LayoutError(
-            f"{label}: expected 4 bits, the only width ParoQuant packs, found {bits!r}"
+            f"{label}: expected 4 bits, or 5 in the format {INT5_FORMAT}, found {bits!r} in "
+            f"the format {block.get('format')!r}"
+        )
+    if group_size == -1:
+        raise LayoutError(
+            f"{label}: group_size -1 (all inputs of a layer in one group) cannot be loaded: "
+            "MLX's groups are 32, 64 or 128 inputs"
         )
     if type(group_size) is not int or group_size not in (32, 64, 128):
         raise LayoutError(
@@ -59,6 +72,11 @@ def is_paroquant(config: Mapping[str, Any]) -> bool:
     """
     block = _quantization_block(config) or {}
     return str(block.get("quant_method")).lower() == "paroquant"
+
+
+def quantization_format(config: Mapping[str, Any]) -> object:
+    """Return the `format` that a config's quantization block names; None if it names none."""
+    return (_quantization_block(config) or {}).get("format")
 
 
 def _quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

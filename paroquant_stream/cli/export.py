@@ -45,22 +45,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="the directory to write, which must not exist; with --single-file a file or a "
         "directory (default: the model's own)",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--self-contained",
-        action="store_true",
-        help="add the code by which mlx-lm runs it without this package",
-    )
-    what.add_argument(
-        "--vision",
-        action="store_true",
-        help="write a vision model with its towers and the code by which mlx-vlm runs it",
-    )
-    what.add_argument(
-        "--single-file",
-        action="store_true",
-        help=f"write one {NAME} instead, which load() finds beside config.json",
-    )
+    _add_kinds(parser)
     parser.add_argument(
         "--shard-size",
         type=option_type(_parse_shard_size),
@@ -80,6 +65,32 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
+def _add_kinds(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is written."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="add the code by which mlx-lm runs it without this package",
+    )
+    what.add_argument(
+        "--vision",
+        action="store_true",
+        help="write a vision model with its towers and the code by which mlx-vlm runs it",
+    )
+    what.add_argument(
+        "--single-file",
+        action="store_true",
+        help=f"write one {NAME} instead, which load() finds beside config.json",
+    )
+    parser.add_argument(
+        "--beside-shards",
+        action="store_true",
+        help="write the single file even where shards lie: programs that read every .safetensors "
+        "file of a directory then see the model twice",
+    )
+
+
 def _parse_shard_size(text: str) -> int:
     if (size := parse_size(text)) == 0:
         raise ValueError("a file holds at least one byte")
@@ -97,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--single-file takes no --dtype: load() takes that file for the source's bits")
     if arguments.out is None and not arguments.single_file:
         parser.error("OUT is needed, unless --single-file writes into the model directory")
+    if arguments.beside_shards and not arguments.single_file:
+        parser.error("--beside-shards is for --single-file")
     write = _write_single if arguments.single_file else _write_directory
     return run_command(lambda: write(arguments), "nothing was exported, run again")
 
@@ -112,7 +125,7 @@ def _write_single(arguments: argparse.Namespace) -> int:
     )
     out = Path(arguments.out).expanduser() if arguments.out else None
     with reported(not arguments.quiet) as phase:
-        path, size = export_single_file(request, out, phase)
+        path, size = export_single_file(request, out, phase, beside_shards=arguments.beside_shards)
     if not arguments.quiet:
         print(shown(f"{path}: {bytes_text(size)}"))
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 from ..api.install import install, uninstall
 from ..errors import MissingExtraError, ParoquantStreamError, ProgramNotFoundError
 from ..integrations.switch import VARIABLE, VARIABLES, child_environment
-from ..store.format import DTYPES
+from ..store.format import DTYPES, IO_BITS
 from .arguments import Parser, add_cache_dir, add_help, add_jobs, typed
 from .common import print_error
 
@@ -46,6 +46,14 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="the width of floating tensors: source (default), float16 or bfloat16",
     )
+    parser.add_argument(
+        "--io-bits",
+        type=int,
+        choices=IO_BITS,
+        default=4,
+        metavar="B",
+        help="bits of embedding and head: 4 (default) or 8",
+    )
     rest: Any = argparse.REMAINDER  # what follows belongs to the program, options too
     parser.add_argument("-m", dest="module", nargs=rest, help="run a module, as `python -m` does")
     parser.add_argument("script", nargs=rest, help="run a file, or a directory with __main__.py")
@@ -76,7 +84,12 @@ def _run(program: list[str], arguments: argparse.Namespace) -> None:
     name, as_module = program[0], bool(arguments.module)
     _set_path(name, as_module)  # first: the program's own paroquant, if it has one, is the one
     try:
-        install(cache_dir=arguments.cache_dir, jobs=arguments.jobs, dtype=arguments.dtype)
+        install(
+            cache_dir=arguments.cache_dir,
+            jobs=arguments.jobs,
+            dtype=arguments.dtype,
+            io_bits=arguments.io_bits,
+        )
     except MissingExtraError:
         print(
             "note: neither paroquant nor mlx-lm nor mlx-vlm is installed: no loader was replaced",
@@ -84,7 +97,8 @@ def _run(program: list[str], arguments: argparse.Namespace) -> None:
         )
     sys.argv = program
     before = dict(os.environ)
-    os.environ.update(child_environment(arguments.cache_dir, arguments.jobs, arguments.dtype))
+    how = (arguments.cache_dir, arguments.jobs, arguments.dtype, arguments.io_bits)
+    os.environ.update(child_environment(*how))
     try:
         if as_module:
             _find_module(name)

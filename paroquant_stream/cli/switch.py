@@ -15,8 +15,9 @@ DESCRIPTION = f"""\
 For programs whose command you cannot change: services, launchers, wrappers. `on` writes one small
 file into the site-packages of this Python: {switch.NAME}. It does nothing unless
 {switch.VARIABLE}=1 is in a program's environment; then ParoQuant models are loaded as under
-`run`, by paroquant, mlx_lm and mlx_vlm. {switch.CACHE}, {switch.JOBS} and
-{switch.DTYPE} stand for the options --cache-dir, --jobs and --dtype of `run`.
+`run`, by paroquant, mlx_lm and mlx_vlm. {switch.CACHE}, {switch.JOBS},
+{switch.DTYPE} and {switch.IO_BITS} stand for the options --cache-dir, --jobs,
+--dtype and --io-bits of `run`.
 Use the Python of the program: PYTHON -m paroquant_stream switch on. Then, for one:
   {switch.VARIABLE}=1 mlx_lm.server --model MODEL"""
 EXAMPLES = (

@@ -24,7 +24,8 @@ from ..errors import MissingExtraError, UnwritableFileError
 
 VARIABLE = "PAROQUANT_STREAM_INSTALL"
 JOBS, DTYPE, CACHE = "PAROQUANT_STREAM_JOBS", "PAROQUANT_STREAM_DTYPE", "PAROQUANT_STREAM_CACHE"
-VARIABLES = (VARIABLE, JOBS, DTYPE, CACHE, "PYTHONPATH")
+IO_BITS = "PAROQUANT_STREAM_IO_BITS"
+VARIABLES = (VARIABLE, JOBS, DTYPE, IO_BITS, CACHE, "PYTHONPATH")
 """What `child_environment` may set."""
 NAME = "zz_paroquant_stream_switch.pth"
 LINE = (
@@ -80,23 +81,32 @@ def turn_off() -> list[Path]:
 def options_from_environment() -> dict[str, Any]:
     """Return the options of `install` that the environment gives; `load` checks their values."""
     found: dict[str, Any] = {}
-    if jobs := os.environ.get(JOBS):
-        found["jobs"] = int(jobs) if jobs.isdecimal() else jobs
+    for option, variable in (("jobs", JOBS), ("io_bits", IO_BITS)):
+        if number := os.environ.get(variable):
+            found[option] = int(number) if number.isdecimal() else number
     if dtype := os.environ.get(DTYPE):
         found["dtype"] = dtype
     return found
 
 
-def child_environment(cache_dir: str | None, jobs: int | None, dtype: str) -> Mapping[str, str]:
+def child_environment(
+    cache_dir: str | None, jobs: int | None, dtype: str, io_bits: int
+) -> Mapping[str, str]:
     """Return the variables by which the Python processes that a program starts are changed too.
 
     Args:
         cache_dir: As for `load`.
         jobs: As for `load`.
         dtype: As for `load`.
+        io_bits: As for `load`.
     """
     paths = [str(CHILDREN), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = {VARIABLE: "1", DTYPE: dtype, "PYTHONPATH": os.pathsep.join(paths)}
+    found = {
+        VARIABLE: "1",
+        DTYPE: dtype,
+        IO_BITS: str(io_bits),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     if jobs is not None:
         found[JOBS] = str(jobs)
     if cache_dir is not None:

@@ -175,6 +175,13 @@ def test_ctrl_c_during_the_conversion_sweeps_its_temps(model_dir, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
+def test_beside_shards_is_for_a_single_file(model_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        export.main([str(model_dir), str(tmp_path / "out"), "--beside-shards"])
+    assert ended.value.code == 2
+    assert "--beside-shards is for --single-file" in capsys.readouterr().err
+
+
 def test_the_module_form_does_not_warn(command):
     program = [sys.executable, "-W", "error", "-m", "paroquant_stream.export", "--help"]
     done = subprocess.run(program, capture_output=True, text=True)

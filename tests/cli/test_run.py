@@ -92,10 +92,22 @@ def test_the_options_are_those_of_every_load(here):
     (here / "shows.py").write_text(
         "from paroquant_stream.integrations.loader_patch import _installed\n"
         "(loader,) = _installed\n"
-        "print({k: loader.keywords[k] for k in ('cache_dir', 'jobs', 'dtype')})"
+        "print({k: loader.keywords[k] for k in ('cache_dir', 'jobs', 'dtype', 'io_bits')})"
     )
-    shown = run("--cache-dir", "c", "--jobs", "3", "--dtype", "bfloat16", "-m", "shows", cwd=here)
-    expected = {"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}
+    shown = run(
+        "--cache-dir",
+        "c",
+        "--jobs",
+        "3",
+        "--dtype",
+        "bfloat16",
+        "--io-bits",
+        "8",
+        "-m",
+        "shows",
+        cwd=here,
+    )
+    expected = {"cache_dir": "c", "jobs": 3, "dtype": "bfloat16", "io_bits": 8}
     assert shown.stdout.strip() == str(expected)
 
 

@@ -9,7 +9,6 @@ import sys
 import types
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_lm
 import mlx_vlm
 import mlx_vlm.utils
@@ -23,6 +22,7 @@ from paroquant_stream import install, uninstall
 from paroquant_stream.errors import MissingExtraError
 from paroquant_stream.integrations import import_hook, loader_patch
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
+from tests.helpers.paroquant_rotation import rotate_on_the_cpu
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.stand_in import stand_in
 
@@ -38,18 +38,6 @@ def _undone():
     for _ in range(3):
         uninstall()
     assert home.load is generator.load is ORIGINAL[0]
-
-
-def rotate_on_the_cpu(x, packed_pairs, cos, sin, scales, dim, krot, group_size):
-    """Compute what paroquant's Metal kernel does, so that its model runs on any machine."""
-    rows = x.astype(mx.float32) * scales
-    offsets = mx.repeat(mx.arange(dim // group_size) * group_size, group_size // 2)
-    for k in range(krot):
-        i, j = (packed_pairs[k] & 0xFFFF) + offsets, (packed_pairs[k] >> 16) + offsets
-        a, b = rows[:, i], rows[:, j]
-        rows[:, i] = a * cos[k] + b * sin[k]
-        rows[:, j] = b * cos[k] - a * sin[k]
-    return rows.astype(x.dtype)
 
 
 def answer(model) -> str:

@@ -77,16 +77,17 @@ def test_the_places_are_those_of_pip_and_site():
 
 def test_children_get_the_options_and_keep_their_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "a")
-    found = switch.child_environment("c", 2, "float16")
+    found = switch.child_environment("c", 2, "float16", 8)
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     assert found["PYTHONPATH"] == f"{switch.CHILDREN}{os.pathsep}a"
     assert found["PAROQUANT_STREAM_CACHE"] == os.path.abspath("c")
-    assert switch.options_from_environment() == {"jobs": 2, "dtype": "float16"}
+    assert switch.options_from_environment() == {"jobs": 2, "dtype": "float16", "io_bits": 8}
     monkeypatch.delenv("PYTHONPATH")
-    plain = {"PAROQUANT_STREAM_INSTALL": "1", "PAROQUANT_STREAM_DTYPE": "source"}
-    assert switch.child_environment(None, None, "source") == {
-        **plain,
+    assert switch.child_environment(None, None, "source", 4) == {
+        "PAROQUANT_STREAM_INSTALL": "1",
+        "PAROQUANT_STREAM_DTYPE": "source",
+        "PAROQUANT_STREAM_IO_BITS": "4",
         "PYTHONPATH": str(switch.CHILDREN),
     }
 
