@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ..backends.mlx_lm import MlxLm
 from ..checkpoint.model_files import check_directory, check_has_tokenizer
 from ..conversion.converter import Loads, convert
-from ..conversion.in_place import shipped
+from ..conversion.in_place import check_variant, shipped
 from ..conversion.request import Request, request_for
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
@@ -181,6 +181,7 @@ def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loa
     except CheckpointError as error:
         if damage:
             raise damage from error
+        check_variant(request, error)
         if reason is None:
             raise
         raise type(error)(f"{error}; and not used: {reason}") from error

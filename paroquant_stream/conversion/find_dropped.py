@@ -48,13 +48,21 @@ def find_dropped(request: Request) -> DropRecord | None:
     if read_note(request.source.directory) is None:
         return _from_manifest(request, absent)
     if request.source.remote is None:
-        options = request.target.variant.options or " --dtype source"
-        raise SourceDroppedError(
-            f"{request.source.directory}: its shards were removed by --drop-source, and "
-            f"{request.store.root} has no record of that for{options}; name "
-            "the cache, dtype and io-bits that it was converted with, or put the shards back"
-        )
+        raise SourceDroppedError(_not_here(request))
     return None
+
+
+def _not_here(request: Request) -> str:
+    noted = read_note(request.source.directory)
+    known = read_record(request.store, noted) if noted else None
+    advice = "name the cache, dtype and io-bits that it was converted with"
+    if known and known.variant != request.target.variant:
+        advice = f"it was converted {known.variant.asked_for} so ask for that"
+    options = request.target.variant.options or " --dtype source"
+    return (
+        f"{request.source.directory}: its shards were removed by --drop-source, and "
+        f"{request.store.root} has no record of that for{options}; {advice}, or put the shards back"
+    )
 
 
 def find_manifest(request: Request) -> Manifest | None:

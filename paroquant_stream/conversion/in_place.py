@@ -76,24 +76,42 @@ def instead(request: Request, error: CheckpointError) -> tuple[Manifest, Path]:
         CheckpointError: `error`, where no conversion explains it.
     """
     source, beside = request.source, inside_model(request)
-    absent = any(not os.path.lexists(source.directory / name) for name in source.config.shard_names)
-    held = [v for v in VARIANTS.values() if read_manifest(beside.with_variant(v))]
-    if request.target.in_place or source.remote or not (absent and held):
+    if not _held_alone(request):
         raise error
-    root = beside.store.root
     if request.options.force or request.options.drop_source:
         raise SourceDroppedError(
-            f"{source.name}: its shards are gone, and {root} holds what they were converted to; "
-            "load uses that, nothing else can be made of it"
+            f"{source.name}: its shards are gone, and {beside.store.root} holds what they were "
+            "converted to; load uses that, nothing else can be made of it"
         ) from error
-    if request.target.variant not in held:
-        raise SourceDroppedError(
-            f"{source.name}: its shards are gone, and {root} holds what they were converted to "
-            f"with{' and with'.join(v.options or ' --dtype source' for v in held)} alone"
-        ) from error
+    check_variant(request, error)
     if found := shipped(request):
         return found[0], beside.store.manifest_path(beside.manifest_name)
     raise error
+
+
+def check_variant(request: Request, error: CheckpointError) -> None:
+    """Raise SourceDroppedError if only other conversions than this one are inside a model.
+
+    Args:
+        request: A conversion that cannot be made.
+        error: Why.
+    """
+    held = _held_alone(request)
+    if held and request.target.variant not in held:
+        root = inside_model(request).store.root
+        raise SourceDroppedError(
+            f"{request.source.name}: its shards are gone, and {root} holds what they were "
+            f"converted to {' and '.join(v.asked_for for v in held)} and nothing else"
+        ) from error
+
+
+def _held_alone(request: Request) -> list[Variant]:
+    """Return the conversions inside a model directory that lacks shards; none if it lacks none."""
+    source, beside = request.source, inside_model(request)
+    absent = any(not os.path.lexists(source.directory / name) for name in source.config.shard_names)
+    if request.target.in_place or source.remote or not absent:
+        return []
+    return [v for v in VARIANTS.values() if read_manifest(beside.with_variant(v))]
 
 
 def dtypes_converted(request: Request) -> list[Dtype]:

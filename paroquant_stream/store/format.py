@@ -92,6 +92,14 @@ class Variant:
         dtype = "" if self.dtype == "source" else f" --dtype {self.dtype}"
         return dtype + ("" if self.io_bits == 4 else f" --io-bits {self.io_bits}")
 
+    @property
+    def asked_for(self) -> str:
+        """How a user asks for it, in messages: by the options of commands and of `load`."""
+        given = {"dtype": self.dtype, "io_bits": self.io_bits}
+        changed = {name: given[name] for name in given if given[name] not in ("source", 4)}
+        keywords = ", ".join(f"{k}={v!r}" for k, v in (changed or {"dtype": "source"}).items())
+        return f"with{self.options or ' --dtype source'}, load(..., {keywords}),"
+
 
 DEFAULT_VARIANT = Variant()
 VARIANTS = {v.name: v for v in (Variant(dtype, bits) for dtype in DTYPES for bits in IO_BITS)}
