@@ -70,7 +70,7 @@ def load_config(directory: Path) -> dict[str, Any]:
             f"{directory}: mlx-lm cannot read config.json or generation_config.json: "
             f"{one_line(error)}"
         ) from error
-    _flatten_rope(config)
+    flatten_rope(config)
     mark, model_type = config.get(EXPORT_MARK), config.get("model_type")
     if isinstance(mark, dict):
         model_type = mark.get("model_type", model_type)
@@ -80,10 +80,13 @@ def load_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _flatten_rope(config: dict[str, Any]) -> None:
+def flatten_rope(config: dict[str, Any]) -> None:
     """Add rope_theta and rope_scaling where they lie in rope_parameters, as transformers 5 saves.
 
     Many classes know only the old names: some raise, others use a theta of 10,000 in silence.
+
+    Args:
+        config: config.json; changed in place.
     """
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:  # absent, or one for each layer type

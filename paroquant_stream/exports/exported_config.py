@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..backends.mlx_lm import flatten_rope
 from ..checkpoint.config import EXPORTED
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from ..store.manifest import Manifest
@@ -74,8 +75,10 @@ def exported_config(
     needs = NEEDS_PACKAGE if code is None else NEEDS_TRUST
     ours["model_type"] = f"{needs}{mark['model_type']}"
     ours["configuration_files"] = [TRANSFORMERS_CONFIG]
+    written = {TRANSFORMERS_CONFIG: dict(sorted(config.items()))}
+    flatten_rope(config)  # as `load` does: the library alone might use another theta
     return {
-        TRANSFORMERS_CONFIG: dict(sorted(config.items())),
+        **written,
         "config.json": dict(sorted((config | ours).items())),
     }
 

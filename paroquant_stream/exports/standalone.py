@@ -145,15 +145,8 @@ class RotatedLinear(_Rotated):
 
     def __call__(self, x: mx.array) -> mx.array:
         """The layer's output."""
-        y = mx.quantized_matmul(
-            self._rotate(x),
-            self.weight,
-            scales=self.scales,
-            biases=self.biases,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+        stored = self.weight, self.scales, self.biases, True, self.group_size, self.bits
+        y = mx.quantized_matmul(self._rotate(x), *stored)
         if self._group is not None:
             y = mx.distributed.all_sum(y, group=self._group)
         return y + self.bias if "bias" in self else y
@@ -218,6 +211,13 @@ class ModelArgs:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """The arguments that `Model` takes, as mlx-lm asks for them."""
         return cls(config)
+
+
+def __getattr__(name: str) -> Any:
+    """Where mlx-vlm would look for the config of a vision model; it runs this file too."""
+    if name == "ModelConfig":
+        raise ValueError("a text model, which mlx-vlm cannot load: use mlx-lm (mlx_lm.generate)")
+    raise AttributeError(name)
 
 
 def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it as a class

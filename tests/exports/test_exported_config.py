@@ -100,6 +100,15 @@ def test_the_tokenizer_is_that_of_the_models_type(tmp_path, named, self_containe
         assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
 
 
+def test_the_theta_reaches_the_class_of_stock_mlx_lm(tmp_path):
+    """qwen2's class has a default of a million, and knows no rope_parameters."""
+    export_model(FIXTURES / "qwen2-awq-size", tmp_path / "out", self_contained=True)
+    assert config_of(tmp_path / "out")["rope_theta"] == 10_000
+    plain = json.loads((tmp_path / "out" / TRANSFORMERS_CONFIG).read_text())
+    assert "rope_theta" not in plain
+    assert plain["rope_parameters"]["rope_theta"] == 10_000
+
+
 def test_load_says_which_type_it_does_not_know(model_dir, tmp_path):
     export_model(model_dir, tmp_path / "out")
     config = config_of(tmp_path / "out")

@@ -105,6 +105,7 @@ def stock_answers(exports, image) -> dict:
     return found
 
 
+@pytest.mark.slow  # stock mlx-vlm runs in a process of its own
 @pytest.mark.parametrize("name", [PICTURE, *FAMILIES])
 def test_stock_mlx_vlm_has_our_class_parameters_and_logits(name, models, exports, stock_answers):
     ours, _, is_vlm = load(models[name])
@@ -112,6 +113,7 @@ def test_stock_mlx_vlm_has_our_class_parameters_and_logits(name, models, exports
     assert stock_answers[str(exports[name])] == functions()["described"](ours)
 
 
+@pytest.mark.slow
 def test_stock_mlx_vlm_answers_about_an_image_as_through_load(models, image, stock_answers):
     model, processor, _ = load(models[PICTURE])
     answer = functions()["answer"]
@@ -182,6 +184,14 @@ def test_a_library_that_does_not_look_for_its_code_refuses_it(exports, tmp_path)
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=NEEDS_MLX_VLM):
         utils.load_model(out, strict=False)
+
+
+def test_the_export_of_a_text_model_is_refused_by_a_sentence(tmp_path):
+    export_model(FIXTURES / "llama-awq-adversarial", tmp_path / "out", self_contained=True)
+    # mlx-vlm before 0.6.16 runs no `model_file`, and says the model type
+    why = "a text model, which mlx-vlm cannot load: use mlx-lm|trust_remote_code_required__llama"
+    with pytest.raises(ValueError, match=why):
+        utils.load_model(tmp_path / "out")
 
 
 def test_a_model_without_a_tower_is_refused_before_any_work(model_dir, tmp_path):
