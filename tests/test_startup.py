@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+from paroquant_stream.integrations import switch
 from paroquant_stream.integrations.switch import LINE
 from tests.helpers.paths import ROOT
 from tests.helpers.stand_in import stand_in
@@ -49,6 +50,17 @@ def test_a_loader_is_replaced_when_it_is_imported(tmp_path):
     variables = {"PAROQUANT_STREAM_JOBS": "3", "PAROQUANT_STREAM_DTYPE": "bfloat16"}
     done = python(stand_in(tmp_path), code, PAROQUANT_STREAM_INSTALL="1", **variables)
     assert done.stdout == f"{OURS}\n[[3, 'bfloat16']]\n"
+
+
+def test_a_file_that_outlives_the_package_does_nothing(tmp_path):
+    (tmp_path / switch.NAME).write_text(LINE)
+    code = "import site, sys; site.addsitedir(sys.argv[1]); print('goes on')"
+    command = [sys.executable, "-I", "-W", "error", "-c", code, str(tmp_path)]
+    hide = "import sys; sys.modules['paroquant_stream'] = None\n"  # installed or not
+    (tmp_path / "aa_first.pth").write_text(hide)
+    environment = {**os.environ, "PAROQUANT_STREAM_INSTALL": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\n", "")
 
 
 def test_without_the_variable_nothing_happens(tmp_path):

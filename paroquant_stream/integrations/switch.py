@@ -29,8 +29,10 @@ VARIABLES = (VARIABLE, JOBS, DTYPE, IO_BITS, CACHE, "PYTHONPATH")
 """What `child_environment` may set."""
 NAME = "zz_paroquant_stream_switch.pth"
 LINE = (
-    f"import os; os.environ.get({VARIABLE!r}) == '1' and __import__('paroquant_stream.startup')\n"
+    f"import os; os.environ.get({VARIABLE!r}) == '1' and "
+    r'exec("try: import paroquant_stream.startup\nexcept ImportError: pass")' + "\n"
 )
+"""Without the package, as after `pip uninstall`, it does nothing."""
 CHILDREN = Path(__file__).parent / "child_processes"
 
 

@@ -53,6 +53,7 @@ def patched(tmp_path) -> Path:
     return tmp_path / "site"
 
 
+@pytest.mark.slow  # a process that loads twice, by the public loader once
 def test_the_patched_generator_writes_the_same_tokens(patched, tmp_path):
     path = os.pathsep.join([str(patched), str(ROOT)])
     environment = {
