@@ -57,7 +57,7 @@ def _not_here(request: Request) -> str:
     known = read_record(request.store, noted) if noted else None
     advice = "name the cache, dtype and io-bits that it was converted with"
     if known and known.variant != request.target.variant:
-        advice = f"it was converted {known.variant.asked_for} so ask for that"
+        advice = f"pass {known.variant.how_asked}, with which it was converted"
     options = request.target.variant.options or " --dtype source"
     return (
         f"{request.source.directory}: its shards were removed by --drop-source, and "

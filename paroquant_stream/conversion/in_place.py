@@ -101,7 +101,7 @@ def check_variant(request: Request, error: CheckpointError) -> None:
         root = inside_model(request).store.root
         raise SourceDroppedError(
             f"{request.source.name}: its shards are gone, and {root} holds what they were "
-            f"converted to {' and '.join(v.asked_for for v in held)} and nothing else"
+            f"converted to with {' and with '.join(v.how_asked for v in held)} alone; pass that"
         ) from error
 
 

@@ -93,12 +93,12 @@ class Variant:
         return dtype + ("" if self.io_bits == 4 else f" --io-bits {self.io_bits}")
 
     @property
-    def asked_for(self) -> str:
-        """How a user asks for it, in messages: by the options of commands and of `load`."""
+    def how_asked(self) -> str:
+        """How a user asks for it, in messages: by options of a command, or arguments of `load`."""
         given = {"dtype": self.dtype, "io_bits": self.io_bits}
         changed = {name: given[name] for name in given if given[name] not in ("source", 4)}
-        keywords = ", ".join(f"{k}={v!r}" for k, v in (changed or {"dtype": "source"}).items())
-        return f"with{self.options or ' --dtype source'}, load(..., {keywords}),"
+        arguments = (f"{k}={v!r}" for k, v in (changed or {"dtype": "source"}).items())
+        return f"{self.options.lstrip() or '--dtype source'} (in Python {', '.join(arguments)})"
 
 
 DEFAULT_VARIANT = Variant()

@@ -198,10 +198,10 @@ def test_what_lies_inside_the_model_is_used(run, hollow, tmp_path):
     [
         ("--force", "; load uses that, nothing else can be made of it"),
         ("--drop-source -y", "; load uses that, nothing else can be made of it"),
-        ("--dtype float16", " with --dtype source, load(..., dtype='source'), and nothing else"),
+        ("--dtype float16", " with --dtype source (in Python dtype='source') alone; pass that"),
         (
             "--dry-run --dtype float16",
-            " with --dtype source, load(..., dtype='source'), and nothing else",
+            " with --dtype source (in Python dtype='source') alone; pass that",
         ),
     ],
 )

@@ -192,7 +192,7 @@ def test_another_dtype_after_a_drop_names_the_stored_one(dropped):
 )
 def test_a_load_of_another_variant_says_what_to_pass(model_dir, in_place, options, asked):
     run(model_dir, in_place=in_place, drop_source=True, **options)
-    with pytest.raises(SourceDroppedError, match=rf"with --\S+ \S+, load\(..., {asked}\),"):
+    with pytest.raises(SourceDroppedError, match=rf"--\S+ \S+ \(in Python {asked}\)"):
         load(model_dir)
     load(model_dir, **options)
 
