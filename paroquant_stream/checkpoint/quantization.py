@@ -50,7 +50,7 @@ def read_quantization(config: Mapping[str, Any], label: str = "config.json") -> 
     if type(bits) is not int or bits not in expected:
         raise LayoutError(
             f"{label}: expected 4 bits, or 5 in the format {INT5_FORMAT}, found {bits!r} in "
-            f"the format {block.get('format')!r}"
+            f"the format {block.get('format') or 'paroquant'}"
         )
     if group_size == -1:
         raise LayoutError(
