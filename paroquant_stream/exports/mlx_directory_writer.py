@@ -31,7 +31,7 @@ from ..files.new_file import new_file_at
 from ..files.tensor_header import TensorInfo, TensorSpec
 from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
-from ..model.entries import guard_reads
+from ..model.entries import check_sizes, guard_reads
 from ..progress_bar import FILES, SHARDS
 from ..store.manifest import Manifest
 from ..store.store import Store
@@ -164,6 +164,7 @@ def _write_directory(
         with guard_reads(manifest.entries, store):
             for (name, held), count in zip(shards.items(), counts, strict=True):
                 _write_shard(directory / name, held, tensors, count)
+            check_sizes(manifest.entries, store)
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(directory / INDEX_NAME, as_json(index))

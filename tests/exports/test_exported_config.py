@@ -18,6 +18,7 @@ from paroquant_stream.errors import AssemblyError
 from paroquant_stream.exports.exported_config import MODEL_FILE, TRANSFORMERS_CONFIG
 from tests.helpers.builders import CONFIG, write_checkpoint
 from tests.helpers.paths import FIXTURES
+from tests.helpers.stock import ASKS
 
 HIDDEN = "paroquant_stream_required__llama"
 
@@ -55,8 +56,9 @@ def test_a_self_contained_one_names_its_code_and_what_it_needs(model_dir, tmp_pa
 @pytest.mark.parametrize("trusted", [True, False])
 def test_mlx_lm_refuses_a_plain_export_and_says_why(model_dir, tmp_path, strict, trusted):
     export_model(model_dir, tmp_path / "out")
+    trust = {"trust_remote_code": trusted} if ASKS else {}
     with pytest.raises(ValueError, match=f"Model type {HIDDEN} not supported"):
-        load_model(tmp_path / "out", strict=strict, trust_remote_code=trusted)
+        load_model(tmp_path / "out", strict=strict, **trust)
 
 
 def test_mlx_vlm_refuses_a_plain_export_and_says_why(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
 
+ASKS = "trust_remote_code" in inspect.signature(load_model).parameters
+"""Whether the installed mlx-lm runs a model's code only when told to trust it."""
 PROMPTS = [[5], [5, 9, 17, 42, 3], [(7 * i) % 200 + 2 for i in range(70)]]
 """One row; a few; more than a tile of the rotation, and routed rows in the order of experts."""
 

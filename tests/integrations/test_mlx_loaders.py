@@ -184,6 +184,8 @@ def test_a_repository_is_converted_while_it_downloads(hub, tmp_path, monkeypatch
     ("option", "variable"), [({"trust_remote_code": True}, ""), ({}, "true"), ({"name": "x/y"}, "")]
 )
 def test_other_downloads_are_those_of_the_original(hub, tmp_path, monkeypatch, option, variable):
+    if not {*option} - {"name"} <= inspect.signature(mlx_lm.load).parameters.keys():
+        pytest.skip("this version of mlx-lm has no such option")
     hub.push("owner/paro", write_llama(tmp_path))
     monkeypatch.setenv("MLXLM_USE_MODELSCOPE", variable)
     asked = []
