@@ -14,7 +14,6 @@ from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
 from ..execution.automatic import Automatic
 from ..execution.cancellation import Cancellation
-from ..execution.dask import client_of
 from ..execution.threads import run_all
 from ..files.folder import Folder
 from ..files.tensor_writer import file_size
@@ -186,7 +185,6 @@ def _check_before_work(request: Request, tasks: Sequence[Task]) -> None:
         task for task in tasks if request.options.force or not digest_cache.knows_size(task.size)
     ]
     check_space(request, [file_size(task.outputs) for task in sure])
-    _check_mlx(request, sure)
 
 
 def check_space(request: Request, sizes: Sequence[int]) -> None:
@@ -208,16 +206,6 @@ def check_space(request: Request, sizes: Sequence[int]) -> None:
             f"{request.store.root}: {bytes_text(needed)} needed for "
             f"{counted(len(sizes), 'shard')}, {bytes_text(free)} free; free some space{where}"
         )
-
-
-def _check_mlx(request: Request, sure: Sequence[Task]) -> None:
-    """Raise MissingExtraError when MLX, which quantizes embeddings, is needed and not usable."""
-    if client_of(request.options.executor):
-        return  # of a cluster, whose workers have an environment of their own
-    if any(operation.kind == "quantize" for task in sure for operation in task.operations):
-        from ..backends.mlx_core import check_mlx  # late: most runs have no work
-
-        check_mlx()
 
 
 def _manifest(request: Request, model: ModelPlan, records: Sequence[EntryRecord]) -> Manifest:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from ..errors import OutOfRangeError
 from ..plan.task import Operation, Part
 from .cast import LARGEST, cast
+from .int5 import int5_biases, int5_codes, int5_stripes
+from .quantize import is_finite, quantize_rows
 from .repack import (
     awq_biases,
     awq_stripes,
@@ -34,7 +36,6 @@ _DTYPES = {
     "I16": np.int16,
     "I32": np.uint32,
 }
-_QUANTIZE_ROWS_BYTES = 2 << 20  # half a chunk; fits the caches together with its codes
 
 
 def run_operation(operation: Operation, source: Source) -> Chunks:
@@ -94,6 +95,18 @@ def _awq_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -
     yield 0, _bytes_of(awq_biases(_array(source, scales, buffer=1), _array(source, zeros)))
 
 
+def _int5_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    qweight, plane = parts
+    for stripe in int5_stripes(_array(source, qweight), _array(source, plane, buffer=1)):
+        yield 0, _bytes_of(stripe)
+
+
+def _int5_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    qzeros, plane, scales = parts
+    zeros = int5_codes(_array(source, qzeros), _array(source, plane, buffer=1))
+    yield 0, _bytes_of(int5_biases(_array(source, scales), zeros))
+
+
 def _group_scales(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
     yield 0, _bytes_of(group_scales(_array(source, parts[0])))
 
@@ -114,27 +127,19 @@ def _legacy_rows(source: Source, parts: tuple[Part, ...], values: Mapping[str, i
 def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]) -> Chunks:
     """Quantize an embedding in chunks of rows; no group crosses a row, so the bits are the same."""
     part = parts[0]
-    row_bytes = (part.stop - part.start) // part.shape[0]
-    rows = max(_QUANTIZE_ROWS_BYTES // row_bytes, 1)
-
-    def quantize(stored: npt.NDArray[Any]) -> list[memoryview]:
-        return _quantize_rows(stored, part.dtype, values["group_size"], values["bits"])
-
-    for chunk in source.chunks(part, row_bytes):
+    how = part.dtype, values["group_size"], values["bits"]
+    for chunk in source.chunks(part, (part.stop - part.start) // part.shape[0]):
         stored = np.frombuffer(chunk, _DTYPES[part.dtype]).reshape(-1, part.shape[1])
-        pieces = [stored[first : first + rows] for first in range(0, len(stored), rows)]
-        for results in map(quantize, pieces):
-            yield from enumerate(results)
+        usual = how[2] in (4, 8) and is_finite(stored, part.dtype)
+        for index, result in enumerate((quantize_rows if usual else _by_mlx)(stored, *how)):
+            yield index, _bytes_of(result)
 
 
-def _quantize_rows(
+def _by_mlx(
     stored: npt.NDArray[Any], dtype: str, group_size: int, bits: int
-) -> list[memoryview]:
-    """Compute MLX's weight, scales and biases of some rows on the CPU.
-
-    CPU and GPU round ties differently, and entries must not depend on the device.
-    """
-    from ..backends.mlx_core import check_mlx  # late: without an embedding no MLX is needed
+) -> list[npt.NDArray[Any]]:
+    """Quantize rows with values that are not finite, of which MLX alone knows what it makes."""
+    from ..backends.mlx_core import check_mlx  # late: no other rows need MLX
 
     check_mlx()
     import mlx.core as mx
@@ -146,7 +151,7 @@ def _quantize_rows(
     if dtype == "BF16":  # numpy has no bfloat16
         results[1:] = [result.view(mx.uint16, stream=mx.cpu) for result in results[1:]]
     mx.eval(results)
-    return [_bytes_of(np.array(result, copy=False)) for result in results]
+    return [np.array(result, copy=False) for result in results]
 
 
 _KINDS: dict[str, Callable[[Source, tuple[Part, ...], Mapping[str, int]], Chunks]] = {
@@ -154,6 +159,8 @@ _KINDS: dict[str, Callable[[Source, tuple[Part, ...], Mapping[str, int]], Chunks
     "quantize": _quantize,
     "awq_weight": _awq_weight,
     "awq_biases": _awq_biases,
+    "int5_weight": _int5_weight,
+    "int5_biases": _int5_biases,
     "group_scales": _group_scales,
     "native_biases": _native_biases,
     "legacy_weight": _legacy_weight,

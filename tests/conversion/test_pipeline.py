@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from paroquant_stream.execution.slots import SlotPool
 
 from paroquant_stream.conversion import pipeline
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import RunCancelledError, StoreError
-from paroquant_stream.execution.slots import SlotPool
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import Store
 from tests.helpers.builders import cut_apart, llama_tensors, write_checkpoint
