@@ -91,8 +91,7 @@ class BlockWriter:
             offset, (block, filled) = next(iter(self._blocks.items()))
             del self._blocks[offset]
             self._submit(block, filled, offset)
-        if len(self._pending) == PENDING:
-            self._wait(1)
+        self._wait(len(self._pending) - PENDING + 1)
         if self._free:
             return self._free.pop()
         space = mmap.mmap(-1, max(1, min(BLOCK, self._size)))

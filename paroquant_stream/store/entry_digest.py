@@ -123,7 +123,7 @@ def hash_entry(
 
     def hash_range(bounds: Range) -> bytes:
         hasher, (start, stop) = BlockHasher(), bounds
-        buffer = memoryview(bytearray(min(BLOCK, stop - start)))
+        buffer = memoryview(bytearray(min(CHUNK, stop - start)))
         for chunk in read_chunks(fd, start, stop, label, buffer):
             hasher.update(chunk)
         return hasher.finish()
