@@ -5,7 +5,6 @@ done.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
