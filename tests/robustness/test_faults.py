@@ -35,7 +35,7 @@ from tests.helpers.paths import ROOT
 
 ERRNOS = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE", "EINTR", "ESTALE")
 SEAM = ("open", "posix_fallocate", "pwrite", "fsync", "fstat", "stat", "mkdir", "replace", "utime")
-SEAM += ("close", "preadv", "pread", "statvfs", "listdir", "lseek")
+SEAM += ("close", "preadv", "pread", "statvfs", "listdir")
 CALLS = ("pwrite", "fsync", "rename", "openat", "fallocate", "close", "mkdir")
 START = (
     SETTLED
