@@ -21,6 +21,7 @@ from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.layout import Layout
 from paroquant_stream.checkpoint.quantization import Quantization
+from paroquant_stream.files.folder import Folder
 from paroquant_stream.files.new_file import NewFile
 from paroquant_stream.plan.planner import Plan, make_plan
 from paroquant_stream.plan.task import Operation
