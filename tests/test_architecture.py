@@ -64,7 +64,7 @@ HOMES = {
     "filelock": {"store/lock.py"},
     "xxhash": {
         *("files/hashing.py", "files/digest_cache.py", "files/new_file.py"),
-        *("transform/source.py", "exports/single_file_writer.py"),
+        *("transform/source.py", "transform/source_shard.py", "store/entry_digest.py"),
     },
     "huggingface_hub": {"checkpoint/hub.py", "checkpoint/hub_watch.py", "checkpoint/hub_cache.py"},
     "argcomplete": {"cli/completion.py"},
@@ -135,7 +135,7 @@ def test_what_is_imported_late_is_not_imported_at_the_top(path):
 
 def test_packages_have_a_docstring_and_about_ten_files():
     count = Counter(package_of(path) for path in MODULES if path.parent != PACKAGE)
-    assert max(count.values()) <= 14  # with __init__
+    assert max(count.values()) <= 15  # with __init__
     for path in PACKAGE.glob("*/__init__.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path

@@ -102,6 +102,10 @@ class BlockWriter:
 
     def _submit(self, block: memoryview, filled: int, end: int) -> None:
         """Queue a block that ends at this offset for the thread that writes."""
+        if self._size <= BLOCK:  # no other block is filled meanwhile
+            self._write(block[:filled], end - filled)
+            self._free.append(block)
+            return
         if self._thread is None:
             # imported late: a run without work does not need it
             from concurrent.futures import ThreadPoolExecutor

@@ -248,7 +248,7 @@ def test_a_current_single_file_that_fits_no_model_is_an_error(tmp_path, monkeypa
 def test_only_a_part_by_layers_needs_some_entries_alone(model_dir, monkeypatch):
     asked = []
 
-    def record(request, progress, trace, needed, loads):
+    def record(request, progress, trace, needed, *_):
         asked.append(needed)
         raise CheckpointError("no conversion")
 

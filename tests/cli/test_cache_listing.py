@@ -153,7 +153,7 @@ def test_manifests_that_say_little_are_listed_with_what_is_known(converted):
     assert shown_now()[1].startswith(f"({path.name[:12]})")
     assert "damaged: the next conversion replaces it" in shown_now()[1]
     data = bytearray(good)
-    data[10:12] = (2).to_bytes(2, "little")
+    data[10:12] = (3).to_bytes(2, "little")
     path.write_bytes(data)
     assert "unknown: of a newer version, or not readable" in shown_now()[1]
     path.write_bytes(replace(Manifest.decode(good), directory="/elsewhere", model="x").encode())

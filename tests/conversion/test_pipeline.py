@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from paroquant_stream.execution.slots import SlotPool
+import xxhash
 
 from paroquant_stream.conversion import pipeline
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import RunCancelledError, StoreError
+from paroquant_stream.execution.automatic import Automatic
+from paroquant_stream.execution.cancellation import Cancellation
+from paroquant_stream.execution.threads import Shared
+from paroquant_stream.maintenance.verify import verify_model
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import Store
-from tests.helpers.builders import cut_apart, llama_tensors, write_checkpoint
-from tests.helpers.conversions import actions, run
+from paroquant_stream.transform import unit_pool
+from tests.helpers.builders import cut_apart, flip, llama_tensors, write_checkpoint
+from tests.helpers.cache_files import entries
+from tests.helpers.conversions import actions, flip_byte, run
+from tests.helpers.paths import FIXTURES
+from tests.helpers.units import make_small
 
 pytestmark = pytest.mark.usefixtures("settled")
 
@@ -87,14 +96,137 @@ def test_an_equal_manifest_is_not_written_again(model_dir, monkeypatch):
 
 
 def test_a_run_that_is_stopped_ends_at_the_next_bytes(model_dir):
-    slots, told = SlotPool(1, 0), []
+    cancellation, told = Cancellation(), []
 
     def stop(shard: str, done: int, size: int) -> None:
         told.append(done)
         if done:
-            slots.stop()
+            cancellation.stop()
 
-    request = replace(make_request(model_dir, jobs=1), slots=slots)
-    with pytest.raises(RunCancelledError):
+    shared = Shared(Automatic(), ThreadPoolExecutor(1), cancellation)
+    request = replace(make_request(model_dir, jobs=1), shared=shared)
+    with shared.threads, pytest.raises(RunCancelledError):
         convert(request, stop)
-    assert told[:-1] == [0, 0, 0]  # the sizes, then what stopped it
+    assert set(told[:-1]) == {0}  # the sizes, then what stopped it
+    assert told[-1] > 0
+
+
+def splits(model, jobs, monkeypatch) -> list[bool]:
+    found, real = [], pipeline.run_task
+
+    def noted(job, *rest):
+        found.append((job.task.shard, job.split))
+        return real(job, *rest)
+
+    monkeypatch.setattr(pipeline, "run_task", noted)
+    convert(make_request(model, jobs=jobs))
+    return [split for _, split in sorted(found)]
+
+
+@pytest.mark.parametrize(
+    ("shards", "jobs", "expected"),
+    [
+        (1, 1, [False]),
+        (1, 2, [True]),  # one alone, for all workers
+        (12, 1, [False] * 12),
+        (12, 2, [False] * 8 + [True] * 4),  # the last two of each worker
+    ],
+)
+def test_the_last_shards_are_split_among_the_workers(tmp_path, monkeypatch, shards, jobs, expected):
+    model = write_checkpoint(tmp_path / "m", cut=cut_apart(shards))
+    found = splits(model, jobs, monkeypatch)
+    assert abs(sum(found) - sum(expected)) <= 1  # they are of almost the same size
+    assert found[0] == expected[0]
+    assert found[-1] == expected[-1]
+
+
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_units_never_change_a_bit(tmp_path, monkeypatch, jobs):
+    make_small(monkeypatch)
+    tensors = llama_tensors()
+    for cut in (None, cut_apart(4)):
+        model = write_checkpoint(tmp_path / str(cut is None), tensors, cut)
+        one = convert(make_request(model, cache_dir=tmp_path / "one", jobs=1))
+        many = convert(make_request(model, cache_dir=tmp_path / "many", jobs=jobs))
+        assert one.manifest == many.manifest
+    assert entries(tmp_path / "one") == entries(tmp_path / "many")
+
+
+FAST = ("llama-awq-single", "llama-legacy-size", "llama-native-size", "llama-qlinear-adversarial",
+        "qwen3_moe-awq-adversarial", "qwen3_5_moe-native-size")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        path.name if path.name in FAST else pytest.param(path.name, marks=pytest.mark.slow)
+        for path in sorted(FIXTURES.iterdir())
+        if (path / "config.json").exists()
+    ],
+)
+def test_units_never_change_a_bit_of_any_layout(name, tmp_path, monkeypatch):
+    """Experts are cut between their slices, embeddings between rows."""
+    make_small(monkeypatch)
+    model, ran = FIXTURES / name, []
+    one = convert(make_request(model, cache_dir=tmp_path / "one", jobs=1))
+    real = unit_pool.run_unit
+    monkeypatch.setattr(
+        unit_pool, "run_unit", lambda unit, *a, **k: ran.append(unit) or real(unit, *a, **k)
+    )
+    many = convert(make_request(model, cache_dir=tmp_path / "many", jobs=3))
+    assert len(ran) > len(many.manifest.entries) + 3
+    assert one.manifest == many.manifest
+    assert entries(tmp_path / "one") == entries(tmp_path / "many")
+
+
+def as_format_1(result, cache) -> Manifest:
+    """Leave a cache as an earlier version did: flat digests, and a manifest of format 1."""
+    records = []
+    for record in result.manifest.entries:
+        path = Store(cache).entry_path(record.key)
+        digest = xxhash.xxh3_128(path.read_bytes()).hexdigest()
+        path.with_suffix(".digest").write_text(f"xxh3-128 {digest} {record.size}\n")
+        records.append(replace(record, digest=digest))
+    manifest = replace(result.manifest, entries=tuple(records))
+    data = bytearray(manifest.encode())
+    data[8:12] = (1 << 16 | 1).to_bytes(4, "little")  # the version, which no hash covers
+    store = Store(cache)
+    store.manifest_path(store.manifest_names()[0]).write_bytes(data)
+    return manifest
+
+
+def test_a_cache_of_an_earlier_version_is_used_as_it_is(model_dir, tmp_path):
+    cache = tmp_path / "cache"
+    first = convert(make_request(model_dir, cache_dir=cache))
+    old = as_format_1(first, cache)
+    before = entries(cache)
+    again = convert(make_request(model_dir, cache_dir=cache))
+    assert again.manifest == old
+    assert set(actions(again).values()) == {"reused"}
+    assert entries(cache) == before
+    assert verify_model(make_request(model_dir, cache_dir=cache), True) == (6, [])
+    flip(Store(cache).entry_path(old.entries[1].key), -1 % old.entries[1].size)
+    _, (problem,) = verify_model(make_request(model_dir, cache_dir=cache), True)
+    assert f"expected XXH3 {old.entries[1].digest}" in str(problem)
+
+
+def test_an_old_cache_whose_manifest_is_lost_is_adopted(model_dir, tmp_path):
+    cache = tmp_path / "cache"
+    first = convert(make_request(model_dir, cache_dir=cache))
+    as_format_1(first, cache)
+    store = Store(cache)
+    store.manifest_path(store.manifest_names()[0]).unlink()
+    again = convert(make_request(model_dir, cache_dir=cache))
+    assert again.manifest == first.manifest  # with digests over blocks
+    assert {report.action for report in again.shards} == {"reused"}
+
+
+def test_a_changed_shard_of_an_old_cache_is_converted_beside_the_others(model_dir, tmp_path):
+    cache = tmp_path / "cache"
+    old = as_format_1(convert(make_request(model_dir, cache_dir=cache)), cache)
+    flip_byte(model_dir, 2, "model.layers.0.self_attn.q_proj.qweight")
+    again = convert(make_request(model_dir, cache_dir=cache))
+    kept = [r for r in again.manifest.entries if r in old.entries]
+    assert len(kept) == 2
+    assert sum(r.digest.startswith("tree:") for r in again.manifest.entries) == 1
+    assert verify_model(make_request(model_dir, cache_dir=cache), False) == (3, [])

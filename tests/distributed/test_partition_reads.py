@@ -168,9 +168,9 @@ def test_full_hashes_only_the_entries_of_the_part(deep, monkeypatch):
     flip_last_bit(store.entry_path(others[0].key))
     real, hashed = damage.hash_entry, []
 
-    def recorded(fd, label):
+    def recorded(fd, tensors, label, *rest):
         hashed.append(label)
-        return real(fd, label)
+        return real(fd, tensors, label, *rest)
 
     monkeypatch.setattr(damage, "hash_entry", recorded)
     load(deep, layers=layers, verify="full")

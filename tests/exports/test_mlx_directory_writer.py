@@ -238,7 +238,7 @@ class Failing:
     [
         ("open", errno.EACCES, 10),
         ("mkdir", errno.EROFS, 1),
-        ("write", errno.ENOSPC, 5),
+        ("pwrite", errno.ENOSPC, 5),
         ("fsync", errno.EIO, 10),
         ("replace", errno.EIO, 5),
         ("rename", errno.EIO, 1),

@@ -68,7 +68,7 @@ def test_a_newer_manifest_makes_claims_unknown(store):
     (model,) = take_inventory(store).models
     assert (model.is_damaged, model.newer) == (True, False)
     assert claimed_keys(store) == set()
-    data[10:12] = (2).to_bytes(2, "little")  # the major version
+    data[10:12] = (3).to_bytes(2, "little")  # the major version
     path.write_bytes(data)
     (model,) = take_inventory(store).models
     assert (model.is_damaged, model.newer) == (False, True)

@@ -200,7 +200,7 @@ def newer(store: Store, directory: Path) -> None:
     """Makes the model's manifest one of the next major version."""
     path = manifest_path(store, directory)
     data = bytearray(path.read_bytes())
-    data[10:12] = (2).to_bytes(2, "little")
+    data[10:12] = (3).to_bytes(2, "little")
     path.write_bytes(data)
 
 

@@ -231,7 +231,7 @@ def test_a_newer_version_that_came_since_the_plan_stops_it(store, tmp_path):
     plan = plan_of(store, "c")
     path = next(m for m in take_inventory(store).models if m.name.endswith("b")).files[0].path
     data = bytearray(path.read_bytes())
-    data[10:12] = (2).to_bytes(2, "little")
+    data[10:12] = (3).to_bytes(2, "little")
     path.write_bytes(data)
     with pytest.raises(StoreError, match="newer version"):
         execute(plan)

@@ -117,8 +117,8 @@ def test_an_entry_that_changes_while_hashed_is_hashed_again(converted, monkeypat
     path = store.entry_path(manifest.entries[0].key)
     real, hashed = damage.hash_entry, []
 
-    def hash_then_change(fd, label):
-        digest = real(fd, label)
+    def hash_then_change(*given):
+        digest = real(*given)
         if not hashed:
             flip(path, path.stat().st_size - 1)
         hashed.append(digest)

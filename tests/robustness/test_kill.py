@@ -224,7 +224,7 @@ def test_killed_inside_every_system_call_the_next_run_completes(name, call):
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("strace")
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
-@pytest.mark.parametrize("call", ["write", "fsync", "rename", "openat", "fallocate", "unlink"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "rename", "openat", "fallocate", "unlink"])
 def test_after_a_failed_system_call_the_next_run_completes(call, error):
     fired, wrong = traced("a cycle", [call], error=error)
     assert fired

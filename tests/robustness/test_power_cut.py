@@ -17,6 +17,7 @@ import pytest
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.files import new_file
+from paroquant_stream.store import entry_file
 from tests.helpers.builders import cut_evenly, write_checkpoint
 
 pytestmark = [
@@ -61,10 +62,10 @@ class Cuts:
     def __init__(self, image, patch) -> None:
         self.taken: list[tuple[object, set[str]]] = []
         self._image, self._done = image, set()
-        real_publish, real_replace = new_file.NewFile.publish, os.replace
+        real_replace = os.replace
 
-        def publish(file, folder, name):
-            stamp = real_publish(file, folder, name)
+        def publish(real, file, folder, name):
+            stamp = real(file, folder, name)
             self._done |= {name.removesuffix(".safetensors")}
             self._cut()
             return stamp
@@ -74,7 +75,9 @@ class Cuts:
             real_replace(*names, **where)
             self._cut()
 
-        patch.setattr(new_file.NewFile, "publish", publish)
+        for kind in (new_file.NewFile, entry_file.EntryFile):
+            real = kind.publish
+            patch.setattr(kind, "publish", lambda *given, real=real: publish(real, *given))
         patch.setattr(os, "replace", replace)
 
     def _cut(self) -> None:

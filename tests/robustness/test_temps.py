@@ -52,7 +52,7 @@ def can(under) -> bool:
 def stopped(model: Model, drop: bool, at: int, match: str):
     """A run that has stopped while it writes, until the body has ended; gives its temps."""
     until = model.directory.parent / "go on"
-    fault = model.watched(do="pause", at=at, match=match, calls=["fsync", "write"], until=until)
+    fault = model.watched(do="pause", at=at, match=match, calls=["fsync", "pwrite"], until=until)
     running = model.start_drop(fault) if drop else model.start(fault=fault)
     assert running.wait_for_fault(), "it never wrote"
     temps = [Path(name) for name in model.temps]

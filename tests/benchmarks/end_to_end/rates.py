@@ -21,13 +21,15 @@ from paroquant_stream.checkpoint.checkpoint import open_checkpoint
 from paroquant_stream.checkpoint.config import ModelConfig
 from paroquant_stream.checkpoint.layout import Layout
 from paroquant_stream.checkpoint.quantization import Quantization
-from paroquant_stream.files.digest_cache import DigestCache
+from paroquant_stream.files.folder import Folder
 from paroquant_stream.files.new_file import NewFile
 from paroquant_stream.plan.planner import Plan, make_plan
 from paroquant_stream.plan.task import Operation
+from paroquant_stream.store.store import Store
 from paroquant_stream.transform.operations import _quantize_rows
 from paroquant_stream.transform.repack import awq_biases, awq_stripes, group_scales
 from paroquant_stream.transform.source import Source
+from paroquant_stream.transform.unit import Unit
 from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
 from tests.benchmarks.end_to_end.measure import LOAD, Bench, process, python, timed
 from tests.benchmarks.simulation.flow import BLOCK, Rates
@@ -175,9 +177,9 @@ def part_seconds(plan: Plan, model: Path, work: Path) -> float:
     """Seconds of a part's read beside its bytes: the smallest part of a small shard."""
     parts = [p for op in plan.tasks[0].operations for s in op.slices for p in s]
     part = min(parts, key=lambda part: part.stop - part.start)
-    source = Source(plan.tasks[0], model, DigestCache(work), lambda _: None)
+    unit = Unit(plan.tasks[0].shard, model, Store(work), (), None)
+    source = Source(unit, lambda _: None)
     try:
-        source.hash()
         return usual(lambda: [source.whole(part) for _ in range(1000)]) / 1000
     finally:
         source.close()
@@ -189,12 +191,13 @@ def write_rates(directory: Path, size: int = 512 << 20) -> tuple[float, float, f
     published = []
 
     def stream(name: str) -> None:
-        file = NewFile(directory / name, size, 0o600)
-        for _ in range(size // BLOCK):
-            file.write(data)
-        file._wait(len(file._pending))
-        published.append(timed(lambda: file.publish(directory / "entries" / name)))
-        file.discard()
+        with Folder.open(directory) as folder, Folder.open(directory / "entries") as entries:
+            file = NewFile(folder, name, size, 0o600)
+            for _ in range(size // BLOCK):
+                file.write(data)
+            file._writer.flush()
+            published.append(timed(lambda: file.publish(entries, name)))
+            file.discard()
 
     def clear() -> None:
         shutil.rmtree(directory / "entries", ignore_errors=True)
