@@ -1,0 +1,133 @@
+"""The Metal source of a launch, as MLX gives it to Metal's compiler, and the buffers of it.
+
+MLX generates it on machines without Metal too, when a function that calls the kernel is exported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from paroquant_stream.rotation import metal
+from paroquant_stream.rotation.tables import RotationTables
+
+_PARAMETER = re.compile(r"^ +(.*?)([&*]?) (\w+) \[\[(?:buffer\((\d+)\)|(\w+))\]\](?:,|\) \{)$")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the generated function: a buffer with its number, or an attribute."""
+
+    kind: str
+    pointer: str
+    name: str
+    buffer: int | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a kernel: its source as MLX generates it, and what it was called with."""
+
+    source: str
+    inputs: tuple[np.ndarray, ...]
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+
+    @property
+    def buffers(self) -> list[np.ndarray]:
+        """The inputs as MLX binds them: each array, then its shape where the source asks for it."""
+        buffers: list[np.ndarray] = []
+        inputs, current = iter(self.inputs), np.empty(0)
+        for parameter in parameters_of(self.source):
+            if parameter.name == "out" or parameter.buffer is None:
+                break
+            if parameter.name.endswith("_shape"):
+                buffers.append(np.array(current.shape, np.int32))
+            else:
+                current = next(inputs)
+                buffers.append(current)
+        assert next(inputs, None) is None
+        return buffers
+
+
+def parameters_of(source: str) -> list[Parameter]:
+    """The parameters of the generated function, in order."""
+    found = []
+    for line in source[source.index("[[kernel]] void") :].splitlines()[1:]:
+        match = _PARAMETER.match(line)
+        assert match, line
+        kind, pointer, name, number, _ = match.groups()
+        found.append(Parameter(kind, pointer, name, int(number) if number else None))
+        if line.endswith("{"):
+            break
+    numbers = [parameter.buffer for parameter in found if parameter.buffer is not None]
+    assert numbers == list(range(len(numbers)))
+    return found
+
+
+def launch_of(x: mx.array, tables: RotationTables) -> Launch:
+    """Record what `metal.rotate` launches for these rows."""
+    made: dict[str, Any] = {}
+    kernel = metal._kernel()  # private: MLX's own function
+
+    def record(**options: Any) -> Any:
+        made.update(options)
+        return kernel(**options, verbose=True)
+
+    with mock.patch.object(metal, "_kernel", return_value=record):
+        source = generated(lambda: metal.rotate(x, tables))
+    (shape,), (dtype,) = made["output_shapes"], made["output_dtypes"]
+    inputs = tuple(map(bits_of, (x.reshape(shape), *made["inputs"][1:])))
+    return Launch(source, inputs, shape, dtype, made["grid"], made["threadgroup"])
+
+
+def generated(call: Callable[[], Any]) -> str:
+    """Return what MLX prints of the kernel that `call` launches; skip where it prints nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "source")
+        with _printed_to(text):
+            try:
+                mx.export_function(f"{folder}/traced.mlxfn", lambda x: (call(), x)[1], mx.zeros(1))
+            except RuntimeError as error:
+                if "No Metal back-end" not in str(error):
+                    raise
+                pytest.skip("this MLX generates no source without Metal; 0.32.4 does")
+        return text.read_text().split("```\n")[1]
+
+
+@contextmanager
+def _printed_to(path: Path) -> Iterator[None]:
+    """Send what C++ prints to a file."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def bits_of(array: mx.array) -> np.ndarray:
+    """The array in numpy, bfloat16 as uint16."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def array_of(bits: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """Return the array that has these bits."""
+    return mx.array(bits).view(dtype)
