@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import sys
 from typing import ClassVar
@@ -85,6 +86,7 @@ def test_large_files_and_checks_leave_the_page_cache_alone(mac, tmp_path, monkey
     monkeypatch.setattr("paroquant_stream.files.atomic_file._DIRECT", 0)
     monkeypatch.setattr("paroquant_stream.files.new_file._DIRECT", 0)
     monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     monkeypatch.setattr("paroquant_stream.files.new_file._BLOCK", 4)
     for mac.refusal in (None, errno.ENOTSUP):
         mac.calls.clear()
