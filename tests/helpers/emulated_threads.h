@@ -36,7 +36,7 @@ constexpr std::size_t STACK = 128 << 10;
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(STACK);
-  Thread thread;
+  Thread place;
   bool done;
   int simd_barrier, group_barrier;  // the line of the barrier where it waits, or 0
 };
@@ -55,7 +55,7 @@ inline Runner& runner() {
 
 inline void enter() {
   Runner& r = runner();
-  r.kernel(*r.buffers, r.running->thread);
+  r.kernel(*r.buffers, r.running->place);
   r.running->done = true;
 }
 
@@ -120,7 +120,7 @@ inline void run_threadgroup(int count, int order, std::uint32_t& random) {
 }
 
 inline void prepare(Fiber& fiber, int index, uint3 group, uint3 size, uint3 grid) {
-  Thread& t = fiber.thread;
+  Thread& t = fiber.place;
   t.threads_per_grid = grid;
   t.threads_per_threadgroup = size;
   t.threadgroup_position_in_grid = group;

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from paroquant_stream.rotation import metal
+from paroquant_stream.rotation import cuda, metal
 from paroquant_stream.rotation.tables import RotationTables
 
 _PARAMETER = re.compile(r"^ +(.*?)([&*]?) (\w+) \[\[(?:buffer\((\d+)\)|(\w+))\]\](?:,|\) \{)$")
@@ -81,15 +82,41 @@ def parameters_of(source: str) -> list[Parameter]:
 
 def launch_of(x: mx.array, tables: RotationTables) -> Launch:
     """Record what `metal.rotate` launches for these rows."""
-    made: dict[str, Any] = {}
     kernel = metal._kernel()  # private: MLX's own function
+    return _recorded(metal, kernel, x, tables)
+
+
+def cuda_launch_of(x: mx.array, tables: RotationTables, source: str | None = None) -> Launch:
+    """Record what `cuda.rotate` launches, its body in MLX's Metal wrapper (emulated_cuda.h).
+
+    Args:
+        x: The rows.
+        tables: Of the rotation.
+        source: Another body.
+    """
+
+    def described(**options: Any) -> Any:
+        options["source"] = source or options["source"]
+        return mx.fast.metal_kernel(**options, header='#include "emulated_cuda.h"\n')
+
+    def kernel(**options: Any) -> Any:
+        with mock.patch.object(mx.fast, "cuda_kernel", described):
+            return make(many="BATCH" in dict(options["template"]))(**options)
+
+    make = cuda._kernel.__wrapped__
+    return _recorded(cuda, kernel, x, tables)
+
+
+def _recorded(module: ModuleType, kernel: Any, x: mx.array, tables: RotationTables) -> Launch:
+    """Record a launch of a module's `rotate`."""
+    made: dict[str, Any] = {}
 
     def record(**options: Any) -> Any:
         made.update(options)
         return kernel(**options, verbose=True)
 
-    with mock.patch.object(metal, "_kernel", return_value=record):
-        source = generated(lambda: metal.rotate(x, tables))
+    with mock.patch.object(module, "_kernel", return_value=record):
+        source = generated(lambda: module.rotate(x, tables))
     (shape,), (dtype,) = made["output_shapes"], made["output_dtypes"]
     inputs = tuple(map(bits_of, (x.reshape(shape), *made["inputs"][1:])))
     return Launch(source, inputs, shape, dtype, made["grid"], made["threadgroup"])

@@ -35,12 +35,15 @@ def simulate_cuda(monkeypatch, launches):
 
 
 def _simulate(monkeypatch, launches, module, most):
-    """Replace a kernel of 32 lanes a tile; `most`: the constant that bounds its tiles at once."""
+    """Replace a kernel of 32 lanes a tile; `most`: the constant that bounds its tiles at once.
+
+    Without a constant ROWS each lane has a row.
+    """
 
     def launch(*, inputs, template, output_shapes, output_dtypes, grid, threadgroup):
         x, words, cos, sin, scales = inputs
         constants = dict(template)
-        group_size, tile = constants["GROUP"], constants["ROWS"]
+        group_size, tile = constants["GROUP"], constants.get("ROWS", 32)
         (rows, dims), (lanes, together, _) = x.shape, threadgroup
         assert (lanes, words.dtype, x.dtype) == (32, mx.int32, constants["T"])
         assert words.shape == cos.shape == sin.shape == (constants["KROT"], dims // 2)
@@ -57,4 +60,4 @@ def _simulate(monkeypatch, launches, module, most):
                     rotate_tile(values, out, here, group, group_size, (words, cos, sin))
         return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
 
-    monkeypatch.setattr(module, "_kernel", lambda: launch)  # private: MLX's function
+    monkeypatch.setattr(module, "_kernel", lambda *_: launch)  # private: MLX's function

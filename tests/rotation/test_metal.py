@@ -10,7 +10,7 @@ import pytest
 
 from paroquant_stream.rotation import kernels, metal, reference
 from tests.benchmarks.micro import emulation
-from tests.helpers.emulation import Program, RefusedError, check
+from tests.helpers.emulation import Program, RefusedError, check, noticed
 from tests.helpers.kernel_source import Launch, bits_of, generated, launch_of, parameters_of
 from tests.helpers.rotation_kernels import simulate_metal
 from tests.helpers.rotations import (
@@ -169,15 +169,6 @@ def test_every_mutation_of_the_kernel_is_noticed(tmp_path):
     program = Program([launch for launch, *_ in cases.values()], tmp_path)
     for what, (launch, _, expected) in cases.items():
         assert noticed(program, launch, expected), what
-
-
-def noticed(program, launch, expected):
-    """Whether a launch stops, is off, or depends on the order of its threads."""
-    try:
-        results = [program.run(launch, order) for order in (0, 1, 2)]
-    except RefusedError:
-        return True
-    return any(not error(y, expected) < BOUNDS[mx.float32] for y in results)
 
 
 def small_launch(body, dtype=mx.bfloat16):
