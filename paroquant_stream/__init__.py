@@ -12,7 +12,7 @@ list_cache            what is converted, as a CacheListing of CachedModel, each 
 verify_cache          read every byte: a Verification, with a Problem for each file that differs
 plan_removal          what removing models would remove: a RemovalPlan of Removal, to execute
 plan_prune            the same for what is useless, old or too much
-install, uninstall    replace the loader of the `paroquant` package by `load`, and restore it
+install, uninstall    let paroquant, mlx-lm and mlx-vlm load ParoQuant models by `load`; undo that
 ConvertOptions        the options that all of these share
 Dtype, Progress       the types of the options `dtype` and `progress`
 Manifest              the result of a conversion: its entries and the shards they come from
@@ -25,11 +25,12 @@ Every name is imported on first use, so that `import paroquant_stream` imports n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from .version import __version__
 
+TYPE_CHECKING = False  # as `typing` has it, which is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from .api.cache import (
         CachedModel,
         CacheListing,

@@ -95,12 +95,8 @@ class MissingExtraError(ExecutionError):
     """A required optional package is not installed; names the extra that installs it."""
 
 
-class LoaderMovedError(ExecutionError):
-    """The installed paroquant has no MLX loader that can be replaced; names its version."""
-
-
 class ProgramNotFoundError(ExecutionError):
-    """The program to run is neither a module nor a readable file."""
+    """The program to run is neither a module nor a readable file of Python code."""
 
 
 class WorkersUnfitError(ExecutionError):

@@ -22,7 +22,7 @@ from ..maintenance.places import (
     find_to_remove,
 )
 from ..maintenance.status import ShardState, freshness_of
-from ..store.format import Dtype
+from ..store.format import Dtype, Variant
 from ..store.store import cache_store
 
 
@@ -35,10 +35,12 @@ class CachedModel:
     root: Path
     """Where its conversion is: the cache, or `mlx` in its own directory."""
     name: str
-    """Its directory, or `owner/name@revision`; with the dtype if that is not "source"."""
+    """Its directory, or `owner/name@revision`; with dtype and io_bits if those are not the
+    defaults."""
     directory: Path | None
     """Where the model lies or lay; None if that is unknown."""
     dtype: Dtype
+    io_bits: int
     layout: str | None
     """How the checkpoint spells its linears; None if the manifest cannot be read."""
     size: int
@@ -127,7 +129,7 @@ def plan_removal(*models: ModelName, cache_dir: str | Path | None = None) -> Rem
     the cache has none, or by its own path.
 
     Args:
-        *models: The models; a directory or Hub id names its conversions to every dtype.
+        *models: The models; a directory or Hub id names all its conversions.
         cache_dir: As in `ConvertOptions`.
 
     Raises:
@@ -188,7 +190,7 @@ def _name(inventory: Inventory, model: ModelName) -> str:
         return str(model)
     if model.root == inventory.store.root:
         return model.id
-    return f"{model.root} ({model.dtype})"
+    return f"{model.root} ({Variant(model.dtype, model.io_bits).name})"
 
 
 def _cached(inventory: Inventory, model: Model) -> CachedModel:
@@ -198,7 +200,8 @@ def _cached(inventory: Inventory, model: Model) -> CachedModel:
         inventory.store.root,
         model.name,
         model.directory,
-        model.dtype,
+        model.variant.dtype,
+        model.variant.io_bits,
         model.manifest.layout if model.manifest else None,
         inventory.entry_bytes(model),
         model.last_used,

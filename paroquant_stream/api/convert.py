@@ -40,7 +40,7 @@ def convert_checkpoint(
         trace: A file to write the stages of every worker to, for chrome://tracing and
             ui.perfetto.dev. Of workers on other hosts it has the stage `shard` alone.
         **options: The fields of `ConvertOptions`: cache_dir, in_place, force, jobs, revision,
-            drop_source, dtype, executor.
+            drop_source, dtype, io_bits, executor.
 
     Returns:
         The manifest, which lists the entries.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends.mlx_lm import MlxLm
+from ..backends.mlx_vlm import MlxVlm
 from ..conversion.progress import check_progress
 from ..conversion.request import ConvertOptions, request_for
 from ..options import check_count, check_flags, check_path
@@ -24,6 +25,7 @@ def export_model(
     out: str | Path,
     *,
     self_contained: bool = False,
+    vision: bool = False,
     shard_size: int = SHARD_SIZE,
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
@@ -38,6 +40,8 @@ def export_model(
         out: The directory to write, which must not exist.
         self_contained: Add a Python file by which mlx-lm reads it without this package; mlx-lm runs
             it only with `trust_remote_code`.
+        vision: Write a vision model with its towers, and add two Python files by which mlx-vlm
+            0.6.16 or newer reads it without this package; mlx-vlm runs them without being asked.
         shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
         cache_dir: As for `convert_checkpoint`.
         jobs: As for `convert_checkpoint`.
@@ -54,14 +58,28 @@ def export_model(
         ModelError: As `load` raises.
     """
     check_path("out", out, optional=False)
-    check_flags(self_contained=self_contained)
+    check_flags(self_contained=self_contained, vision=vision)
     check_count("shard_size", shard_size, optional=False)
     check_progress(progress)
     options = ConvertOptions(cache_dir=cache_dir, jobs=jobs, revision=revision, dtype=dtype)
-    MlxLm().check_installed()
+    (MlxVlm() if vision else MlxLm()).check_installed()
+    from ..exports.exported_config import MODEL_FILE, VISION_FILE  # brings MLX
+
+    code = VISION_FILE if vision else MODEL_FILE if self_contained else None
+    return _export(model_path, out, options, code, shard_size, progress)
+
+
+def _export(
+    model_path: str | Path,
+    out: str | Path,
+    options: ConvertOptions,
+    code: str | None,
+    shard_size: int,
+    progress: ProgressOption,
+) -> Export:
     from ..exports.mlx_directory_writer import export_directory, new_target
 
     target = new_target(out)
     request = request_for(model_path, options)
     with reported(progress) as phase:
-        return export_directory(request, target, self_contained, shard_size, phase)
+        return export_directory(request, target, code, shard_size, phase)

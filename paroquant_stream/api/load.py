@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ..backends.mlx_lm import MlxLm
 from ..checkpoint.model_files import check_directory, check_has_tokenizer
 from ..conversion.converter import Loads, convert
-from ..conversion.in_place import shipped
+from ..conversion.in_place import check_variant, shipped
 from ..conversion.request import Request, request_for
 from ..conversion.staleness import Needed
 from ..distributed.split import Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
 from ..progress_bar import SHARDS, reported
-from ..store.format import Dtype
+from ..store.format import DEFAULT_VARIANT, Dtype
 from ..store.manifest import EntryRecord, Manifest
 from ..trace import Trace, written_to
 from .load_options import LoadOptions
@@ -62,31 +62,35 @@ def load(
     jobs: int | None = None,
     revision: str | None = None,
     dtype: Dtype = "source",
+    io_bits: int = 4,
     progress: ProgressOption = None,
     verify: Literal["header", "full"] = "header",
     trace: str | Path | None = None,
     layers: range | None = None,
     group: Any = None,
     parallel: Parallel = "pipeline",
+    model_config: Mapping[str, Any] | None = None,
+    tokenizer: bool = True,
 ) -> Loaded:
     """Load a model as MLX modules, converting first what is not in the cache.
 
     Args:
         model_path: A model directory, one that `export_model` wrote, or a Hub repository id.
-        lazy: Leave the parameters unevaluated, so that MLX reads each at its first use.
+        lazy: Leave the parameters unevaluated: MLX reads each at its first use.
         force_text: Load the text part of a vision model, by mlx-lm.
         cache_dir: As in `ConvertOptions`.
         jobs: As in `ConvertOptions`.
         revision: As in `ConvertOptions`.
-        dtype: As in `ConvertOptions`; conversions in two dtypes are kept side by side.
+        dtype: As in `ConvertOptions`.
+        io_bits: As in `ConvertOptions`.
         progress: As for `convert_checkpoint`.
-        verify: "header" hashes an entry only if it may have changed since it was written; "full"
-            hashes every entry. Size, names, dtypes and shapes are always checked.
+        verify: "header" hashes an entry only if it may have changed, "full" hashes every entry.
         trace: As for `convert_checkpoint`.
-        layers: Load only these layers, and what belongs to none (embeddings, final norm, head,
-            towers). Another layer has no parameters; calling it raises MissingPartError.
+        layers: Load only these layers, and what belongs to none; calling another one is an error.
         group: An `mx.distributed.Group` whose ranks each load their part of the model.
         parallel: "pipeline" splits by layers, "tensor" splits each layer.
+        model_config: Values that replace those of config.json for the model's class.
+        tokenizer: Load the tokenizer too; without it None is returned in its place.
 
     Returns:
         The model in eval mode, its tokenizer or processor, and whether it is a vision model.
@@ -96,13 +100,19 @@ def load(
         ModelError: Tensors and parameters do not match, or the model has no such part.
         CheckpointError, StoreError, ExecutionError: As `convert_checkpoint` raises.
     """
-    how = (cache_dir, jobs, revision, dtype, progress, verify, trace, layers, group, parallel)
-    options = LoadOptions(lazy, force_text, *how)
+    how = (cache_dir, jobs, revision, dtype, io_bits, progress, verify, trace)
+    part = (layers, group, parallel, model_config, tokenizer)
+    return _load_with(model_path, LoadOptions(lazy, force_text, *how, *part))
+
+
+def _load_with(model_path: str | Path, options: LoadOptions) -> Loaded:
     MlxLm().check_installed()
     request = request_for(model_path, options.conversion)
-    with written_to(trace) as timed:
-        settings = _Options(lazy, force_text, verify == "full", timed, options.split)
-        return Loaded(*_load_repairing(request, settings, progress))
+    changes, full = options.model_config or {}, options.verify == "full"
+    with written_to(options.trace) as timed:
+        how = (timed, full, options.split, changes, options.tokenizer)
+        settings = _Options(options.lazy, options.force_text, *how)
+        return Loaded(*_load_repairing(request, settings, options.progress))
 
 
 @dataclass(frozen=True)
@@ -111,9 +121,11 @@ class _Options:
 
     lazy: bool
     force_text: bool
-    full: bool
     trace: Trace
+    full: bool
     split: Split
+    model_config: Mapping[str, Any]
+    tokenizer: bool
 
     @property
     def loads(self) -> Loads:
@@ -122,7 +134,7 @@ class _Options:
 
     def without_entries(self, force_text: bool) -> dict[str, Any]:
         """Return the options of `assemble_from`, which reads no entries."""
-        options = {"lazy": self.lazy, "trace": self.trace, "split": self.split}
+        options = {k: v for k, v in vars(self).items() if k != "full"}
         return {**options, "force_text": force_text}
 
 
@@ -144,15 +156,15 @@ def _load_repairing(request: Request, options: _Options, progress: ProgressOptio
 def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loaded:
     """Load from an export, `mlx/`, the single file or the cache, whichever there is first."""
     check_directory(request.source.directory)  # fail before a long conversion
-    check_has_tokenizer(request.source.directory)
+    if options.tokenizer:
+        check_has_tokenizer(request.source.directory)
     with options.trace.span("import MLX"):
         from ..exports.mlx_directory_reader import stored_in_export
         from ..model.assemble import assemble, assemble_from, needed_entries
     if request.source.config.is_export:
-        stored = stored_in_export(request.source.config)
-        return assemble_from(
-            stored, request.source.config, **options.without_entries(force_text=True)
-        )
+        stored = stored_in_export(request.source.config, options.force_text)
+        settings = options.without_entries(options.force_text)
+        return assemble_from(stored, request.source.config, **settings)
 
     def entries_of_part(manifest: Manifest) -> Collection[EntryRecord]:
         return needed_entries(options.split, request.source.config, manifest, options.force_text)
@@ -169,6 +181,7 @@ def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loa
     except CheckpointError as error:
         if damage:
             raise damage from error
+        check_variant(request, error)
         if reason is None:
             raise
         raise type(error)(f"{error}; and not used: {reason}") from error
@@ -194,7 +207,7 @@ def _load_shipped(
 
 def _load_single(request: Request, options: _Options) -> tuple[_Loaded | None, str | None]:
     """Load from the single file in the model directory; return the reason if it is not used."""
-    if request.target.dtype != "source":
+    if request.target.variant != DEFAULT_VARIANT:
         return None, None
     from ..checkpoint.quantization import read_quantization
     from ..exports.single_file import opened

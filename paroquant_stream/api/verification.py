@@ -15,7 +15,7 @@ from ..errors import ParoquantStreamError, StoreError
 from ..maintenance.inventory import take_inventory
 from ..maintenance.places import Found, find_all, request_of
 from ..maintenance.verify import Problem, verify_found, verify_model, verify_store
-from ..store.format import DTYPES
+from ..store.format import VARIANTS
 from ..store.location import IN_PLACE
 from ..store.store import cache_store
 
@@ -76,7 +76,7 @@ def verify_cache(
     A damaged entry is taken out of use at once, so that the next load converts its shard again.
 
     Args:
-        model: A model directory or a Hub id, whose conversions to every dtype are read; None for
+        model: A model directory or a Hub id, all of whose conversions are read; None for
             all models of the cache.
         cache_dir: As in `ConvertOptions`.
         in_place: Read the conversion in `<model>/mlx`.
@@ -113,7 +113,7 @@ def _to_verify(
         if not os.path.exists(Path(model or "/dev/null").expanduser() / CONFIG_NAME):
             raise
         request = make_request(model, cache_dir=cache_dir, in_place=in_place)
-        requests = [request.with_dtype(dtype) for dtype in DTYPES]
+        requests = [request.with_variant(variant) for variant in VARIANTS.values()]
         if moved := [r for r in requests if find_manifest(r)]:
             return [], moved
         raise

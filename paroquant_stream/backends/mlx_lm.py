@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 """Model types of text-only saves by transformers -> the names that mlx-lm has for them."""
+EXPORT_MARK = "paroquant_stream"
+"""The key of an export's config.json with the model's own type: `model_type` is no library's."""
 
 
 class MlxLm(Backend):
@@ -54,7 +56,7 @@ def load_config(directory: Path) -> dict[str, Any]:
         directory: A model directory that `check_directory` accepted.
 
     Returns:
-        The config, with mlx-lm's own name of the model type.
+        The config, with mlx-lm's own name of the model type, also of an export.
 
     Raises:
         CheckpointError: mlx-lm cannot use one of the files.
@@ -68,8 +70,30 @@ def load_config(directory: Path) -> dict[str, Any]:
             f"{directory}: mlx-lm cannot read config.json or generation_config.json: "
             f"{one_line(error)}"
         ) from error
-    config["model_type"] = _TYPES.get(config.get("model_type", ""), config.get("model_type"))
+    flatten_rope(config)
+    mark, model_type = config.get(EXPORT_MARK), config.get("model_type")
+    if isinstance(mark, dict):
+        model_type = mark.get("model_type", model_type)
+    if isinstance(model_type, str):  # a list cannot be looked up
+        model_type = _TYPES.get(model_type, model_type)
+    config["model_type"] = model_type
     return config
+
+
+def flatten_rope(config: dict[str, Any]) -> None:
+    """Add rope_theta and rope_scaling where they lie in rope_parameters, as transformers 5 saves.
+
+    Many classes know only the old names: some raise, others use a theta of 10,000 in silence.
+
+    Args:
+        config: config.json; changed in place.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:  # absent, or one for each layer type
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
+        config["rope_scaling"] = rope
 
 
 def import_utils() -> Any:

@@ -127,20 +127,39 @@ def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubMod
         raise CheckpointError(
             f"{model}: neither a model directory nor a repository id like owner/name"
         )
-    (why_offline,) = run_calls([(f"{name}: look for the Hub", _why_offline)])
-    try:
-        call = _download(name, "config.json", revision, local=bool(why_offline))
-        directory = Path(run_calls([call])[0]).parent
-    except CheckpointError as error:
-        if why_offline:
-            raise CheckpointError(f"{model}: no such directory; {why_offline}") from error
-        raise CheckpointError(f"{error}; and no directory of this name exists") from error
+    directory, why_offline = fetch_config(name, revision, str(model))
     remote = HubModel(name, directory.name)
     if why_offline:
         logger.info("%s: using the Hub's cache alone: %s", name, why_offline)
     else:
         _fetch_small(remote)
     return directory, remote
+
+
+def fetch_config(
+    name: str, revision: str | None = None, spelled: str = ""
+) -> tuple[Path, str | None]:
+    """Download the config.json of a repository, and no other file.
+
+    Args:
+        name: The repository id, which is no directory.
+        revision: A branch, tag or commit, `main` by default.
+        spelled: How the user names it, if not by its id.
+
+    Returns:
+        The directory of the snapshot, whose name is the commit, and why the Hub was not asked.
+
+    Raises:
+        CheckpointError: It cannot be downloaded and is not in the Hub's cache.
+    """
+    (why_offline,) = run_calls([(f"{name}: look for the Hub", _why_offline)])
+    try:
+        call = _download(name, "config.json", revision, local=bool(why_offline))
+        return Path(run_calls([call])[0]).parent, why_offline
+    except CheckpointError as error:
+        if why_offline:
+            raise CheckpointError(f"{spelled or name}: no such directory; {why_offline}") from error
+        raise CheckpointError(f"{error}; and no directory of this name exists") from error
 
 
 def _repository(model: str) -> tuple[str, str | None]:

@@ -5,6 +5,9 @@
     PARO_NATIVE         X.qlinear.qweight I16 (N/4, K), X.qlinear.scaled_zeros, ... X.rotation.theta
     PARO_NATIVE_LEGACY  the same names; TinyChat interleave, padded rows, negative scaled_zeros
 
+    INT5_BITPLANE       AUTOAWQ's names, with the fifth bits in X.qweight_hi I32 (K, N/32) and
+                        X.qzeros_hi I32 (K/G, N/32)
+
 X is the module, N its outputs, K its inputs, G the group size. AWQ_QLINEAR comes from an early
 AutoAWQ converter and is rare.
 """
@@ -17,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import LayoutError
+from .quantization import INT5_FORMAT, quantization_format
 
 _ROTATION = ("theta", "pairs", "channel_scales")
 EXPERT = re.compile(r"(?P<base>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)")
@@ -32,11 +36,17 @@ class Layout(enum.Enum):
     AWQ_QLINEAR = "AWQ_QLINEAR"
     PARO_NATIVE = "PARO_NATIVE"
     PARO_NATIVE_LEGACY = "PARO_NATIVE_LEGACY"
+    INT5_BITPLANE = "INT5_BITPLANE"
 
     @property
     def is_awq(self) -> bool:
-        """Return whether the 4-bit words are packed as AutoAWQ packs them."""
-        return self in (Layout.AUTOAWQ, Layout.AWQ_QLINEAR)
+        """Return whether 4 bits of each code are packed as AutoAWQ packs them."""
+        return self in (Layout.AUTOAWQ, Layout.AWQ_QLINEAR, Layout.INT5_BITPLANE)
+
+    @property
+    def is_nested(self) -> bool:
+        """Return whether names have two components after the module, like `qlinear.qweight`."""
+        return self not in (Layout.AUTOAWQ, Layout.INT5_BITPLANE)
 
     @property
     def roles(self) -> dict[str, str]:
@@ -55,7 +65,7 @@ class Layout(enum.Enum):
             Module path and role; None if the name ends in no suffix of this layout.
         """
         module, _, suffix = name.rpartition(".")
-        if self is not Layout.AUTOAWQ:
+        if self.is_nested:
             module, _, parent = module.rpartition(".")
             suffix = f"{parent}.{suffix}"
         role = _ROLES[self].get(suffix)
@@ -72,8 +82,9 @@ class Layout(enum.Enum):
 
 
 def _roles(layout: Layout) -> dict[str, str]:
-    if layout is Layout.AUTOAWQ:
-        plain = ("qweight", "scales", "bias", *_ROTATION)
+    if not layout.is_nested:
+        planes = ("qweight_hi", "qzeros_hi") if layout is Layout.INT5_BITPLANE else ()
+        plain = ("qweight", "scales", "bias", *_ROTATION, *planes)
         return {name: name for name in plain} | {"qzeros": "zeros"}
     zeros = "qlinear.qzeros" if layout is Layout.AWQ_QLINEAR else "qlinear.scaled_zeros"
     linear = {f"qlinear.{name}": name for name in ("qweight", "scales", "bias")}
@@ -112,6 +123,8 @@ def detect(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Layout:
 
 def _layout_of(config: Mapping[str, Any], name: str, dtype: str) -> Layout:
     nested = name.endswith(".qlinear.qweight")
+    if dtype == "I32" and not nested and quantization_format(config) == INT5_FORMAT:
+        return Layout.INT5_BITPLANE
     if dtype == "I32":
         return Layout.AWQ_QLINEAR if nested else Layout.AUTOAWQ
     if nested and dtype == "I16":

@@ -167,8 +167,7 @@ def _repair(found: Verification, arguments: argparse.Namespace) -> bool:
 
 
 def _command_of(request: Request, cache_dir: str | None) -> str:
-    dtype = request.target.dtype
-    options = "" if dtype == "source" else f" --dtype {dtype}"
+    options = request.target.variant.options
     options += " --in-place" if request.target.in_place else ""
     options += f" --cache-dir {shlex.quote(cache_dir)}" if cache_dir else ""
     return f"{typed('convert')} {shlex.quote(request.source.name)}{options}"

@@ -21,7 +21,7 @@ from ..progress_bar import Progress
 from ..store.location import IN_PLACE
 from ..text import bytes_text, counted, shown
 from ..trace import Trace, written_to
-from .common import Terminated, confirm, run_command
+from .common import Terminated, complain, confirm, run_command
 from .convert_options import EXAMPLES, configure_parser, parse
 
 if TYPE_CHECKING:
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
     from ..execution.automatic import Automatic
 
-
 __all__ = ["EXAMPLES", "configure_parser", "main"]
-OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype")
+OPTIONS = ("cache_dir", "in_place", "force", "jobs", "revision", "drop_source", "dtype", "io_bits")
 """Arguments that are fields of `ConvertOptions`."""
 
 
@@ -91,9 +90,11 @@ def _prepare(
     """Make the request for one model, and ask whether its shards may be removed."""
     given = {name: getattr(arguments, name) for name in OPTIONS}
     request = make_request(model, **given, executor=executor)
-    ask = request.options.drop_source and request.source.remote is None
-    if ask and not (arguments.yes or arguments.dry_run):
-        _confirm_drop(request)
+    if request.options.drop_source and not arguments.dry_run:
+        if not (arguments.in_place or arguments.quiet):
+            _note_drop(request)
+        if request.source.remote is None and not arguments.yes:
+            _confirm_drop(request)
     return request
 
 
@@ -150,6 +151,19 @@ def _results(
             yield request, error
 
 
+def _note_drop(request: Request) -> None:
+    """Say which programs will not find the model, unless its shards are gone already."""
+    source = request.source
+    if source.remote or any(
+        os.path.exists(source.directory / n) for n in source.config.shard_names
+    ):
+        complain(
+            f"note: {shown(source.name)}: programs that look for weight files in a model's "
+            "directory, like oMLX, will not list it after --drop-source into the cache; with "
+            "--in-place they do"
+        )
+
+
 def _confirm_drop(request: Request) -> None:
     """Raise CheckpointError unless a person agrees to remove the model's own shards."""
     question = (
@@ -203,7 +217,7 @@ def _next_step(request: Request, conversion: Conversion) -> str:
     options, text = request.options, f"load it with paroquant_stream.load({request.source.name!r}"
     if options.cache_dir:
         text += f", cache_dir={str(options.cache_dir)!r}"
-    for name, default in (("dtype", "source"), ("revision", None)):
+    for name, default in (("dtype", "source"), ("io_bits", 4), ("revision", None)):
         if (value := getattr(options, name)) != default:
             text += f", {name}={value!r}"
     directory = request.source.directory

@@ -20,12 +20,14 @@ Write a ParoQuant model as an MLX model directory OUT: safetensors files, index,
 What is not converted yet is converted first. paroquant_stream.load(OUT) reads it. With
 --self-contained it holds one Python file too, by which mlx_lm.generate and mlx_lm.server run it
 without this package; they run that file only with --trust-remote-code. Of a vision model the text
-part is written. OUT appears complete or not at all. --single-file writes one file that load() finds
-in a model directory. Exit code: 0 done, 1 failed, 2 wrong usage, 130
-or 143 interrupted."""
+part is written; with --vision its towers too, and two Python files by which mlx-vlm 0.6.16 or newer
+runs it, without asking. OUT appears complete or not at all. --single-file writes one file that
+load() finds in a model directory. Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143
+interrupted."""
 EXAMPLES = (
     "paroquant-stream export path/to/model my-export",
     "paroquant-stream export owner/name out --self-contained",
+    "paroquant-stream export vision/model out --vision",
     "paroquant-stream export path/to/model --single-file",
 )
 
@@ -43,17 +45,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="the directory to write, which must not exist; with --single-file a file or a "
         "directory (default: the model's own)",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--self-contained",
-        action="store_true",
-        help="add the code by which mlx-lm runs it without this package",
-    )
-    what.add_argument(
-        "--single-file",
-        action="store_true",
-        help=f"write one {NAME} instead, which load() finds beside config.json",
-    )
+    _add_kinds(parser)
     parser.add_argument(
         "--shard-size",
         type=option_type(_parse_shard_size),
@@ -73,6 +65,32 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
+def _add_kinds(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is written."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="add the code by which mlx-lm runs it without this package",
+    )
+    what.add_argument(
+        "--vision",
+        action="store_true",
+        help="write a vision model with its towers and the code by which mlx-vlm runs it",
+    )
+    what.add_argument(
+        "--single-file",
+        action="store_true",
+        help=f"write one {NAME} instead, which load() finds beside config.json",
+    )
+    parser.add_argument(
+        "--beside-shards",
+        action="store_true",
+        help="write the single file even where shards lie: programs that read every .safetensors "
+        "file of a directory then see the model twice",
+    )
+
+
 def _parse_shard_size(text: str) -> int:
     if (size := parse_size(text)) == 0:
         raise ValueError("a file holds at least one byte")
@@ -90,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--single-file takes no --dtype: load() takes that file for the source's bits")
     if arguments.out is None and not arguments.single_file:
         parser.error("OUT is needed, unless --single-file writes into the model directory")
+    if arguments.beside_shards and not arguments.single_file:
+        parser.error("--beside-shards is for --single-file")
     write = _write_single if arguments.single_file else _write_directory
     return run_command(lambda: write(arguments), "nothing was exported, run again")
 
@@ -105,7 +125,7 @@ def _write_single(arguments: argparse.Namespace) -> int:
     )
     out = Path(arguments.out).expanduser() if arguments.out else None
     with reported(not arguments.quiet) as phase:
-        path, size = export_single_file(request, out, phase)
+        path, size = export_single_file(request, out, phase, beside_shards=arguments.beside_shards)
     if not arguments.quiet:
         print(shown(f"{path}: {bytes_text(size)}"))
     return 0
@@ -131,6 +151,7 @@ def _write_directory(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.out,
         self_contained=arguments.self_contained,
+        vision=arguments.vision,
         shard_size=arguments.shard_size or SHARD_SIZE,
         cache_dir=arguments.cache_dir,
         jobs=arguments.jobs,
@@ -143,9 +164,11 @@ def _write_directory(arguments: argparse.Namespace) -> int:
     noun = "file" if export.files == 1 else "files"
     print(shown(f"{export.directory}: {export.files} {noun}, {bytes_text(export.nbytes)}"))
     if export.text_only:
-        print("its text part only: the vision and audio towers are left out")
-    if arguments.self_contained:
-        from ..exports.mlx_directory_writer import MODEL_FILE  # brings MLX
+        print("its text part only: the vision and audio towers are left out (--vision keeps them)")
+    from ..exports.exported_config import MODEL_FILE, VISION_FILE  # brings MLX
 
+    if arguments.self_contained:
         print(f"it contains code, {MODEL_FILE}, that mlx-lm runs only with --trust-remote-code")
+    if arguments.vision:
+        print(f"it contains code, {VISION_FILE} and {MODEL_FILE}, that mlx-vlm runs without asking")
     return 0

@@ -19,7 +19,8 @@ COMMANDS = {
     "convert": "convert checkpoints into MLX-native cache entries, shard by shard",
     "env": "print what a bug report needs: versions, MLX's device, the cache",
     "export": "write a converted model as a directory for MLX programs",
-    "run": "run a program with this loader in the place of paroquant's own",
+    "run": "run a program in which ParoQuant models are loaded by this loader",
+    "switch": "the same for programs that others start, such as services",
 }
 """What each command does; its module is imported when it is called."""
 DESCRIPTION = "ParoQuant checkpoints as MLX-native cache entries: converted once, loaded fast."
@@ -27,6 +28,7 @@ EXAMPLES = (
     "paroquant-stream convert owner/name --jobs 8",
     "paroquant-stream cache ls",
     "paroquant-stream export path/to/model my-export",
+    "paroquant-stream run -m mlx_lm server --model MODEL",
     "paroquant-stream env",
 )
 

@@ -78,7 +78,7 @@ class Dropper(AbstractContextManager["Dropper"]):
         self._tasks = {task.shard: task for task in model.plan.tasks}
         self._related = _related(model.plan.tasks)
         self._before = model.drop
-        self._record = model.drop or DropRecord(new_id(), request.target.dtype, manifest_of([]))
+        self._record = model.drop or DropRecord(new_id(), request.target.variant, manifest_of([]))
         self._sound: set[str] = set()
         self._proved: dict[str, SourceFile] = {}
         self._noted = False
@@ -138,7 +138,7 @@ class Dropper(AbstractContextManager["Dropper"]):
 
     def _related_to(self, shard: str) -> set[str]:
         """Return the shards that this one's task may have made free."""
-        if self._request.target.dtype == "source":
+        if self._request.target.variant.dtype == "source":
             return self._related[shard]
         return self._tasks.keys() - {shard}
 

@@ -32,7 +32,7 @@ def find_dropped(request: Request) -> DropRecord | None:
     absent = {n for n in request.source.config.shard_names if not _is_there(request, n)}
     if not absent:
         return None
-    records = [r for r in read_records(request.store) if r.dtype == request.target.dtype]
+    records = [r for r in read_records(request.store) if r.variant == request.target.variant]
     records = [r for r in records if absent & _dropped_shards(r)]
     contradicted: str | None = None
     for group in _by_evidence(request, records):
@@ -48,12 +48,21 @@ def find_dropped(request: Request) -> DropRecord | None:
     if read_note(request.source.directory) is None:
         return _from_manifest(request, absent)
     if request.source.remote is None:
-        raise SourceDroppedError(
-            f"{request.source.directory}: its shards were removed by --drop-source, and "
-            f"{request.store.root} has no record of that for --dtype {request.target.dtype}; name "
-            "the cache and the dtype that it was converted with, or put the shards back"
-        )
+        raise SourceDroppedError(_not_here(request))
     return None
+
+
+def _not_here(request: Request) -> str:
+    noted = read_note(request.source.directory)
+    known = read_record(request.store, noted) if noted else None
+    advice = "name the cache, dtype and io-bits that it was converted with"
+    if known and known.variant != request.target.variant:
+        advice = f"pass {known.variant.how_asked}, with which it was converted"
+    options = request.target.variant.options or " --dtype source"
+    return (
+        f"{request.source.directory}: its shards were removed by --drop-source, and "
+        f"{request.store.root} has no record of that for{options}; {advice}, or put the shards back"
+    )
 
 
 def find_manifest(request: Request) -> Manifest | None:
@@ -68,7 +77,7 @@ def find_manifest(request: Request) -> Manifest | None:
     records = [
         record
         for record in read_records(request.store)
-        if record.dtype == request.target.dtype
+        if record.variant == request.target.variant
         and record.manifest.config_sha256 == request.source.config.sha256
         and names == {entry.shard for entry in record.manifest.entries}
     ]
@@ -121,7 +130,7 @@ def _by_evidence(request: Request, records: Sequence[DropRecord]) -> Iterator[li
         return
     if noted:
         yield [record for record in records if record.id == noted]
-        if known:  # of another dtype, and of the same shards
+        if known:  # of another variant, and of the same shards
             yield [record for record in records if _is_of_sources(record, known)]
         return  # any other is of another model, or of this one as it was before
     here = str(request.source.resolved)
@@ -194,7 +203,7 @@ def _from_manifest(request: Request, absent: set[str]) -> DropRecord | None:
     manifest = read_manifest(request)
     if manifest is None or manifest.config_sha256 != request.source.config.sha256:
         return None
-    record = DropRecord(new_id(), request.target.dtype, manifest)
+    record = DropRecord(new_id(), request.target.variant, manifest)
     if not absent & _dropped_shards(record) or _contradiction(request, record):
         return None
     headers = {}

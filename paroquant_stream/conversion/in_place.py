@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, SourceDroppedError, StoreError
-from ..store.format import DTYPES, Dtype
+from ..store.format import DTYPES, VARIANTS, Dtype, Variant
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store
@@ -76,24 +76,42 @@ def instead(request: Request, error: CheckpointError) -> tuple[Manifest, Path]:
         CheckpointError: `error`, where no conversion explains it.
     """
     source, beside = request.source, inside_model(request)
-    absent = any(not os.path.lexists(source.directory / name) for name in source.config.shard_names)
-    held = [d for d in DTYPES if read_manifest(beside.with_dtype(d))]
-    if request.target.in_place or source.remote or not (absent and held):
+    if not _held_alone(request):
         raise error
-    root = beside.store.root
     if request.options.force or request.options.drop_source:
         raise SourceDroppedError(
-            f"{source.name}: its shards are gone, and {root} holds what they were converted to; "
-            "load uses that, nothing else can be made of it"
+            f"{source.name}: its shards are gone, and {beside.store.root} holds what they were "
+            "converted to; load uses that, nothing else can be made of it"
         ) from error
-    if request.target.dtype not in held:
-        raise SourceDroppedError(
-            f"{source.name}: its shards are gone, and {root} holds what they were converted to "
-            f"with --dtype {' and '.join(held)} alone"
-        ) from error
+    check_variant(request, error)
     if found := shipped(request):
         return found[0], beside.store.manifest_path(beside.manifest_name)
     raise error
+
+
+def check_variant(request: Request, error: CheckpointError) -> None:
+    """Raise SourceDroppedError if only other conversions than this one are inside a model.
+
+    Args:
+        request: A conversion that cannot be made.
+        error: Why.
+    """
+    held = _held_alone(request)
+    if held and request.target.variant not in held:
+        root = inside_model(request).store.root
+        raise SourceDroppedError(
+            f"{request.source.name}: its shards are gone, and {root} holds what they were "
+            f"converted to with {' and with '.join(v.how_asked for v in held)} alone; pass that"
+        ) from error
+
+
+def _held_alone(request: Request) -> list[Variant]:
+    """Return the conversions inside a model directory that lacks shards; none if it lacks none."""
+    source, beside = request.source, inside_model(request)
+    absent = any(not os.path.lexists(source.directory / name) for name in source.config.shard_names)
+    if request.target.in_place or source.remote or not absent:
+        return []
+    return [v for v in VARIANTS.values() if read_manifest(beside.with_variant(v))]
 
 
 def dtypes_converted(request: Request) -> list[Dtype]:
@@ -102,14 +120,14 @@ def dtypes_converted(request: Request) -> list[Dtype]:
     return [
         d
         for d in DTYPES
-        if read_manifest(beside.with_dtype(d)) or read_manifest(request.with_dtype(d))
+        if any(read_manifest(r.with_variant(Variant(d))) for r in (beside, request))
     ]
 
 
 def inside_model(request: Request) -> Request:
     """Give the same request for the conversion inside the model directory, only to be read."""
     store = Store(request.source.directory / IN_PLACE, private=False, read_only=True)
-    return replace(request, target=Target(store, in_place=True, dtype=request.target.dtype))
+    return replace(request, target=Target(store, in_place=True, variant=request.target.variant))
 
 
 def shipped(request: Request, needed: Needed | None = None) -> tuple[Manifest, Store] | None:

@@ -94,10 +94,12 @@ def plan_model(request: Request) -> ModelPlan:
     quantization = read_quantization(config.values, str(config.path))
     headers = checkpoint.headers()
     dtypes = {tensor.name: tensor.dtype for header in headers.values() for tensor in header.tensors}
-    dtype = DTYPES[request.target.dtype]
+    variant = request.target.variant
+    dtype, io_bits = DTYPES[variant.dtype], variant.io_bits
     try:
         layout = detect(config.values, dtypes)
-        plan = make_plan(headers, layout, quantization, _experts(checkpoint), dtype)
+        experts = _experts(checkpoint)
+        plan = make_plan(headers, layout, quantization, experts, dtype, io_bits=io_bits)
     except (LayoutError, PlanError) as error:
         raise type(error)(f"{request.source.name}: {error}") from error
     return ModelPlan(plan, checkpoint, drop)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.hub import locate
 from ..checkpoint.model_source import ModelSource
 from ..options import check, check_choice, check_count, check_flags, check_path
-from ..store.format import CAST_VERSION, DTYPES, Dtype
+from ..store.format import CAST_VERSION, DEFAULT_VARIANT, DTYPES, IO_BITS, Dtype, Variant
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store, cache_store
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         revision: str | None
         drop_source: bool
         dtype: Dtype
+        io_bits: int
         executor: Executor | Automatic | None
 
 
@@ -53,6 +54,7 @@ class ConvertOptions:
         dtype: "source" stores every tensor as the public loader would, bit for bit. "float16" or
             "bfloat16" stores scales, biases, norms and all that meets activations in that one
             width; that rounds values.
+        io_bits: Bits per weight of embedding and head, 4 (as the public loader) or 8.
         executor: Convert each shard in a worker of it, which sees the same paths; None for threads
             of this process; `Automatic()` for processes where there is enough work.
 
@@ -67,6 +69,7 @@ class ConvertOptions:
     revision: str | None = None
     drop_source: bool = False
     dtype: Dtype = "source"
+    io_bits: int = 4
     executor: Executor | Automatic | None = None
 
     def __post_init__(self) -> None:
@@ -77,23 +80,25 @@ class ConvertOptions:
         fits = self.revision is None or isinstance(self.revision, str)
         check("revision", self.revision, "a branch, tag or commit, or None", fits)
         check_choice("dtype", self.dtype, DTYPES)
+        fits = type(self.io_bits) is int and self.io_bits in IO_BITS
+        check("io_bits", self.io_bits, "4 or 8", fits)
         if self.executor is not None:
             _check_executor(self.executor)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a conversion goes, and in which dtype."""
+    """Where a conversion goes, and in which variant."""
 
     store: Store
     in_place: bool = False
-    dtype: Dtype = "source"
+    variant: Variant = DEFAULT_VARIANT
 
     def manifest_name(self, source: ModelSource) -> str:
         """Name a model's manifest: by its path in a cache, without any inside the model."""
         if self.in_place:
-            return in_place_id(self.dtype)
-        return model_id(source.resolved, self.dtype)
+            return in_place_id(self.variant)
+        return model_id(source.resolved, self.variant)
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,9 @@ class Request:
         """Where entries and the manifest go."""
         return self.target.store
 
-    def with_dtype(self, dtype: Dtype) -> Request:
-        """Give the request of the same model for another dtype."""
-        return replace(self, target=replace(self.target, dtype=dtype))
+    def with_variant(self, variant: Variant) -> Request:
+        """Give the request of the same model for another of its conversions."""
+        return replace(self, target=replace(self.target, variant=variant))
 
 
 def make_request(model_path: str | Path, **keywords: Unpack[ConvertKeywords]) -> Request:
@@ -155,7 +160,7 @@ def request_for(model_path: str | Path, options: ConvertOptions) -> Request:
     else:
         store = cache_store(options.cache_dir)
     source = ModelSource(str(model_path), directory, remote)
-    target = Target(store, options.in_place, options.dtype)
+    target = Target(store, options.in_place, Variant(options.dtype, options.io_bits))
     return Request(source, target, options, _jobs(options))
 
 
@@ -164,14 +169,14 @@ def read_manifest(request: Request) -> Manifest | None:
     return request.store.load_manifest(request.manifest_name)
 
 
-def model_id(directory: Path, dtype: Dtype = "source") -> str:
+def model_id(directory: Path, variant: Variant = DEFAULT_VARIANT) -> str:
     """Name the manifest, in a cache, of the model in this resolved directory."""
-    return hashlib.sha256(os.fsencode(directory) + b"\0" + _dtype_json(dtype)).hexdigest()
+    return hashlib.sha256(os.fsencode(directory) + b"\0" + _options_json(variant)).hexdigest()
 
 
-def in_place_id(dtype: Dtype) -> str:
-    """Name the manifest, inside a model directory, of its conversion to this dtype."""
-    return f"model-{hashlib.sha256(_dtype_json(dtype)).hexdigest()[:16]}"
+def in_place_id(variant: Variant) -> str:
+    """Name the manifest, inside a model directory, of this one of its conversions."""
+    return f"model-{hashlib.sha256(_options_json(variant)).hexdigest()[:16]}"
 
 
 def default_jobs() -> int:
@@ -200,7 +205,8 @@ def _jobs(options: ConvertOptions) -> int:
     return options.jobs or default_jobs()
 
 
-def _dtype_json(dtype: Dtype) -> bytes:
+def _options_json(variant: Variant) -> bytes:
     """Return the options that change an entry, as JSON."""
-    cast = {} if dtype == "source" else {"cast": CAST_VERSION}
-    return json.dumps({"dtype": dtype, **cast}, sort_keys=True).encode()
+    cast = {} if variant.dtype == "source" else {"cast": CAST_VERSION}
+    io_bits = {} if variant.io_bits == DEFAULT_VARIANT.io_bits else {"io_bits": variant.io_bits}
+    return json.dumps({"dtype": variant.dtype, **cast, **io_bits}, sort_keys=True).encode()

@@ -32,6 +32,10 @@ JSON = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.json", "generation_config.json",
 )  # fmt: skip
+PROCESSORS = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+"""Settings of images, sounds and videos, for models with a tower."""
 OTHER = (
     *(name for name in VOCABULARIES if not name.endswith(".json")),
     "chat_template.jinja", "merges.txt",
@@ -47,11 +51,12 @@ _DIGITS = 40  # of an integer: transformers writes 10**30 as the length of a mod
 _DEEPEST = 100  # levels of JSON, of which a tokenizer has ten; Python's own limit is near 1,000
 
 
-def files_to_export(directory: Path) -> list[str]:
+def files_to_export(directory: Path, *, vision: bool = False) -> list[str]:
     """List what an export copies.
 
     Args:
         directory: The model directory.
+        vision: Whether it is exported with its tower.
 
     Returns:
         The names of the known files that exist, and of templates in their directory.
@@ -61,9 +66,10 @@ def files_to_export(directory: Path) -> list[str]:
             there are more templates than any model has.
         MalformedFileError: One of them is a pipe, socket or device.
     """
+    known = sorted((*JSON, *OTHER, *(PROCESSORS if vision else ())))
     names = [
         name
-        for name in (*sorted((*JSON, *OTHER)), *_templates(directory))
+        for name in (*known, *_templates(directory))
         if os.path.exists(directory / name) and not os.path.isdir(directory / name)
     ]
     for name in names:
@@ -93,7 +99,7 @@ def export_files(directory: Path, names: Iterable[str], target: Path) -> None:
             (target / name).parent.mkdir(exist_ok=True)
             size = file_status(fd, str(path)).st_size
             chunks = read_chunks(fd, 0, size, str(path), memoryview(bytearray(CHUNK)))
-            if name in JSON:
+            if name in (*JSON, *PROCESSORS):
                 text = _clean(b"".join(map(bytes, chunks)), str(path))  # views of one buffer
                 write_file(target / name, len(text), [memoryview(text)])
             else:
@@ -149,7 +155,7 @@ def _open(directory: Path, name: str) -> int:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
     try:
-        limit = MAX_JSON if name in JSON else MAX_TEXT
+        limit = MAX_JSON if name in (*JSON, *PROCESSORS) else MAX_TEXT
         check_size(path, file_status(fd, str(path)).st_size, limit)
     except BaseException:
         os.close(fd)

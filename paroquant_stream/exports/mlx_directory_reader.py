@@ -23,14 +23,20 @@ FORMAT = 1
 """The number of the directory's form; another one is for another version of this package."""
 
 
-def stored_in_export(config: ModelConfig) -> TensorSource:
+def stored_in_export(config: ModelConfig, force_text: bool) -> TensorSource:
     """Open the tensors of an exported directory; no code in it is run.
 
     Raises:
         CheckpointError: It is damaged; MalformedFileError or LayoutError where that is the reason.
+            Or the text part is wanted of one with a tower, whose names are mlx-vlm's.
     """
     directory, checkpoint = config.directory, open_checkpoint(config)
     _check_format(config.values[EXPORTED], directory)
+    if force_text and config.values.get("vision_config"):
+        raise CheckpointError(
+            f"{directory}: was exported with its tower; load it without force_text, or export the "
+            "text part of its original, without --vision"
+        )
     found = read_quantization(config.values, str(config.path))
     headers = checkpoint.headers()
     tensors = [t for header in headers.values() for t in header.tensors]

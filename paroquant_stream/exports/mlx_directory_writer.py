@@ -2,7 +2,7 @@
 
 The directory appears complete or not at all, and shares no file with the cache. It holds the
 model's parameters under their own names; `load` of this package reads it. Of a vision model the
-text part is written.
+text part is written, for mlx-lm, or all of it, for mlx-vlm.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..backends.dtypes import MLX_DTYPES
-from ..checkpoint.config import EXPORTED, INDEX_NAME, SINGLE_NAME
+from ..checkpoint.config import INDEX_NAME, SINGLE_NAME
 from ..checkpoint.model_files import check_directory, check_has_tokenizer
 from ..conversion.in_place import converted
 from ..conversion.progress import FileProgress, Progress
@@ -33,17 +33,20 @@ from ..files.tensor_writer import TensorWriter, end_of, lay_out
 from ..model.assemble import assemble
 from ..model.entries import guard_reads
 from ..progress_bar import FILES, SHARDS
-from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
 from ..store.manifest import Manifest
 from ..store.store import Store
 from ..text import bytes_text
-from . import standalone
+from . import standalone, standalone_vision
 from .copied_files import as_json, export_files, files_to_export, without_code, write_file
-from .mlx_directory_reader import FORMAT
+from .exported_config import MODEL_FILE, TOWERS, VISION_FILE, exported_config
 
 logger = logging.getLogger(__name__)
-MODEL_FILE = "paroquant_model.py"
-"""The code of a self-contained directory: `standalone.py`, byte for byte."""
+CODE: dict[str | None, dict[str, ModuleType]] = {
+    None: {},
+    MODEL_FILE: {MODEL_FILE: standalone},
+    VISION_FILE: {VISION_FILE: standalone_vision, MODEL_FILE: standalone},
+}
+"""The `model_file` of an export -> the names of its Python files, and of what they are copies."""
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
@@ -66,7 +69,7 @@ class Export:
 def export_directory(
     request: Request,
     target: Path,
-    self_contained: bool,
+    code: str | None,
     shard_size: int,
     phase: Callable[[str], Progress | None],
 ) -> Export:
@@ -75,7 +78,7 @@ def export_directory(
     Args:
         request: The model.
         target: The directory to write, as `new_target` returned it.
-        self_contained: Add a Python file by which mlx-lm reads it without this package.
+        code: The `model_file` of the export, a key of `CODE`.
         shard_size: Bytes of tensors in a file at most; a larger tensor has its own file.
         phase: Gives the callbacks of the conversion and of the files that are written.
 
@@ -84,7 +87,7 @@ def export_directory(
         StoreError: It cannot be written.
         ModelError: As `load` raises.
     """
-    _check_source(request)
+    _check_source(request, code)
 
     def attempt() -> Export:
         try:
@@ -93,10 +96,7 @@ def export_directory(
             if not isinstance(stop, Exception):  # Ctrl-C: workers may be inside a system call
                 request.store.sweep(own=True)
             raise
-        written = phase(FILES)
-        return _write_directory(
-            request, manifest, store, target, self_contained, shard_size, written
-        )
+        return _write_directory(request, manifest, store, target, code, shard_size, phase(FILES))
 
     with contextlib.suppress(EntryDamagedError):  # logged; the entry is converted again
         return attempt()
@@ -120,13 +120,19 @@ def new_target(out: str | Path) -> Path:
     return target
 
 
-def _check_source(request: Request) -> None:
-    directory = request.source.directory
-    if request.source.config.is_export:
+def _check_source(request: Request, code: str | None) -> None:
+    directory, config = request.source.directory, request.source.config
+    if config.is_export:
         raise CheckpointError(f"{directory}: is an export already; export its original")
+    if code == VISION_FILE and not config.values.get("vision_config"):
+        raise CheckpointError(_no_tower(directory))
     check_directory(directory)
     check_has_tokenizer(directory)
-    files_to_export(directory)
+    files_to_export(directory, vision=code == VISION_FILE)
+
+
+def _no_tower(directory: Path) -> str:
+    return f"{directory}: has no vision tower; export it as a text model, without --vision"
 
 
 def _write_directory(
@@ -134,21 +140,24 @@ def _write_directory(
     manifest: Manifest,
     store: Store,
     target: Path,
-    self_contained: bool,
+    code: str | None,
     shard_size: int,
     written: Progress | None,
 ) -> Export:
-    model, _, _ = assemble(request.source.config, manifest, store, lazy=True, force_text=True)
-    config = request.source.config.values
-    text_only = any(config.get(key) for key in ("vision_config", "audio_config"))
-    config = without_code(config, str(request.source.directory / "config.json"))
-    config = _exported_config(config, manifest, model, self_contained)
+    original, source = request.source.config, request.source.directory
+    vision = code == VISION_FILE
+    model, _, is_vlm = assemble(original, manifest, store, lazy=True, force_text=not vision)
+    if vision and not is_vlm:
+        raise CheckpointError(_no_tower(source))
+    text_only = not vision and any(original.values.get(key) for key in TOWERS)
+    config = without_code(original.values, str(source / "config.json"))
+    configs = exported_config(config, manifest, model, code)
     tensors = dict(tree_flatten(model.parameters()))
     del model  # the only references to an array are those in `tensors`
     specs = [TensorSpec(n, _DTYPES[a.dtype], tuple(a.shape)) for n, a in tensors.items()]
     total = sum(spec.nbytes for spec in specs)
     with new_directory(target, total) as directory:
-        export_files(request.source.directory, files_to_export(request.source.directory), directory)
+        export_files(source, files_to_export(source, vision=vision), directory)
         shards = _cut(specs, shard_size)
         counts = [FileProgress(f"{target.name}/{n}", s, written) for n, s in _sizes(shards)]
         logger.info("%s: writing %d files, %s", target, len(shards), bytes_text(total))
@@ -158,45 +167,11 @@ def _write_directory(
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(directory / INDEX_NAME, as_json(index))
-        if self_contained:
-            _write_bytes(directory / MODEL_FILE, Path(standalone.__file__).read_bytes())
-        _write_bytes(directory / "config.json", as_json(config))
+        for name, module in CODE[code].items():
+            _write_bytes(directory / name, Path(str(module.__file__)).read_bytes())
+        for name, values in configs.items():
+            _write_bytes(directory / name, as_json(values))
     return Export(target, len(shards), total, text_only)
-
-
-def _exported_config(
-    original: dict[str, Any],
-    manifest: Manifest,
-    model: nn.Module,
-    self_contained: bool,
-) -> dict[str, Any]:
-    """Return the export's config.json: MLX's `quantization`, no tower, no code but its own.
-
-    The model type stays, even one that mlx-lm does not know: it may decide the tokenizer's class.
-    """
-    left_out = ("_name_or_path", "vision_config", "audio_config")
-    config = {key: value for key, value in original.items() if key not in left_out}
-    if type(config.get("text_config")) is dict:
-        text = config["text_config"]
-        config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    config["quantization"] = {"group_size": manifest.group_size, "bits": manifest.bits}
-    config["quantization_config"] = config["quantization"]
-    mark: dict[str, Any] = {"format": FORMAT}
-    if self_contained:
-        config["model_file"] = MODEL_FILE
-        mark["module"] = type(model).__module__.removeprefix("mlx_lm.models.")
-        mark["rotated"] = dict(_rotated(model))
-    config[EXPORTED] = mark
-    return dict(sorted(config.items()))
-
-
-def _rotated(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Return path and number of rotation rounds of each rotated layer."""
-    for path, module in model.named_modules():
-        if isinstance(module, RotateQuantizedLinear):
-            yield path, module.theta.shape[0]
-        elif isinstance(module, RotateSwitchGLU):
-            yield path, module.gate_up_rot_theta.shape[0]
 
 
 def _cut(specs: list[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]]:

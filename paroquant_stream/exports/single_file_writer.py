@@ -44,6 +44,8 @@ def export_single_file(
     request: Request,
     out: Path | None = None,
     phase: Callable[[str], Progress | None] = lambda _: None,
+    *,
+    beside_shards: bool = False,
 ) -> tuple[Path, int]:
     """Write a model's single file, after converting what is missing.
 
@@ -51,12 +53,13 @@ def export_single_file(
         request: The model.
         out: A file or a directory; None for the model's own directory.
         phase: Gives the callbacks of the conversion and of the file that is written.
+        beside_shards: Write it also where other `.safetensors` files lie.
 
     Returns:
         The path of the file and its bytes.
 
     Raises:
-        UnwritableFileError: The file exists or cannot be written.
+        UnwritableFileError: The file exists, lies beside shards or cannot be written.
         EntryDamagedError: An entry was damaged, converted again, and damaged again.
     """
     if request.source.remote and out is None:
@@ -66,6 +69,8 @@ def export_single_file(
     out = out or request.source.directory
     path = out / NAME if os.path.isdir(out) else out
     _check_free(path)  # before hours of conversion
+    if not beside_shards:
+        _check_alone(path)
 
     def attempt() -> int:
         manifest, store = converted(request, phase(SHARDS))
@@ -81,6 +86,18 @@ def export_single_file(
 def _check_free(path: Path) -> None:
     if os.path.lexists(path):
         raise UnwritableFileError(f"{path}: is there already; remove it to have it written anew")
+
+
+def _check_alone(path: Path) -> None:
+    """Raise UnwritableFileError if a program could take `path` for one more shard of the model."""
+    others = sorted(p.name for p in path.parent.glob("*.safetensors") if p.name != NAME)
+    if others:
+        count = f" and {len(others) - 1} more" if others[1:] else ""
+        raise UnwritableFileError(
+            f"{path.parent}: holds {others[0]}{count}, and programs that read every .safetensors "
+            "file there would read the model twice; write into another directory, or add "
+            "--beside-shards"
+        )
 
 
 def write_single_file(

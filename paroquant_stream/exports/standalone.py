@@ -24,7 +24,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers import distributed
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 MARK = "paroquant_stream"
 """The key of config.json with what this file needs to know."""
@@ -145,15 +145,8 @@ class RotatedLinear(_Rotated):
 
     def __call__(self, x: mx.array) -> mx.array:
         """The layer's output."""
-        y = mx.quantized_matmul(
-            self._rotate(x),
-            self.weight,
-            scales=self.scales,
-            biases=self.biases,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+        stored = self.weight, self.scales, self.biases, True, self.group_size, self.bits
+        y = mx.quantized_matmul(self._rotate(x), *stored)
         if self._group is not None:
             y = mx.distributed.all_sum(y, group=self._group)
         return y + self.bias if "bias" in self else y
@@ -193,8 +186,8 @@ class RotatedSwitchGLU(_Rotated):
 
 
 def _quantized(projection: nn.Module, group_size: int, bits: int) -> nn.Module:
-    """mlx-lm's quantized class for a projection of all experts, its random start replaced."""
-    layers = importlib.import_module("mlx_lm.models.switch_layers")
+    """The library's quantized class for a projection of all experts, its random start replaced."""
+    layers = importlib.import_module(type(projection).__module__)
     inputs, outputs = projection.input_dims, projection.output_dims
     experts = projection.num_experts
     layer: nn.Module = layers.QuantizedSwitchLinear(
@@ -220,9 +213,16 @@ class ModelArgs:
         return cls(config)
 
 
+def __getattr__(name: str) -> Any:
+    """Where mlx-vlm would look for the config of a vision model; it runs this file too."""
+    if name == "ModelConfig":
+        raise ValueError("a text model, which mlx-vlm cannot load: use mlx-lm (mlx_lm.generate)")
+    raise AttributeError(name)
+
+
 def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it as a class
     """The model of config.json with its rotated layers, before its weights are loaded."""
-    config = arguments.config
+    config = {**arguments.config, "model_type": arguments.config[MARK]["model_type"]}
     library = importlib.import_module(f"mlx_lm.models.{config[MARK]['module']}")
 
     class RotatedModel(library.Model):  # type: ignore[misc, name-defined]
@@ -230,6 +230,9 @@ def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it a
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             """The weights as they are: they have the model's own names and values."""
+            if not dict(tree_flatten(self.parameters())).keys() <= weights.keys():
+                # Gemma 3's own one takes the head away when it is tied.
+                super().sanitize({k: mx.zeros(a.shape, a.dtype) for k, a in weights.items()})
             return weights
 
         if hasattr(library.Model, "shard"):
@@ -238,7 +241,7 @@ def Model(arguments: ModelArgs) -> nn.Module:  # noqa: N802  # mlx-lm calls it a
                 """Leaves this rank's part of each layer: tensor parallelism as mlx-lm does it."""
                 _shard(self, super().shard, group or mx.distributed.init())
 
-    model: nn.Module = RotatedModel(library.ModelArgs.from_dict(dict(config)))
+    model: nn.Module = RotatedModel(library.ModelArgs.from_dict(config))
     _put_rotated_layers(model, config)
     return model
 
@@ -278,10 +281,8 @@ def _shard(model: nn.Module, stock_shard: Any, group: Any) -> None:
         return module
 
     layers = [module for module in model.modules() if isinstance(module, _Rotated)]
-    names, ours = (
-        stock_shard.__func__.__globals__,
-        {"shard_linear": linear, "shard_inplace": inplace},
-    )
+    names = stock_shard.__func__.__globals__
+    ours = {"shard_linear": linear, "shard_inplace": inplace}
     before = {name: names[name] for name in ours.keys() & names.keys()}
     names.update({name: ours[name] for name in before})
     try:

@@ -18,13 +18,12 @@ from typing import TypeVar
 from ..conversion.request import in_place_id, model_id
 from ..errors import ManifestError, NewerManifestError
 from ..store.drop_record import MAX_RECORD, DropRecord
-from ..store.format import DTYPES, Dtype
+from ..store.format import DEFAULT_VARIANT, VARIANTS, Variant
 from ..store.manifest import MAX_BYTES, EntryRecord, Manifest
 from ..store.store import Store
 from ..text import shown
 from .scan import Found, regular_files
 
-SOURCE: Dtype = "source"
 _Decoded = TypeVar("_Decoded")
 _ID = r"(?P<id>[0-9a-f]{64}|model-[0-9a-f]{16})"
 _MANIFEST = re.compile(_ID + r"(?P<journal>\.dropped)?\.msgpack(?P<removed>\.removed)?")
@@ -43,7 +42,7 @@ class Model:
     """As it is shown: its directory, or `owner/name@revision` in the Hub's cache."""
     directory: Path | None
     """Where it lies or lay; None when the manifest does not say so in a way that can be checked."""
-    dtype: Dtype
+    variant: Variant
     """What it was converted to."""
     manifest: Manifest | None
     """None when its bytes are damaged or of a newer format."""
@@ -128,7 +127,7 @@ def _add_record(
             drop_id,
             f"({drop_id[:12]})",
             None,
-            SOURCE,
+            DEFAULT_VARIANT,
             None,
             tuple(files),
             (),
@@ -138,9 +137,9 @@ def _add_record(
         models[drop_id] = unknown
         return
     entries, directory = record.manifest.entries, record.manifest.directory
-    manifest_id = model_id(Path(directory), record.dtype)
+    manifest_id = model_id(Path(directory), record.variant)
     if not store.private:
-        directory, manifest_id = str(store.root.parent), in_place_id(record.dtype)
+        directory, manifest_id = str(store.root.parent), in_place_id(record.variant)
     known = models.get(manifest_id)
     gone = {(e.shard, e.source_sha256) for e in entries if e.dropped}
     if known and gone <= {(e.shard, e.source_sha256) for e in known.records}:
@@ -152,7 +151,7 @@ def _add_record(
         return
     name = f"{_shown_name(drop_id, record.manifest, Path(directory))}#{drop_id[:8]}"
     models[drop_id] = Model(
-        drop_id, name, Path(directory), record.dtype, record.manifest, tuple(files),
+        drop_id, name, Path(directory), record.variant, record.manifest, tuple(files),
         tuple(entries), last_used, moved=known is not None or not os.path.isdir(directory),
     )  # fmt: skip
 
@@ -166,19 +165,19 @@ def _model(store: Store, name: str, files: list[Found]) -> Model:
     manifests = [manifest for manifest, _ in read.values() if manifest]
     main = read.get(f"{name}.msgpack", (None, False))[0]
     known = main or (manifests[0] if manifests else None)
-    directory, dtype = _directory(name, known) if known else (None, SOURCE)
+    directory, variant = _directory(name, known) if known else (None, DEFAULT_VARIANT)
     shown_name = _shown_name(name, known, directory)
     if not store.private:  # the one inside a model directory is named by where it lies
         directory, shown_name = store.root.parent, str(store.root)
-        dtype = next((d for d in DTYPES if in_place_id(d) == name), SOURCE)
+        variant = next((v for v in VARIANTS.values() if in_place_id(v) == name), DEFAULT_VARIANT)
     everything = [record for manifest in manifests for record in manifest.entries]
     # of two the last one counts: it says that the source was dropped
     records = {(r.key, r.shard): r for r in sorted(everything, key=lambda r: r.dropped)}
     return Model(
         name,
-        shown_name + ("" if dtype == SOURCE else f" ({dtype})"),
+        shown_name + ("" if variant == DEFAULT_VARIANT else f" ({variant.name})"),
         directory,
-        dtype,
+        variant,
         main,
         tuple(files),
         tuple(records.values()),
@@ -216,15 +215,15 @@ def _decoded(
         return None, False
 
 
-def _directory(name: str, manifest: Manifest) -> tuple[Path | None, Dtype]:
-    """Return model directory and dtype, if the manifest's name is their hash."""
+def _directory(name: str, manifest: Manifest) -> tuple[Path | None, Variant]:
+    """Return model directory and variant, if the manifest's name is their hash."""
     candidates = [Path(manifest.directory)] if manifest.directory else []
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of links, no home, NUL
         candidates.append(Path(manifest.model).expanduser().resolve())
-    for path, dtype in product(candidates, DTYPES):
-        if model_id(path, dtype) == name:
-            return path, dtype
-    return None, SOURCE
+    for path, variant in product(candidates, VARIANTS.values()):
+        if model_id(path, variant) == name:
+            return path, variant
+    return None, DEFAULT_VARIANT
 
 
 def _shown_name(name: str, manifest: Manifest | None, directory: Path | None) -> str:

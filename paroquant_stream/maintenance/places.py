@@ -11,13 +11,13 @@ from ..checkpoint.config import CONFIG_NAME
 from ..checkpoint.model_source import ModelSource
 from ..conversion.request import Request, Target, default_jobs, model_id
 from ..errors import StoreError
-from ..store.format import DTYPES
+from ..store.format import VARIANTS
 from ..store.location import IN_PLACE
 from ..store.store import Store
 from .inventory import Inventory, take_inventory
 from .models import Model
 
-_DTYPE = re.compile(rf"(.+) \(({'|'.join(DTYPES)})\)")
+_VARIANT = re.compile(rf"(.+) \(({'|'.join(VARIANTS)})\)")
 Found = tuple[Inventory, Model]
 Find = Callable[[Inventory, str], list[Found]]
 
@@ -75,7 +75,7 @@ def request_of(inventory: Inventory, model: Model) -> Request:
     """Return the request by which a model with a known directory is converted again."""
     if model.directory is None:
         raise StoreError(f"{model.name}: where it lies is not known; convert it by its path")
-    target = Target(inventory.store, in_place=not inventory.store.private, dtype=model.dtype)
+    target = Target(inventory.store, in_place=not inventory.store.private, variant=model.variant)
     return Request(ModelSource(str(model.directory), model.directory), target, jobs=default_jobs())
 
 
@@ -86,7 +86,7 @@ def _check_name(name: str) -> None:
 
 def _in_cache(inventory: Inventory, name: str) -> list[Found]:
     path = Path(os.path.realpath(os.path.expanduser(name)))
-    ids = {name, *(model_id(path, dtype) for dtype in DTYPES)}
+    ids = {name, *(model_id(path, variant) for variant in VARIANTS.values())}
     same = [model for model in inventory.models if model.id in ids]
     return [(inventory, m) for m in same or _named(inventory.models, name)]
 
@@ -97,7 +97,7 @@ def _named(models: Iterable[Model], name: str) -> list[Model]:
 
 def _inside(name: str) -> list[Found]:
     """Return the conversions inside the model directory of this name, or of this path of one."""
-    match = _DTYPE.fullmatch(name)
+    match = _VARIANT.fullmatch(name)
     path = Path(os.path.realpath(os.path.expanduser(match[1] if match else name)))
     is_own = path.name == IN_PLACE and os.path.exists(path.parent / CONFIG_NAME)
     if match and not is_own:
@@ -106,5 +106,5 @@ def _inside(name: str) -> list[Found]:
     if not os.path.isdir(root):
         return []
     inventory = take_inventory(Store(root, private=False))
-    chosen = [m for m in inventory.models if not match or m.dtype == match[2]]
+    chosen = [m for m in inventory.models if not match or m.variant.name == match[2]]
     return [(inventory, model) for model in chosen]

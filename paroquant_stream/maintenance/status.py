@@ -84,7 +84,7 @@ def freshness_of(store: Store, model: Model) -> Freshness:
     if model.is_orphan:
         why = f"{directory} is gone"
         return Freshness(ORPHAN, why, entries_alone(store, manifest, why))
-    target = Target(store, in_place=not store.private, dtype=model.dtype)
+    target = Target(store, in_place=not store.private, variant=model.variant)
     return examine(Request(ModelSource(str(directory), directory), target), manifest)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -35,13 +36,14 @@ from ..text import bytes_text
 from ..trace import NO_TRACE, Trace
 from .entries import check_sizes, guard_reads, read_weights
 from .experts import placeholders
-from .names import rename_weights
+from .names import leave_out_absent, rename_weights
 from .placement import place_weights
 from .tensor_source import TensorSource
 
 logger = logging.getLogger(__name__)
 
 
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 Loaded = tuple[nn.Module, Any, bool]
 """The model, its tokenizer or processor, and whether it is a vision model."""
 
@@ -56,6 +58,8 @@ def assemble(
     full: bool = False,
     trace: Trace = NO_TRACE,
     split: Split = WHOLE,
+    model_config: Mapping[str, Any] = NO_CHANGES,
+    tokenizer: bool = True,
 ) -> Loaded:
     """Assemble a converted model, or a part of it, from its cache entries.
 
@@ -63,11 +67,13 @@ def assemble(
         config: Of the model directory.
         manifest: Lists the entries.
         store: Holds the entries.
-        lazy: Leave the parameters unevaluated, so that MLX reads each at its first use.
-        force_text: Load the text part of a vision model.
+        lazy: As for `assemble_from`, like all that follow.
+        force_text: See above.
         full: Hash every entry before it is used.
-        trace: Records the time of each stage.
-        split: Which part is loaded.
+        trace: See above.
+        split: See above.
+        model_config: See above.
+        tokenizer: See above.
 
     Raises:
         EntryDamagedError: An entry's bytes are not those that were written.
@@ -85,7 +91,8 @@ def assemble(
         manifest.group_size,
         slices=lambda weights: entry_slices(manifest.entries, store, weights),
     )
-    return assemble_from(stored, config, lazy=lazy, force_text=force_text, trace=trace, split=split)
+    how: Any = {"lazy": lazy, "force_text": force_text, "trace": trace, "split": split}
+    return assemble_from(stored, config, **how, model_config=model_config, tokenizer=tokenizer)
 
 
 def assemble_from(
@@ -96,6 +103,8 @@ def assemble_from(
     force_text: bool,
     trace: Trace = NO_TRACE,
     split: Split = WHOLE,
+    model_config: Mapping[str, Any] = NO_CHANGES,
+    tokenizer: bool = True,
 ) -> Loaded:
     """Assemble a model, or a part of it, from stored tensors.
 
@@ -106,6 +115,8 @@ def assemble_from(
         force_text: Load the text part of a vision model.
         trace: Records the time of each stage.
         split: Which part is loaded.
+        model_config: Values that replace those of config.json for the model's class.
+        tokenizer: Load the tokenizer or processor too.
 
     Raises:
         AssemblyError: Tensors and parameters of the whole model do not match; lists each.
@@ -114,18 +125,15 @@ def assemble_from(
     """
     directory, tensors = config.directory, stored.tensors
     check_directory(directory)
-    class_config = cache(partial(load_config, directory))
+    class_config = cache(lambda: {**load_config(directory), **model_config})
     part = find_partition(split, config, tensors, force_text, class_config)
-    is_vlm = part.backend.is_vlm
-    if stored.model_names and config.values.get("vision_config") and not (is_vlm or force_text):
-        logger.warning("%s: saved without its vision tower, so loaded as a text model", directory)
+    if stored.model_names and not force_text:
+        _warn_without_tower(config, part)
     weights = _start_reading(stored, part, split, lazy, trace)
     slices = stored.slices(weights) if split.by_tensors else nullcontext()
     with trace.span("build the model"):
         model = part.backend.build(class_config())
-    with trace.span("tokenizer"):
-        check_tokenizer(directory)
-        tokenizer = part.backend.load_tokenizer(directory, class_config())
+    loaded = _load_tokenizer(part, directory, class_config(), trace) if tokenizer else None
     with trace.span("place the weights"):
         _place(model, stored, part, weights, directory)
     del weights  # or the arrays that `apply_partition` replaces would stay in memory
@@ -133,11 +141,24 @@ def assemble_from(
         with trace.span("cut"), slices as take:
             apply_partition(model, split, part, take)
         if not lazy:
-            with trace.span("read"):
-                _read(model, stored, part, split)
+            _read(model, stored, part, split, trace)
     if split.group is not None:
         barrier(split.group)
-    return model, tokenizer, is_vlm
+    return model, loaded, part.backend.is_vlm
+
+
+def _warn_without_tower(config: ModelConfig, part: Partition) -> None:
+    if config.values.get("vision_config") and not part.backend.is_vlm:
+        message = "%s: saved without its vision tower, so loaded as a text model"
+        logger.warning(message, config.directory)
+
+
+def _load_tokenizer(
+    part: Partition, directory: Path, config: Mapping[str, Any], trace: Trace
+) -> Any:
+    with trace.span("tokenizer"):
+        check_tokenizer(directory)
+        return part.backend.load_tokenizer(directory, config)
 
 
 def _start_reading(
@@ -166,20 +187,25 @@ def _place(
     """Put the tensors of the part into the model, and placeholders for all others."""
     unread = placeholders(t for t in stored.tensors if part.has(t.name) and not part.reads(t.name))
     weights = weights | unread
-    if not stored.model_names:
+    if stored.model_names:
+        leave_out_absent(model, weights, part.backend)
+    else:
         weights = rename_weights(model, weights, part.backend)
     check_placed(part, weights, unread)
     place_weights(model, weights, stored.bits, stored.group_size, directory)
 
 
-def _read(model: nn.Module, stored: TensorSource, part: Partition, split: Split) -> None:
+def _read(
+    model: nn.Module, stored: TensorSource, part: Partition, split: Split, trace: Trace
+) -> None:
     """Have MLX read the parameters that the part kept, then check the sizes of the files."""
     logger.info("reading the weights")
-    if split.by_tensors:
-        read_by_layer(model)
-    # the state, for constants that are no parameters: another thread than this cannot compute them
-    mx.eval(model.state)
-    stored.check(part.reads)
+    with trace.span("read"):
+        if split.by_tensors:
+            read_by_layer(model)
+        # the state, for constants that are no parameters: another thread cannot compute them
+        mx.eval(model.state)
+        stored.check(part.reads)
 
 
 def needed_entries(

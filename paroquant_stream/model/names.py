@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..backends.backend import Backend
 from ..errors import AssemblyError
@@ -33,6 +35,23 @@ def rename_weights(model: nn.Module, weights: Weights, backend: Backend) -> Weig
         AssemblyError: `sanitize` drops a tensor that no class is known to drop.
     """
     return _align_experts(model, _sanitize(model, weights, backend))
+
+
+def leave_out_absent(model: nn.Module, weights: Weights, backend: Backend) -> None:
+    """Have the class remove parts that a checkpoint may lack: Gemma 3 a head that is tied.
+
+    Some classes do so in `sanitize`, which weights under the model's own names do not need.
+
+    Args:
+        model: An instance of the model's class, changed in place.
+        weights: The arrays by the names of the model's parameters.
+        backend: The library that the class is from.
+    """
+    if dict(tree_flatten(model.parameters())).keys() <= weights.keys():
+        return
+    stand_ins = {name: mx.zeros(array.shape, array.dtype) for name, array in weights.items()}
+    with contextlib.suppress(Exception):  # what is missing then is listed by the caller
+        backend.sanitize(model, stand_ins)
 
 
 def _sanitize(model: nn.Module, weights: Weights, backend: Backend) -> Weights:

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AssemblyError
 from ..rotation.layers import RotateQuantizedLinear, RotateSwitchGLU
+from ..store.format import IO_BITS
 from ..text import listed
 from .names import Weights
 
@@ -62,9 +63,18 @@ def _swap_layers(model: nn.Module, weights: Weights, bits: int, group_size: int)
         group_size,
         bits,
         class_predicate=lambda path, module: (
-            f"{path}.scales" in weights and hasattr(module, "to_quantized")
+            f"{path}.scales" in weights
+            and hasattr(module, "to_quantized")
+            and {"group_size": group_size, "bits": _stored_bits(weights, path, group_size, bits)}
         ),
     )
+
+
+def _stored_bits(weights: Weights, path: str, group_size: int, bits: int) -> int:
+    """Return the bits per weight of an embedding or head, which have their own (`--io-bits`)."""
+    words, groups = weights[f"{path}.weight"].shape[-1], weights[f"{path}.scales"].shape[-1]
+    stored = 32 * words // (group_size * groups)
+    return stored if stored in IO_BITS else bits  # what fits neither, `_check` lists
 
 
 def _check(model: nn.Module, weights: Weights) -> None:

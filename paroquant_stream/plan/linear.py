@@ -5,6 +5,7 @@ N outputs, K inputs, G the group size:
     weight   U32 (N, K/8)   owned by the shard of qweight
     scales   F16 (N, K/G)   owned by the shard of scales
     biases   F16 (N, K/G)   owned by the shard of the zeros; AutoAWQ's borrow scales
+    with five bits: weight U32 (N, 5K/32), and weight and biases borrow their planes
     theta, pairs, channel_scales, bias: copied
 """
 
@@ -21,6 +22,9 @@ from .task import Operation, Part
 
 _FLOATS = ("F16", "BF16", "F32")
 _ROTATION = ("theta", "pairs", "channel_scales")
+_PACKED = {"qweight", "scales", "zeros"}
+_PLANES = {"qweight_hi", "qzeros_hi"}
+_PLANE_OUTPUTS = 32  # outputs whose fifth bits share a word
 _LEGACY_INPUTS = 64  # a TinyChat block
 _LEGACY_ROW_PADDING = {128: 8, 64: 16, 32: 32}  # group rows of a TinyChat linear come in multiples
 
@@ -52,9 +56,18 @@ class Linear:
         """K/G, the number of groups of inputs."""
         return self.inputs // self.quantization.group_size
 
+    @property
+    def _has_planes(self) -> bool:
+        return self.layout is Layout.INT5_BITPLANE
+
+    @property
+    def _packed(self) -> set[str]:
+        """The roles of the parts that are not copied."""
+        return _PACKED | _PLANES if self._has_planes else _PACKED
+
     def issues(self) -> list[str]:
         """List what is wrong with the parts, a line each with tensor, shard, expected and found."""
-        required = {"qweight", "scales", "zeros"} | (set() if self.is_expert else set(_ROTATION))
+        required = self._packed | (set() if self.is_expert else set(_ROTATION))
         where = ", ".join(sorted({part.shard for part in self.parts.values()}))
         missing = [
             self.layout.spell(self.module, role) for role in sorted(required - self.parts.keys())
@@ -70,6 +83,11 @@ class Linear:
             return [
                 f"{qweight.name} in {qweight.shard}: {self.inputs} inputs do not divide "
                 f"by group_size {self.quantization.group_size} of config.json"
+            ]
+        if self._has_planes and (self.is_expert or self.outputs % _PLANE_OUTPUTS):
+            return [
+                f"{qweight.name} in {qweight.shard}: int5-bitplane is known for linears of a "
+                f"multiple of {_PLANE_OUTPUTS} outputs that are no experts"
             ]
         if self.layout is Layout.PARO_NATIVE_LEGACY and self.inputs % _LEGACY_INPUTS:
             return [
@@ -96,6 +114,10 @@ class Linear:
             "scales": (("F16",), grids),
             "zeros": (("I32",), ((groups, outputs // 8),)) if awq else (("F16",), grids),
         }
+        if self._has_planes:
+            words = outputs // _PLANE_OUTPUTS
+            expected["qweight_hi"] = (("I32",), ((inputs, words),))
+            expected["qzeros_hi"] = (("I32",), ((groups, words),))
         if len(self.parts) > len(expected):
             rounds = [self.parts[role].shape for role in ("theta", "pairs") if role in self.parts]
             krot = next((shape[0] for shape in rounds if len(shape) == 2), 1)
@@ -111,12 +133,20 @@ class Linear:
         """Return the operations that convert this linear; `issues()` must be empty."""
         module, outputs, inputs = self.module, self.outputs, self.inputs
         grid = (outputs, self.groups)
-        weight = TensorSpec(f"{module}.weight", "U32", (outputs, inputs // 8))
+        weight = TensorSpec(
+            f"{module}.weight", "U32", (outputs, inputs * self.quantization.bits // 32)
+        )
         scales = TensorSpec(f"{module}.scales", "F16", grid)
         biases = TensorSpec(f"{module}.biases", "F16", grid)
         parts = self.parts
         legacy = (("groups", self.groups),) if self.layout is Layout.PARO_NATIVE_LEGACY else ()
-        if self.layout.is_awq:
+        if self._has_planes:
+            planes = parts["qweight_hi"], parts["qzeros_hi"]
+            yield Operation("int5_weight", ((parts["qweight"], planes[0]),), (weight,))
+            yield Operation("group_scales", ((parts["scales"],),), (scales,))
+            zeros = (parts["zeros"], planes[1], parts["scales"])
+            yield Operation("int5_biases", (zeros,), (biases,))
+        elif self.layout.is_awq:
             yield Operation("awq_weight", ((parts["qweight"],),), (weight,))
             yield Operation("group_scales", ((parts["scales"],),), (scales,))
             yield Operation("awq_biases", ((parts["zeros"], parts["scales"]),), (biases,))
@@ -128,7 +158,7 @@ class Linear:
             yield Operation("copy", ((parts["qweight"],),), (weight,))
             yield Operation("group_scales", ((parts["scales"],),), (scales,))
             yield Operation("native_biases", ((parts["zeros"],),), (biases,))
-        for role in sorted(parts.keys() - {"qweight", "scales", "zeros"}):
+        for role in sorted(parts.keys() - self._packed):
             shape = (1, inputs) if role == "channel_scales" else parts[role].shape
             output = TensorSpec(f"{module}.{role}", parts[role].dtype, shape)
             yield Operation("copy", ((parts[role],),), (output,))

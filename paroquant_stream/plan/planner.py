@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from ..checkpoint.layout import EXPERT, Layout, shared_rotation
 from ..checkpoint.quantization import Quantization
-from ..errors import PlanError
+from ..errors import LayoutError, PlanError
 from ..files.tensor_header import Header, TensorSpec
 from ..text import counted, listed
 from .experts import counted_experts, layer_of, runs, shared_rotation_issues, split_experts
 from .linear import Linear
 from .task import Operation, Part, Task
 
+_PACKED = ("qweight", "qzeros", "scaled_zeros", "qweight_hi", "qzeros_hi")
 _IO_LAYERS = ("embed_tokens", "lm_head")  # stored quantized, whatever `tie_word_embeddings` says
 
 
@@ -38,6 +39,7 @@ def make_plan(
     quantization: Quantization,
     experts: int | None = None,
     dtype: str | None = None,
+    io_bits: int = 4,
 ) -> Plan:
     """Plan a checkpoint, in time linear in the number of tensors.
 
@@ -47,14 +49,16 @@ def make_plan(
         quantization: Bits and group size.
         experts: How many experts a layer has, if the config says so.
         dtype: "F16" or "BF16" for floating tensors in that width, None for the source's.
+        io_bits: Bits per weight of embedding and head; 4 stands for those of the linears.
 
     Raises:
         PlanError: Lists everything that is missing, left over or does not fit.
+        LayoutError: Scales are in bfloat16.
     """
     collecting = gc.isenabled()
     gc.disable()  # nothing here is cyclic, and collecting takes half of the time
     try:
-        return _make_plan(headers, layout, quantization, experts, dtype)
+        return _make_plan(headers, layout, quantization, experts, dtype, io_bits)
     finally:
         if collecting:
             gc.enable()
@@ -66,6 +70,7 @@ def _make_plan(
     quantization: Quantization,
     experts: int | None,
     dtype: str | None,
+    io_bits: int,
 ) -> Plan:
     parts = [
         Part(t.name, t.dtype, t.shape, shard, t.start, t.stop)
@@ -73,6 +78,7 @@ def _make_plan(
         for t in header.tensors
     ]
     linears, rest = _group(parts, layout, quantization)
+    _check_scales(linears)
     issues = [issue for linear in linears.values() for issue in linear.issues()]
     issues += _left_over(rest, layout)
     if issues:
@@ -81,7 +87,8 @@ def _make_plan(
         op for linear in linears.values() for op in linear.operations()
     )
     for part in rest:
-        operations.append(_operation_of_rest(part, quantization, issues))
+        bits = quantization.bits if io_bits == 4 else io_bits  # as the public loader does
+        operations.append(_operation_of_rest(part, bits, quantization.group_size, issues))
     issues += shared_rotation_issues(stacks, operations)
     widest = counted_experts(stacks)
     for name, members in stacks.items():
@@ -97,6 +104,16 @@ def _make_plan(
         for shard, found in owned.items()
     )
     return Plan(layout, quantization, tasks)
+
+
+def _check_scales(linears: Mapping[str, Linear]) -> None:
+    """Raise LayoutError, once for the checkpoint, for scales in bfloat16."""
+    for linear in linears.values():
+        if (scales := linear.parts.get("scales")) and scales.dtype == "BF16":
+            raise LayoutError(
+                f"{scales.name} in {scales.shard}: scales in bfloat16, as GPTQModel writes them "
+                "for a bfloat16 model; expected float16: quantize the model in float16"
+            )
 
 
 def _error(issues: list[str]) -> PlanError:
@@ -128,11 +145,11 @@ def _left_over(rest: list[Part], layout: Layout) -> Iterator[str]:
         split = layout.split(part.name)
         if split and split[1] != "bias" and not shared_rotation(part.name):
             yield f"{part.name} in {part.shard}: no shard holds {layout.spell(split[0], 'qweight')}"
-        elif part.name.rsplit(".", 1)[-1] in ("qweight", "qzeros", "scaled_zeros"):
+        elif part.name.rsplit(".", 1)[-1] in _PACKED:
             yield f"{part.name} in {part.shard}: not a part that layout {layout.value} has"
 
 
-def _operation_of_rest(part: Part, quantization: Quantization, issues: list[str]) -> Operation:
+def _operation_of_rest(part: Part, bits: int, group_size: int, issues: list[str]) -> Operation:
     """Copy a tensor byte for byte, or quantize an embedding or head."""
     module = part.name.removesuffix(".weight")
     floating = part.dtype in ("F16", "BF16", "F32")
@@ -144,7 +161,6 @@ def _operation_of_rest(part: Part, quantization: Quantization, issues: list[str]
         shape = (1, *part.shape) if two_rows else part.shape
         return Operation("copy", ((part,),), (TensorSpec(name, part.dtype, shape),))
     rows, columns = part.shape
-    bits, group_size = quantization.bits, quantization.group_size
     if columns % group_size:
         issues.append(
             f"{part.name} in {part.shard}: rows of {columns} do not divide by "

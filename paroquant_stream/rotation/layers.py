@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import kernels
+from .lora import LoRARotatedLinear
 
 _SORT_FROM = 64
 """Number of routed rows from which they are sorted by expert, as in mlx-lm and mlx-vlm."""
@@ -126,6 +127,11 @@ class RotateQuantizedLinear(RotatedLayer):
         if self.ranks is not None:
             y = mx.distributed.all_sum(y, group=self.ranks)
         return y + self.bias if "bias" in self else y
+
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> LoRARotatedLinear:
+        """Return this layer with a LoRA adapter; mlx-lm calls it, by these names."""
+        outputs, inputs = self.scales.shape[0], self.scales.shape[1] * self.group_size
+        return LoRARotatedLinear(self, inputs, outputs, r, dropout, scale)
 
     def _extra_repr(self) -> str:
         outputs, inputs = self.scales.shape[0], self.scales.shape[1] * self.group_size

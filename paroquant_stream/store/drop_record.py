@@ -3,7 +3,7 @@
     v1/dropped/<id>.first.msgpack  <id>.second.msgpack     two copies of the same bytes
 
     8 bytes magic | u32 version | u64 length | SHA-256 of the body | msgpack body:
-        dtype      one of the values of `--dtype`
+        dtype      the name of a variant: `--dtype`, and `--io-bits` unless it is 4
         manifest   the bytes of a manifest of every converted shard; a shard that was removed, or is
                    about to be, is marked dropped
         headers    shard -> the bytes of its header, for the shards marked dropped
@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import ManifestError, NewerManifestError, StoreError
 from ..files.tensor_header import MAX_HEADER, Header, parse_header
-from .format import DTYPES, Dtype
+from .format import VARIANTS, Variant
 from .manifest import MAX_BYTES, Manifest, pack, seal, unpack, unseal
 from .store import Store
 
@@ -47,7 +47,7 @@ class DropRecord:
     """The record of a model whose source shards were removed or are being removed."""
 
     id: str
-    dtype: Dtype
+    variant: Variant
     manifest: Manifest
     """Every converted shard, in any order, and the model's directory at that time."""
     headers: Mapping[str, bytes] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class DropRecord:
     def encode(self) -> bytes:
         """Return the bytes of a record's file."""
         body = {
-            "dtype": self.dtype,
+            "dtype": self.variant.name,
             "manifest": self.manifest.encode(),
             "headers": dict(self.headers),
         }
@@ -101,9 +101,10 @@ class DropRecord:
             headers = {
                 _text(name): _header_bytes(found) for name, found in fields["headers"].items()
             }
-            if fields["dtype"] not in DTYPES:
+            if fields["dtype"] not in VARIANTS:
                 raise ManifestError(f"unknown dtype {fields['dtype']!r}")
-            return cls(drop_id, fields["dtype"], Manifest.decode(fields["manifest"]), headers)
+            variant = VARIANTS[fields["dtype"]]
+            return cls(drop_id, variant, Manifest.decode(fields["manifest"]), headers)
         except ManifestError:
             raise
         except Exception as error:  # msgpack raises ten kinds of error for malformed bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import AssemblyError
@@ -54,6 +55,8 @@ OPERATION_VERSIONS = {
     "legacy_weight": 1,
     "legacy_scales": 1,
     "legacy_biases": 1,
+    "int5_weight": 1,
+    "int5_biases": 1,
 }
 """A fix of an operation increases its version, and only the entries made with it are rebuilt."""
 TRANSFORM = " ".join(
@@ -66,3 +69,37 @@ CAST_VERSION = 1
 Dtype = Literal["source", "float16", "bfloat16"]
 DTYPES: dict[Dtype, str | None] = {"source": None, "float16": "F16", "bfloat16": "BF16"}
 """The values of `--dtype`, and their names in a safetensors header."""
+IO_BITS = (4, 8)
+"""The values of `--io-bits`; the public loader quantizes embedding and head to 4."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which of the conversions of a model: they are kept side by side."""
+
+    dtype: Dtype = "source"
+    io_bits: int = 4
+    """Bits per weight of embedding and head."""
+
+    @property
+    def name(self) -> str:
+        """Its name in records and, unless it is the default, in listings."""
+        return self.dtype if self.io_bits == 4 else f"{self.dtype}, io-bits {self.io_bits}"
+
+    @property
+    def options(self) -> str:
+        """The options of `convert` that make it, each with a space before it."""
+        dtype = "" if self.dtype == "source" else f" --dtype {self.dtype}"
+        return dtype + ("" if self.io_bits == 4 else f" --io-bits {self.io_bits}")
+
+    @property
+    def how_asked(self) -> str:
+        """How a user asks for it, in messages: by options of a command, or arguments of `load`."""
+        given = {"dtype": self.dtype, "io_bits": self.io_bits}
+        changed = {name: given[name] for name in given if given[name] not in ("source", 4)}
+        arguments = (f"{k}={v!r}" for k, v in (changed or {"dtype": "source"}).items())
+        return f"{self.options.lstrip() or '--dtype source'} (in Python {', '.join(arguments)})"
+
+
+DEFAULT_VARIANT = Variant()
+VARIANTS = {v.name: v for v in (Variant(dtype, bits) for dtype in DTYPES for bits in IO_BITS)}

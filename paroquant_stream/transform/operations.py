@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ..errors import OutOfRangeError
 from ..plan.task import Operation, Part
 from .cast import LARGEST, cast
+from .int5 import int5_biases, int5_codes, int5_stripes
 from .repack import (
     awq_biases,
     awq_stripes,
@@ -94,6 +95,18 @@ def _awq_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -
     yield 0, _bytes_of(awq_biases(_array(source, scales, buffer=1), _array(source, zeros)))
 
 
+def _int5_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    qweight, plane = parts
+    for stripe in int5_stripes(_array(source, qweight), _array(source, plane, buffer=1)):
+        yield 0, _bytes_of(stripe)
+
+
+def _int5_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
+    qzeros, plane, scales = parts
+    zeros = int5_codes(_array(source, qzeros), _array(source, plane, buffer=1))
+    yield 0, _bytes_of(int5_biases(_array(source, scales), zeros))
+
+
 def _group_scales(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
     yield 0, _bytes_of(group_scales(_array(source, parts[0])))
 
@@ -154,6 +167,8 @@ _KINDS: dict[str, Callable[[Source, tuple[Part, ...], Mapping[str, int]], Chunks
     "quantize": _quantize,
     "awq_weight": _awq_weight,
     "awq_biases": _awq_biases,
+    "int5_weight": _int5_weight,
+    "int5_biases": _int5_biases,
     "group_scales": _group_scales,
     "native_biases": _native_biases,
     "legacy_weight": _legacy_weight,

@@ -9,6 +9,9 @@ import pytest
 import paroquant_stream
 from paroquant_stream.integrations import loader_patch
 
+OF_THE_PROGRAM = {"model_config", "tokenizer"}
+"""Options of `load` that the replaced functions give."""
+
 
 def test_install_replaces_the_loader_by_load_with_its_options(monkeypatch):
     calls = []
@@ -23,7 +26,8 @@ def test_install_replaces_the_loader_by_load_with_its_options(monkeypatch):
 
 def defaults(function) -> dict[str, object]:
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {name: default for name, default in found.items() if name not in OF_THE_PROGRAM}
 
 
 def test_install_has_the_keyword_options_of_load_and_their_types():
@@ -31,14 +35,16 @@ def test_install_has_the_keyword_options_of_load_and_their_types():
         {
             p.name: (p.default, p.annotation)
             for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
+            if p.kind is p.KEYWORD_ONLY and p.name not in OF_THE_PROGRAM
         }
         for function in (paroquant_stream.load, paroquant_stream.install)
     )
     assert by_install == by_load
 
 
-@pytest.mark.parametrize("option", ["lazy", "force_text", "model_path", "color"])
+@pytest.mark.parametrize(
+    "option", ["lazy", "force_text", "model_path", "tokenizer", "model_config", "color"]
+)
 def test_an_option_that_the_caller_passes_or_none_has_is_refused(option):
     with pytest.raises(TypeError, match=option):
         paroquant_stream.install(**{option: True})

@@ -230,7 +230,7 @@ def test_without_shards_the_error_names_no_unused_file(model_dir):
 
 
 def test_the_single_file_serves_the_source_dtype_alone(model_dir, tmp_path, monkeypatch):
-    export_single_file(make_request(model_dir))
+    export_single_file(make_request(model_dir), beside_shards=True)
     load(model_dir, dtype="float16", cache_dir=tmp_path / "float16")
     assert list((tmp_path / "float16").rglob("*.safetensors"))
     forbid(monkeypatch, "convert")
@@ -239,7 +239,7 @@ def test_the_single_file_serves_the_source_dtype_alone(model_dir, tmp_path, monk
 
 def test_a_current_single_file_that_fits_no_model_is_an_error(tmp_path, monkeypatch):
     directory = write_llama(tmp_path, **{"model.extra.weight": np.ones(4, np.float16)})
-    export_single_file(make_request(directory))
+    export_single_file(make_request(directory), beside_shards=True)
     forbid(monkeypatch, "convert")
     with pytest.raises(AssemblyError, match=r"model\.extra\.weight: no such parameter"):
         load(directory)
@@ -284,3 +284,9 @@ def test_without_a_tokenizer_nothing_is_converted(model_dir, monkeypatch):
     forbid(monkeypatch, "convert")
     with pytest.raises(MissingTokenizerError, match=r"expected tokenizer\.json,.* copy"):
         load(model_dir)
+
+
+def test_the_model_alone_with_another_config(model_dir):
+    model, tokenizer, _ = load(model_dir, model_config={"rms_norm_eps": 0.5}, tokenizer=False)
+    assert tokenizer is None
+    assert model.args.rms_norm_eps == 0.5

@@ -16,15 +16,17 @@ from paroquant_stream.api.load_options import LoadOptions
 from paroquant_stream.conversion import request
 from tests.helpers.ranks import Rank
 
-CONVERSION = {"cache_dir": 5, "jobs": 1.5, "revision": 7, "progress": 3}
+CONVERSION = {"cache_dir": 5, "jobs": 1.5, "revision": 7, "io_bits": 5, "progress": 3}
 LOAD = CONVERSION | {
     "lazy": "no", "force_text": 1, "dtype": "x", "verify": True, "trace": 4,
-    "layers": 3, "group": 2, "parallel": "x",
+    "layers": 3, "group": 2, "parallel": "x", "model_config": 8, "tokenizer": "no",
 }  # fmt: skip
+OF_THE_PROGRAM = {"lazy", "force_text", "model_config", "tokenizer"}
 CONVERT = CONVERSION | {
     "in_place": "no", "force": 1, "drop_source": "no", "dtype": [], "executor": 2, "trace": 4,
 }  # fmt: skip
-EXPORT = CONVERSION | {"self_contained": "no", "shard_size": "5GB"}
+EXPORT = {name: value for name, value in CONVERSION.items() if name != "io_bits"}
+EXPORT |= {"self_contained": "no", "vision": 1, "shard_size": "5GB"}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def test_the_models_and_the_target_are_paths():
         convert_checkpoints(["owner/name", 3])
 
 
-@pytest.mark.parametrize("name", sorted(LOAD.keys() - {"lazy", "force_text"}))
+@pytest.mark.parametrize("name", sorted(LOAD.keys() - OF_THE_PROGRAM))
 def test_install_refuses_at_once(name):
     try:
         with pytest.raises(ValueError, match=f"^{name} is "):
@@ -75,7 +77,7 @@ def test_install_refuses_at_once(name):
 def test_what_is_allowed_is_accepted():
     LoadOptions()
     options = LoadOptions(
-        True, False, "cache", 2, "main", "float16", print, "full", "t.json", None, Rank(0, 2)
+        True, False, "cache", 2, "main", "float16", 8, print, "full", "t.json", None, Rank(0, 2)
     )
     assert options.conversion.jobs == 2
     assert options.split.group.size() == 2

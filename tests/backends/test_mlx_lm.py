@@ -62,6 +62,30 @@ def test_a_text_only_type_has_the_librarys_name(model_dir, model_type, expected)
     assert load_config(model_dir)["model_type"] == expected
 
 
+@pytest.mark.parametrize(
+    ("rope", "theta", "scaling"),
+    [
+        ({"rope_theta": 5e5, "rope_type": "default"}, 5e5, None),
+        ({"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}, 5e5, "linear"),
+        ({"full_attention": {"rope_theta": 5e5}}, None, None),  # one for each type of layer
+        (None, None, None),
+    ],
+)
+def test_rope_parameters_of_transformers_5_reach_all_classes(model_dir, rope, theta, scaling):
+    config = {key: value for key, value in CONFIG.items() if not key.startswith("rope")}
+    (model_dir / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    found = load_config(model_dir)
+    assert found.get("rope_theta") == theta
+    assert (found.get("rope_scaling") or {}).get("rope_type") == scaling
+    assert MlxLm().build(found) is not None
+
+
+def test_a_rope_theta_of_its_own_stays(model_dir):
+    both = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | both))
+    assert load_config(model_dir)["rope_theta"] == 1e4
+
+
 def test_a_config_without_a_type_is_read(model_dir):
     without = {key: value for key, value in CONFIG.items() if key != "model_type"}
     (model_dir / "config.json").write_text(json.dumps(without))

@@ -15,6 +15,10 @@ from tests.helpers.builders import CONFIG
         ({"bits": 3}, "4 bits"),
         ({"bits": True}, "4 bits"),
         ({"bits": 4.0}, "4 bits"),
+        ({"bits": 5}, "found 5 in the format paroquant"),
+        ({"bits": 5, "format": "paroquant"}, "found 5 in the format paroquant"),
+        ({"format": "int5-bitplane"}, "found 4 in the format int5-bitplane"),
+        ({"group_size": -1}, "group_size -1 .all inputs of a layer in one group."),
         ({"group_size": 100}, "group_size"),
         ({"quant_method": "awq"}, "paroquant"),
     ],
@@ -50,6 +54,19 @@ def test_group_sizes_of_mlx_are_accepted(group_size):
 def test_other_group_sizes_are_refused(value):
     with pytest.raises(LayoutError, match="expected a group_size of 32, 64 or 128"):
         read_quantization({"quantization_config": {"group_size": value}})
+
+
+def test_five_bits_have_a_format_of_their_own():
+    block = {"quant_method": "paroquant", "bits": 5, "format": "int5-bitplane", "group_size": 128}
+    assert read_quantization({"quantization_config": block}) == Quantization(5, 128)
+
+
+def test_a_config_of_gptqmodel_is_accepted():
+    block = {
+        "quant_method": "paroquant", "format": "paroquant", "bits": 4, "group_size": 128, "krot": 8,
+        "sym": True, "desc_act": False, "lm_head": False, "meta": {"quantizer": ["gptqmodel:7"]},
+    }  # fmt: skip
+    assert read_quantization({"quantization_config": block}) == Quantization(4, 128)
 
 
 def test_the_first_block_counts():

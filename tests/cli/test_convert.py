@@ -243,6 +243,15 @@ def test_drop_source_without_a_terminal_needs_a_yes(model_dir, capsys, monkeypat
     assert shards(model_dir) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [([], 1), (["--in-place"], 0), (["--quiet"], 0), (["--dry-run"], 0)],
+)
+def test_a_drop_into_the_cache_says_who_misses_the_model(model_dir, capsys, options, notes):
+    assert main([str(model_dir), "--drop-source", "-y", *options]) == 0
+    assert capsys.readouterr().err.count("will not list it after --drop-source") == notes
+
+
 def test_a_revision_of_a_directory_is_refused(model_dir, capsys):
     assert main([str(model_dir), "--revision", "main"]) == 1
     assert "--revision is for the Hub" in capsys.readouterr().err

@@ -48,6 +48,17 @@ def test_says_that_a_vision_model_loses_its_tower(tmp_path, capsys):
     assert "its text part only" in capsys.readouterr().out
 
 
+def test_a_vision_model_keeps_its_tower_on_demand(tmp_path, capsys):
+    model = str(FIXTURES / "qwen3_5-awq-adversarial")
+    assert export.main([model, str(tmp_path / "out"), "--vision"]) == 0
+    out = capsys.readouterr().out
+    assert "text part" not in out
+    assert out.splitlines()[1] == (
+        "it contains code, paroquant_vision_model.py and paroquant_model.py, that mlx-vlm runs "
+        "without asking"
+    )
+
+
 def test_quiet_prints_nothing(command, capsys):
     assert export.main([*command, "--quiet", "--self-contained"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -162,6 +173,13 @@ def test_ctrl_c_during_the_conversion_sweeps_its_temps(model_dir, tmp_path, monk
     assert export.main([str(model_dir), str(tmp_path / "out")]) == 130
     assert swept == [True]
     assert not (tmp_path / "out").exists()
+
+
+def test_beside_shards_is_for_a_single_file(model_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        export.main([str(model_dir), str(tmp_path / "out"), "--beside-shards"])
+    assert ended.value.code == 2
+    assert "--beside-shards is for --single-file" in capsys.readouterr().err
 
 
 def test_the_module_form_does_not_warn(command):

@@ -198,8 +198,11 @@ def test_what_lies_inside_the_model_is_used(run, hollow, tmp_path):
     [
         ("--force", "; load uses that, nothing else can be made of it"),
         ("--drop-source -y", "; load uses that, nothing else can be made of it"),
-        ("--dtype float16", " with --dtype source alone"),
-        ("--dry-run --dtype float16", " with --dtype source alone"),
+        ("--dtype float16", " with --dtype source (in Python dtype='source') alone; pass that"),
+        (
+            "--dry-run --dtype float16",
+            " with --dtype source (in Python dtype='source') alone; pass that",
+        ),
     ],
 )
 def test_what_cannot_be_made_of_it_says_what_there_is(run, hollow, option, message):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from mlx_lm import generate
 
 from paroquant_stream import load
 from paroquant_stream.cli import run as run_command
-from paroquant_stream.cli.run import main
+from paroquant_stream.cli.run import _other_kind, main
 from paroquant_stream.integrations import loader_patch
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.server import PROMPT, ask
@@ -25,15 +26,16 @@ from tests.helpers.stand_in import stand_in
 
 MODEL = FIXTURES / "llama-awq-adversarial"
 
+OURS = "paroquant_stream.integrations"
 REPORT = """
 import json, multiprocessing, os, sys
 def of_a_child():
     from paroquant.inference.backends.mlx.load import load
-    return load.__module__
+    return getattr(load, "replaced_by", load.__module__)
 if __name__ == "__main__":
     from paroquant.inference.backends.mlx.load import load
     here = sys.modules["__main__"].of_a_child is of_a_child
-    print(json.dumps([sys.argv, sys.path[0], __name__, here, __file__, load.__module__]))
+    print(json.dumps([sys.argv, sys.path[0], __name__, here, __file__, of_a_child()]))
 """
 
 
@@ -65,7 +67,7 @@ def test_a_script_finds_its_arguments_its_path_and_our_loader(here):
     argv, path, name, is_main, file, loader = json.loads(done.stdout)
     assert argv == ["./script.py", "--help", "-m", "x", "--", "--jobs"]
     assert (path, name, is_main, file) == (str(here), "__main__", True, "./script.py")
-    assert loader == "paroquant_stream.integrations.loader_patch"
+    assert loader == OURS
     assert done.stderr == ""
 
 
@@ -83,23 +85,35 @@ def test_a_module_runs_as_python_m_runs_it(here, name):
     plain = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True)
     *correct, loader = json.loads(plain.stdout)
     assert loader == "paroquant.inference.backends.mlx.load"
-    assert json.loads(ours) == [*correct, "paroquant_stream.integrations.loader_patch"]
+    assert json.loads(ours) == [*correct, OURS]
 
 
 def test_the_options_are_those_of_every_load(here):
     (here / "shows.py").write_text(
         "from paroquant_stream.integrations.loader_patch import _installed\n"
         "(loader,) = _installed\n"
-        "print({k: loader.keywords[k] for k in ('cache_dir', 'jobs', 'dtype')})"
+        "print({k: loader.keywords[k] for k in ('cache_dir', 'jobs', 'dtype', 'io_bits')})"
     )
-    shown = run("--cache-dir", "c", "--jobs", "3", "--dtype", "bfloat16", "-m", "shows", cwd=here)
-    expected = {"cache_dir": "c", "jobs": 3, "dtype": "bfloat16"}
+    shown = run(
+        "--cache-dir",
+        "c",
+        "--jobs",
+        "3",
+        "--dtype",
+        "bfloat16",
+        "--io-bits",
+        "8",
+        "-m",
+        "shows",
+        cwd=here,
+    )
+    expected = {"cache_dir": "c", "jobs": 3, "dtype": "bfloat16", "io_bits": 8}
     assert shown.stdout.strip() == str(expected)
 
 
 def test_a_directory_with_a_main_runs(here):
     argv, path, *_, loader = json.loads(run("package", cwd=here).stdout)
-    assert (argv, loader) == (["package"], "paroquant_stream.integrations.loader_patch")
+    assert (argv, loader) == (["package"], OURS)
     assert os.path.basename(path) == "package"
 
 
@@ -157,37 +171,80 @@ def test_an_error_of_our_loader_is_one_line(here):
     assert error.count("\n") == 1
 
 
-def test_another_paroquant_is_an_error_before_the_program(here):
-    (here / "paroquant/inference/backends/mlx/load.py").unlink()
-    done = run("-m", "script", cwd=here, code=1)
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: paroquant")
-    assert "does not have its MLX loader at" in done.stderr
+def test_another_paroquant_is_a_warning_and_the_program_runs(here):
+    (here / "paroquant/inference/backends/mlx/load.py").write_text("def load(path): return 0\n")
+    (here / "uses.py").write_text(
+        "from paroquant.inference.backends.mlx.load import load\nprint(load('m'))"
+    )
+    done = run("-m", "uses", cwd=here)
+    assert done.stdout == "0\n"
+    assert done.stderr.startswith("paroquant")
+    assert "load is not replaced: it takes (path)" in done.stderr
 
 
-def test_a_program_without_paroquant_runs_with_a_note(tmp_path):
+def test_a_program_without_a_loader_runs_with_a_note(tmp_path):
     (tmp_path / "script.py").write_text("print('ran')")
     hide = (
-        "import sys; sys.modules['paroquant'] = None; from paroquant_stream.cli.run import main; "
+        "import sys; sys.modules.update(paroquant=None, mlx_lm=None, mlx_vlm=None); "
+        "from paroquant_stream.cli.run import main; "
     )
     command = [sys.executable, "-c", f"{hide}sys.exit(main(['script.py']))"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ran\n")
-    assert done.stderr == "note: paroquant is not installed, so no loader was replaced\n"
+    assert done.stderr.startswith("note: neither paroquant nor mlx-lm nor mlx-vlm is installed")
 
 
-def test_a_forked_process_has_this_loader_a_spawned_one_not(here):
-    """What the help says of processes that the program starts, with the exception of a fork."""
+def test_processes_that_the_program_starts_have_this_loader(here):
     (here / "children.py").write_text(
         REPORT + "    for kind in ('spawn', 'fork'):\n"
         "        with multiprocessing.get_context(kind).Pool(1) as pool:\n"
         "            print(pool.apply(of_a_child))\n"
     )
-    lines = run("children.py", cwd=here).stdout.splitlines()
-    assert lines[1:] == [
-        "paroquant.inference.backends.mlx.load",
-        "paroquant_stream.integrations.loader_patch",
-    ]
+    assert run("children.py", cwd=here).stdout.splitlines()[1:] == [OURS, OURS]
+
+
+def test_the_environment_is_restored(here, monkeypatch):
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.delenv("PAROQUANT_STREAM_JOBS", raising=False)
+    (here / "own.py").write_text(
+        "import os\nassert os.environ['PAROQUANT_STREAM_JOBS'] == '2'\nos.environ['OWN'] = 'x'"
+    )
+    before = dict(os.environ)
+    assert main(["--jobs", "2", "own.py"]) == 0
+    assert os.environ.pop("OWN") == "x"
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"#!/bin/bash\nexec python -m omlx.cli", "a script for bash"),
+        (b"#!/usr/bin/env -S zsh -f\n", "a script for zsh"),
+        (b"#! /usr/bin/env node", "a script for node"),
+        (b"#!", "a script for nothing"),
+        (b"\x7fELF\x02\0\0", "a binary program"),
+        (b"\xcf\xfa\xed\xfe\0\0", "a binary program"),
+        (b"#!/usr/bin/env python3\nimport omlx", None),
+        (b"#!/opt/venv/bin/pypy3.11 -E\n", None),
+        (b"#!/bin/sh\n'''exec' /a/long/path/python \"$0\" \"$@\"\n' '''", None),
+        (b"PK\x03\x04\0\0", None),
+        (MAGIC_NUMBER + b"\0\0", None),
+        (b"print(1)", None),
+        (b"", None),
+    ],
+)
+def test_what_is_no_python_is_known_by_its_start(start, kind):
+    assert _other_kind(start) == kind
+
+
+def test_a_wrapper_is_one_line_that_says_what_to_do(here):
+    (here / "omlx").write_text("#!/bin/bash\nexec python -m omlx.cli\n")
+    error = run("omlx", cwd=here, code=1).stderr
+    assert error.startswith("error: omlx: a script for bash, not Python")
+    assert "PAROQUANT_STREAM_INSTALL=1" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -222,7 +279,7 @@ def test_help_stands_alone(capsys):
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "paroquant.cli.serve --model MODEL" in text
+    assert "-m mlx_lm generate --model MODEL" in text
     assert "--cache-dir DIR" in text
 
 

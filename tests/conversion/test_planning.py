@@ -74,7 +74,7 @@ def test_a_read_only_survey_survives_a_store_that_is_not_there(model_dir, tmp_pa
 def test_the_number_of_experts_is_the_configs(tmp_path, monkeypatch, config, experts):
     directory = write_checkpoint(tmp_path / "m", config=CONFIG | config)
     given, real = [], planning.make_plan
-    monkeypatch.setattr(planning, "make_plan", lambda *a: given.append(a[3]) or real(*a))
+    monkeypatch.setattr(planning, "make_plan", lambda *a, **k: given.append(a[3]) or real(*a, **k))
     plan_model(make_request(directory))
     assert given == [experts]
 

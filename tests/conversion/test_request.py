@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from paroquant_stream import ConvertOptions
 from paroquant_stream.checkpoint.model_source import ModelSource
 from paroquant_stream.conversion.request import Target, default_jobs, make_request, model_id
+from paroquant_stream.store.format import DEFAULT_VARIANT, DTYPES, VARIANTS, Variant
 from paroquant_stream.store.store import Store
 
 
@@ -23,6 +25,11 @@ def test_jobs_are_a_whole_number_from_1(jobs):
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match=r"dtype is one of source, .*, not 'int8'"):
         ConvertOptions(dtype="int8")
+
+
+def test_other_bits_of_embedding_and_head_are_refused():
+    with pytest.raises(ValueError, match="io_bits is 4 or 8, not 5"):
+        ConvertOptions(io_bits=5)
 
 
 def test_an_unknown_option_is_refused(model_dir):
@@ -48,15 +55,17 @@ def test_an_executor_that_does_not_tell_has_the_default(model_dir, monkeypatch):
     assert make_request(model_dir, executor=Executor()).jobs == 3
 
 
-def test_the_model_id_is_of_path_and_dtype():
+def test_the_model_id_is_of_path_and_variant():
     one, other = Path("/m"), Path("/n")
-    assert len({model_id(p, d) for p in (one, other) for d in ("source", "float16")}) == 4
+    assert len({model_id(p, v) for p in (one, other) for v in VARIANTS.values()}) == 12
+    default = hashlib.sha256(b'/m\0{"dtype": "source"}').hexdigest()  # never changes
+    assert model_id(one) == model_id(one, DEFAULT_VARIANT) == default
 
 
 def test_a_new_cast_version_renames_only_manifests_of_casts(monkeypatch):
-    before = [model_id(Path("/m"), dtype) for dtype in ("source", "float16", "bfloat16")]
+    before = [model_id(Path("/m"), Variant(dtype)) for dtype in DTYPES]
     monkeypatch.setattr("paroquant_stream.conversion.request.CAST_VERSION", 99)
-    after = [model_id(Path("/m"), dtype) for dtype in ("source", "float16", "bfloat16")]
+    after = [model_id(Path("/m"), Variant(dtype)) for dtype in DTYPES]
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, False]
 
 

@@ -133,7 +133,7 @@ def test_exports_and_single_files_are_split_too(form, tmp_path, slices_read):
     else:
         from paroquant_stream.cli.export import main
 
-        assert main([str(directory), "--single-file"]) == 0
+        assert main([str(directory), "--single-file", "--beside-shards"]) == 0
     source = tmp_path / "out" if form == "export" else directory
     found, _, _ = load(source, group=Rank(1, 2), parallel="tensor")
     assert not slices_read

@@ -15,6 +15,7 @@ from paroquant_stream.exports import copied_files as module
 from paroquant_stream.exports.copied_files import (
     JSON,
     OTHER,
+    PROCESSORS,
     export_files,
     files_to_export,
     without_code,
@@ -43,6 +44,17 @@ def test_every_known_name_is_taken_along_byte_for_byte(tmp_path, out):
     for name in (*JSON, *OTHER):
         assert (out / name).read_bytes() == (model / name).read_bytes()
     assert len(list(out.iterdir())) == len(JSON) + len(OTHER)
+
+
+def test_settings_of_a_processor_go_with_a_tower_alone(model_dir, out):
+    for name in PROCESSORS:
+        (model_dir / name).write_text('{"auto_map": {}, "a": [1,2]}')
+    assert not set(PROCESSORS) & set(files_to_export(model_dir))
+    names = files_to_export(model_dir, vision=True)
+    assert set(PROCESSORS) <= set(names)
+    export_files(model_dir, names, out)
+    for name in PROCESSORS:
+        assert json.loads((out / name).read_text()) == {"a": [1, 2]}
 
 
 def test_templates_in_their_directory_are_taken_along(model_dir, out):

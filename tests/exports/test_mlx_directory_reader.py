@@ -13,8 +13,9 @@ from paroquant_stream import load
 from paroquant_stream.api.export import export_model
 from paroquant_stream.checkpoint.checkpoint import Checkpoint
 from paroquant_stream.errors import AssemblyError, CheckpointError, LayoutError, MalformedFileError
-from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE
+from paroquant_stream.exports.exported_config import MODEL_FILE
 from tests.helpers.paths import FIXTURES
+from tests.helpers.variants import variant
 
 FAMILIES = ["llama-awq-adversarial", "qwen3_moe-awq-adversarial", "qwen3_5_text-awq-size"]
 
@@ -54,6 +55,24 @@ def test_load_returns_every_parameter_bit_for_bit(
     assert tokenizer.encode("w5 w9") == words.encode("w5 w9") != []
     assert not is_vlm
     assert not model.training
+
+
+def test_an_export_with_its_own_model_type_is_read(exported, model_dir):
+    """As it was written before the type was hidden from other libraries."""
+
+    def as_before(config):
+        config["model_type"] = config["paroquant_stream"].pop("model_type")
+
+    edit(exported / "config.json", as_before)
+    assert parameters(load(exported)[0]) == parameters(load(model_dir)[0])
+
+
+def test_a_tied_head_that_the_class_itself_removes_is_not_missed(tmp_path):
+    model = variant("gemma3_text-awq-adversarial", tmp_path / "model", tied=True)
+    export_model(model, tmp_path / "out")
+    found = load(tmp_path / "out")[0]
+    assert parameters(found) == parameters(load(model)[0])
+    assert "lm_head" not in found
 
 
 def test_code_in_the_directory_is_not_run(model_dir, tmp_path):

@@ -23,12 +23,12 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
 from paroquant_stream.exports import standalone
-from paroquant_stream.exports.mlx_directory_writer import MODEL_FILE
+from paroquant_stream.exports.exported_config import MODEL_FILE, TRANSFORMERS_CONFIG
 from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES
 
-PLAIN = {"config.json", "model.safetensors", "model.safetensors.index.json",
+PLAIN = {"config.json", TRANSFORMERS_CONFIG, "model.safetensors", "model.safetensors.index.json",
          "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
 
 
@@ -49,25 +49,25 @@ def test_holds_the_files_of_an_mlx_model_and_no_code(model_dir, tmp_path):
     assert (tmp_path / "out" / "merges.txt").read_text() == "merges.txt"
 
 
+def test_files_beside_the_weights_arrive_as_they_are(model_dir, tmp_path):
+    """Byte for byte; only where `auto_map` was removed as the same JSON in another form."""
+    odd = '{ "eos_token_id":[1,7],\n\t"note": "\u00fc" }'
+    (model_dir / "generation_config.json").write_text(odd)
+    (model_dir / "chat_template.jinja").write_text("{{ messages }}\r\n")
+    mapped = json.loads((model_dir / "tokenizer_config.json").read_text())
+    text = json.dumps(mapped | {"auto_map": {"AutoTokenizer": ["x.X", None]}})
+    (model_dir / "tokenizer_config.json").write_text(text)
+    out = export_model(model_dir, tmp_path / "out", self_contained=True).directory
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (out / name).read_bytes() == (model_dir / name).read_bytes()
+    assert json.loads((out / "tokenizer_config.json").read_text()) == mapped
+
+
 def test_self_contained_adds_the_one_file_verbatim(model_dir, tmp_path):
     export_model(model_dir, tmp_path / "out", self_contained=True)
     assert names(tmp_path / "out") == {*PLAIN, MODEL_FILE}
     with open(standalone.__file__) as file:
         assert (tmp_path / "out" / MODEL_FILE).read_text() == file.read()
-
-
-def test_the_config_is_the_models_with_mlx_quantization(tmp_path):
-    config = {**CONFIG, "auto_map": {"AutoModel": "x.py"}, "model_file": "x.py"}
-    model = write_checkpoint(tmp_path / "model", config=config)
-    export_model(model, tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "config.json").read_text())
-    sizes = {"group_size": CONFIG["quantization_config"]["group_size"], "bits": 4}
-    assert found == {
-        **CONFIG,
-        "quantization": sizes,
-        "quantization_config": sizes,
-        "paroquant_stream": {"format": 1},
-    }
 
 
 def test_index_and_files_agree_under_the_models_names(model_dir, tmp_path):

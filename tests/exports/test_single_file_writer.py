@@ -253,7 +253,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(model_dir, model, tmp_pat
 
 
 def test_an_export_converts_first_and_lies_where_load_looks(model_dir):
-    path, size = export_single_file(make_request(model_dir, jobs=1))
+    path, size = export_single_file(make_request(model_dir, jobs=1), beside_shards=True)
     assert path == model_dir / NAME
     assert path.stat().st_size == size
     api.load(model_dir)
@@ -295,8 +295,24 @@ def test_an_export_of_a_repository_must_be_told_where_to(hub, tmp_path):
         export_single_file(make_request("owner/model"))
 
 
-def test_the_export_command_writes_it_into_the_model_directory(model_dir, tmp_path, capsys):
+def test_a_single_file_beside_shards_must_be_asked_for(model_dir, tmp_path, capsys):
     arguments = [str(model_dir), "--single-file", "--cache-dir", str(tmp_path / "cache")]
+    assert export.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"{model_dir}: holds model-00001-of-" in error
+    assert "--beside-shards" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_single_file_takes_the_place_of_dropped_shards(model_dir):
+    convert(make_request(model_dir, in_place=True, drop_source=True, jobs=1))
+    assert export_single_file(make_request(model_dir))[0] == model_dir / NAME
+
+
+def test_the_export_command_writes_it_into_the_model_directory(model_dir, tmp_path, capsys):
+    arguments = [str(model_dir), "--single-file", "--beside-shards"]
+    arguments += ["--cache-dir", str(tmp_path / "cache")]
     assert export.main(arguments) == 0
     assert capsys.readouterr().out.startswith(f"{model_dir / NAME}: ")
     assert (model_dir / NAME).is_file()

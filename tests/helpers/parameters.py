@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_flatten
 
+from paroquant_stream.backends.backend import Backend
 from tests.helpers.paths import FIXTURES
 
 CATALOG = json.loads((FIXTURES / "catalog.json").read_text())
@@ -36,3 +38,14 @@ def assert_same(found: dict[str, mx.array], correct: dict[str, mx.array]) -> Non
 
 def name_of(row: dict) -> str:
     return row["name"]
+
+
+def where_loadable(rows: list[dict], library: Backend) -> list:
+    """The rows as parameters; those whose class the installed library lacks are skipped."""
+    found = []
+    for row in rows:
+        config = json.loads((FIXTURES / row["name"] / "config.json").read_text())
+        reason = library.why_unknown(config)
+        skip = pytest.mark.skipif(reason is not None, reason=reason or "")
+        found.append(pytest.param(row, marks=skip, id=name_of(row)))
+    return found

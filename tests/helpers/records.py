@@ -10,6 +10,7 @@ from paroquant_stream.files.hashing import hash_entry
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.files.tensor_writer import lay_out
 from paroquant_stream.store.drop_record import DropRecord
+from paroquant_stream.store.format import DEFAULT_VARIANT
 from paroquant_stream.store.manifest import EntryRecord, Manifest
 from paroquant_stream.store.store import Store
 from tests.helpers.stores import KEY, publish
@@ -62,7 +63,7 @@ def manifest_of(*records: EntryRecord, directory: str = "") -> Manifest:
 
 def drop_record(*records: EntryRecord, drop_id: str = "1" * 64, **headers: bytes) -> DropRecord:
     """Return a drop record of these entries."""
-    return DropRecord(drop_id, "source", manifest_of(*records), headers)
+    return DropRecord(drop_id, DEFAULT_VARIANT, manifest_of(*records), headers)
 
 
 def flip_last_byte(path: Path) -> None:

@@ -1,18 +1,17 @@
-"""paroquant's own programs use `load` while it is installed, and their own loader afterwards."""
+"""Programs of paroquant, mlx-lm and mlx-vlm use `load` while it is installed, not afterwards."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import importlib
-import importlib.util
 import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
-import mlx.core as mx
+import mlx_lm
+import mlx_vlm
+import mlx_vlm.utils
 import paroquant.inference.backends.mlx.load as home
 import pytest
 from paroquant.inference.backends.mlx import generator, modules
@@ -20,14 +19,16 @@ from paroquant.inference.base import GenerationParams
 
 import paroquant_stream
 from paroquant_stream import install, uninstall
-from paroquant_stream.errors import LoaderMovedError, MissingExtraError
-from paroquant_stream.integrations import loader_patch
+from paroquant_stream.errors import MissingExtraError
+from paroquant_stream.integrations import import_hook, loader_patch
 from paroquant_stream.rotation.layers import RotateQuantizedLinear
+from tests.helpers.paroquant_rotation import rotate_on_the_cpu
 from tests.helpers.paths import FIXTURES, ROOT
 from tests.helpers.stand_in import stand_in
 
 MODEL = FIXTURES / "llama-awq-adversarial"
 ORIGINAL = (home.load,)  # in a tuple: a name in this module would be replaced too
+PACKAGES = ("paroquant", "mlx_lm", "mlx_vlm")
 PROMPT = "w5 w9 w17 w42 w3"
 
 
@@ -37,18 +38,6 @@ def _undone():
     for _ in range(3):
         uninstall()
     assert home.load is generator.load is ORIGINAL[0]
-
-
-def rotate_on_the_cpu(x, packed_pairs, cos, sin, scales, dim, krot, group_size):
-    """Compute what paroquant's Metal kernel does, so that its model runs on any machine."""
-    rows = x.astype(mx.float32) * scales
-    offsets = mx.repeat(mx.arange(dim // group_size) * group_size, group_size // 2)
-    for k in range(krot):
-        i, j = (packed_pairs[k] & 0xFFFF) + offsets, (packed_pairs[k] >> 16) + offsets
-        a, b = rows[:, i], rows[:, j]
-        rows[:, i] = a * cos[k] + b * sin[k]
-        rows[:, j] = b * cos[k] - a * sin[k]
-    return rows.astype(x.dtype)
 
 
 def answer(model) -> str:
@@ -102,36 +91,23 @@ def test_a_model_that_cannot_be_used_is_an_error_of_this_package(tmp_path):
         generator.MlxGenerator(str(tmp_path / "nothing"))
 
 
-def test_every_name_of_the_loader_is_replaced_and_restored():
-    early = types.ModuleType("early")
-    early.load = early.under_another_name = ORIGINAL[0]
-    early.another = another = functools.partial(ORIGINAL[0])
-    sys.modules["early"] = early
-    try:
-        install()
-        assert (
-            home.load
-            is generator.load
-            is early.load
-            is early.under_another_name
-            is loader_patch.load
-        )
-        assert loader_patch.load is not ORIGINAL[0]
-        assert early.another is another
-        late = types.ModuleType("late")
-        late.load = home.load
-        sys.modules["late"] = late
-        uninstall()
-        assert home.load is early.load is early.under_another_name is late.load is ORIGINAL[0]
-    finally:
-        del sys.modules["early"], sys.modules["late"]
-    assert loader_patch._finder not in sys.meta_path
+def test_the_loaders_of_the_three_packages_are_replaced_and_restored():
+    names = [(home, "load"), (generator, "load"), (mlx_lm, "load"), (mlx_vlm, "load")]
+    names += [(mlx_lm.utils, n) for n in ("load", "load_model", "sharded_load")]
+    names += [(mlx_vlm.utils, n) for n in ("load", "load_model")]
+    before = [(getattr(module, name),) for module, name in names]
+    install()
+    assert all(hasattr(getattr(module, name), "replaced_by") for module, name in names)
+    assert mlx_lm.load is mlx_lm.utils.load
+    uninstall()
+    assert [(getattr(module, name),) for module, name in names] == before
+    assert import_hook._finder not in sys.meta_path
 
 
 def test_installs_nest_and_an_extra_uninstall_does_nothing():
     calls = []
 
-    def loader(*a, jobs=None, cache_dir=None):
+    def loader(*a, jobs=None, cache_dir=None, model_config=None, tokenizer=True):
         calls.append((a, jobs, cache_dir))
 
     uninstall()
@@ -141,158 +117,92 @@ def test_installs_nest_and_an_extra_uninstall_does_nothing():
     uninstall()
     home.load("m")
     uninstall()
-    assert loader_patch._finder not in sys.meta_path
+    assert import_hook._finder not in sys.meta_path
     uninstall()
     assert calls == [(("m", False, True), None, "c"), (("m", False, False), 1, None)]
     assert home.load is ORIGINAL[0]
 
 
-def test_a_function_kept_after_uninstall_calls_paroquants_loader(monkeypatch):
-    install()
-    kept = home.load
-    uninstall()
-    monkeypatch.setattr(loader_patch, "_original", lambda *arguments: arguments)
-    assert kept("m", lazy=True) == ("m", True, False)
-
-
 def test_an_option_that_load_does_not_have_is_an_error():
     with pytest.raises(TypeError, match="color"):
         install(color="red")
-    with pytest.raises(TypeError, match="lazy"):
-        install(lazy=True)  # the caller passes it
+    for option in ("lazy", "tokenizer", "model_config"):
+        with pytest.raises(TypeError, match=option):
+            install(**{option: True})  # the replaced functions give it
     assert home.load is ORIGINAL[0]
 
 
-def test_a_later_replacement_by_another_program_stays():
-    install()
-    home.load = other = lambda: None
-    uninstall()
-    found, home.load = home.load, ORIGINAL[0]
-    assert found is other
-    assert generator.load is ORIGINAL[0]
-
-
-def test_a_lazy_module_is_not_imported():
-    class Lazy(types.ModuleType):
-        def __getattribute__(self, name):
-            raise AssertionError(f"asked for {name}")
-
-    lazy = Lazy("lazy")
-    sys.modules["lazy"], sys.modules["no module"] = lazy, object()
-    try:
-        install()
-        uninstall()
-    finally:
-        del sys.modules["lazy"], sys.modules["no module"]
-
-
-@pytest.mark.parametrize(
-    ("found", "reason"),
-    [
-        (lambda model_path, revision: 0, r"takes \(model_path, revision\)"),
-        (lambda model_path, lazy, tower: 0, r"takes \(model_path, lazy, tower\)"),
-        (None, r"no load\(\)"),
-    ],
-)
-def test_another_loader_is_an_error_with_the_version(found, reason):
-    home.load = found
-    try:
-        with pytest.raises(LoaderMovedError, match=r"paroquant 0\.1\.16 .*" + reason):
-            install()
-    finally:
-        home.load = ORIGINAL[0]
-    assert loader_patch._finder not in sys.meta_path
-
-
-def python(directory: Path, code: str) -> str:
-    """Return what `code` prints in a process that finds packages in `directory` first."""
+def run_python(directory: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process that finds packages in `directory` first."""
     environment = os.environ | {"PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done
+
+
+def python(directory: Path, code: str) -> str:
+    return run_python(directory, code).stdout.strip()
 
 
 def test_a_loader_imported_later_is_replaced(tmp_path):
     code = """
 import sys
-from paroquant_stream.integrations import loader_patch
 from paroquant_stream import install, uninstall
 install()
 print(*({"paroquant", "mlx", "mlx_lm", "huggingface_hub", "numpy"} & set(sys.modules)))
 from paroquant.inference.backends.mlx import load as home
-print(home.load is loader_patch.load, type(home.__loader__).__name__, home.__spec__.loader.name)
+print(home.load.replaced_by, type(home.__loader__).__name__, home.__spec__.loader.name)
 import importlib
-print(importlib.reload(home).load is loader_patch.load)
+print(importlib.reload(home).load.replaced_by)
 uninstall()
-print(home.load("m"), importlib.reload(home).load("m"), loader_patch._finder in sys.meta_path)
+print(home.load("m"), importlib.reload(home).load("m"), hasattr(home.load, "replaced_by"))
 """
-    expected = f"True SourceFileLoader {loader_patch.LOADER_MODULE}\nTrue\ntheirs theirs False"
+    ours = "paroquant_stream.integrations"
+    expected = f"{ours} SourceFileLoader {loader_patch.PAROQUANT}\n{ours}\ntheirs theirs False"
     assert python(stand_in(tmp_path), code) == expected
 
 
-def test_a_moved_loader_is_an_error_with_the_version(tmp_path):
-    stand_in(tmp_path, "mlx/loading.py")
-    info = tmp_path / "paroquant-9.9.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: paroquant\nVersion: 9.9\n")
-    code = """
-from paroquant_stream import errors, install
-try:
+def test_a_moved_loader_is_one_warning(tmp_path, monkeypatch, caplog):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "paroquant"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(stand_in(tmp_path, "mlx/loading.py"))
     install()
-except errors.LoaderMovedError as error:
-    print(error)
-"""
-    assert python(tmp_path, code).startswith("paroquant 9.9 does not have its MLX loader at paro")
+    assert [record.message for record in caplog.records] == [
+        f"paroquant has no module {loader_patch.PAROQUANT}, so nothing in it is replaced"
+    ]
 
 
-def test_another_signature_fails_the_import_of_the_module(tmp_path):
-    stand_in(tmp_path, text="def load(path, revision): ...\n")
+def test_another_signature_is_one_warning_and_the_import_goes_on(tmp_path):
+    stand_in(tmp_path, text="def load(path, revision):\n    return 'theirs'\n")
     code = """
-from paroquant_stream import errors, install
+from paroquant_stream import install
 install()
-try:
-    import paroquant.inference.backends.mlx.load
-except errors.LoaderMovedError as error:
-    print(error)
+import paroquant.inference.backends.mlx.load as home
+install()
+print(home.load("m", "r"))
 """
-    assert "it takes (path, revision)" in python(tmp_path, code)
+    done = run_python(tmp_path, code)
+    assert done.stdout == "theirs\n"
+    assert done.stderr.count("\n") == 1
+    assert "it takes (path, revision), without model_path, lazy, force_text" in done.stderr
 
 
-def test_without_paroquant_the_error_names_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
+def test_without_any_package_the_error_says_what_to_install(monkeypatch):
+    for name in [n for n in sys.modules if n in (*import_hook.LOADER_MODULES, *PACKAGES)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "paroquant", types.ModuleType("paroquant"))  # without a spec
+    for package in PACKAGES[1:]:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'paroquant_stream\[lm\]'"):
+        install()
+    assert import_hook._finder not in sys.meta_path
+
+
+def test_one_of_the_packages_is_enough(monkeypatch):
+    monkeypatch.delitem(sys.modules, loader_patch.PAROQUANT)
     monkeypatch.setitem(sys.modules, "paroquant", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'paroquant\[mlx\]'"):
-        install()
-    assert loader_patch._finder not in sys.meta_path
-
-
-def test_a_second_import_of_the_module_is_replaced_too(monkeypatch):
     install()
-    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
-    try:
-        again = importlib.import_module(loader_patch.LOADER_MODULE)
-        assert again is not home
-        assert again.load is loader_patch.load
-    finally:
-        sys.modules[loader_patch.LOADER_MODULE] = home
-        uninstall()
-        home.load = generator.load = ORIGINAL[0]
-
-
-def test_an_import_that_ends_after_the_uninstall_is_not_replaced(monkeypatch):
-    install()
-    folder = [str(Path(home.__file__).parent)]
-    spec = loader_patch._finder.find_spec(loader_patch.LOADER_MODULE, folder)
+    assert mlx_lm.load.replaced_by
     uninstall()
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, loader_patch.LOADER_MODULE, module)
-    spec.loader.exec_module(module)
-    assert module.load.__module__ == loader_patch.LOADER_MODULE
-
-
-def test_a_paroquant_module_without_a_spec_counts_as_absent(monkeypatch):
-    monkeypatch.delitem(sys.modules, loader_patch.LOADER_MODULE)
-    monkeypatch.setitem(sys.modules, "paroquant", types.ModuleType("paroquant"))
-    with pytest.raises(MissingExtraError, match="paroquant is not installed"):
-        install()
+    sys.modules[loader_patch.PAROQUANT] = home  # before the check that all is restored

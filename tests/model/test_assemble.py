@@ -148,7 +148,8 @@ def test_a_file_truncated_after_opening_is_an_error(model_dir, tmp_path, monkeyp
         export_model(model_dir, tmp_path / "out")
         place, path = tmp_path / "out", tmp_path / "out" / "model.safetensors"
     else:
-        place, (path, _) = model_dir, export_single_file(make_request(model_dir))
+        request = make_request(model_dir)
+        place, (path, _) = model_dir, export_single_file(request, beside_shards=True)
     monkeypatch.setattr(mx, "async_eval", lambda _: None)
     monkeypatch.setattr(mx, "eval", lambda _: os.truncate(path, path.stat().st_size - 1))
     with pytest.raises(AssemblyError, match=f"{path}: its size changed while it was read"):

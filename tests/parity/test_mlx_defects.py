@@ -60,6 +60,10 @@ for attempt in range(100):  # about every third raises a second time
 """
 
 
+@pytest.mark.skipif(
+    tuple(map(int, mx.__version__.split(".")[:3])) < (0, 32, 4),
+    reason="MLX before 0.32.4 does not fail: it returns zeros, which `check_sizes` notices",
+)
 def test_a_second_eval_after_a_failed_one_returns_random_memory(tmp_path):
     """Workaround: after `guard_reads` failed, no array is evaluated again."""
     command = [sys.executable, "-c", SECOND, str(tmp_path / "x.safetensors")]

@@ -13,6 +13,10 @@ K, N, G = 256, 64, 64
 GROUPS, PADDED = K // G, 16
 
 
+def bits_of(layout: Layout) -> int:
+    return 5 if layout is Layout.INT5_BITPLANE else 4
+
+
 def linear(layout: Layout, is_expert: bool = False, **changes) -> Linear:
     """A linear of K inputs and N outputs in a layout; `changes` gives dtype and shape, or None."""
     specs = {
@@ -22,13 +26,15 @@ def linear(layout: Layout, is_expert: bool = False, **changes) -> Linear:
     }
     if layout is Layout.PARO_NATIVE_LEGACY:
         specs |= {"scales": ("F16", (PADDED, N)), "zeros": ("F16", (PADDED, N))}
+    if layout is Layout.INT5_BITPLANE:
+        specs |= {"qweight_hi": ("I32", (K, N // 32)), "qzeros_hi": ("I32", (GROUPS, N // 32))}
     if not is_expert:
         specs |= {
             "theta": ("F16", (8, K // 2)),
             "pairs": ("I16", (8, K)),
             "channel_scales": ("F16", (1, K)),
         }
-    made = Linear("m.q_proj", layout, Quantization(4, G), is_expert)
+    made = Linear("m.q_proj", layout, Quantization(bits_of(layout), G), is_expert)
     for role, spec in (specs | changes).items():
         if spec:
             name = layout.spell("m.q_proj", role)
@@ -42,7 +48,7 @@ def test_a_complete_linear_has_no_issue_and_three_outputs(layout):
     assert made.issues() == []
     outputs = {o.name: (o.dtype, o.shape) for op in made.operations() for o in op.outputs}
     assert outputs == {
-        "m.q_proj.weight": ("U32", (N, K // 8)),
+        "m.q_proj.weight": ("U32", (N, K * bits_of(layout) // 32)),
         "m.q_proj.scales": ("F16", (N, GROUPS)),
         "m.q_proj.biases": ("F16", (N, GROUPS)),
         "m.q_proj.theta": ("F16", (8, K // 2)),

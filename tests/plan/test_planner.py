@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from paroquant_stream.checkpoint.layout import Layout
-from paroquant_stream.errors import PlanError
+from paroquant_stream.errors import LayoutError, PlanError
 from paroquant_stream.files.tensor_header import Header, TensorInfo
 from paroquant_stream.plan import planner
 from paroquant_stream.plan.planner import make_plan
@@ -211,3 +212,20 @@ def test_planning_takes_time_linear_in_the_tensors():
     """55,440 tensors beside an eighth of them; quadratic time would be 64 times as much."""
     seconds_of_plan(1)  # imports
     assert seconds_of_plan(24) < 8 * 3 * min(seconds_of_plan(3) for _ in range(3))
+
+
+def test_scales_in_bfloat16_are_one_line():
+    headers = headers_of(llama_tensors())
+    changed = {
+        shard: replace(
+            header,
+            tensors=tuple(
+                replace(tensor, dtype="BF16") if tensor.name.endswith(".scales") else tensor
+                for tensor in header.tensors
+            ),
+        )
+        for shard, header in headers.items()
+    }
+    with pytest.raises(LayoutError, match="scales in bfloat16, as GPTQModel writes them") as caught:
+        make_plan(changed, Layout.AUTOAWQ, QUANTIZATION)
+    assert "\n" not in str(caught.value)

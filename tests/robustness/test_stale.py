@@ -33,7 +33,7 @@ def ours(old: Path, target: Path, place: Path) -> None:
     """The file as `export --single-file` writes it, from the old shards."""
     model = Model(old, place / "old cache")
     assert model.convert().code == 0
-    arguments = (old, old, "--single-file", "--cache-dir", model.cache)
+    arguments = (old, old, "--single-file", "--beside-shards", "--cache-dir", model.cache)
     done = in_zygote(EXPORT, *arguments)
     assert done.code == 0, one_line(done)
     shutil.copy2(old / NAME, target / NAME)
@@ -88,7 +88,7 @@ def test_an_old_single_file_is_not_used_after_a_drop(place, updated):
 def test_a_single_file_of_the_same_shards_serves_after_a_drop(place, updated):
     model, right, _ = updated
     done = in_zygote(EXPORT, model.directory, model.directory, "--single-file",
-                     "--cache-dir", model.cache)  # fmt: skip
+                     "--beside-shards", "--cache-dir", model.cache)  # fmt: skip
     assert done.code == 0, one_line(done)
     assert model.drop().code == 0
     assert_loads(model, right)

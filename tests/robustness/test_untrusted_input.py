@@ -332,7 +332,7 @@ def loadable(form: str, directory: Path, tmp_path: Path):
         export_model(directory, tmp_path / "out")
         return tmp_path / "out"
     if form == "single file":
-        export_single_file(make_request(directory))
+        export_single_file(make_request(directory), beside_shards=True)
         for shard in directory.glob("model-*.safetensors"):
             shard.unlink()
     return directory

@@ -185,6 +185,18 @@ def test_another_dtype_after_a_drop_names_the_stored_one(dropped):
         run(directory, dtype="float16")
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [({"dtype": "float16"}, "dtype='float16'"), ({"io_bits": 8}, "io_bits=8")],
+)
+def test_a_load_of_another_variant_says_what_to_pass(model_dir, in_place, options, asked):
+    run(model_dir, in_place=in_place, drop_source=True, **options)
+    with pytest.raises(SourceDroppedError, match=rf"--\S+ \S+ \(in Python {asked}\)"):
+        load(model_dir)
+    load(model_dir, **options)
+
+
 def test_a_note_that_cannot_be_written_is_only_logged(model_dir, monkeypatch, caplog):
     from paroquant_stream.store import drop_note as module
 

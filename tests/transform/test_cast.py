@@ -18,6 +18,7 @@ from paroquant_stream.checkpoint.model_source import ModelSource
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import Target
 from paroquant_stream.errors import OutOfRangeError
+from paroquant_stream.store.format import VARIANTS
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform.cast import cast
 from tests.helpers.builders import llama_tensors, write_checkpoint
@@ -112,14 +113,14 @@ def test_keys_without_a_cast_never_change(name, tmp_path):
     assert " ".join(record.key[:16] for record in manifest.entries) == KEYS[name]
 
 
-def test_the_name_of_a_manifest_changes_with_the_dtype_alone():
+def test_the_name_of_a_manifest_changes_with_the_variant():
     source, target = ModelSource("m", Path("/nowhere/model")), Target(Store(Path("/nowhere/c")))
     assert target.manifest_name(source) == (
         "9844b94985e8fec619c10bebf7eacf786d3b4111d63da9488f48b43d05c36a89"
     )
     assert replace(target, in_place=True).manifest_name(source) == "model-a0a1c83eca430d48"
-    names = {replace(target, dtype=d).manifest_name(source) for d in ("source", *WIDTHS)}
-    assert len(names) == 3
+    names = {replace(target, variant=v).manifest_name(source) for v in VARIANTS.values()}
+    assert len(names) == 6
 
 
 def tensors_of(manifest) -> dict[str, str]:
