@@ -1,7 +1,8 @@
 """The rotation as a Metal kernel: one SIMD group per group of channels and tile of rows.
 
 No Mac has run it. tests/rotation/test_metal.py compiles the source that MLX generates of it as C++
-and runs every thread (tests/helpers/emulated_metal.h): right by emulation, its speed unknown.
+and runs every thread (tests/helpers/emulated_metal.h): right by emulation, its speed unknown. So
+before its first use it must give the results of plain MLX, or plain MLX is used instead.
 
 A row alone is limited by the launch and by the latency of the tables: a rotation is one launch
 without another operation around it, and a lane asks for its coefficients of all rounds at once,
@@ -12,14 +13,19 @@ none but each other.
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from . import reference
 from .packed import Tables
 from .tables import RotationTables
+
+logger = logging.getLogger(__name__)
 
 THREADGROUP_BYTES = 32_768
 """The most that Metal gives a threadgroup on Apple silicon."""
@@ -30,6 +36,8 @@ _SIMD_GROUPS = 4
 """Most SIMD groups per threadgroup; each works on rows of its own."""
 _THREADGROUPS = 8
 """Above this many threadgroups a SIMD group rotates four tiles in a row, to reuse its registers."""
+_NEAR = {mx.float16: 1e-2, mx.bfloat16: 8e-2, mx.float32: 1e-5}
+"""How near values up to 8 are when they are equal but for rounding."""
 _HEADER = """
 template <int ROWS> struct Columns;  // one channel of every row of a tile
 template <> struct Columns<1> { using type = float; };
@@ -147,10 +155,40 @@ def rotate(x: mx.array, tables: RotationTables) -> mx.array:
     Returns:
         An array in the shape and dtype of `x`.
     """
+    if x.size == 0:  # a launch needs a grid that is not empty
+        return x
+    if not _is_right(x.dtype, tables.group_size, tables.krot):
+        return reference.rotate(x, tables)
+    return _launch(x, tables)
+
+
+@cache
+def _is_right(dtype: mx.Dtype, group_size: int, krot: int) -> bool:
+    """Return whether the kernel gives the reference's results here, tried once per process."""
+    random = np.random.default_rng(0)
+    pairs = np.stack([random.permutation(group_size) for _ in range(krot)]).astype(np.int16)
+    theta, scales = random.uniform(-3, 3, (krot, group_size // 2)), np.ones((1, group_size))
+    tables = RotationTables(mx.array(theta), mx.array(pairs), mx.array(scales), group_size)
+    problem = "its results are wrong"
+    try:
+        x = mx.array(random.standard_normal((35, group_size)), dtype=mx.float32).astype(dtype)
+        tried = [(_launch(some, tables), reference.rotate(some, tables)) for some in (x[:1], x)]
+        if all(mx.allclose(y, right, rtol=0, atol=_NEAR[dtype]) for y, right in tried):
+            return True
+    except (RuntimeError, ValueError) as error:  # the source does not compile
+        problem = str(error)
+    logger.warning(
+        "the rotation's Metal kernel does not work here, so plain MLX is used, which is slower; "
+        "please report this: %s",
+        problem,
+    )
+    return False
+
+
+def _launch(x: mx.array, tables: RotationTables) -> mx.array:
+    """Launch the kernel for at least one row."""
     rows = x.reshape(-1, tables.dims)
     count = rows.shape[0]
-    if count == 0:  # a launch needs a grid that is not empty
-        return x
     packed = tables.for_kernel(Tables)
     tile = 1 if count < 32 else _TILE
     column = 4 * tile  # bytes

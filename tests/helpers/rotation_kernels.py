@@ -26,6 +26,7 @@ def simulate_metal(monkeypatch, launches):
     """Replace the Metal kernel by numpy, which takes the rows as its SIMD groups do."""
     _simulate(monkeypatch, launches, metal, "SIMD_GROUPS")
     monkeypatch.setattr(metal, "on_metal", lambda: True)
+    monkeypatch.setattr(metal, "_is_right", lambda *_: True)  # private: would launch it first
 
 
 def simulate_cuda(monkeypatch, launches):

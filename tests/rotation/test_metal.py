@@ -124,7 +124,8 @@ def test_a_rotation_is_one_launch_and_nothing_else():
     x, tables = make_x((1, 256), mx.float16), tables_of(make_rotation(256, 64, 8), 64)
     launches = []
     kernel = mock.Mock(side_effect=lambda **options: launches.append(options) or [x])
-    with mock.patch.object(metal, "_kernel", return_value=kernel):
+    right = mock.patch.object(metal, "_is_right", return_value=True)
+    with right, mock.patch.object(metal, "_kernel", return_value=kernel):
         assert metal.rotate(x, tables).shape == x.shape
     (launch,) = launches
     assert [a.dtype for a in launch["inputs"]] == [mx.float16, mx.int32, *[mx.float32] * 3]
@@ -270,6 +271,31 @@ def test_tables_and_launch_compute_the_rotation(monkeypatch, group_size, krot, b
     simd_groups = min(4, -(-batch // tile))
     threadgroups = {1: 1, 7: 2, 32: 2, 64: 4, 513: 8}[batch]
     assert launches == [(tile, (32 * 3, simd_groups * threadgroups, 1))]
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("works", ["right", "wrong", "does not compile"])
+def test_a_kernel_that_is_not_right_on_this_mac_is_not_used(monkeypatch, caplog, works, dtype):
+    """Simulated: before its first use it is compared with the reference, which then serves."""
+    is_right, launches = metal._is_right.__wrapped__, []
+    simulate_metal(monkeypatch, launches)
+    simulated = metal._kernel()
+
+    def kernel(**options):
+        if works == "does not compile":
+            raise RuntimeError("[metal::Device] Unable to build metal library from source")
+        (y,) = simulated(**options)
+        return [-y if works == "wrong" else y]
+
+    monkeypatch.setattr(metal, "_kernel", lambda: kernel)
+    monkeypatch.setattr(metal, "_is_right", is_right)
+    x, tables = make_x((40, 192), dtype), tables_of(make_rotation(192, 64, 8), 64)
+    y = kernels.rotate(x, tables)
+    assert error(y, to_float64(reference.rotate(x, tables))) < BOUNDS[dtype]
+    assert (works == "right") == (len(launches) == 3)
+    assert (works != "right") == ("plain MLX is used" in caplog.text)
+    assert ("Unable to build" in caplog.text) == (works == "does not compile")
 
 
 @pytest.mark.parametrize("group_size", [32, 128, 256, 1024, 2048])
