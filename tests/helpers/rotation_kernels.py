@@ -24,21 +24,24 @@ def rotate_tile(values, out, rows, group, group_size, coefficients):
 
 def simulate_metal(monkeypatch, launches):
     """Replace the Metal kernel by numpy, which takes the rows as its SIMD groups do."""
-    _simulate(monkeypatch, launches, metal, "SIMD_GROUPS")
+    kernel = simulated_kernel(launches, "SIMD_GROUPS")
+    monkeypatch.setattr(metal, "_kernel", lambda: kernel)  # private: MLX's function
     monkeypatch.setattr(metal, "on_metal", lambda: True)
     monkeypatch.setattr(metal, "_is_right", lambda *_: True)  # private: would launch it first
 
 
 def simulate_cuda(monkeypatch, launches):
-    """Replace the CUDA kernel by numpy, which takes the rows as its warps do."""
-    _simulate(monkeypatch, launches, cuda, "WARPS")
+    """Replace the CUDA kernels by numpy, which takes the rows as their warps do."""
+    kernel = simulated_kernel(launches, "WARPS")
+    monkeypatch.setattr(cuda, "_kernel", lambda _: kernel)  # private: MLX's function
     monkeypatch.setattr(cuda, "on_cuda", lambda: True)
 
 
-def _simulate(monkeypatch, launches, module, most):
-    """Replace a kernel of 32 lanes a tile; `most`: the constant that bounds its tiles at once.
+def simulated_kernel(launches, most):
+    """Make a kernel of 32 lanes a tile that notes tile and grid of each launch.
 
-    Without a constant ROWS each lane has a row.
+    `most` is the constant that bounds its tiles at once; without a constant ROWS each lane has a
+    row.
     """
 
     def launch(*, inputs, template, output_shapes, output_dtypes, grid, threadgroup):
@@ -61,4 +64,4 @@ def _simulate(monkeypatch, launches, module, most):
                     rotate_tile(values, out, here, group, group_size, (words, cos, sin))
         return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
 
-    monkeypatch.setattr(module, "_kernel", lambda *_: launch)  # private: MLX's function
+    return launch
