@@ -88,6 +88,18 @@ def test_on_a_gpu_it_launches_what_the_package_launches(generated, monkeypatch, 
     assert len(theirs) == {"metal": 6, "cuda": 4}[gpu]
 
 
+@pytest.mark.skipif(not cuda.on_cuda(), reason="needs an NVIDIA GPU as MLX's default device")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_on_an_nvidia_gpu_it_has_the_packages_bits(generated, dtype):
+    arrays = [mx.array(values) for values in make_rotation(512, 128, 8)]
+    tables, own = (k.RotationTables(*arrays, 128) for k in (generated.kernels, kernels))
+    for rows in (1, 7, 64, 127, 128, 500):
+        x = make_x((rows, 512), dtype)
+        y = generated.kernels.rotate(x, tables)
+        assert mx.array_equal(y, kernels.rotate(x, own))
+        assert tables.nbytes == 512 * 52
+
+
 def test_a_round_that_names_a_channel_twice_is_refused(generated):
     theta, pairs, scales = make_rotation(64, 32, 2)
     pairs[1, 0] = pairs[1, 1]
