@@ -12,6 +12,7 @@ from paroquant_stream.rotation import kernels, metal, reference
 from tests.benchmarks.micro import emulation
 from tests.helpers.emulation import Program, RefusedError, check, noticed
 from tests.helpers.kernel_source import Launch, bits_of, generated, launch_of, parameters_of
+from tests.helpers.opencl import errors_of
 from tests.helpers.rotation_kernels import simulate_metal
 from tests.helpers.rotations import (
     BOUNDS,
@@ -99,6 +100,22 @@ def test_emulated_results_are_float32_rounded_once(few):
 def test_address_spaces_and_language_are_metals(few):
     _, cases = few
     check(list({launch.source for launch, *_ in cases}))
+
+
+def test_clang_finds_the_address_spaces_right(few):
+    """By the compiler that Metal's is made of, where it is installed."""
+    _, cases = few
+    for source in {launch.source for launch, *_ in cases if launch.dtype != mx.bfloat16}:
+        assert errors_of(source) == []
+    begin = "const int dims = x_shape[1];"
+    for wrong, message in {
+        "thread Column* p = area;": "'__local Column",
+        "const device int* p = x_shape;": "'const __constant int",
+        "device float* p = cos_theta;": "'const __global float",
+        "threadgroup float* p = (threadgroup float*)x;": "address space",
+    }.items():
+        (found,) = errors_of(source.replace(begin, begin + wrong))
+        assert message in found
 
 
 def test_mlx_binds_what_the_kernel_reads_in_this_order(few):
