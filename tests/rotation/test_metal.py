@@ -11,7 +11,14 @@ import pytest
 from paroquant_stream.rotation import kernels, metal, reference
 from tests.benchmarks.micro import emulation
 from tests.helpers.emulation import Program, RefusedError, check, noticed
-from tests.helpers.kernel_source import Launch, bits_of, generated, launch_of, parameters_of
+from tests.helpers.kernel_source import (
+    Launch,
+    bits_of,
+    described_kernel,
+    generated,
+    launch_of,
+    parameters_of,
+)
 from tests.helpers.opencl import errors_of
 from tests.helpers.rotation_kernels import simulate_metal
 from tests.helpers.rotations import (
@@ -175,7 +182,7 @@ def test_every_mutation_of_the_kernel_is_noticed(tmp_path):
     cases = {}
     for what, (old, new) in MUTATIONS.items():
         assert old in metal._SOURCE, what
-        described = mx.fast.metal_kernel(
+        described = described_kernel(
             name="rotation",
             input_names=["x", "pairs", "cos_theta", "sin_theta", "channel_scales"],
             output_names=["out"],
@@ -192,7 +199,7 @@ def test_every_mutation_of_the_kernel_is_noticed(tmp_path):
 def small_launch(body, dtype=mx.bfloat16):
     """A launch of a kernel with this body for a row of 32."""
     x = mx.zeros((1, 32), dtype)
-    kernel = mx.fast.metal_kernel(
+    kernel = described_kernel(
         name="small", input_names=["x"], output_names=["out"], source=body + "\n(void)x_shape;"
     )
     options = {"inputs": [x], "template": [("T", dtype)], "output_shapes": [x.shape]}
