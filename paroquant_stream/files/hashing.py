@@ -6,7 +6,6 @@ SHA-256 is how the Hub identifies a shard. XXH3 is much faster; it detects damag
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import xxhash
 
 from ..errors import SourceChangedError
-from .descriptor import file_status, unreadable
+from .descriptor import file_status, read_some, unreadable
 from .tensor_header import TensorInfo
 
 CHUNK = 4 << 20  # bytes per read; small enough to be hashed while it is in the L2 cache
@@ -36,7 +35,7 @@ def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
     filled = 0
     while filled < len(view):
         try:
-            count = os.preadv(fd, [view[filled:]], start + filled)
+            count = read_some(fd, view[filled:], start + filled)
         except OSError as error:
             raise unreadable(label, error) from error
         if not count:

@@ -11,7 +11,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..errors import AssemblyError, ParoquantStreamError
-from ..files.descriptor import closing
+from ..files.descriptor import closing, path_of
 from ..files.tensor_writer import layout_defect
 from ..store.damage import confirmed_defect, defect_of, take_out
 from ..store.manifest import EntryRecord, Manifest
@@ -107,7 +107,7 @@ def check_sizes(records: Collection[EntryRecord], store: Store) -> None:
 def _read_entry(record: EntryRecord, store: Store, full: bool) -> dict[str, mx.array]:
     """Load the arrays of an entry through the descriptor that was checked."""
     with closing(_open_checked(record, store, full)) as fd:
-        return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
+        return cast("dict[str, mx.array]", mx.load(path_of(fd), format="safetensors"))
 
 
 def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:

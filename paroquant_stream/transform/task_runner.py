@@ -130,7 +130,8 @@ def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord 
     record = _record(job.task, sha256, borrowed, key, digest, size)
     if confirmed_defect(record, job.store):
         return None  # the shard is converted again, and the new entry replaces it
-    job.store.sync_entry(key)
+    with suppress(StoreError):  # its writer may have been killed before it did so
+        job.store.sync_entry(key)
     return record
 
 
