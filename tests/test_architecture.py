@@ -72,7 +72,7 @@ HOMES = {
     "distributed": {"execution/dask.py"},
     "mlx_lm": {"backends/mlx_lm.py"},
     "mlx_vlm": {"backends/mlx_vlm.py"},
-    "paroquant": {"rotation/metal.py"},
+    "paroquant": set(),
     "safetensors": {"maintenance/verify.py"},
     "numpy": {"rotation", "transform", "distributed/slices.py"},
     "mlx": {"rotation", "backends", "model", "distributed", "exports", "transform/operations.py"},

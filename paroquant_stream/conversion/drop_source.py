@@ -193,7 +193,7 @@ class Dropper(AbstractContextManager["Dropper"]):
             )
 
     def _read_back(self, shard: str) -> None:
-        """Hash an entry as it lies on the disk, once."""
+        """Hash an entry as it lies on the disk, once, and make it durable."""
         if shard in self._sound or shard in self.dropped:
             return
         store, record = self._request.store, self._finished[shard]
@@ -203,6 +203,7 @@ class Dropper(AbstractContextManager["Dropper"]):
                 break
         else:
             raise take_out(store, record, f"{problem} when it was read back; {shard} stays")
+        store.sync_entry(record.key)  # an older run or version may have published it
         self._sound.add(shard)
 
     def _write_record(self, shard: str, header: bytes) -> None:

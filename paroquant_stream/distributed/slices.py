@@ -7,7 +7,6 @@ in each row.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..backends.dtypes import MLX_DTYPES
 from ..errors import MalformedFileError
-from ..files.descriptor import unreadable
+from ..files.descriptor import read_some, unreadable
 from ..files.tensor_header import DTYPE_BYTES, TensorInfo
 
 _MIN_PIECE = 64 << 10
@@ -150,7 +149,7 @@ def _read_into(fd: int, into: NDArray[np.uint8], offset: int, label: str) -> Non
     left = into.data
     while left:
         try:
-            count = os.preadv(fd, [left], offset)
+            count = read_some(fd, left, offset)
         except OSError as error:
             raise unreadable(label, error) from error
         if not count:

@@ -20,7 +20,7 @@ from ..store.manifest import Manifest
 from .mlx_directory_reader import FORMAT
 
 MODEL_FILE = "paroquant_model.py"
-"""The code of a self-contained directory: `standalone.py`, byte for byte."""
+"""The code of a self-contained directory: `standalone.py` and the rotation, see standalone_code."""
 NEEDS_PACKAGE = "paroquant_stream_required__"
 """Before the model type of a plain export: "Model type ... not supported" says what to do."""
 NEEDS_TRUST = "trust_remote_code_required__"

@@ -15,7 +15,7 @@ from ..checkpoint.config import EXPORTED, ModelConfig
 from ..checkpoint.quantization import read_quantization
 from ..checkpoint.shard import Shard
 from ..errors import AssemblyError, CheckpointError, ParoquantStreamError
-from ..files.descriptor import closing
+from ..files.descriptor import closing, path_of
 from ..files.tensor_header import read_header
 from ..model.tensor_source import TensorSource
 
@@ -85,4 +85,4 @@ def _read(shard: Shard) -> dict[str, mx.array]:
     """Open a shard's lazy arrays through the descriptor whose header was checked."""
     with closing(shard.open()) as fd:
         read_header(fd, str(shard.path))
-        return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
+        return cast("dict[str, mx.array]", mx.load(path_of(fd), format="safetensors"))

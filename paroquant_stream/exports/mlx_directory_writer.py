@@ -8,12 +8,12 @@ text part is written, for mlx-lm, or all of it, for mlx-vlm.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -36,17 +36,18 @@ from ..progress_bar import FILES, SHARDS
 from ..store.manifest import Manifest
 from ..store.store import Store
 from ..text import bytes_text
-from . import standalone, standalone_vision
+from . import standalone_vision
 from .copied_files import as_json, export_files, files_to_export, without_code, write_file
 from .exported_config import MODEL_FILE, TOWERS, VISION_FILE, exported_config
+from .standalone_code import model_code
 
 logger = logging.getLogger(__name__)
-CODE: dict[str | None, dict[str, ModuleType]] = {
-    None: {},
-    MODEL_FILE: {MODEL_FILE: standalone},
-    VISION_FILE: {VISION_FILE: standalone_vision, MODEL_FILE: standalone},
+CODE: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    MODEL_FILE: (MODEL_FILE,),
+    VISION_FILE: (VISION_FILE, MODEL_FILE),
 }
-"""The `model_file` of an export -> the names of its Python files, and of what they are copies."""
+"""The `model_file` of an export -> the names of its Python files."""
 _DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """Bytes an item -> what it is seen as: a buffer knows no bfloat16."""
@@ -168,11 +169,16 @@ def _write_directory(
         weight_map = {spec.name: name for name, held in shards.items() for spec in held}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(directory / INDEX_NAME, as_json(index))
-        for name, module in CODE[code].items():
-            _write_bytes(directory / name, Path(str(module.__file__)).read_bytes())
+        for name in CODE[code]:
+            _write_bytes(directory / name, _code_of(name).encode())
         for name, values in configs.items():
             _write_bytes(directory / name, as_json(values))
     return Export(target, len(shards), total, text_only)
+
+
+def _code_of(name: str) -> str:
+    """Return the text of one of the Python files of `CODE`."""
+    return model_code() if name == MODEL_FILE else inspect.getsource(standalone_vision)
 
 
 def _cut(specs: list[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]]:

@@ -15,7 +15,7 @@ from ..conversion.in_place import inside_model
 from ..conversion.request import Request
 from ..conversion.staleness import source_staleness
 from ..errors import AssemblyError, CheckpointError, ParoquantStreamError, StoreError
-from ..files.descriptor import file_status
+from ..files.descriptor import file_status, path_of
 from ..model.entries import IO_WEIGHTS
 from ..model.experts import stack_experts
 from ..model.tensor_source import TensorSource
@@ -29,7 +29,7 @@ def stored_in_file(file: SingleFile, quantization: Quantization, *, lazy: bool) 
 
     def read(wanted: Callable[[str], bool]) -> dict[str, mx.array]:
         with _reading_file(file):
-            found = mx.load(f"/dev/fd/{file.fd}", format="safetensors")
+            found = mx.load(path_of(file.fd), format="safetensors")
             weights = {
                 name: array
                 for name, array in cast("dict[str, mx.array]", found).items()

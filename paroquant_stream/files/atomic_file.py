@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import StoreError
 from ..text import bytes_text
 from . import temp_files
-from .descriptor import FileStamp
+from .descriptor import FileStamp, make_durable
 from .folder import Folder
 
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
@@ -68,7 +68,7 @@ class AtomicFile:
             StoreError: The file has another size.
             OSError: The file cannot be made durable.
         """
-        os.fsync(self.fd)
+        make_durable(self.fd)
         if (reached := os.fstat(self.fd).st_size) != size:
             raise StoreError(f"{self.path}: {reached:,} bytes on disk, {size:,} expected")
         self._folder.replace(self._name, folder, name)
@@ -89,8 +89,8 @@ class AtomicFile:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Reserve disk space where the file system can, so that a full disk shows before the work."""
-    if size and hasattr(os, "posix_fallocate"):
+    """Reserve disk space where the system can, so that a full disk shows before the work."""
+    if size and hasattr(os, "posix_fallocate"):  # the os module's docs: not on macOS
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
@@ -123,7 +123,7 @@ def sync_directory(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        make_durable(fd)
     finally:
         os.close(fd)
 

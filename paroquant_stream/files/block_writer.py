@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 from collections import deque
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..trace import NO_TRACE, Trace
 from .atomic_file import write_error
+from .descriptor import bypass_cache
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +29,7 @@ _STREAMS = 3  # places that are written in turn, as the outputs of a quantized e
 _LARGE = 256 << 10  # bytes that are worth a call
 _DISK_BLOCK = 4096  # bytes; O_DIRECT takes multiples of it
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_IN_CACHE = not hasattr(fcntl, "F_NOCACHE")  # where what is written without O_DIRECT goes
 
 
 class BlockWriter:
@@ -52,6 +55,8 @@ class BlockWriter:
         self._fd, self._reopen, self._path, self._size = fd, reopen, path, size
         self._trace = trace
         self._direct_fd: int | None = None if _DIRECT and size >= BLOCK else -1
+        if size >= BLOCK:
+            bypass_cache(fd)
         self._blocks: dict[int, tuple[memoryview, int]] = {}  # next offset: block, bytes in it
         self._free: list[memoryview] = []
         self._thread: ThreadPoolExecutor | None = None
@@ -70,7 +75,12 @@ class BlockWriter:
             StoreError: These or earlier bytes cannot be written.
         """
         chunk = chunk.cast("B")
-        if self._direct_fd == -1 and len(chunk) >= _LARGE and offset not in self._blocks:
+        if (
+            _IN_CACHE
+            and self._direct_fd == -1
+            and len(chunk) >= _LARGE
+            and offset not in self._blocks
+        ):
             self._write(chunk, offset)  # the page cache takes it at the speed of a copy
             return
         while chunk:

@@ -1,8 +1,13 @@
-"""Regular files by descriptor: safe opening, exact reads, stamps, typed errors."""
+"""Regular files by descriptor: safe opening, exact reads, stamps, durability, typed errors.
+
+What macOS does otherwise than Linux with a descriptor is here; each place names its manual page.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -14,6 +19,11 @@ from ..errors import MalformedFileError, UnreadableFileError
 TICK_SECONDS = 0.1  # ten ticks of a kernel whose clock ticks 100 times a second, the fewest in use
 RACY_SECONDS = 2.0  # the coarsest file system clock in use (FAT, some NFS) ticks every 2 s
 WIDE_SECONDS = 86_400.0  # how far two machines' clocks may differ, a wrong time zone included
+
+_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+_NO_CACHE: int | None = getattr(fcntl, "F_NOCACHE", None)
+_NO_FULL_SYNC = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
+_MOST = 1 << 30  # bytes per call: read(2) of macOS refuses more than INT_MAX with EINVAL
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,58 @@ def unreadable(label: str, error: OSError) -> UnreadableFileError:
     )
 
 
+def path_of(fd: int) -> str:
+    """Return a path by which a library opens an open file, and reads it from its start.
+
+    Args:
+        fd: The file; its offset is set to 0. On macOS what is opened shares that offset, so no two
+            threads may open one descriptor at once.
+
+    Raises:
+        OSError: It cannot be set.
+    """
+    os.lseek(fd, 0, os.SEEK_SET)  # fd(4) of macOS: opening /dev/fd/N is dup(N)
+    return f"/dev/fd/{fd}"
+
+
+def make_durable(fd: int) -> None:
+    """Write a file, or the names in a directory, to the disk, past the cache of the drive.
+
+    Raises:
+        OSError: It cannot be written. That is not tried again: the pages may be lost by then.
+    """
+    if _FULL_SYNC is not None:  # fsync(2) of macOS: the drive may lose or reorder what it has
+        try:
+            fcntl.fcntl(fd, _FULL_SYNC)
+        except OSError as error:
+            if error.errno not in _NO_FULL_SYNC:  # SMB, some FUSE: they do nothing then
+                raise
+        else:
+            return
+    os.fsync(fd)
+
+
+def bypass_cache(fd: int) -> None:
+    """Let reads and writes of a file leave the page cache as it is, on macOS."""
+    if _NO_CACHE is not None:  # fcntl(2) of macOS, in place of O_DIRECT and posix_fadvise
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, _NO_CACHE, 1)
+
+
+def read_some(fd: int, into: memoryview, offset: int) -> int:
+    """Read what one call gives into a buffer of bytes and return how many they are; 0 at the end.
+
+    Raises:
+        OSError: The operating system cannot read it.
+    """
+    into = into[:_MOST]
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [into], offset)
+    data = os.pread(fd, len(into), offset)  # a Python built for macOS 10.15 and older
+    into[: len(data)] = data
+    return len(data)
+
+
 def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
     """Read exactly `length` bytes at `offset`.
 
@@ -165,7 +227,7 @@ def pread_exactly(fd: int, offset: int, length: int, label: str) -> bytes:
     chunks = []
     while length:
         try:
-            chunk = os.pread(fd, length, offset)
+            chunk = os.pread(fd, min(length, _MOST), offset)
         except OSError as error:
             raise unreadable(label, error) from error
         if not chunk:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from .descriptor import open_regular
+from .descriptor import make_durable, open_regular
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -52,7 +52,7 @@ class Folder:
                 raise
         with contextlib.suppress(FileExistsError):  # another process created it meanwhile
             os.mkdir(name, create, dir_fd=self.fd)
-            os.fsync(self.fd)
+            make_durable(self.fd)
         return Folder(os.open(name, flags, dir_fd=self.fd), self.path / name)
 
     def status(self) -> os.stat_result:
@@ -129,7 +129,7 @@ class Folder:
         Raises:
             OSError: The directory cannot be synced.
         """
-        os.fsync(self.fd)
+        make_durable(self.fd)
 
     def close(self) -> None:
         """Close the descriptor; further calls do nothing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import xxhash
 
 from ..errors import SourceChangedError
-from .descriptor import file_status, unreadable
+from .descriptor import file_status, read_some, unreadable
 
 Range = tuple[int, int]
 """The offset of the first byte in a file and that after the last."""
@@ -34,7 +33,7 @@ def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
     filled = 0
     while filled < len(view):
         try:
-            count = os.preadv(fd, [view[filled:]], start + filled)
+            count = read_some(fd, view[filled:], start + filled)
         except OSError as error:
             raise unreadable(label, error) from error
         if not count:

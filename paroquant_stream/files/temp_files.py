@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -242,12 +243,28 @@ class _System:
 def _this_system() -> _System:
     """Return the identity of this system, read once per process."""
     machine = os.uname().nodename.encode() + b"\0" + _read("/etc/machine-id")
-    boot = _read("/proc/sys/kernel/random/boot_id")
     space, clock = 0, getattr(time, "CLOCK_BOOTTIME", None)
+    if sys.platform == "darwin":
+        boot = _sysctl("kern.bootsessionuuid")
+        booted = float(int.from_bytes(_sysctl("kern.boottime")[:8], sys.byteorder))
+    else:
+        boot = _read("/proc/sys/kernel/random/boot_id")
+        booted = time.time() - time.clock_gettime(clock) if clock is not None else 0.0
     with contextlib.suppress(OSError):
         space = os.stat("/proc/self/ns/pid").st_ino
-    booted = time.time() - time.clock_gettime(clock) if clock is not None else 0.0
-    return _System(_short(machine), _short(boot), space, booted)
+    return _System(_short(machine), _short(boot or machine), space, booted)
+
+
+def _sysctl(name: str) -> bytes:
+    """Return a value of macOS's kernel, see sysctlbyname(3) and <sys/sysctl.h>; empty if unknown.
+
+    `kern.boottime` is a `struct timeval`, whose first 8 bytes are seconds since 1970.
+    """
+    import ctypes  # slow to import, and needed on macOS only
+
+    value, size = ctypes.create_string_buffer(64), ctypes.c_size_t(64)
+    failed = ctypes.CDLL(None).sysctlbyname(name.encode(), value, ctypes.byref(size), None, 0)
+    return b"" if failed else value.raw[: size.value]
 
 
 def _read(path: str) -> bytes:

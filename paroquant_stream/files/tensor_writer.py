@@ -9,7 +9,7 @@ from typing import Any
 from .descriptor import file_status, pread_exactly
 from .tensor_header import DTYPE_BYTES, TensorInfo, TensorSpec
 
-PAGE = 16_384  # bytes; the page of Apple silicon, so that Metal can use mapped entries directly
+PAGE = 16_384  # bytes; the page of Apple silicon, by which Metal can use a mapped file in place
 
 
 def lay_out(

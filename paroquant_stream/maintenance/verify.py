@@ -16,7 +16,7 @@ from ..checkpoint.shard import Shard
 from ..conversion.find_dropped import find_manifest
 from ..conversion.request import Request, default_jobs
 from ..errors import ParoquantStreamError, StoreError
-from ..files.descriptor import closing
+from ..files.descriptor import closing, path_of
 from ..files.digest_cache import DigestCache
 from ..files.tensor_writer import lay_out
 from ..store.damage import confirmed_defect, take_out
@@ -70,7 +70,7 @@ def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
 def _second_opinion(fd: int, record: EntryRecord) -> tuple[str, str] | None:
     """Return expected and found where the safetensors library sees other tensors."""
     try:
-        with safetensors.safe_open(f"/dev/fd/{fd}", framework="numpy") as file:  # the header alone
+        with safetensors.safe_open(path_of(fd), framework="numpy") as file:  # the header alone
             found = set(file.keys())
     except safetensors.SafetensorError as error:
         return "a file that safetensors opens", str(error)

@@ -11,7 +11,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..errors import AssemblyError, ParoquantStreamError
-from ..files.descriptor import closing
+from ..files.descriptor import closing, path_of
 from ..files.tensor_writer import layout_defect
 from ..store.damage import confirmed_defect, defect_of, take_out
 from ..store.manifest import EntryRecord, Manifest
@@ -121,7 +121,7 @@ def read_entry(record: EntryRecord, store: Store, full: bool = False) -> dict[st
         StoreError: It is absent or cannot be opened.
     """
     with closing(_open_checked(record, store, full)) as fd:
-        return cast("dict[str, mx.array]", mx.load(f"/dev/fd/{fd}", format="safetensors"))
+        return cast("dict[str, mx.array]", mx.load(path_of(fd), format="safetensors"))
 
 
 def _open_checked(record: EntryRecord, store: Store, full: bool) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +10,7 @@ import numpy as np
 from .tables import Rounds
 
 
-@dataclass(frozen=True)
-class Tables:
+class Tables(NamedTuple):
     """One word and two coefficients per pair and round: 12 bytes, so 48 per channel for krot 8."""
 
     channel_scales: mx.array

@@ -7,8 +7,7 @@ tables (tests/benchmarks/micro/rotation.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
@@ -20,8 +19,7 @@ CPU_TILE_ROWS = 32
 """Rows per pass on a CPU, so that the intermediate arrays stay in its cache."""
 
 
-@dataclass(frozen=True)
-class Tables:
+class Tables(NamedTuple):
     """One partner and two coefficients per channel and round: 10 bytes, so 80 for krot 8."""
 
     channel_scales: mx.array

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import EntryDamagedError, ManifestError, StoreError
-from ..files.descriptor import closing
+from ..files.descriptor import bypass_cache, closing
 from ..files.tensor_writer import lay_out, layout_defect
 from .drop_record import read_record, record_ids
 from .entry_digest import hash_entry
@@ -64,6 +64,7 @@ def confirmed_defect(record: EntryRecord, store: Store) -> str | None:
 
 def forget_pages(fd: int) -> None:
     """Drop a file from the page cache where the system can, so that it is read from the disk."""
+    bypass_cache(fd)
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..files.atomic_file import AtomicFile, write_error
 from ..files.block_writer import BlockWriter
-from ..files.descriptor import FileStamp
+from ..files.descriptor import FileStamp, make_durable
 from ..files.folder import Folder
 from ..files.tensor_header import TensorSpec
 from ..files.tensor_writer import end_of, lay_out
@@ -148,7 +148,7 @@ class PieceWriter:
         self._writer.flush()
         if sync:
             try:
-                os.fsync(self._fd)
+                make_durable(self._fd)
             except OSError as error:
                 raise write_error(self._path, 0, error) from error
         return [

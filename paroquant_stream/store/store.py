@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MalformedFileError, ManifestError, StoreError
 from ..files import temp_files
-from ..files.descriptor import FileStamp
+from ..files.descriptor import FileStamp, closing, make_durable
 from ..files.digest_cache import DigestCache
 from ..files.folder import Folder
 from ..files.tensor_header import TensorSpec
@@ -127,11 +127,22 @@ class Store(StoreDirectories):
             self._publish(folder, f"{key}.digest", _digest_text(digest, size))
 
     def sync_entry(self, key: str) -> None:
-        """Make the name of an entry durable, in case its writer was killed before it did so."""
-        with contextlib.suppress(OSError), self.opened("entries") as entries:
-            with open_child(entries, key[:2], None) as folder:
-                folder.sync()
-            entries.sync()
+        """Make an entry, its digest file and their names durable, whoever wrote them and how.
+
+        Raises:
+            StoreError: They cannot be made durable.
+        """
+        try:
+            with self.opened("entries") as entries:
+                with open_child(entries, key[:2], None) as folder:
+                    for name in (f"{key}.digest", f"{key}.safetensors"):
+                        with contextlib.suppress(FileNotFoundError):  # old entries have no digest
+                            with closing(folder.open_file(name)) as fd:
+                                make_durable(fd)
+                    folder.sync()
+                entries.sync()
+        except (OSError, MalformedFileError) as error:
+            raise StoreError(f"{self.entry_path(key)}: cannot be made durable: {error}") from error
 
     def open_entry(self, key: str) -> int:
         """Open an entry for reading.

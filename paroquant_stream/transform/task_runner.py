@@ -132,7 +132,8 @@ def _adopt(job: Job, sha256: str, borrowed: list[str], key: str) -> EntryRecord 
             return None
         record = replace(record, digest=tree)
         store.write_digest(key, record.digest, size)
-    store.sync_entry(key)
+    with suppress(StoreError):  # its writer may have been killed before it did so
+        store.sync_entry(key)
     return record
 
 

@@ -6,12 +6,14 @@ import io
 import json
 import os
 import pty
+import resource
 import subprocess
 import sys
 import termios
 
 import pytest
 
+from paroquant_stream.cli import convert
 from paroquant_stream.cli.convert import main
 from tests.helpers.builders import SETTLED, cut_evenly, llama_tensors, write_checkpoint
 
@@ -28,6 +30,20 @@ def test_prints_one_summary_line(arguments, capsys, model_dir):
     assert ", 0 reused in " in out
     assert out.count("\n") == 1
     assert err.count(" shards, ") == err.count("\n") == 3
+
+
+def test_peak_memory_is_in_bytes_on_macos_too(monkeypatch):
+    class Absent:
+        def __init__(self, path):
+            assert path == "/proc/self/status"
+
+        def exists(self):
+            return False
+
+    monkeypatch.setattr(convert, "Path", Absent)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    monkeypatch.setattr(resource, "getrusage", lambda who: used)
+    assert convert.peak_rss_bytes() == used.ru_maxrss
 
 
 def test_json_is_one_object_of_the_documented_form(arguments, capsys, model_dir):
@@ -139,6 +155,7 @@ LIGHT = (
     SETTLED
     + """
 import sys
+from paroquant_stream.cli import convert
 from paroquant_stream.cli.convert import main
 code = main(sys.argv[1:])
 heavy = {"numpy", "mlx", "transformers", "huggingface_hub", "tqdm", "safetensors", "mlx_lm"}

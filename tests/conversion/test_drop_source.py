@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +33,9 @@ from paroquant_stream.errors import (
     SourceDroppedError,
     StoreError,
 )
+from paroquant_stream.files import descriptor
 from paroquant_stream.files.folder import Folder
+from paroquant_stream.files.temp_files import is_temp, temp_name
 from paroquant_stream.store import drop_note, lock
 from paroquant_stream.store.drop_note import NOTE, read_note
 from paroquant_stream.store.drop_record import read_records, record_ids, write_record
@@ -555,3 +559,49 @@ def test_after_a_disk_error_at_any_change_the_next_run_completes(
         shutil.rmtree(directory)
         shutil.rmtree(cache)
     assert typed > 20 // stride
+
+
+class Barriers:
+    """What a run does to the disk of a Mac, in order: `F_FULLFSYNC`, names given and removed."""
+
+    def __init__(self, monkeypatch):
+        self.events = []
+        monkeypatch.setattr(descriptor, "_FULL_SYNC", 51)  # private: a constant of the system
+        monkeypatch.setattr(descriptor, "fcntl", self)
+        monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("no barrier"))
+        for name in ("replace", "rename", "unlink"):
+            monkeypatch.setattr(os, name, partial(self._named, name, getattr(os, name)))
+
+    def fcntl(self, fd, command, argument=0):
+        if command != 51:
+            return fcntl.fcntl(fd, command, argument)
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        self.events.append(("full", "temp" if is_temp(path.name[-len(temp_name()) :]) else path))
+        return 0
+
+    def _named(self, call, real, name, *new, **where):
+        self.events.append((call, (new or (name,))[0] if call != "rename" else name))
+        return real(name, *new, **where)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks names up in /proc")
+@pytest.mark.parametrize("before", ["converted before", "in one run"])
+def test_on_macos_all_that_is_left_passes_the_drives_cache_first(model_dir, monkeypatch, before):
+    """Entry, digest and their directories, then both records, then the note, then the removal."""
+    if before == "converted before":
+        run(model_dir)
+    store = make_request(model_dir).store
+    disk = Barriers(monkeypatch)
+    result = run(model_dir, drop_source=True)
+    for record in result.manifest.entries:
+        entry, removed = store.entry_path(record.key), disk.events.index(("rename", record.shard))
+        (drop_id,) = record_ids(store)
+        expected = [("full", path) for path in (entry.with_suffix(".digest"), entry)]
+        expected += [("full", entry.parent), ("full", entry.parent.parent)]
+        for copy in ("first", "second"):
+            expected += [("full", "temp"), ("replace", f"{drop_id}.{copy}.msgpack")]
+            expected += [("full", store.folder("dropped"))]
+        if record is result.manifest.entries[0]:
+            expected += [("full", "temp"), ("replace", NOTE), ("full", model_dir)]
+        done = iter(disk.events[:removed])
+        assert [event for event in expected if event not in done] == [], record.shard

@@ -22,8 +22,8 @@ from paroquant_stream.errors import (
     StoreError,
 )
 from paroquant_stream.exports import mlx_directory_writer as mlx_directory
-from paroquant_stream.exports import standalone
 from paroquant_stream.exports.exported_config import MODEL_FILE, TRANSFORMERS_CONFIG
+from paroquant_stream.exports.standalone_code import model_code
 from paroquant_stream.store.store import cache_store
 from tests.helpers.builders import CONFIG, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES
@@ -66,8 +66,7 @@ def test_files_beside_the_weights_arrive_as_they_are(model_dir, tmp_path):
 def test_self_contained_adds_the_one_file_verbatim(model_dir, tmp_path):
     export_model(model_dir, tmp_path / "out", self_contained=True)
     assert names(tmp_path / "out") == {*PLAIN, MODEL_FILE}
-    with open(standalone.__file__) as file:
-        assert (tmp_path / "out" / MODEL_FILE).read_text() == file.read()
+    assert (tmp_path / "out" / MODEL_FILE).read_text() == model_code()
 
 
 def test_index_and_files_agree_under_the_models_names(model_dir, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,6 @@ from paroquant_stream import load
 from paroquant_stream.api.export import export_model
 from paroquant_stream.checkpoint.config import EXPORTED
 from paroquant_stream.exports import standalone
-from paroquant_stream.rotation import kernels
 from tests.helpers.builders import CONFIG, awq_linear, llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES
 from tests.helpers.stock import answers, stock, stock_answers_of
@@ -73,16 +71,6 @@ def test_stock_mlx_lm_gives_our_logits_and_tokens_bit_for_bit(name, models, expo
     assert stock_answers[str(exports[name])] == answers(ours)
 
 
-def test_every_float16_angle_has_the_tables_cosine_and_sine():
-    """Float64 functions of numpy there, the standard library's here."""
-    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    every = every[np.isfinite(every)]
-    for here, there in ((math.cos, np.cos), (math.sin, np.sin)):
-        found = np.array(standalone._each(here, mx.array(every[None])))[0]
-        expected = there(every.astype(np.float64)).astype(np.float32)
-        assert np.array_equal(found, expected)
-
-
 def test_weights_are_not_changed_again_on_their_way_in(exports):
     """mlx-lm's own class would, for one, drop this name."""
     weights = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(1)}
@@ -103,37 +91,6 @@ def test_the_generate_command_of_mlx_lm_runs_it(exports):
     model, tokenizer, _ = load(FIXTURES / name)
     text = generate(model, tokenizer, "w5 w9 w17", max_tokens=8)
     assert done.stdout.split() == text.split() != [], done.stderr
-
-
-def random_rotation(rng, dims: int, group: int, krot: int) -> list[mx.array]:
-    pairs = [
-        np.concatenate([rng.permutation(group) for _ in range(dims // group)]) for _ in range(krot)
-    ]
-    return [
-        mx.array(rng.normal(0, 1, (krot, dims // 2)).astype(np.float16)),
-        mx.array(np.stack(pairs).astype(np.int16)),
-        mx.array(rng.uniform(0.5, 2, (1, dims)).astype(np.float16)),
-    ]
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
-@pytest.mark.parametrize("rows", [1, 32, 33, 100])
-@pytest.mark.parametrize(("group", "krot"), [(32, 1), (64, 8), (128, 3)])
-def test_the_rotation_has_our_bits(dtype, rows, group, krot):
-    rng = np.random.default_rng(rows * group + krot)
-    parameters = random_rotation(rng, 256, group, krot)
-    x = mx.array(rng.normal(0, 1, (rows, 256)).astype(np.float32)).astype(dtype)
-    found = standalone.Rotation(*parameters, group_size=group)(x)
-    expected = kernels.rotate(x, kernels.RotationTables(*parameters, group))
-    assert found.dtype == dtype
-    assert mx.array_equal(found, expected)
-
-
-def test_a_round_that_names_a_channel_twice_is_refused():
-    theta, pairs, scales = random_rotation(np.random.default_rng(0), 64, 32, 2)
-    pairs[1, 0] = pairs[1, 1]
-    with pytest.raises(ValueError, match="twice"):
-        standalone.Rotation(theta, pairs, scales, group_size=32)
 
 
 def test_tables_are_made_anew_after_the_parameters_were_replaced(exports):

@@ -15,8 +15,9 @@ from mlx_lm.utils import load_model
 from paroquant_stream import export_model, load
 from paroquant_stream.checkpoint.config import EXPORTED
 from paroquant_stream.errors import CheckpointError
-from paroquant_stream.exports import standalone, standalone_vision
+from paroquant_stream.exports import standalone_vision
 from paroquant_stream.exports.exported_config import MODEL_FILE, NEEDS_MLX_VLM, VISION_FILE
+from paroquant_stream.exports.standalone_code import model_code
 from tests.helpers.paths import FIXTURES
 from tests.helpers.stock import ASKS, stock
 from tests.helpers.vision_models import with_processor, write_image
@@ -144,8 +145,8 @@ def test_it_holds_the_settings_of_the_processor_and_two_files_of_code(models, ex
     out = exports[PICTURE]
     name = "preprocessor_config.json"
     assert (out / name).read_bytes() == (models[PICTURE] / name).read_bytes()
-    for name, module in {VISION_FILE: standalone_vision, MODEL_FILE: standalone}.items():
-        assert (out / name).read_bytes() == Path(str(module.__file__)).read_bytes()
+    assert (out / VISION_FILE).read_bytes() == Path(standalone_vision.__file__).read_bytes()
+    assert (out / MODEL_FILE).read_text() == model_code()
     assert {path.name for path in out.glob("*.py")} == {VISION_FILE, MODEL_FILE}
 
 

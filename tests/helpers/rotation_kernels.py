@@ -23,53 +23,45 @@ def rotate_tile(values, out, rows, group, group_size, coefficients):
 
 
 def simulate_metal(monkeypatch, launches):
-    """Replace the package's Metal kernel by numpy, launched as the package launches it."""
-
-    def get_kernel(tile):
-        def launch(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
-            x, words, cos, sin, scales, sizes = inputs
-            rows, dims, krot, group_size = sizes.tolist()
-            threads = group_size // 2
-            assert threadgroup == (threads, 1, 1)
-            assert words.dtype == sizes.dtype == mx.int32
-            assert words.shape == cos.shape == sin.shape == (krot, dims // 2)
-            assert scales.shape == (dims,)
-            assert (rows, dims) == x.shape == output_shapes[0]
-            launches.append((tile, grid))
-            values, out = to_float64(x) * to_float64(scales), np.zeros((rows, dims))
-            for block in range(grid[0] // threads):
-                for group in range(grid[1]):
-                    here = slice(block * tile, (block + 1) * tile)
-                    rotate_tile(values, out, here, group, group_size, (words, cos, sin))
-            return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
-
-        return launch
-
+    """Replace the Metal kernel by numpy, which takes the rows as its SIMD groups do."""
+    kernel = simulated_kernel(launches, "SIMD_GROUPS")
+    monkeypatch.setattr(metal, "_kernel", lambda: kernel)  # private: MLX's function
     monkeypatch.setattr(metal, "on_metal", lambda: True)
-    monkeypatch.setattr(metal, "package_kernel", lambda: get_kernel)
+    monkeypatch.setattr(metal, "_is_right", lambda *_: True)  # private: would launch it first
 
 
 def simulate_cuda(monkeypatch, launches):
-    """Replace the CUDA kernel by numpy, which takes the rows warp by warp as the kernel does."""
+    """Replace the CUDA kernels by numpy, which takes the rows as their warps do."""
+    kernel = simulated_kernel(launches, "WARPS")
+    monkeypatch.setattr(cuda, "_kernel", lambda _: kernel)  # private: MLX's function
+    monkeypatch.setattr(cuda, "on_cuda", lambda: True)
+
+
+def simulated_kernel(launches, most):
+    """Make a kernel of 32 lanes a tile that notes tile and grid of each launch.
+
+    `most` is the constant that bounds its tiles at once; without a constant ROWS each lane has a
+    row.
+    """
 
     def launch(*, inputs, template, output_shapes, output_dtypes, grid, threadgroup):
         x, words, cos, sin, scales = inputs
         constants = dict(template)
-        group_size, tile = constants["GROUP"], constants["ROWS"]
-        (rows, dims), (lanes, warps, _) = x.shape, threadgroup
+        group_size, tile = constants["GROUP"], constants.get("ROWS", 32)
+        (rows, dims), (lanes, together, _) = x.shape, threadgroup
         assert (lanes, words.dtype, x.dtype) == (32, mx.int32, constants["T"])
         assert words.shape == cos.shape == sin.shape == (constants["KROT"], dims // 2)
         assert scales.shape == (dims,)
-        assert warps <= constants["WARPS"]
+        assert together <= constants[most]
+        assert grid[1] % together == 0
         assert (rows, dims) == output_shapes[0]
         launches.append((tile, grid))
         values, out = to_float64(x) * to_float64(scales), np.full((rows, dims), np.nan)
-        for warp in range(grid[1]):
-            for start in range(warp * tile, rows, grid[1] * tile):
+        for first in range(grid[1]):
+            for start in range(first * tile, rows, grid[1] * tile):
                 for group in range(grid[0] // lanes):
                     here = slice(start, start + tile)
                     rotate_tile(values, out, here, group, group_size, (words, cos, sin))
         return [mx.array(out.astype(np.float32)).astype(output_dtypes[0])]
 
-    monkeypatch.setattr(cuda, "on_cuda", lambda: True)
-    monkeypatch.setattr(cuda, "_kernel", lambda: launch)  # private: compiles the kernel
+    return launch

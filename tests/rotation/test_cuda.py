@@ -1,4 +1,4 @@
-"""The CUDA kernel: its tables and launch simulated, its results on an NVIDIA GPU."""
+"""The CUDA kernels: tables and launch simulated, sources emulated, results on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import mlx.core as mx
 import pytest
 
 from paroquant_stream.rotation import cuda, kernels, reference
+from tests.helpers.emulation import Program, noticed
+from tests.helpers.kernel_source import cuda_launch_of
 from tests.helpers.rotation_kernels import simulate_cuda
 from tests.helpers.rotations import (
     BOUNDS,
@@ -29,10 +31,68 @@ def test_tables_and_launch_compute_the_rotation(monkeypatch, group_size, krot, b
     x = make_x((batch, dims), mx.float16)
     y = kernels.rotate(x, tables_of(parameters, group_size))
     assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-3
-    tile = 1 if batch < 32 else 4
-    warps = min(4, -(-batch // tile))
-    blocks = {1: 1, 7: 2, 32: 2, 64: 4, 513: 8}[batch]  # from 8 on each warp takes up to four tiles
+    tile = 1 if batch < 32 else 4 if batch < cuda.MANY else 32
+    warps = min(4, -(-batch // tile)) if (batch, group_size) != (513, 128) else 1
+    blocks = {1: 1, 7: 2, 32: 2, 64: 4, 513: 17 if warps == 1 else 5}[batch]
     assert launches == [(tile, (32 * 3, warps * blocks, 1))]
+
+
+FEW = [
+    # group size, krot, rows, dtype
+    *((64, 8, rows, mx.bfloat16) for rows in (1, 39, 127, 131)),
+    *((128, 8, rows, mx.float16) for rows in (3, 128)),
+    (128, 16, 161, mx.float32),
+    (32, 1, 200, mx.float16),
+]
+
+
+def launched(group_size, krot, rows, dtype, source=None):
+    """A launch of random rows, what it should give in float64, and what the first row should."""
+    dims = 3 * group_size
+    parameters = make_rotation(dims, group_size, krot, seed=krot)
+    x = make_x((rows, dims), dtype, seed=2)
+    expected = rotate_float64(to_float64(x), *parameters, group_size)
+    return cuda_launch_of(x, tables_of(parameters, group_size), source), expected
+
+
+def test_emulated_kernels_are_within_their_bound_of_float64(tmp_path):
+    """In each order the same bits, and those of a row do not depend on how many there are."""
+    cases = [launched(*case) for case in FEW]
+    program, first_rows = Program([launch for launch, _ in cases], tmp_path), {}
+    for (launch, expected), (group_size, krot, _, dtype) in zip(cases, FEW, strict=True):
+        y = program.run(launch)
+        assert error(y, expected) < BOUNDS[dtype]
+        assert all(mx.array_equal(program.run(launch, order), y) for order in (1, 2))
+        assert mx.array_equal(first_rows.setdefault((group_size, krot), y[0]), y[0])
+
+
+MUTATIONS = {
+    "no barrier after the loads": ("  __syncthreads();\n", ""),
+    "no barrier before the stores": ("  __syncwarp();\n\n#pragma", "\n#pragma"),
+    "warps share an area": ("float* y = area[threadIdx.y];", "float* y = area[0];"),
+    "rows are not spread over the lanes": ("float* mine = y + lane;", "float* mine = y;"),
+    "channels overlap": ("PITCH = LANES + 1", "PITCH = LANES - 1"),
+    "a round is left out": ("first < KROT * PAIRS", "first < KROT * PAIRS - PAIRS"),
+    "i for j": ("b[n] = mine[pair[n].j]", "b[n] = mine[pair[n].i]"),
+    "a row after the last": (
+        "    if (begin + r < rows) {\n#pragma unroll\n      for (int n = 0; n < SHARE; ++n) {\n"
+        "        const int i = lane + n * LANES;\n        if (i < GROUP) {\n          out",
+        "    {\n#pragma unroll\n      for (int n = 0; n < SHARE; ++n) {\n"
+        "        const int i = lane + n * LANES;\n        if (i < GROUP) {\n          out",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_every_mutation_of_the_kernel_of_many_rows_is_noticed(tmp_path):
+    cases = {}
+    for what, (old, new) in MUTATIONS.items():
+        assert old in cuda._MANY_ROWS, what
+        cases[what] = launched(64, 3, 131, mx.float32, cuda._MANY_ROWS.replace(old, new))
+    program = Program([launch for launch, _ in cases.values()], tmp_path)
+    assert [
+        w for w, (launch, expected) in cases.items() if not noticed(program, launch, expected)
+    ] == []
 
 
 @pytest.mark.skipif(not cuda.on_cuda(), reason="needs an NVIDIA GPU as MLX's default device")
@@ -46,8 +106,9 @@ def test_an_nvidia_gpu_is_within_its_bound_of_float64(group_size, krot):
     for dtype, bound in BOUNDS.items():
         x = make_x((512, dims), dtype)
         expected = rotate_float64(to_float64(x), *parameters, group_size)
-        for batch in (1, 7, 64, 512):
+        for batch in (1, 7, 64, cuda.MANY - 1, cuda.MANY, 500, 512):
             y = cuda.rotate(x[:batch], tables)
+            assert mx.array_equal(y[:1], cuda.rotate(x[:1], tables))
             assert (y.dtype, y.shape) == (dtype, (batch, dims))
             assert error(y, expected[:batch]) < bound
             assert error(reference.rotate(x[:batch], tables), expected[:batch]) < bound

@@ -103,13 +103,15 @@ def test_without_a_gpu_the_reference_runs(monkeypatch):
     assert mx.array_equal(kernels.rotate(x, tables), reference.rotate(x, tables))
 
 
-@pytest.mark.parametrize("simulate", [simulate_metal, simulate_cuda])
-def test_a_gpu_is_not_used_beyond_its_limits_or_without_rows(monkeypatch, simulate):
+@pytest.mark.parametrize(
+    ("simulate", "limits"), [(simulate_metal, [(4096, 1)]), (simulate_cuda, [(256, 8), (128, 17)])]
+)
+def test_a_gpu_is_not_used_beyond_its_limits_or_without_rows(monkeypatch, simulate, limits):
     launches = []
     simulate(monkeypatch, launches)
-    for group_size, krot in [(256, 8), (128, 17)]:
-        parameters = make_rotation(512, group_size, krot)
-        x = make_x((2, 512))
+    for group_size, krot in limits:
+        parameters = make_rotation(4096, group_size, krot)
+        x = make_x((2, 4096))
         y = kernels.rotate(x, tables_of(parameters, group_size))
         assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-6
     assert kernels.rotate(make_x((0, 512)), tables_of(make_rotation(512, 128, 8), 128)).size == 0

@@ -148,14 +148,16 @@ def test_creating_a_store_syncs_the_new_names(tmp_path, monkeypatch):
     assert {path.stat().st_ino for path in named} <= synced
 
 
-def test_syncing_an_entry_syncs_both_directories(store, monkeypatch):
+def test_syncing_an_entry_syncs_its_files_and_both_directories(store, monkeypatch):
     publish(store, b"x")
+    path = store.entry_path(KEY)
     synced = fsynced(monkeypatch, lambda: store.sync_entry(KEY))
-    assert synced >= {
-        store.folder("entries").stat().st_ino,
-        store.entry_path(KEY).parent.stat().st_ino,
-    }
-    store.sync_entry("cd" * 32)  # absent: no error
+    parts = (path, path.with_suffix(".digest"), path.parent, store.folder("entries"))
+    assert synced == {part.stat().st_ino for part in parts}
+    path.with_suffix(".digest").unlink()
+    store.sync_entry(KEY)  # an old entry
+    with pytest.raises(StoreError, match="cannot be made durable"):
+        store.sync_entry("cd" * 32)
 
 
 def test_only_a_user_cache_has_a_tag_and_lock_files(tmp_path, store):

@@ -50,9 +50,9 @@ def rotate_float64(x: NDArray[np.float64], rounds: Rounds) -> NDArray[np.float64
 def block_matrices(rounds: Rounds) -> NDArray[np.float64]:
     """(groups, GROUP, GROUP) with rotate(x) = x @ matrix in each group, channel scales left out."""
     dims = rounds.channel_scales.size
-    unscaled = Rounds(
-        **{**vars(rounds), "channel_scales": np.ones(dims, np.float32)}  # folded in, they lose bits
-    )
+    unscaled = rounds._replace(
+        channel_scales=np.ones(dims, np.float32)
+    )  # folded in, they lose bits
     rows = np.tile(np.eye(GROUP), dims // GROUP)
     return rotate_float64(rows, unscaled).reshape(GROUP, -1, GROUP).swapaxes(0, 1)
 

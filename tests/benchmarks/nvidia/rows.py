@@ -1,0 +1,126 @@
+"""Prints microseconds of the CUDA rotation kernels by the number of rows, beside a plain copy.
+
+    python -m tests.benchmarks.nvidia.rows [--dims 8192 28672] [--rows 1 64 512 8192] [--repeats 9]
+
+copy      a kernel that copies x, 16 bytes a thread: no rotation can be faster
+few       the kernel in which the lanes of a warp share the channels of up to four rows
+many N    the kernel in which each lane has a row; N pairs are loaded together
+
+Every form runs once per round of measurement, in turn; the figures are medians of a chain of 20,
+divided by 20. MLX needs about 30 us to launch one, so shorter times show only at more rows: the
+last column is the time of `many` at this number of rows for each 512 of them. It stops when the
+bits of two forms differ, or when one is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from paroquant_stream.rotation import cuda
+from paroquant_stream.rotation.tables import RotationTables
+from tests.helpers.rotations import BOUNDS, error, make_rotation, rotate_float64, to_float64
+
+GROUP, KROT, CHAIN = 128, 8, 20
+BATCHES = (4, 8, 16)
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+_COPY = """
+  const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t count = int64_t(x_shape[0]) * x_shape[1] * sizeof(T) / 16;
+  if (n < count) reinterpret_cast<int4*>(out)[n] = reinterpret_cast<const int4*>(x)[n];
+"""
+Form = Callable[[mx.array], mx.array]
+
+
+@cache
+def copy_kernel() -> Any:
+    """The plain copy."""
+    return mx.fast.cuda_kernel(
+        name="plain_copy", input_names=["x"], output_names=["out"], source=_COPY
+    )
+
+
+def copied(x: mx.array) -> mx.array:
+    """A copy of x."""
+    threads = -(-x.nbytes // 16 // 256) * 256
+    (out,) = copy_kernel()(
+        inputs=[x],
+        template=[("T", x.dtype)],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        grid=(threads, 1, 1),
+        threadgroup=(256, 1, 1),
+    )
+    return out
+
+
+def forms(tables: RotationTables) -> dict[str, Form]:
+    """Every form by its name; the two kernels are private, as layers choose between them."""
+    many = {f"many {n}": partial(cuda._of_many, tables=tables, batch=n) for n in BATCHES}
+    return {"copy": copied, "few": partial(cuda._of_few, tables=tables), **many}
+
+
+def check(candidates: dict[str, Form], x: mx.array, parameters: tuple[np.ndarray, ...]) -> None:
+    """Stop unless every rotation has the same bits, and those of three rows are right."""
+    assert mx.array_equal(candidates["copy"](x), x)
+    few = candidates["few"](x)
+    rows = sorted({0, x.shape[0] // 2, x.shape[0] - 1})
+    some = mx.array(rows)
+    expected = rotate_float64(to_float64(x[some]), *parameters, GROUP)
+    assert error(few[some], expected) < BOUNDS[x.dtype]
+    for name, form in candidates.items():
+        assert name == "copy" or mx.array_equal(form(x), few), name
+
+
+def microseconds(candidates: dict[str, Form], x: mx.array, repeats: int) -> dict[str, float]:
+    """The median time of each, measured in turn after a first call that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats + 1):
+        for name, form in candidates.items():
+            start = time.perf_counter()
+            y = x
+            for _ in range(CHAIN):
+                y = form(y)
+            mx.eval(y)
+            if repeat:
+                times[name].append(1e6 * (time.perf_counter() - start) / CHAIN)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dims", type=int, nargs="+", default=[8192, 28672])
+    default = [1, 32, 64, 128, 256, 512, 2048, 8192]
+    parser.add_argument("--rows", type=int, nargs="+", default=default)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    options = parser.parse_args()
+    device = mx.device_info().get("device_name", mx.default_device())
+    print(f"{device}, MLX {mx.__version__}, {options.dtype}, group {GROUP}, krot {KROT}; us")
+    names = ["copy", "few", *(f"many {n}" for n in BATCHES), "many 8, for 512 rows"]
+    print("| dims | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
+    for dims in options.dims:
+        parameters = make_rotation(dims, GROUP, KROT)
+        tables = RotationTables(*map(mx.array, parameters), GROUP)
+        candidates = forms(tables)
+        for rows in options.rows:
+            # scales near 1, or a chain of 20 leaves float16
+            x = (mx.random.normal((rows, dims)) * 1e-3).astype(DTYPES[options.dtype])
+            mx.eval(x)
+            check(candidates, x, parameters)
+            found = microseconds(candidates, x, options.repeats)
+            cells = [f"{found[name]:.1f}" for name in names[:-1]]
+            cells.append(f"{found['many 8'] * 512 / rows:.1f}")
+            print(f"| {dims} | {rows} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
