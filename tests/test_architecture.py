@@ -171,6 +171,7 @@ def test_nothing_of_a_model_is_executed_or_unpickled(path):
 
 TESTED_BY = {
     "conversion/find_dropped": "store/test_dropped_models",
+    "store/entry_store": "store/test_store",
     "model/tensor_source": "model/test_assemble",  # a record of functions, called by `assemble`
 }
 """Modules whose tests have another name than theirs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,15 +60,12 @@ def convert_shards(
     tally = _begin(request, work, progress)
     kept = work.dropped | work.settled
     reports = {n: report_reused(r, r) for n, r in kept.items()}
-    # at least `jobs`, so that one of the tasks with a slot can always continue
-    ahead = max(2, request.jobs) if request.options.drop_source else None
-    prefetcher = _prefetcher(request, model, work, tally, ahead)
+    prefetcher = _prefetcher(request, model, work, tally)
     manifest_of = partial(_manifest, request, model)
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        jobs = _jobs(request, work.tasks, known)
-        for outcome in _run(request, jobs, prefetcher, tally, trace):
+        for outcome in _run(request, _jobs(request, work.tasks, known), prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
             if published:
@@ -83,20 +79,18 @@ def convert_shards(
     names = [task.shard for task in model.plan.tasks]
     manifest = manifest_of([kept[name] for name in names])
     if manifest != before:  # equal, and a cache that cannot be written still serves
-        with _optional(all(record.dropped for record in manifest.entries)):
-            request.store.write_manifest(request.manifest_name, manifest)
+        _write_manifest(request, manifest)
     dropper.keep(manifest)
     path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
 
 
-@contextlib.contextmanager
-def _optional(optional: bool) -> Iterator[None]:
-    """Only log that something is not written: a dropped model is found by its record too."""
+def _write_manifest(request: Request, manifest: Manifest) -> None:
+    """Publish the manifest; a dropped model is found by its record too, if that fails."""
     try:
-        yield
+        request.store.write_manifest(request.manifest_name, manifest)
     except StoreError as error:
-        if not optional:
+        if not all(record.dropped for record in manifest.entries):
             raise
         logger.warning("%s", error)
 
@@ -112,9 +106,9 @@ def _begin(request: Request, work: Work, progress: Progress | None) -> Tally:
     return tally
 
 
-def _prefetcher(
-    request: Request, model: ModelPlan, work: Work, tally: Tally, ahead: int | None
-) -> Prefetcher:
+def _prefetcher(request: Request, model: ModelPlan, work: Work, tally: Tally) -> Prefetcher:
+    # at least as many as jobs run, so that one of them can always continue
+    ahead = max(2, request.jobs) if request.options.drop_source else None
     source, known = request.source, model.checkpoint.known_headers
     return Prefetcher(source.remote, source.directory, work.absent, known, tally.add, ahead)
 

@@ -75,13 +75,9 @@ class BlockWriter:
             StoreError: These or earlier bytes cannot be written.
         """
         chunk = chunk.cast("B")
-        if (
-            _IN_CACHE
-            and self._direct_fd == -1
-            and len(chunk) >= _LARGE
-            and offset not in self._blocks
-        ):
-            self._write(chunk, offset)  # the page cache takes it at the speed of a copy
+        is_copied = _IN_CACHE and self._direct_fd == -1 and offset not in self._blocks
+        if is_copied and len(chunk) >= _LARGE:  # the page cache takes it at the speed of a copy
+            self._write(chunk, offset)
             return
         while chunk:
             if offset not in self._blocks:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import mlx.core as mx
 
+from ..errors import ParoquantStreamError
 from ..store.manifest import EntryRecord
 
 Arrays = dict[str, mx.array]
@@ -19,10 +19,7 @@ _LINUX = _MEMINFO.exists()
 
 
 class EarlyReader:
-    """A thread that reads entries as they are published.
-
-    What it cannot read is left to the reader that comes after it, which says why.
-    """
+    """A thread that reads entries as they are published."""
 
     def __init__(self, read: Callable[[EntryRecord], Arrays]) -> None:
         """Start with nothing read.
@@ -54,11 +51,18 @@ class EarlyReader:
             self._found[record.key] = self._thread.submit(self._read, record)
 
     def take(self, record: EntryRecord) -> Arrays | None:
-        """Give away the arrays of an entry; None if it was not read."""
+        """Give away the arrays of an entry; None if they are to be read again.
+
+        Raises:
+            EntryDamagedError: It was damaged, and taken out of use.
+        """
         future = self._found.pop(record.key, None)
-        with suppress(Exception):
+        try:
             return future.result() if future else None
-        return None
+        except ParoquantStreamError:
+            raise
+        except Exception:  # of MLX, whose next reading tells why
+            return None
 
     def _read(self, record: EntryRecord) -> Arrays:
         arrays = self._read_entry(record)

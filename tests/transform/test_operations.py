@@ -58,8 +58,7 @@ def test_a_copy_has_the_same_bytes():
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("chunk", [1, 1000, 10**6])
-def test_an_embedding_is_quantized_the_same_in_chunks(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(operations, "_QUANTIZE_ROWS_BYTES", 700)  # private: for several chunks
+def test_an_embedding_is_quantized_the_same_in_chunks(dtype, chunk):
     kind = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}[dtype]
     array = mx.array(np.random.default_rng(0).normal(size=(50, 128))).astype(kind)
     raw = array if dtype != "BF16" else array.view(mx.uint16)
@@ -106,7 +105,24 @@ def test_a_single_value_that_overflows_is_an_error(values, count):
         results(operation, data)
 
 
+def quantized(values: np.ndarray) -> list[bytes]:
+    spec = part("e.weight", "F16", values.shape)
+    outputs = tuple(TensorSpec(f"e.{leaf}", "U32", (1,)) for leaf in ("weight", "scales", "biases"))
+    how = (("bits", 4), ("group_size", 64))
+    return results(
+        Operation("quantize", ((spec,),), outputs, how), Bytes({"e.weight": values.tobytes()})
+    )
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
+def test_an_embedding_with_a_value_that_is_not_finite_is_made_by_mlx(odd):
+    values = np.ones((4, 64), np.float16)
+    values[1, 3] = odd
+    expected = mx.quantize(mx.array(values), 64, 4, stream=mx.cpu)
+    assert quantized(values) == [np.array(array).tobytes() for array in expected]
+
+
 def test_a_worker_without_an_mlx_backend_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx.core", None)
     with pytest.raises(MissingExtraError, match="pip install"):
-        operations._quantize_rows(np.zeros((1, 64), np.float16), "F16", 64, 4)
+        quantized(np.full((1, 64), np.inf, np.float16))

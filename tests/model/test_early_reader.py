@@ -1,0 +1,100 @@
+"""Entries are read while later shards are converted; what fails is read again, or repaired."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from paroquant_stream import load
+from paroquant_stream.errors import EntryDamagedError
+from paroquant_stream.files.tensor_header import TensorSpec
+from paroquant_stream.model import early_reader
+from paroquant_stream.model.early_reader import EarlyReader
+from paroquant_stream.store.manifest import EntryRecord
+
+LIMIT = 30  # seconds to wait for what happens at once; reached only by a failure
+ONE = EntryRecord(
+    *("a.safetensors", "0" * 64, 100, (), "1" * 64, "2" * 64, "3" * 32, 400),
+    (TensorSpec("x", "F32", (2, 2)),),
+)
+
+
+def arrays(_record) -> dict[str, mx.array]:
+    return {"x": mx.ones((2, 2))}
+
+
+def test_an_entry_is_read_in_another_thread_and_given_away_once():
+    threads = []
+
+    def read(given):
+        threads.append(threading.current_thread())
+        return arrays(given)
+
+    with EarlyReader(read) as early:
+        early.add(ONE)
+        found = early.take(ONE)
+        assert found["x"].tolist() == [[1, 1], [1, 1]]
+        assert early.take(ONE) is None
+    assert threads[0] is not threading.main_thread()
+
+
+def test_an_entry_that_was_not_added_is_not_there():
+    with EarlyReader(arrays) as early:
+        assert early.take(ONE) is None
+
+
+def test_damage_is_raised_and_other_failures_are_read_again():
+    errors = [EntryDamagedError("damaged"), RuntimeError("[load] failed")]
+
+    def fail(_record):
+        raise errors.pop(0)
+
+    with EarlyReader(fail) as early:
+        early.add(ONE)
+        with pytest.raises(EntryDamagedError):
+            early.take(ONE)
+        early.add(ONE)
+        assert early.take(ONE) is None
+
+
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_without_memory_nothing_is_read_early(monkeypatch, is_linux):
+    monkeypatch.setattr(early_reader, "_LINUX", is_linux)  # private: which rule counts
+    monkeypatch.setattr(early_reader, "_spare_memory", lambda: 2 * ONE.size)
+    with EarlyReader(arrays) as early:
+        early.add(ONE)
+        assert early.take(ONE) is None
+        early.add(replace(ONE, size=ONE.size // 4))
+        assert (early.take(ONE) is not None) is is_linux  # elsewhere all that was added counts
+
+
+def test_the_spare_memory_is_less_than_a_terabyte_and_some():
+    assert 1 << 20 < early_reader._spare_memory() < 64 << 40  # private: read from the system
+
+
+def test_a_first_load_reads_every_entry_early(model_dir, monkeypatch):
+    taken, real = [], EarlyReader.take
+
+    def take(self, given):
+        found = real(self, given)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(EarlyReader, "take", take)
+    load(model_dir)
+    assert taken == [True] * 3
+
+
+def test_a_failed_conversion_leaves_no_model(model_dir, monkeypatch):
+    from paroquant_stream.store.store import Store
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_manifest", fail)
+        with pytest.raises(OSError, match="No space"):
+            load(model_dir)
