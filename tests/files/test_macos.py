@@ -83,11 +83,10 @@ def test_a_full_sync_that_fails_is_not_tried_again(mac, tmp_path):
 
 def test_large_files_and_checks_leave_the_page_cache_alone(mac, tmp_path, monkeypatch):
     """F_NOCACHE where Linux has O_DIRECT and posix_fadvise; a refusal is no error."""
-    monkeypatch.setattr("paroquant_stream.files.atomic_file._DIRECT", 0)
-    monkeypatch.setattr("paroquant_stream.files.new_file._DIRECT", 0)
+    monkeypatch.setattr("paroquant_stream.files.block_writer._DIRECT", 0)
     monkeypatch.delattr(os, "posix_fadvise")
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
-    monkeypatch.setattr("paroquant_stream.files.new_file._BLOCK", 4)
+    monkeypatch.setattr("paroquant_stream.files.block_writer.BLOCK", 4)
     for mac.refusal in (None, errno.ENOTSUP):
         mac.calls.clear()
         with new_file_at(tmp_path / "large", 9) as file:

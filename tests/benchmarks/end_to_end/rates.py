@@ -26,7 +26,7 @@ from paroquant_stream.files.new_file import NewFile
 from paroquant_stream.plan.planner import Plan, make_plan
 from paroquant_stream.plan.task import Operation
 from paroquant_stream.store.store import Store
-from paroquant_stream.transform.operations import _quantize_rows
+from paroquant_stream.transform.quantize import quantize_rows
 from paroquant_stream.transform.repack import awq_biases, awq_stripes, group_scales
 from paroquant_stream.transform.source import Source
 from paroquant_stream.transform.unit import Unit
@@ -123,7 +123,7 @@ def cpu_rates() -> dict[str, float]:
     }
     values = np.random.default_rng(0).normal(0, 0.05, (2048, 8192)).astype(np.float16)
     pieces = np.array_split(values, values.nbytes >> 21)
-    seconds = usual(lambda: [_quantize_rows(piece, "F16", 128, 4) for piece in pieces])
+    seconds = usual(lambda: [quantize_rows(piece, "F16", 128, 4) for piece in pieces])
     return rates | {"quantize": values.nbytes / seconds}
 
 
