@@ -10,6 +10,9 @@ from tests.benchmarks.end_to_end.measure import stages
 from tests.benchmarks.end_to_end.run import main
 from tests.benchmarks.end_to_end.trace_picture import rows_of
 from tests.benchmarks.simulation import scale
+from tests.benchmarks.whole_model import cores
+from tests.benchmarks.whole_model import run as whole_model
+from tests.benchmarks.whole_model.sweep import Row, Sweep
 
 
 @pytest.mark.long  # 25 s of imports in subprocesses; CI runs the command itself
@@ -55,3 +58,39 @@ def test_a_trace_has_a_row_for_each_thread_in_order_of_start():
     rows = rows_of([*names, *slices])
     assert list(rows) == ["b", "a"]
     assert rows["a"] == {"hash": [(2, 0.5), (3, 0.5)]}
+
+
+def test_a_whole_model_is_converted_at_toy_size(tmp_path, capsys):
+    options = "--toy --rounds 1 --jobs 1 2 --executors thread --threads 1"
+    assert whole_model.main([*options.split(), "--work", str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == [
+        "cp -r",
+        "convert 2 of 2 shards, 1 jobs, thread",
+        "cp -r",
+        "convert 2 of 2 shards, 2 jobs, thread",
+        "convert 0 of 2 shards, 2 jobs, thread",
+        "cache verify",
+        "read by 1 threads",
+        "read by 1 processes",
+        "convert 1 of 2 shards, 2 jobs, thread",
+    ]
+    assert rows[1][-1] == rows[3][-1] != rows[4][-1]
+    assert all(int(row[4]) >= int(row[5]) > 5 for row in rows if "convert" in row[0])
+
+
+def test_conversions_with_different_entries_are_an_error(tmp_path, capsys, monkeypatch):
+    made = [Row("cp -r", 1), Row("convert", 1, entries="a"), Row("convert", 1, entries="b")]
+    monkeypatch.setattr(Sweep, "conversions", lambda *_: made)
+    monkeypatch.setattr(Sweep, "reruns", lambda *_: [])
+    assert whole_model.main(["--toy", "--work", str(tmp_path)]) == 1
+    assert "different entries" in capsys.readouterr().err
+
+
+def test_the_rates_of_several_processes_are_added(tmp_path, capsys):
+    options = "--processes 1 2 --seconds 0 --delay 0 --size 32768"
+    assert cores.main([*options.split(), "--work", str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == list(cores.KINDS)
+    assert all(len(row) == 3 for row in rows)
+    assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,11 @@
 """Writes a llama checkpoint with the shapes of a 70B, a chosen number of layers, in a stream.
 
     python -m tests.benchmarks.end_to_end.checkpoint OUT [--layers 8] [--shards 6]
-        [--layout AUTOAWQ]
+        [--layout AUTOAWQ] [--vocab 12800] [--processes 1]
 
-8 layers are 4.0 GB. Packed words are random bytes (one 8 MB tile of them, written again and again,
-each time from another offset), so nothing compresses and making it is quick; scales and rotations
-are plausible.
+8 layers are 4.0 GB; `--layers 80 --vocab 128256` is a whole 70B of 39.9 GB. Packed words are random
+bytes (one 8 MB tile of them, written again and again, each time from another offset), so nothing
+compresses and making it is quick; scales and rotations are plausible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from paroquant_stream.execution.processes import processes as worker_processes
+
 GROUP, KROT = 128, 8
+TOY = {"layers": 1, "vocab": 256, "hidden": 512, "intermediate": 1024, "heads": 4, "kv_heads": 2}
+"""Sizes of a few megabytes."""
 ITEM = {"F16": 2, "I16": 2, "I32": 4}
 Spec = tuple[str, str, tuple[int, ...]]
 
@@ -136,10 +140,11 @@ def make_checkpoint(
     seed: int = 0,
     model_type: str = "llama",
     order: Callable[[Spec], object] | None = None,
+    processes: int = 1,
 ) -> None:
     """Writes the checkpoint into `out`; the same arguments give the same bytes in any number of
-    shards. `model_type`: "llama", or "qwen2", which has biases. `order`: of the tensors in a shard,
-    by default that of the model.
+    shards, unless several processes write them. `model_type`: "llama", or "qwen2", which has
+    biases. `order`: of the tensors in a shard, by default that of the model.
     """
     shapes = (vocab, hidden, intermediate, kv_heads * hidden // heads)
     specs = list(tensors(layers, layout, *shapes, biases=model_type == "qwen2"))
@@ -154,7 +159,8 @@ def make_checkpoint(
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
-    write_checkpoint(out, specs, config, shards=shards, seed=seed, order=order)
+    how = {"shards": shards, "seed": seed, "order": order, "processes": processes}
+    write_checkpoint(out, specs, config, **how)
 
 
 def write_checkpoint(
@@ -165,8 +171,11 @@ def write_checkpoint(
     shards: int,
     seed: int = 0,
     order: Callable[[Spec], object] | None = None,
+    processes: int = 1,
 ) -> None:
-    """Writes these tensors and a config that says how they are quantized."""
+    """Writes these tensors and a config that says how they are quantized. With several processes
+    each shard has random numbers of its own.
+    """
     out.mkdir(parents=True, exist_ok=True)
     groups = cut_by_size(specs, shards)
     if order:
@@ -174,9 +183,14 @@ def write_checkpoint(
     names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     if len(groups) == 1:
         names = ["model.safetensors"]
-    values = Values(seed)
-    for name, group in zip(names, groups, strict=True):
-        write_shard(out / name, group, values)
+    if processes > 1:
+        with worker_processes(min(processes, len(groups))) as executor:
+            paths, seeds = [out / name for name in names], range(seed, seed + len(groups))
+            list(executor.map(write_alone, paths, groups, seeds))
+    else:
+        values = Values(seed)
+        for name, group in zip(names, groups, strict=True):
+            write_shard(out / name, group, values)
     weight_map = {spec[0]: n for n, group in zip(names, groups, strict=True) for spec in group}
     if len(groups) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
@@ -211,6 +225,11 @@ def write_shard(path: Path, specs: list[Spec], values: Values) -> None:
                 file.write(chunk)
 
 
+def write_alone(path: Path, specs: list[Spec], seed: int) -> None:
+    """Writes one safetensors file with random numbers of its own."""
+    write_shard(path, specs, Values(seed))
+
+
 def write_tokenizer(out: Path) -> None:
     """A tokenizer of a few words."""
     vocab = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 100)}
@@ -233,10 +252,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--layout", choices=["AUTOAWQ", "PARO_NATIVE"], default="AUTOAWQ")
-    arguments = parser.parse_args()
-    make_checkpoint(
-        arguments.out, layers=arguments.layers, shards=arguments.shards, layout=arguments.layout
-    )
+    parser.add_argument("--vocab", type=int, default=12_800)
+    parser.add_argument("--processes", type=int, default=1)
+    make_checkpoint(**vars(parser.parse_args()))
     return 0
 
 

@@ -30,11 +30,10 @@ from paroquant_stream.transform.quantize import quantize_rows
 from paroquant_stream.transform.repack import awq_biases, awq_stripes, group_scales
 from paroquant_stream.transform.source import Source
 from paroquant_stream.transform.unit import Unit
-from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
+from tests.benchmarks.end_to_end.checkpoint import TOY, make_checkpoint
 from tests.benchmarks.end_to_end.measure import LOAD, Bench, process, python, timed
 from tests.benchmarks.simulation.flow import BLOCK, Rates
 
-TOY = {"layers": 1, "vocab": 256, "hidden": 512, "intermediate": 1024, "heads": 4, "kv_heads": 2}
 Seconds = dict[tuple[str, tuple[int, ...]], float]
 
 

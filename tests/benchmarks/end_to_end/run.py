@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.end_to_end.checkpoint import make_checkpoint
+from tests.benchmarks.end_to_end.checkpoint import TOY, make_checkpoint
 from tests.benchmarks.end_to_end.measure import Bench
 from tests.benchmarks.end_to_end.picture import draw
 from tests.benchmarks.end_to_end.rows import (
@@ -29,8 +29,6 @@ from tests.benchmarks.end_to_end.rows import (
     repack_rows,
     shard_rows,
 )
-
-TOY = {"layers": 1, "vocab": 256, "hidden": 512, "intermediate": 1024, "heads": 4, "kv_heads": 2}
 
 
 def machine() -> str:
