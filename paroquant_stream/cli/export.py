@@ -60,7 +60,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="which conversion to write (default: source, or the only one that there is)",
     )
-    add_jobs(parser, "workers (default: one per core, at most 8)")
+    add_jobs(parser, "workers (default: one per core, at most 16)")
     add_cache_dir(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 

@@ -38,7 +38,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_help(parser, EXAMPLES)
     add_cache_dir(parser)
-    add_jobs(parser, "workers (default: one per core, at most 8)")
+    add_jobs(parser, "workers (default: one per core, at most 16)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

@@ -1,4 +1,4 @@
-"""The worker side of a conversion: convert one shard and publish its entry.
+"""The conversion of one shard: units of work, what workers do with them, and the new entry.
 
 Imports errors, plan, checkpoint, store, execution and files.
 """
