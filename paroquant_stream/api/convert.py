@@ -72,8 +72,8 @@ def convert_checkpoints(
         model_paths: Model directories or Hub repository ids.
         progress: As for `convert_checkpoint`; a shard is named `<model>/<shard>`.
         trace: As for `convert_checkpoint`.
-        **options: The fields of `ConvertOptions`; `jobs` limits the shards of all models that are
-            converted at the same time.
+        **options: The fields of `ConvertOptions`; `jobs` is the number of workers that all models
+            share.
 
     Returns:
         The manifests, in the order of the models.

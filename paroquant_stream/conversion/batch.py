@@ -44,7 +44,7 @@ def convert_all(
     `drop_source` one after another, since the space that it saves is counted for one model.
 
     Args:
-        requests: At most the largest of their `jobs` shards are converted at once, of all together.
+        requests: The largest of their `jobs` is the number of workers, of all together.
         progress: Called with `<model>/<shard>`, its finished bytes and its size.
         trace: Gets the time of each stage.
     """
