@@ -2,7 +2,7 @@
 
 What the file holds of a kernel is the text of the module that `load` uses: there is one source of
 both. Imports of this package are left out, and where two modules have one name, the module's comes
-in front, as in `cuda_rotate`, `CUDA_MANY`, `PackedTables`.
+in front, as in `cuda_rotate`, `PackedTables`.
 """
 
 from __future__ import annotations

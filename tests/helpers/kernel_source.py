@@ -102,7 +102,7 @@ def cuda_launch_of(x: mx.array, tables: RotationTables, source: str | None = Non
 
     def kernel(**options: Any) -> Any:
         with mock.patch.object(mx.fast, "cuda_kernel", described):
-            return make(many="BATCH" in dict(options["template"]))(**options)
+            return make()(**options)
 
     make = cuda._kernel.__wrapped__
     return _recorded(cuda, kernel, x, tables)

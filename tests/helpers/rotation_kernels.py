@@ -31,23 +31,22 @@ def simulate_metal(monkeypatch, launches):
 
 
 def simulate_cuda(monkeypatch, launches):
-    """Replace the CUDA kernels by numpy, which takes the rows as their warps do."""
+    """Replace the CUDA kernel by numpy, which takes the rows as its warps do."""
     kernel = simulated_kernel(launches, "WARPS")
-    monkeypatch.setattr(cuda, "_kernel", lambda _: kernel)  # private: MLX's function
+    monkeypatch.setattr(cuda, "_kernel", lambda: kernel)  # private: MLX's function
     monkeypatch.setattr(cuda, "on_cuda", lambda: True)
 
 
 def simulated_kernel(launches, most):
     """Make a kernel of 32 lanes a tile that notes tile and grid of each launch.
 
-    `most` is the constant that bounds its tiles at once; without a constant ROWS each lane has a
-    row.
+    `most` is the constant that bounds its tiles at once.
     """
 
     def launch(*, inputs, template, output_shapes, output_dtypes, grid, threadgroup):
         x, words, cos, sin, scales = inputs
         constants = dict(template)
-        group_size, tile = constants["GROUP"], constants.get("ROWS", 32)
+        group_size, tile = constants["GROUP"], constants["ROWS"]
         (rows, dims), (lanes, together, _) = x.shape, threadgroup
         assert (lanes, words.dtype, x.dtype) == (32, mx.int32, constants["T"])
         assert words.shape == cos.shape == sin.shape == (constants["KROT"], dims // 2)

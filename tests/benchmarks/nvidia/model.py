@@ -1,10 +1,9 @@
 """Prints tokens per second of a model by the form of its rotations, on an NVIDIA GPU.
 
     python -m tests.benchmarks.nvidia.model MODEL [--cache-dir DIR] [--export DIR]
-        [--prompt 512] [--tokens 64] [--rounds 5] [--forms kernel few gathers none]
+        [--prompt 512] [--tokens 64] [--rounds 5] [--forms kernel gathers none]
 
-kernel    what layers choose: from 128 rows on the kernel in which each lane has a row
-few       the kernel of few rows for any number of them
+kernel    the CUDA kernel
 gathers   the reference in plain MLX
 none      no rotation: what the rest of the model takes; its answers are nonsense
 export    a self-contained export of MODEL, by stock mlx-lm; both must fit the GPU's memory
@@ -30,13 +29,11 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from paroquant_stream import load
-from paroquant_stream.rotation import cuda
 from paroquant_stream.rotation.layers import build_tables, table_bytes
 from tests.benchmarks.micro.generation import generate, the_reference
 
 FORMS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "kernel": contextlib.nullcontext,
-    "few": lambda: mock.patch.object(cuda, "MANY", 1 << 30),
     "gathers": the_reference,
     "none": lambda: mock.patch("paroquant_stream.rotation.kernels.rotate", lambda x, _: x),
 }

@@ -1,15 +1,12 @@
-"""Prints microseconds of the CUDA rotation kernels by the number of rows, beside a plain copy.
+"""Prints microseconds of the CUDA rotation kernel by the number of rows, beside a plain copy.
 
     python -m tests.benchmarks.nvidia.rows [--dims 8192 28672] [--rows 1 64 512 8192] [--repeats 9]
 
 copy      a kernel that copies x, 16 bytes a thread: no rotation can be faster
-few       the kernel in which the lanes of a warp share the channels of up to four rows
-many N    the kernel in which each lane has a row; N pairs are loaded together
+kernel    the rotation
 
-Every form runs once per round of measurement, in turn; the figures are medians of a chain of 20,
-divided by 20. MLX needs about 30 us to launch one, so shorter times show only at more rows: the
-last column is the time of `many` at this number of rows for each 512 of them. It stops when the
-bits of two forms differ, or when one is off.
+Both run once per round of measurement, in turn; the figures are medians of a chain of 20, divided
+by 20. MLX needs about 14 us to launch one. It stops when a result is off.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ from paroquant_stream.rotation.tables import RotationTables
 from tests.helpers.rotations import BOUNDS, error, make_rotation, rotate_float64, to_float64
 
 GROUP, KROT, CHAIN = 128, 8, 20
-BATCHES = (4, 8, 16)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _COPY = """
   const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -62,21 +58,18 @@ def copied(x: mx.array) -> mx.array:
 
 
 def forms(tables: RotationTables) -> dict[str, Form]:
-    """Every form by its name; the two kernels are private, as layers choose between them."""
-    many = {f"many {n}": partial(cuda._of_many, tables=tables, batch=n) for n in BATCHES}
-    return {"copy": copied, "few": partial(cuda._of_few, tables=tables), **many}
+    """Both by their names."""
+    return {"copy": copied, "kernel": partial(cuda.rotate, tables=tables)}
 
 
 def check(candidates: dict[str, Form], x: mx.array, parameters: tuple[np.ndarray, ...]) -> None:
-    """Stop unless every rotation has the same bits, and those of three rows are right."""
+    """Stop unless the copy is one, and three rotated rows are right."""
     assert mx.array_equal(candidates["copy"](x), x)
-    few = candidates["few"](x)
+    rotated = candidates["kernel"](x)
     rows = sorted({0, x.shape[0] // 2, x.shape[0] - 1})
     some = mx.array(rows)
     expected = rotate_float64(to_float64(x[some]), *parameters, GROUP)
-    assert error(few[some], expected) < BOUNDS[x.dtype]
-    for name, form in candidates.items():
-        assert name == "copy" or mx.array_equal(form(x), few), name
+    assert error(rotated[some], expected) < BOUNDS[x.dtype]
 
 
 def microseconds(candidates: dict[str, Form], x: mx.array, repeats: int) -> dict[str, float]:
@@ -105,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     device = mx.device_info().get("device_name", mx.default_device())
     print(f"{device}, MLX {mx.__version__}, {options.dtype}, group {GROUP}, krot {KROT}; us")
-    names = ["copy", "few", *(f"many {n}" for n in BATCHES), "many 8, for 512 rows"]
+    names = ["copy", "kernel"]
     print("| dims | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
     for dims in options.dims:
         parameters = make_rotation(dims, GROUP, KROT)
@@ -117,8 +110,7 @@ def main() -> None:
             mx.eval(x)
             check(candidates, x, parameters)
             found = microseconds(candidates, x, options.repeats)
-            cells = [f"{found[name]:.1f}" for name in names[:-1]]
-            cells.append(f"{found['many 8'] * 512 / rows:.1f}")
+            cells = [f"{found[name]:.1f}" for name in names]
             print(f"| {dims} | {rows} | " + " | ".join(cells) + " |", flush=True)
 
 
