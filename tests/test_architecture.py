@@ -19,6 +19,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "
 TABLE = {
     "version": "",
     "text": "",
+    "log": "",
     "options": "",
     "progress_bar": "text",
     "errors": "",
@@ -27,14 +28,14 @@ TABLE = {
     "backends": "errors text",
     "files": "errors text trace",
     "execution": "errors text trace",
-    "store": "errors trace files",
-    "checkpoint": "errors text files",
+    "store": "errors log trace files",
+    "checkpoint": "errors log text files",
     "plan": "errors text checkpoint store files",
     "distributed": "errors options rotation backends store checkpoint files",
     "transform": "errors trace backends plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
-    "conversion": "errors text trace options transform plan store checkpoint execution files model"
-    " backends",
+    "conversion": "errors log text trace options transform plan store checkpoint execution files"
+    " model backends",
     "maintenance": "errors text conversion plan checkpoint store files",
     "exports": "errors trace text version progress_bar conversion model distributed backends"
     " rotation plan store checkpoint files",

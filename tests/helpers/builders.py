@@ -216,7 +216,7 @@ def temp_of(pid: int, **others: str | int) -> str:
     """Return the temp file name of a process of this system, with some fields replaced."""
     from paroquant_stream.files import temp_files
 
-    fields = {**vars(temp_files._this_system()), "pid": pid, **others}
+    fields = {**temp_files._this_system()._asdict(), "pid": pid, **others}
     return "{machine}-{boot}-{space}-{pid}-{random}".format(random="0" * 32, **fields)
 
 
