@@ -182,7 +182,7 @@ def test_a_header_of_exactly_the_first_bytes_is_one_request(hub, source, commit,
 def test_a_server_without_ranges_does_not_send_a_whole_shard(hub, tmp_path):
     directory = write_checkpoint(tmp_path / "large")
     path = directory / "model.safetensors"
-    save_file({"x": np.zeros(64 << 20, np.uint8)}, path)
+    save_file({"x": np.zeros(24 << 20, np.uint8)}, path)
     commit = hub.push("owner/large", directory)
     hub.fault = lambda *_: "no ranges"
     headers = HubModel("owner/large", commit).headers([path.name])
