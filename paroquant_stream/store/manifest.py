@@ -28,7 +28,7 @@ MAX_BYTES = 64 << 20  # several times what the largest models need
 _MAX_PATH = 4096  # bytes, Linux's PATH_MAX
 _HEAD = struct.Struct("<8sIQ32s")
 _HEX64 = re.compile("[0-9a-f]{64}")
-_DIGEST = re.compile("(?:tree:)?[0-9a-f]{32}")  # see entry_digest.py
+DIGEST_FORM = re.compile("(?:tree:)?[0-9a-f]{32}")  # see entry_digest.py
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _unpack_record(fields: dict[str, Any]) -> EntryRecord:
         tuple(fields["borrowed_sha256"]),
         _hex(fields, "task_sha256"),
         _hex(fields, "key"),
-        _hex(fields, "digest", _DIGEST),
+        _hex(fields, "digest", DIGEST_FORM),
         _typed(fields, "size", int),
         tuple(_unpack_tensor(tensor) for tensor in _typed(fields, "tensors", list)),
         _typed(fields, "dropped", bool),
