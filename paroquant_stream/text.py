@@ -9,7 +9,7 @@ AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 MAX_LISTED = 50  # lines of a list in an error message
 MAX_ERROR = 500  # characters of an error in one line
 _NAMES = ((604_800, "week"), (86_400, "day"), (3600, "hour"), (60, "minute"))
-_NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]+)")
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]+)"  # text: most runs parse no size
 
 
 def parse_size(text: str) -> int:
@@ -39,7 +39,7 @@ def parse_age(text: str) -> float:
 
 def _parse(text: str, units: dict[str, int], what: str, expected: str) -> float:
     """Return a number times the factor of its unit."""
-    match = _NUMBER.fullmatch(text.strip())
+    match = re.fullmatch(_NUMBER, text.strip())
     factor = units.get(match[2].lower()) if match else None
     if not match or factor is None:
         raise ValueError(f"{text!r} is not {what}: expected {expected}")

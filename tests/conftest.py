@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from paroquant_stream.files import block_writer, descriptor, digest_cache
-from paroquant_stream.files.filesystems import Ctime
-from tests.helpers.builders import cut_apart, cut_evenly, write_checkpoint
+from paroquant_stream.files import block_writer
+from tests.helpers.builders import cut_apart, cut_evenly, settle, write_checkpoint
 from tests.helpers.units import make_small
 
 OLD_CLIENT = tuple(map(int, version("huggingface_hub").split(".")[:2])) < (1, 31)
@@ -46,9 +45,7 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def settled(monkeypatch):
     """Every file counts as settled and its times as reliable, so that its digest is stored."""
-    monkeypatch.setattr(descriptor, "RACY_SECONDS", -1)
-    monkeypatch.setattr(descriptor, "TICK_SECONDS", -1)
-    monkeypatch.setattr(digest_cache, "ctime_kind", lambda *_: Ctime.LOCAL)
+    settle(monkeypatch)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "
 TABLE = {
     "version": "",
     "text": "",
+    "log": "",
     "options": "",
     "progress_bar": "text",
     "errors": "",
@@ -27,14 +29,14 @@ TABLE = {
     "backends": "errors text",
     "files": "errors text trace",
     "execution": "errors text trace",
-    "store": "errors trace files",
-    "checkpoint": "errors text files",
+    "store": "errors log trace files",
+    "checkpoint": "errors log text files",
     "plan": "errors text checkpoint store files",
     "distributed": "errors options rotation backends store checkpoint files",
     "transform": "errors trace backends plan checkpoint store execution files",
     "model": "errors trace text distributed backends rotation plan store checkpoint files",
-    "conversion": "errors text trace options transform plan store checkpoint execution files model"
-    " backends",
+    "conversion": "errors log text trace options transform plan store checkpoint execution files"
+    " model backends",
     "maintenance": "errors text conversion plan checkpoint store files",
     "exports": "errors trace text version progress_bar conversion model distributed backends"
     " rotation plan store checkpoint files",
@@ -86,9 +88,14 @@ def package_of(path: Path) -> str:
     return parts[0]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, *, late: bool = True) -> Iterator[tuple[str, bool]]:
     """`(package, whether it is ours)` of what a module imports; `late`: inside functions too."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], False) for alias in node.names)
@@ -137,7 +144,7 @@ def test_packages_have_a_docstring_and_about_ten_files():
     count = Counter(package_of(path) for path in MODULES if path.parent != PACKAGE)
     assert max(count.values()) <= 15  # with __init__
     for path in PACKAGE.glob("*/__init__.py"):
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         assert ast.get_docstring(tree), path
         assert len(tree.body) == 1, f"{path}: the public names are those of the top package"
 
@@ -145,7 +152,7 @@ def test_packages_have_a_docstring_and_about_ten_files():
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_and_functions_are_short(path):
     text = path.read_text()
-    tree = ast.parse(text)
+    tree = parsed(path)
     assert ast.get_docstring(tree)
     assert text.count("\n") <= 300
     for node in ast.walk(tree):
@@ -159,7 +166,7 @@ FORBIDDEN = {"pickle", "marshal", "shelve", "yaml", "torch", "dill", "cloudpickl
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_of_a_model_is_executed_or_unpickled(path):
     assert not {name for name, _ in imports(path)} & FORBIDDEN
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "compile", "__import__"}
         if isinstance(node, ast.keyword) and node.arg in {
@@ -190,7 +197,7 @@ def test_tests_mirror_the_packages():
 
 def test_no_test_imports_a_test():
     for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ImportFrom):
                 last = (node.module or "").rpartition(".")[2]
                 assert not last.startswith(("test_", "conftest")), path

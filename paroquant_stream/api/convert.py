@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from ..conversion.batch import convert_all, some_failed
-from ..conversion.in_place import convert_or_find
+from ..conversion.converter import convert_or_find
 from ..conversion.progress import check_progress
 from ..conversion.report import Conversion
 from ..conversion.request import ConvertOptions, Request, make_request, request_for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,7 +119,7 @@ def _parse_weight_map(text: bytes, path: Path) -> dict[str, str]:
             f"{path}: expected an object `weight_map` of tensor names to shard names"
         )
     for name in set(map(str, weight_map.values())):
-        if not SHARD_NAME.fullmatch(name):
+        if not re.fullmatch(SHARD_NAME, name):
             raise MalformedFileError(
                 f"{path}: {name[:80]!r} is not a plain name of a .safetensors file"
             )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +25,6 @@ logger = logging.getLogger(__name__)
 PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 """The files of a model beside its shards; code (`*.py`) and pickles (`*.bin`) are not fetched."""
 _CONNECT_TIMEOUT = 10.0  # s
-# patterns as text: compiling them takes 3 ms, and a model in a directory needs none
-_ID = r"(?a:[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)"
-_PAGE = (
-    r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)"
-    r"(?:/tree/(?P<revision>[^/?#]+))?/?"
-)
 _FIRST_BYTES = 1 << 18  # enough for the header of a shard of 1,500 tensors
 
 
@@ -98,36 +90,21 @@ class HubModel:
         return parse_header(read, size, f"{self.name}/{shard}")
 
 
-def locate(model: str | Path, revision: str | None = None) -> tuple[Path, HubModel | None]:
-    """Find the directory of a model, downloading the small files of a Hub repository.
-
-    The config, index and tokenizer are fetched but no shard. Without a network the Hub's cache is
-    used as it is.
+def fetch_model(name: str, revision: str | None, spelled: str) -> tuple[Path, HubModel]:
+    """Download the files of a repository beside its shards.
 
     Args:
-        model: A directory, a repository id, `owner/name`, or the address of its page on the Hub.
-        revision: A branch, tag or commit of the repository, `main` by default.
+        name: The repository id, which is no directory.
+        revision: A branch, tag or commit, `main` by default.
+        spelled: How the user names it.
 
     Returns:
-        The directory, and for a repository id the remote that its absent shards come from.
+        The directory of the snapshot, and where its absent shards come from.
 
     Raises:
-        CheckpointError: `model` is neither a directory nor a repository that can be downloaded.
+        CheckpointError: They cannot be downloaded and are not in the Hub's cache.
     """
-    if not str(model).strip():
-        raise CheckpointError("the name of the model is empty; give a directory or a repository id")
-    path = Path(model).expanduser()
-    if os.path.isdir(path):  # pathlib raises on a disk error
-        if revision:
-            raise CheckpointError(f"{path}: a directory has no revision; --revision is for the Hub")
-        return path, None
-    name, named_revision = _repository(str(model))
-    revision = revision or named_revision
-    if os.path.exists(path) or not re.fullmatch(_ID, name):
-        raise CheckpointError(
-            f"{model}: neither a model directory nor a repository id like owner/name"
-        )
-    directory, why_offline = fetch_config(name, revision, str(model))
+    directory, why_offline = fetch_config(name, revision, spelled)
     remote = HubModel(name, directory.name)
     if why_offline:
         logger.info("%s: using the Hub's cache alone: %s", name, why_offline)
@@ -160,12 +137,6 @@ def fetch_config(
         if why_offline:
             raise CheckpointError(f"{spelled or name}: no such directory; {why_offline}") from error
         raise CheckpointError(f"{error}; and no directory of this name exists") from error
-
-
-def _repository(model: str) -> tuple[str, str | None]:
-    """Return the repository id and the revision in the address of a model's page on the Hub."""
-    match = re.fullmatch(_PAGE, model)
-    return (match["id"], match["revision"]) if match else (model, None)
 
 
 def _why_offline(_watch: Watch) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from ..errors import CheckpointError
 from ..files.descriptor import closing
 from ..files.digest_cache import DigestCache, hash_file
 from ..files.tensor_header import Header, read_header
+from ..log import Logger
 from .model_files import hub_blob, open_inside
 
-logger = logging.getLogger(__name__)
-SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors")
+logger = Logger(__name__)
+SHARD_NAME = r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.safetensors"
 """The names that an index may contain: none of them leads out of the directory."""
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -22,6 +22,10 @@ _CHOICE = (
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the nearest word to one that it does not know."""
+
+    def __init__(self, prog: str, **keywords: Any) -> None:
+        # from the start: its own formatter imports shutil, for the width, with the first argument
+        super().__init__(prog, formatter_class=HelpFormatter, **keywords)
 
     def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
         """Parse; ends the process with 2 for a word that no argument takes."""
@@ -64,10 +68,17 @@ def typed(command: str = "") -> str:
     package, _, module = (spec.name if spec else "").partition(".")
     if package != __package__.partition(".")[0]:
         return f"paroquant-stream {command}".rstrip()
-    from shlex import quote  # for `python -m` alone
-
-    python = f"{quote(sys.orig_argv[0])} -m {package}"
+    python = f"{_quoted(sys.orig_argv[0])} -m {package}"
     return f"{python} {command}".rstrip() if module == "__main__" else f"{python}.{command}"
+
+
+def _quoted(path: str) -> str:
+    """Quote a word for a shell, if it must be."""
+    if path.isascii() and path.translate(dict.fromkeys(map(ord, "/._-"))).isalnum():
+        return path
+    from shlex import quote  # for rare names of Python
+
+    return quote(path)
 
 
 def add_cache_dir(parser: argparse._ActionsContainer) -> None:
@@ -152,13 +163,24 @@ def add_help(parser: argparse.ArgumentParser, examples: Sequence[str], hub: bool
     )
 
 
+def _columns() -> int:
+    """Return the terminal's width as shutil does, which takes 2 ms to import."""
+    with contextlib.suppress(ValueError):
+        if (width := int(os.environ.get("COLUMNS", "0"))) > 0:
+            return width
+    with contextlib.suppress(ValueError, OSError):  # closed, or no terminal
+        if sys.__stdout__ and (width := os.get_terminal_size(sys.__stdout__.fileno()).columns):
+            return width
+    return 80
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Wraps help at the terminal's width and at most 100 columns; lines that begin with spaces stay
     as they are, and after a tab stands a second column.
     """
 
     def __init__(self, prog: str, **options: Any) -> None:
-        width = min(shutil.get_terminal_size().columns, 100) - 2
+        width = min(_columns(), 100) - 2
         super().__init__(
             prog, **{"width": width, "max_help_position": min(24, width // 3)} | options
         )
@@ -170,15 +192,15 @@ class HelpFormatter(argparse.HelpFormatter):
         return re.sub(r"\n {8,}", f"\n{' ' * 7}", text) if too_long else text
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
+        from textwrap import wrap  # for help alone
+
         lines: list[str] = []
         for paragraph in re.split(r"\n(?=\n|  )", text):
             if paragraph.startswith("  "):
                 name, _, rest = paragraph.partition("\t")
                 lines += (
-                    textwrap.wrap(f"{name:26}{rest}", width, subsequent_indent=" " * 26)
-                    if rest
-                    else [name]
+                    wrap(f"{name:26}{rest}", width, subsequent_indent=" " * 26) if rest else [name]
                 )
             else:
-                lines += ["", *textwrap.wrap(" ".join(paragraph.split()), width)]
+                lines += ["", *wrap(" ".join(paragraph.split()), width)]
         return "\n".join(lines).strip("\n")

@@ -7,9 +7,9 @@ import json
 import os
 import shlex
 import time
+from typing import TYPE_CHECKING
 
 from ..api.cache import RemovalPlan, plan_prune, plan_removal
-from ..api.verification import Verification, verify_cache
 from ..conversion.request import Request
 from ..errors import StoreError
 from ..maintenance.inventory import Inventory, take_inventory
@@ -31,6 +31,9 @@ from .cache_listing import (
 )
 from .cache_options import configure_parser
 from .common import confirm, run_command
+
+if TYPE_CHECKING:
+    from ..api.verification import Verification
 
 DESCRIPTION = "See what is converted, read it through, and remove it."
 
@@ -142,6 +145,8 @@ def _carry_out(plan: RemovalPlan, arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     where = {"cache_dir": arguments.cache_dir, "in_place": arguments.in_place}
+    from ..api.verification import verify_cache  # for this command alone
+
     found = verify_cache(arguments.model, sources=arguments.sources, **where)
     problems = found.problems
     if arguments.json:

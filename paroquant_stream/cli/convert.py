@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.in_place import convert_or_find
+from ..conversion.converter import convert_or_find
 from ..conversion.report import IN_MODEL, Conversion, ShardReport
 from ..conversion.request import Request, default_jobs, make_request
 from ..errors import CheckpointError, ParoquantStreamError
@@ -189,6 +187,8 @@ def peak_rss_bytes() -> int:
     if status.exists():  # Linux's ru_maxrss counts the parent's memory before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    import resource  # for --json on macOS alone
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
@@ -273,7 +273,9 @@ def _survey_json(
 
 
 def _print_tree(request: Request, arguments: argparse.Namespace) -> None:
-    from ..conversion.planning import plan_model  # both here, as in _print_survey
+    import shutil  # all here, as in _print_survey
+
+    from ..conversion.planning import plan_model
     from ..plan.lending import lending_json, lending_lines
 
     name, tasks = request.source.name, plan_model(request).plan.tasks

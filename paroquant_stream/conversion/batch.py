@@ -13,7 +13,7 @@ from ..execution.automatic import Automatic
 from ..execution.cancellation import Cancellation
 from ..execution.threads import Shared, run_all
 from ..trace import NO_TRACE, Trace
-from .in_place import convert_or_find
+from .converter import convert_or_find
 from .progress import Progress
 from .report import Conversion
 from .request import Request

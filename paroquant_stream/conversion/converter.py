@@ -9,7 +9,6 @@ When nothing changed none of this runs: manifest, digest cache and a sample of e
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from contextlib import nullcontext, suppress
@@ -17,12 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from ..checkpoint.model_files import why_no_tokenizer
-from ..errors import StoreError
+from ..errors import CheckpointError, StoreError
 from ..files.folder import Folder
+from ..log import Logger
 from ..store.lock import directory_lock
 from ..store.manifest import Manifest
 from ..trace import NO_TRACE, Trace
-from .report import Conversion, report_reused
+from .report import Conversion, report_inside, report_reused
 from .request import Request, read_manifest
 from .staleness import Needed, staleness
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .planning import ModelPlan
     from .progress import Progress
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 Loads = Literal["all", "text"]
 """A whole model, or the text part of a vision model."""
 
@@ -73,6 +73,31 @@ def convert(
             return _convert_alone(request, model_dir, *how, started)
     request.store.sweep()
     return _unchanged(request, current, started)
+
+
+def convert_or_find(
+    request: Request, progress: Progress | None = None, trace: Trace = NO_TRACE
+) -> Conversion:
+    """Convert a model, or find what its absent shards were converted to inside its directory.
+
+    Args:
+        request: As for `convert`.
+        progress: As for `convert`.
+        trace: As for `convert`.
+
+    Raises:
+        CheckpointError: As `convert` raises.
+        StoreError: As `convert` raises.
+    """
+    started = time.monotonic()
+    try:
+        return convert(request, progress, trace)
+    except CheckpointError as error:
+        from .in_place import instead  # few models hold a conversion in place of their shards
+
+        manifest, path = instead(request, error)
+    reports = tuple(report_inside(record) for record in manifest.entries)
+    return Conversion(manifest, path, reports, time.monotonic() - started)
 
 
 def _convert_alone(

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, SourceDroppedError, StoreError
+from ..log import Logger
 from ..store.format import DTYPES, VARIANTS, Dtype, Variant
 from ..store.location import IN_PLACE
 from ..store.manifest import Manifest
 from ..store.store import Store
 from ..trace import NO_TRACE, Trace
 from .converter import Loads, convert
-from .progress import Progress
-from .report import Conversion, report_inside
 from .request import Request, Target, read_manifest
 from .staleness import Needed, staleness
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .progress import Progress
+
+logger = Logger(__name__)
 
 
 def converted(
@@ -36,29 +37,6 @@ def converted(
     with trace.span("check the sources"):
         found = shipped(request)
     return found or (convert(request, progress, trace, loads=loads).manifest, request.store)
-
-
-def convert_or_find(
-    request: Request, progress: Progress | None = None, trace: Trace = NO_TRACE
-) -> Conversion:
-    """Convert a model, or find what its absent shards were converted to inside its directory.
-
-    Args:
-        request: As for `convert`.
-        progress: As for `convert`.
-        trace: As for `convert`.
-
-    Raises:
-        CheckpointError: As `convert` raises.
-        StoreError: As `convert` raises.
-    """
-    started = time.monotonic()
-    try:
-        return convert(request, progress, trace)
-    except CheckpointError as error:
-        manifest, path = instead(request, error)
-    reports = tuple(report_inside(record) for record in manifest.entries)
-    return Conversion(manifest, path, reports, time.monotonic() - started)
 
 
 def instead(request: Request, error: CheckpointError) -> tuple[Manifest, Path]:

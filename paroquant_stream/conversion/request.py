@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.hub import locate
+from ..checkpoint.locate import locate
 from ..checkpoint.model_source import ModelSource
 from ..options import check, check_choice, check_count, check_flags, check_path
 from ..store.format import CAST_VERSION, DEFAULT_VARIANT, DTYPES, IO_BITS, Dtype, Variant

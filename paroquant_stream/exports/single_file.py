@@ -125,7 +125,7 @@ def _read_origin(metadata: Mapping[str, str], label: str) -> Origin | None:
     if type(sources) is not dict or not 0 < len(sources) <= MAX_SHARDS:
         raise MalformedFileError(f"{label}: its sources are no map of 1 to {MAX_SHARDS:,} shards")
     for shard, sha256 in sources.items():
-        if not SHARD_NAME.fullmatch(shard) or not _SHA256.fullmatch(str(sha256)):
+        if not re.fullmatch(SHARD_NAME, shard) or not _SHA256.fullmatch(str(sha256)):
             raise MalformedFileError(
                 f"{label}: its sources name {shard[:80]!r}, no shard and SHA-256"
             )

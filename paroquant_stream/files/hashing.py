@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -64,8 +64,7 @@ def read_chunks(
         start += len(chunk)
 
 
-@dataclass(frozen=True)
-class SourceDigest:
+class SourceDigest(NamedTuple):  # a dataclass takes three times as long to import
     """The hashes from one pass over a shard."""
 
     sha256: str

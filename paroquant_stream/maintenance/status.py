@@ -10,19 +10,21 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..checkpoint.model_source import ModelSource
 from ..checkpoint.shard import Shard
-from ..conversion.planning import plan_model
 from ..conversion.report import ENTRY_GONE, IN_CACHE, UNCHANGED, why_converted
 from ..conversion.request import Request, Target
 from ..conversion.staleness import staleness
 from ..errors import ParoquantStreamError
 from ..files.descriptor import FileStamp
-from ..plan.task import Task
 from ..store.manifest import EntryRecord, Manifest
 from ..store.store import Store
 from .models import Model
+
+if TYPE_CHECKING:
+    from ..plan.task import Task
 
 FRESH, STALE, UNKNOWN, BROKEN = "fresh", "stale", "unknown", "broken"
 ORPHAN, DAMAGED = "orphan", "damaged"
@@ -96,6 +98,8 @@ def examine(request: Request, manifest: Manifest) -> Freshness:
         if reason is None:
             states = [_state(request.store, r, FRESH, UNCHANGED) for r in known.values()]
             return Freshness(FRESH, "", tuple(states))
+        from ..conversion.planning import plan_model  # for models that changed alone
+
         plan = plan_model(request).plan
     except ParoquantStreamError as error:
         why = str(error).partition("\n")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -155,6 +154,8 @@ def _verify_records(
     records = list(records)
     checks = [verify_entry(store, record) for record in records]
     if directory is not None:
+        from concurrent.futures import ThreadPoolExecutor  # late: `cache ls` needs none of it
+
         verify = partial(verify_source, directory, digest_cache=store.digest_cache)
         with ThreadPoolExecutor(default_jobs()) as threads:
             checks += threads.map(verify, records)

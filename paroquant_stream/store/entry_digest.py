@@ -10,7 +10,6 @@ XXH3-128 over all bytes, 32 hex digits, which stays valid. XXH3 detects damage, 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
 import xxhash
@@ -20,7 +19,6 @@ from ..files.hashing import CHUNK, Range, read_chunks
 from ..files.tensor_header import TensorInfo
 
 BLOCK = 1 << 20  # bytes; smaller, an embedding can be cut at more rows; larger, less is hashed
-FORM = re.compile("(?:tree:)?[0-9a-f]{32}")
 _TREE = "tree:"
 _RANGE = 32 * BLOCK  # bytes that a thread hashes at once
 _THREADS = 16  # more wait for the interpreter's lock

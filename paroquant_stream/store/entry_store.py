@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +21,10 @@ if TYPE_CHECKING:
     from ..files.new_file import NewFile
     from .entry_file import EntryFile
 
-_DIGEST = re.compile(rb"xxh3-128 ((?:tree:)?[0-9a-f]{32}) (\d{1,19})\n")
+_DIGEST = rb"xxh3-128 ((?:tree:)?[0-9a-f]{32}) (\d{1,19})\n"  # text: a run without work reads none
 
 
-@dataclass(frozen=True)
-class EntryStore(StoreDirectories):
+class EntryStore(StoreDirectories):  # frozen as its base, which has all the fields
     """The part of a store that holds entries."""
 
     def entry_path(self, key: str) -> Path:
@@ -55,12 +53,12 @@ class EntryStore(StoreDirectories):
             key: The entry's key.
 
         Returns:
-            As `entry_digest.FORM`; None if the file is absent, malformed or of another size.
+            As `EntryRecord.digest`; None if the file is absent, malformed or of another size.
         """
         absent = contextlib.suppress(OSError, MalformedFileError)
         with absent, self.opened("entries", key[:2]) as folder:
             with os.fdopen(folder.open_file(f"{key}.digest"), "rb") as file:
-                found = _DIGEST.fullmatch(file.read(64))
+                found = re.fullmatch(_DIGEST, file.read(64))
             size = folder.stat(f"{key}.safetensors").st_size
             return found[1].decode() if found and int(found[2]) == size else None
         return None

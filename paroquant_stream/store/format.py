@@ -14,7 +14,7 @@ from typing import Literal
 
 from ..errors import AssemblyError
 
-_PIECE = re.compile(r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)")
+_PIECE = r"(?P<stack>.+)\.experts_(?P<first>\d+)_(?P<last>\d+)"  # text: few runs have pieces
 
 
 def stacks_in_pieces(names: Iterable[str]) -> dict[str, list[str]]:
@@ -31,7 +31,7 @@ def stacks_in_pieces(names: Iterable[str]) -> dict[str, list[str]]:
     """
     found: dict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
     for name in names:
-        if match := _PIECE.fullmatch(name):
+        if match := re.fullmatch(_PIECE, name):
             found[match["stack"]][int(match["first"])] = (int(match["last"]), name)
     stacks = {}
     for stack, runs in found.items():

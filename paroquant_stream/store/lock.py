@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +22,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import StoreError
 from ..files.folder import Folder
-from .waiting import Wait
+from ..log import Logger
 
 if TYPE_CHECKING:
     from filelock import UnixFileLock
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 GATE = "removal.gate"
 LOCK_TIMEOUT = 3600.0  # s to wait for another run
 _GATE_TIMEOUT = 30.0  # s; a conversion holds the gate only for a moment
@@ -82,6 +81,8 @@ def directory_lock(
 
 def _acquire(folder: Folder, exclusive: bool) -> str | None:
     """Wait for the lock; return the reason if it cannot be taken."""
+    from .waiting import Wait  # here and below: a run without work waits for none
+
     how = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     until, wait = time.monotonic() + LOCK_TIMEOUT, Wait()
     while True:
@@ -160,6 +161,8 @@ def conversion_lock(locks: Path, name: str, mode: int) -> Iterator[None]:
 def _acquire_behind_gate(gate: UnixFileLock, lock: UnixFileLock) -> None:
     """Take a lock while holding the gate, which is released between the attempts."""
     import filelock
+
+    from .waiting import Wait
 
     until, wait = time.monotonic() + LOCK_TIMEOUT, Wait()
     while True:

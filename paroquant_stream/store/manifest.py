@@ -20,7 +20,6 @@ import msgpack
 
 from ..errors import ManifestError, NewerManifestError
 from ..files.tensor_header import DTYPE_BYTES, TensorSpec, check_name
-from .entry_digest import FORM
 
 MAGIC = b"PAROSTRM"
 MAJOR, MINOR = 2, 0  # 1.1: directory; 2.0: digests over blocks
@@ -29,6 +28,7 @@ MAX_BYTES = 64 << 20  # several times what the largest models need
 _MAX_PATH = 4096  # bytes, Linux's PATH_MAX
 _HEAD = struct.Struct("<8sIQ32s")
 _HEX64 = re.compile("[0-9a-f]{64}")
+DIGEST_FORM = re.compile("(?:tree:)?[0-9a-f]{32}")  # see entry_digest.py
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _unpack_record(fields: dict[str, Any]) -> EntryRecord:
         tuple(fields["borrowed_sha256"]),
         _hex(fields, "task_sha256"),
         _hex(fields, "key"),
-        _hex(fields, "digest", FORM),
+        _hex(fields, "digest", DIGEST_FORM),
         _typed(fields, "size", int),
         tuple(_unpack_tensor(tensor) for tensor in _typed(fields, "tensors", list)),
         _typed(fields, "dropped", bool),

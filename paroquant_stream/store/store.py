@@ -21,10 +21,8 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import ManifestError
 from ..files import temp_files
@@ -34,12 +32,8 @@ from .location import user_cache_root
 from .lock import conversion_lock, directory_lock, locks_exclude, removal_lock
 from .manifest import MAX_BYTES, Manifest
 
-if TYPE_CHECKING:
-    pass
 
-
-@dataclass(frozen=True)
-class Store(EntryStore):
+class Store(EntryStore):  # frozen as its base, which has all the fields
     """A directory of immutable entries and of the manifests that name them."""
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from ..log import Logger
+
+logger = Logger(__name__)
 PATIENCE = 1.0  # s; a shorter wait is not worth a line
 _LOCKS = Path("/proc/locks")
 

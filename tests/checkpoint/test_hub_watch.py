@@ -16,8 +16,8 @@ from filelock import FileLock
 from paroquant_stream import convert_checkpoint
 from paroquant_stream.checkpoint import hub as hub_module
 from paroquant_stream.checkpoint import hub_watch
-from paroquant_stream.checkpoint.hub import locate
 from paroquant_stream.checkpoint.hub_watch import Watch, run_calls
+from paroquant_stream.checkpoint.locate import locate
 from paroquant_stream.errors import CheckpointError
 from tests.helpers.builders import cut_evenly, write_checkpoint
 

@@ -439,6 +439,7 @@ def test_looking_imports_nothing_heavy(home):
     code = (
         "import sys; from paroquant_stream import cache; cache.main(['ls', '-v']); "
         "heavy = {'numpy', 'mlx', 'huggingface_hub', 'tqdm', 'mlx_lm'}; "
+        "heavy |= {'concurrent', 'safetensors'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -353,7 +353,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.fixture(params=["in a row", "apart", "by type"])
+@pytest.fixture(params=[pytest.param("in a row", marks=pytest.mark.slow), "apart", "by type"])
 def lending_dir(request, tmp_path):
     """A model whose shards lend to each other: to the next one, to all, to one that has all."""
     cuts = {"in a row": cut_evenly(3), "apart": cut_apart(3), "by type": cut_by_type}
@@ -366,7 +366,10 @@ def cut_by_type(names: list[str]) -> dict[str, str]:
     return {name: homes.get(name.rpartition(".")[2], SECOND) for name in names}
 
 
-STRIDE = pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
+STRIDE = pytest.mark.parametrize(
+    "stride",
+    [13, pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.long)],
+)
 
 
 @STRIDE

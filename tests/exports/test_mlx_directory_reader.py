@@ -41,8 +41,15 @@ def edit(path, change):
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("self_contained", [False, True])
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    ("lazy", "self_contained"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_load_returns_every_parameter_bit_for_bit(
     name, lazy, self_contained, tmp_path, monkeypatch

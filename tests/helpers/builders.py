@@ -10,10 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
+from paroquant_stream.files import descriptor, digest_cache
 from paroquant_stream.files.descriptor import FileStamp
 from paroquant_stream.files.digest_cache import SAMPLE_SIZE, SAMPLES, DigestCache
+from paroquant_stream.files.filesystems import Ctime
 
 SETTLED = """
 from paroquant_stream.files import descriptor, digest_cache, filesystems
@@ -21,6 +24,14 @@ descriptor.RACY_SECONDS = descriptor.TICK_SECONDS = -1
 digest_cache.ctime_kind = lambda *_: filesystems.Ctime.LOCAL
 """
 """The fixture `settled`, for a process of its own."""
+
+
+def settle(patch: pytest.MonkeyPatch) -> None:
+    """Every file counts as settled and its times as reliable, so that its digest is stored."""
+    patch.setattr(descriptor, "RACY_SECONDS", -1)
+    patch.setattr(descriptor, "TICK_SECONDS", -1)
+    patch.setattr(digest_cache, "ctime_kind", lambda *_: Ctime.LOCAL)
+
 
 Tensors = dict[str, np.ndarray]
 Cut = Callable[[list[str]], Mapping[str, str]]
@@ -216,7 +227,7 @@ def temp_of(pid: int, **others: str | int) -> str:
     """Return the temp file name of a process of this system, with some fields replaced."""
     from paroquant_stream.files import temp_files
 
-    fields = {**vars(temp_files._this_system()), "pid": pid, **others}
+    fields = {**temp_files._this_system()._asdict(), "pid": pid, **others}
     return "{machine}-{boot}-{space}-{pid}-{random}".format(random="0" * 32, **fields)
 
 

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
+from paroquant_stream.store.store import Store, cache_store
+from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
+
+
+def convert_three_models(directory: Path) -> Store:
+    """Models a, b and c of three shards each in the user's cache; b shares every entry with a."""
+    write_checkpoint(directory / "a", cut=cut_evenly(3))
+    shutil.copytree(directory / "a", directory / "b")
+    write_checkpoint(directory / "c", llama_tensors(1), cut_evenly(3))
+    for name in ("a", "b", "c"):
+        run(directory / name)
+    return cache_store()
 
 
 def actions(result) -> dict[str, str]:

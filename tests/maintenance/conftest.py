@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.store.store import Store, cache_store
-from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
+from tests.helpers.conversions import convert_three_models
 
 
 @pytest.fixture
@@ -21,9 +19,4 @@ def store(model_dir) -> Store:
 @pytest.fixture
 def three_models(tmp_path) -> Store:
     """A cache with models a, b and c of three shards each; b shares every entry with a."""
-    write_checkpoint(tmp_path / "a", cut=cut_evenly(3))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    write_checkpoint(tmp_path / "c", llama_tensors(1), cut_evenly(3))
-    for name in ("a", "b", "c"):
-        convert_checkpoint(tmp_path / name, jobs=1)
-    return cache_store()
+    return convert_three_models(tmp_path)

@@ -17,15 +17,29 @@ from paroquant_stream.maintenance.listing import (
     parse_order,
     select,
 )
+from paroquant_stream.store.store import Store
+from tests.helpers.builders import settle
+from tests.helpers.conversions import convert_three_models
 
 pytestmark = pytest.mark.usefixtures("settled")
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """Models a, b and c, which no test of this file changes; the directory of c is gone."""
+    directory = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAROQUANT_STREAM_CACHE", str(directory / "cache"))
+        settle(patch)
+        store = convert_three_models(directory)
+    shutil.rmtree(directory / "c")
+    return store
+
+
 @pytest.fixture
-def rows(three_models, tmp_path) -> list[Row]:
+def rows(store) -> list[Row]:
     """Models a, b and c; c is larger, was used an hour later, and its directory is gone."""
-    shutil.rmtree(tmp_path / "c")
-    inventory = take_inventory(three_models)
+    inventory = take_inventory(store)
     changed = {"c": {"size": 10**9, "age": 3600.0}}
     found = [make_row(inventory, model) for model in inventory.models]
     return [

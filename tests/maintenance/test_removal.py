@@ -82,7 +82,10 @@ class Killed(BaseException):
     """Nothing in the removal catches it, as nothing catches SIGKILL."""
 
 
-@pytest.mark.parametrize("step", range(13))
+@pytest.mark.parametrize(
+    "step",
+    [n if n in (0, 1, 4, 10, 11) else pytest.param(n, marks=pytest.mark.slow) for n in range(13)],
+)
 def test_a_removal_killed_at_any_step_is_finished_by_the_next(store, monkeypatch, step):
     plan, calls = plan_of(store, "c"), 0
 

@@ -129,7 +129,10 @@ def test_an_entry_that_changes_while_hashed_is_hashed_again(converted, monkeypat
     assert "expected XXH3" in find_defect(manifest.entries[0], store, full=False)
 
 
-@pytest.mark.parametrize("stride", [101, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "stride",
+    [307, pytest.param(101, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.long)],
+)
 def test_every_flipped_bit_of_an_entry_is_found(converted, stride):
     """Check each `stride`-th bit of the length, header and data, and fewer of the padding.
 

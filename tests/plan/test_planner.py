@@ -209,9 +209,9 @@ def seconds_of_plan(layers: int) -> float:
 
 
 def test_planning_takes_time_linear_in_the_tensors():
-    """55,440 tensors beside an eighth of them; quadratic time would be 64 times as much."""
+    """18,480 tensors beside an eighth of them; quadratic time would be 64 times as much."""
     seconds_of_plan(1)  # imports
-    assert seconds_of_plan(24) < 8 * 3 * min(seconds_of_plan(3) for _ in range(3))
+    assert seconds_of_plan(8) < 8 * 3 * min(seconds_of_plan(1) for _ in range(3))
 
 
 def test_scales_in_bfloat16_are_one_line():

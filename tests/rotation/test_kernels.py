@@ -22,7 +22,10 @@ from tests.helpers.rotations import (
 )
 
 
-@pytest.mark.parametrize("krot", range(1, 17))
+@pytest.mark.parametrize(
+    "krot",
+    [n if n in (1, 2, 7, 8, 16) else pytest.param(n, marks=pytest.mark.slow) for n in range(1, 17)],
+)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_rotation_is_within_its_bound_of_float64(group_size, krot):
     dims = 3 * group_size

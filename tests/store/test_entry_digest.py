@@ -13,7 +13,6 @@ from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.files.tensor_writer import lay_out
 from paroquant_stream.store import entry_digest
 from paroquant_stream.store.entry_digest import (
-    FORM,
     BlockHasher,
     EntryHasher,
     hash_entry,
@@ -21,6 +20,7 @@ from paroquant_stream.store.entry_digest import (
     tree_digest,
     tree_digest_of,
 )
+from paroquant_stream.store.manifest import DIGEST_FORM
 
 SPECS = [
     TensorSpec("a", "U8", (8192,)),  # two blocks
@@ -149,10 +149,10 @@ def test_an_entry_that_becomes_shorter_is_an_error(fd, monkeypatch, threads):
 def test_the_form_tells_both_kinds_from_anything_else():
     flat, tree = "0" * 32, "tree:" + "0" * 32
     assert (is_tree(flat), is_tree(tree)) == (False, True)
-    assert FORM.fullmatch(flat)
-    assert FORM.fullmatch(tree)
+    assert DIGEST_FORM.fullmatch(flat)
+    assert DIGEST_FORM.fullmatch(tree)
     for wrong in ("", "tree:", "0" * 31, "0" * 37, "tree:" + "0" * 31, "TREE:" + "0" * 32):
-        assert not FORM.fullmatch(wrong)
+        assert not DIGEST_FORM.fullmatch(wrong)
 
 
 def test_a_range_is_whole_blocks(monkeypatch):
