@@ -111,4 +111,6 @@ def import_utils() -> Any:
         raise ExecutionError(
             f"mlx-lm cannot be imported: {error}; it needs 4096 open files, see `ulimit -Hn`"
         ) from error
+    except OSError as error:  # as where the working directory was removed
+        raise ExecutionError(f"mlx-lm cannot be imported: {error}") from error
     return mlx_lm.utils

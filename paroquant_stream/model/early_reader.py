@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -73,6 +74,8 @@ class EarlyReader:
 def _spare_memory() -> int:
     """Return the bytes of memory that Linux can spare now; elsewhere all that there is."""
     if _LINUX:
-        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) << 10
+        with suppress(OSError, KeyError, ValueError):
+            fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+            return int(fields["MemAvailable"].split()[0]) << 10
+        return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

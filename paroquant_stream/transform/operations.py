@@ -17,7 +17,7 @@ from ..errors import OutOfRangeError
 from ..plan.task import Operation, Part
 from .cast import LARGEST, cast
 from .int5 import int5_biases, int5_codes, int5_stripes
-from .quantize import is_finite, quantize_rows
+from .quantize import is_finite, keeps_subnormals, quantize_rows
 from .repack import (
     awq_biases,
     awq_stripes,
@@ -130,7 +130,7 @@ def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]
     how = part.dtype, values["group_size"], values["bits"]
     for chunk in source.chunks(part, (part.stop - part.start) // part.shape[0]):
         stored = np.frombuffer(chunk, _DTYPES[part.dtype]).reshape(-1, part.shape[1])
-        usual = how[2] in (4, 8) and is_finite(stored, part.dtype)
+        usual = how[2] in (4, 8) and is_finite(stored, part.dtype) and keeps_subnormals()
         for index, result in enumerate((quantize_rows if usual else _by_mlx)(stored, *how)):
             yield index, _bytes_of(result)
 
@@ -138,7 +138,7 @@ def _quantize(source: Source, parts: tuple[Part, ...], values: Mapping[str, int]
 def _by_mlx(
     stored: npt.NDArray[Any], dtype: str, group_size: int, bits: int
 ) -> list[npt.NDArray[Any]]:
-    """Quantize rows with values that are not finite, of which MLX alone knows what it makes."""
+    """Quantize rows with values that are not finite, or where numpy lacks subnormal numbers."""
     from ..backends.mlx_core import check_mlx  # late: no other rows need MLX
 
     check_mlx()

@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 _TILE = 128 << 10  # values; in float32 half of an L2 cache; smaller, calls cost more
 _SMALLEST = np.float32(1e-7)
 _TWO_112 = np.float32(2.0**112)
+_SUBNORMAL = np.float32(1e-40)
 
 
 def quantize_rows(
@@ -53,6 +54,14 @@ def quantize_rows(
         scales[part], biases[part] = scale.reshape(-1, groups), bias.reshape(-1, groups)
         weight[part] = _codes(wide, scale, bias, bits).reshape(-1, columns * bits // 8)
     return weight.view(np.uint32), _narrow(scales, dtype), _narrow(biases, dtype)
+
+
+def keeps_subnormals() -> bool:
+    """Return whether the processor computes with subnormal numbers in this thread.
+
+    A library that was linked with -ffast-math tells it to take them for zero.
+    """
+    return bool(_SUBNORMAL * np.float32(1))
 
 
 def is_finite(stored: Array, dtype: str) -> bool:

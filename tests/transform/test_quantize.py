@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from paroquant_stream.transform import quantize
-from paroquant_stream.transform.quantize import is_finite, quantize_rows
+from paroquant_stream.transform.quantize import is_finite, keeps_subnormals, quantize_rows
 
 NOT_FINITE = {"F16": 0x7C00, "BF16": 0x7F80}
 """The exponent bits of infinities and NaNs."""
@@ -87,3 +91,27 @@ def test_one_value_that_is_not_finite_is_found(dtype, value):
     wide = np.float32(value)
     stored[63, 1023] = wide.view(np.uint32) >> np.uint32(16) if dtype == "BF16" else wide
     assert not is_finite(stored, dtype)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+@pytest.mark.slow
+def test_a_library_that_flushes_subnormals_changes_no_bit(tmp_path):
+    """Linked with -ffast-math, a library tells the processor to take subnormal numbers for zero."""
+    (tmp_path / "x.c").write_text("void nothing(void) {}")
+    library = str(tmp_path / "x.so")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-ffast-math", "-o", library, tmp_path / "x.c"])
+    code = """if True:
+        import ctypes, sys, numpy as np
+        from paroquant_stream.transform.quantize import keeps_subnormals
+        from tests.helpers.operations import quantized
+        values = (np.random.default_rng(0).standard_normal((64, 64)) * 1e-6).astype(np.float16)
+        before = quantized(values)
+        ctypes.CDLL(sys.argv[1])
+        print(keeps_subnormals(), quantized(values) == before)
+    """
+    done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True)
+    assert done.stdout == "False True\n", done.stderr
+
+
+def test_this_processor_keeps_subnormals():
+    assert keeps_subnormals()
