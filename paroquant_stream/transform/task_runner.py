@@ -101,8 +101,7 @@ def find_entry(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick) -> Entr
     if sha256 is None and (same_size or shard.may_be_known()):
         logger.info("%s: hashing, as it may be converted already", job.directory / job.task.shard)
         steps = steps_of(job.task, lay_out(job.task.outputs)[1])
-        for result in pool.run([replace(_all(job, shard, steps, None), steps=())], tick):
-            shard.add(result)
+        shard.add(pool.hash(replace(_all(job, shard, steps, None), steps=()), tick))
         sha256 = shard.known_sha256()
     if sha256 is None:
         return None

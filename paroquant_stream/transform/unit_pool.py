@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ParoquantStreamError, RunCancelledError, WorkersUnfitError
+from ..execution.dask import client_of
 from ..execution.executors import call_all, check_workers
 from ..files.descriptor import closing
 from ..store.store import Store
@@ -61,6 +62,15 @@ class UnitPool:
         buffers = Buffers()
         for unit in units:
             yield run_unit(unit, tick, buffers, self._trace)
+
+    def hash(self, unit: Unit, tick: Tick) -> UnitResult:
+        """Run the unit that only hashes a shard, here, as worker processes may not have started.
+
+        Args:
+            unit: It.
+            tick: As for `run`.
+        """
+        return run_unit(unit, tick, trace=self._trace)
 
     def _ahead(self) -> int:
         """Return how many units of one shard may be queued or running.
@@ -128,6 +138,15 @@ class RemotePool(UnitPool):
                 yield result
 
 
+class ClusterPool(RemotePool):
+    """Runs units on a Dask cluster, whose hosts share what there is to hash too."""
+
+    def hash(self, unit: Unit, tick: Tick) -> UnitResult:
+        """Run the unit on a worker."""
+        (result,) = self.run([unit], tick)
+        return result
+
+
 @contextmanager
 def unit_pool(
     executor: Executor | None, jobs: int, directory: Path, store: Store, trace: Trace = NO_TRACE
@@ -151,7 +170,8 @@ def unit_pool(
         with store.new_file(0) as lease:
             path = lease.path.absolute()  # a worker has a working directory of its own
             check_workers(executor, [path, directory.absolute() / "config.json"])
-            yield RemotePool(jobs, trace, executor, path)
+            kind = ClusterPool if client_of(executor) else RemotePool
+            yield kind(jobs, trace, executor, path)
     elif jobs == 1:
         yield UnitPool(1, trace)
     else:

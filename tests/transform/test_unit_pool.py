@@ -24,6 +24,7 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.execution import executors
 from paroquant_stream.execution.processes import processes
+from paroquant_stream.trace import NO_TRACE
 from paroquant_stream.transform import unit_pool as module
 from paroquant_stream.transform.task_runner import run_task
 from paroquant_stream.transform.unit import UnitResult, units_of
@@ -367,3 +368,14 @@ def test_a_call_is_small_when_pickled(lone):
             parts = sum(len(s) for step in each.steps for s in step.operation.slices)
             bound = 350 * parts + 30 * len(each.hashed or ()) + 2000
             assert len(pickle.dumps((run_remote, each, lease))) < bound
+
+
+def test_a_shard_is_hashed_here_and_on_a_cluster_by_a_worker(model, tmp_path):
+    pool = Foreign(1)
+    with sent(model, tmp_path / "cache") as (unit, lease):
+        only_hash = replace(unit, steps=(), path=None)
+        ours = RemotePool(1, NO_TRACE, pool, lease.path).hash(only_hash, ignore)
+        assert pool.calls == 0
+        cluster = module.ClusterPool(1, NO_TRACE, pool, lease.path)
+        assert cluster.hash(only_hash, ignore) == ours
+    assert pool.calls == 1
