@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ import pytest
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import OutOfRangeError, WorkersLostError
+from paroquant_stream.errors import OutOfRangeError, WorkersLostError, WorkersUnfitError
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
 from paroquant_stream.transform import unit_pool
 from tests.helpers import slow_worker
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.cache_files import entries, temps
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow  # each starts worker processes
 LIMIT = 60  # seconds to wait for what happens at once; reached only by a failure
@@ -32,7 +34,10 @@ import sys
 from paroquant_stream.cli import convert, common
 from paroquant_stream.transform import unit_pool
 from tests.helpers import slow_worker
-unit_pool.run_remote = slow_worker.slow
+call_all = unit_pool.call_all
+unit_pool.call_all = lambda executor, poll, _, *rest: call_all(
+    executor, poll, slow_worker.slow, *rest
+)
 common.end_with(lambda: convert.main(sys.argv[1:]))
 """
 
@@ -238,3 +243,60 @@ def test_a_program_on_stdin_converts_in_processes(model_dir, tmp_path, environme
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "runs").read_text() == "once"
+
+
+UPGRADED = """
+import sys
+from pathlib import Path
+from paroquant_stream.cli import common, convert
+from paroquant_stream.transform import quantize, unit_pool
+if sys.argv[1] == "upgrade":
+    path = Path(quantize.__file__)
+    path.write_text(path.read_text().replace("def quantize_rows(", "def quantize_rows(*_, "))
+    path.write_text(path.read_text() + "\\nquantize_rows = None\\n")
+common.end_with(lambda: convert.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A copy of the package, and an environment in which it is the one that is found."""
+    shutil.copytree(ROOT / "paroquant_stream", tmp_path / "site" / "paroquant_stream")
+    return os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+
+
+@pytest.mark.parametrize(("upgrade", "code"), [("upgrade", 1), ("keep", 0)])
+def test_workers_of_replaced_code_convert_nothing(model_dir, tmp_path, installed, upgrade, code):
+    given = [str(model_dir), "--cache-dir", str(tmp_path / "cache"), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", UPGRADED, upgrade, *given, "--executor", "process"],
+        env=installed, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert done.stderr.count("\n") == code
+    assert ("transform.quantize is not what this program has" in done.stderr) == bool(code)
+    assert len(entries(tmp_path / "cache")) == (0 if code else 3)
+
+
+def test_a_program_that_is_no_python_is_an_error_of_an_explicit_pool(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    with pytest.raises(WorkersUnfitError, match=r"/bin/true: .* ended before it answered"):
+        with processes(1):
+            pass
+
+
+def test_a_program_that_changed_its_directory_has_workers(installed, tmp_path):
+    """Its package was found by the empty first entry of `sys.path`."""
+    script = """
+import os
+import paroquant_stream
+os.chdir("/")
+from paroquant_stream.execution.processes import processes
+with processes(1) as pool:
+    assert pool.submit(abs, -1).result() == 1
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path / "site", env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
