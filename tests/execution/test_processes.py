@@ -19,6 +19,7 @@ from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import OutOfRangeError, WorkersLostError, WorkersUnfitError
+from paroquant_stream.execution import processes as module
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
 from paroquant_stream.transform import unit_pool
@@ -300,3 +301,56 @@ with processes(1) as pool:
         cwd=tmp_path / "site", env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+FORKS = """
+import ctypes, os, signal, sys, time
+from paroquant_stream.execution import processes
+from tests.execution import test_processes
+pool = processes.Processes(1)
+pool.submit(os.write, 2, b"started").result()
+processes.END_SECONDS = 60
+fork = ctypes.PyDLL(None).fork if sys.argv[1] == "raw" else os.fork  # as a library in C forks
+if fork() == 0:
+    os.close(2)
+    time.sleep(60)
+    os._exit(0)
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+pool.shutdown()
+os.write(2, b" ended")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "shut down"])
+@pytest.mark.parametrize("how", ["raw", "python"])
+def test_a_forked_child_keeps_no_worker_alive(how, end, request):
+    """The child sleeps with the pipe; only workers have stderr open once the parent has ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS, how, end], stderr=subprocess.PIPE, start_new_session=True
+    )
+    request.addfinalizer(lambda: os.killpg(process.pid, signal.SIGKILL))
+    _, stderr = process.communicate(timeout=LIMIT / 2)
+    assert stderr == (b"started" if end == "killed" else b"started ended")
+
+
+def test_a_worker_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr(module, "END_SECONDS", 0.1)
+    with processes(1) as pool:
+        (worker,) = [each.process for each in pool._workers]  # private: to see how it ends
+        os.kill(worker.pid, signal.SIGSTOP)
+        os.waitpid(worker.pid, os.WUNTRACED)  # until it has stopped
+    assert worker.returncode == -signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # beside the pool's threads
+def test_the_end_of_a_forked_child_leaves_the_workers_alone():
+    with processes(1) as pool:
+        (pipe,) = [each.pipe for each in pool._workers]  # private: what the child closes
+        child = os.fork()
+        if child == 0:
+            pool.kill()
+            os._exit(not pipe.closed)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert pool.submit(abs, -1).result(LIMIT) == 1
