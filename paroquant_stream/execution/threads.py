@@ -45,8 +45,8 @@ def translate_refusals() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # the standard library has no class for either
-        if "interpreter shutdown" in str(error):
+    except RuntimeError as error:  # the standard library has no class for these
+        if "interpreter shutdown" in str(error) or "register atexit" in str(error):
             raise ExecutionError(
                 "the program ended while a thread of it was converting; let its main thread wait "
                 "for that one (`Thread.join`), then run again: finished shards are kept"

@@ -18,7 +18,12 @@ import pytest
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import OutOfRangeError, WorkersLostError, WorkersUnfitError
+from paroquant_stream.errors import (
+    ExecutionError,
+    OutOfRangeError,
+    WorkersLostError,
+    WorkersUnfitError,
+)
 from paroquant_stream.execution import processes as module
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
@@ -354,3 +359,13 @@ def test_the_end_of_a_forked_child_leaves_the_workers_alone():
             os._exit(not pipe.closed)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert pool.submit(abs, -1).result(LIMIT) == 1
+
+
+def test_calls_without_threads_are_one_line(monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with processes(1) as pool:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ExecutionError, match="starts no more threads"):
+            pool.submit(abs, -1)
