@@ -369,3 +369,24 @@ def test_calls_without_threads_are_one_line(monkeypatch):
         monkeypatch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(ExecutionError, match="starts no more threads"):
             pool.submit(abs, -1)
+
+
+def flags_of_worker() -> list[object]:
+    return [getattr(sys.flags, name) for name in module._FLAGS.values()] + [sys.warnoptions]
+
+
+@pytest.mark.parametrize("options", [[], ["-I", "-O"], ["-E", "-s", "-P", "-B", "-Wignore"]])
+def test_a_worker_has_the_options_of_its_parent(options):
+    script = f"""
+import sys
+sys.path[:] = {[str(ROOT), *sys.path]!r}
+from paroquant_stream.execution.processes import processes
+from tests.execution.test_processes import flags_of_worker
+with processes(1) as pool:
+    if pool.submit(flags_of_worker).result() != flags_of_worker():  # -O removes an assert
+        sys.exit("they differ")
+print(sys.flags)
+"""
+    done = subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("isolated=1" in done.stdout) == ("-I" in options)
