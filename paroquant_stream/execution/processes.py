@@ -61,8 +61,10 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 _pipes: WeakSet[Connection] = WeakSet()
-"""Both ends of all pipes; a forked child closes its copies."""
+"""The ends of all workers' pipes in this process; a forked child closes its copies."""
 _pools: WeakSet[Processes] = WeakSet()
+_starting = threading.RLock()
+"""Held while a worker starts: `Popen` would wait for the end of a child forked meanwhile."""
 
 
 class Processes(Executor):
@@ -137,8 +139,12 @@ class _Worker:
     """A process, and the pipe to it."""
 
     def __init__(self) -> None:
+        with _starting:
+            self._start()
+
+    def _start(self) -> None:
         self.pipe, theirs = Pipe()
-        _pipes.update((self.pipe, theirs))
+        _pipes.add(self.pipe)
         with theirs:
             fd = theirs.fileno()
             root = str(Path(__file__).parents[2])  # first: finds this copy of the package alone
@@ -280,10 +286,15 @@ def _flags() -> list[str]:
 
 def _forget_in_child() -> None:
     """Close the copies of the pipes in a forked child, and leave the workers to the parent."""
+    _starting.release()
     for pipe in list(_pipes):
         pipe.close()
     for pool in list(_pools):
         pool.forget()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(
+    before=_starting.acquire,
+    after_in_parent=_starting.release,
+    after_in_child=_forget_in_child,
+)

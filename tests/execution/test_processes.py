@@ -390,3 +390,28 @@ print(sys.flags)
     done = subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert ("isolated=1" in done.stdout) == ("-I" in options)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # beside a thread
+def test_no_child_is_forked_while_a_worker_starts(monkeypatch):
+    """It would hold the pipe by which `Popen` learns that the program runs."""
+    events, threads, real = [], [], module.subprocess.Popen
+
+    def fork():
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        events.append("forked")
+        os.waitpid(child, 0)
+
+    def start(*arguments, **options):
+        threads.append(threading.Thread(target=fork))
+        threads[0].start()
+        threads[0].join(0.2)
+        events.append("started")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+    with processes(1):
+        threads[0].join()
+    assert events == ["started", "forked"]
