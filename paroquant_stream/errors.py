@@ -100,7 +100,7 @@ class ProgramNotFoundError(ExecutionError):
 
 
 class WorkersUnfitError(ExecutionError):
-    """Remote workers lack the package or cannot see the files; names each and what it lacks."""
+    """Workers lack the package, run other code, or cannot see the files; names what they lack."""
 
 
 class WorkersLostError(ExecutionError):

@@ -48,6 +48,11 @@ def run_command(body: Callable[[], int], interrupted: str) -> int:
         raise
     except (OSError, ImportError) as error:
         return print_refusal(error)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        complain(f"error: {error}; ask for fewer jobs, or raise the limit with `ulimit -u`")
+        return 1
     except (KeyboardInterrupt, Terminated) as stop:
         complain(f"interrupted; {interrupted}")
         return 143 if isinstance(stop, Terminated) else 130

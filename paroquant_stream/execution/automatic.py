@@ -8,6 +8,8 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from ..errors import WorkersUnfitError
+
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
@@ -26,6 +28,7 @@ class Automatic(ExitStack):
         super().__init__()
         self._lock = threading.Lock()
         self._pool: Executor | None = None
+        self._tried = False
 
     def choose(self, jobs: int, size: int) -> Executor | None:
         """Return where to convert shards.
@@ -40,12 +43,13 @@ class Automatic(ExitStack):
         if jobs < MIN_JOBS or size < MIN_BYTES or not _can_start():
             return None
         with self._lock:
-            if self._pool is None:
+            if not self._tried:
+                self._tried = True  # several models would each wait for an answer
                 from .processes import processes  # late: most runs need none of it
 
                 try:
                     self._pool = self.enter_context(processes(jobs))
-                except OSError as error:
+                except (OSError, WorkersUnfitError) as error:
                     logger.warning("no worker processes, so threads convert: %s", error)
             return self._pool
 

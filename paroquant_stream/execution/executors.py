@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from ..errors import WorkersLostError, WorkersUnfitError
 from ..text import one_line
 from .dask import CONNECT_TIMEOUT, client_name, client_of, translate_errors
+from .threads import translate_refusals
 
 POLL_SECONDS = 0.2
 """Between checks for cancellation while a job runs on an executor."""
@@ -45,11 +46,10 @@ def call_all(
         check: Called every `POLL_SECONDS`; what it raises cancels the calls and is raised.
         function: Importable by the worker.
         calls: The arguments of each call, picklable.
-        ahead: Returns how many of them may be queued or running, so that the workers take turns
-            between several callers.
+        ahead: Returns how many may be queued or running, as several callers share the workers.
 
     Raises:
-        WorkersLostError: The executor cannot run the function.
+        ExecutionError: The executor cannot run the function, or the program is ending.
         Exception: What the function or `check` raised.
     """
     waiting = iter(calls)
@@ -58,7 +58,8 @@ def call_all(
     try:
         while True:
             count = max(1, ahead()) - len(running)
-            running |= {executor.submit(function, *call) for call in islice(waiting, max(0, count))}
+            with translate_refusals():
+                running |= {executor.submit(function, *c) for c in islice(waiting, max(0, count))}
             if not running:
                 return
             check()

@@ -10,9 +10,11 @@ from concurrent.futures import (
     as_completed,
     wait,
 )
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..errors import ExecutionError
 from .automatic import Automatic
 from .cancellation import Cancellation
 
@@ -34,6 +36,29 @@ class Shared:
     """The end of the call that converts them."""
 
 
+@contextmanager
+def translate_refusals() -> Iterator[None]:
+    """Raise ExecutionError where the body cannot start a thread.
+
+    Raises:
+        ExecutionError: The system starts no more threads, or the program is ending.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # the standard library has no class for these
+        if "interpreter shutdown" in str(error) or "register atexit" in str(error):
+            raise ExecutionError(
+                "the program ended while a thread of it was converting; let its main thread wait "
+                "for that one (`Thread.join`), then run again: finished shards are kept"
+            ) from error
+        if "start new thread" in str(error):
+            raise ExecutionError(
+                f"the system starts no more threads ({error}); ask for fewer jobs (`--jobs 1`), or "
+                "raise the limit with `ulimit -u`; finished shards are kept, run again to resume"
+            ) from error
+        raise
+
+
 def run_all(
     function: Callable[[_Item, Cancellation], _Result],
     items: Sequence[_Item],
@@ -51,6 +76,9 @@ def run_all(
         items: One for each job; a single job runs inline, for a readable traceback.
         threads: How many run at once.
         parent: Of the run that this one is a part of.
+
+    Raises:
+        ExecutionError: The system starts no more threads, or the program is ending.
     """
     cancellation = Cancellation(parent)
     if threads == 1 or len(items) <= 1:
@@ -60,7 +88,8 @@ def run_all(
     futures: list[Future[_Result]] = []
     timeout: float | None = None
     try:
-        futures += [pool.submit(function, item, cancellation) for item in items]
+        with translate_refusals():
+            futures += [pool.submit(function, item, cancellation) for item in items]
         for future in as_completed(futures):
             yield future.result()
     except Exception:

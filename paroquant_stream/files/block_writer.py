@@ -60,6 +60,7 @@ class BlockWriter:
         self._blocks: dict[int, tuple[memoryview, int]] = {}  # next offset: block, bytes in it
         self._free: list[memoryview] = []
         self._thread: ThreadPoolExecutor | None = None
+        self._is_inline = size <= BLOCK  # no other block is filled meanwhile
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         self.written = 0
         """Bytes that the system has taken."""
@@ -108,17 +109,22 @@ class BlockWriter:
 
     def _submit(self, block: memoryview, filled: int, end: int) -> None:
         """Queue a block that ends at this offset for the thread that writes."""
-        if self._size <= BLOCK:  # no other block is filled meanwhile
-            self._write(block[:filled], end - filled)
-            self._free.append(block)
-            return
-        if self._thread is None:
-            # imported late: a run without work does not need it
-            from concurrent.futures import ThreadPoolExecutor
+        if not self._is_inline:
+            if self._thread is None:
+                # imported late: a run without work does not need it
+                from concurrent.futures import ThreadPoolExecutor
 
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        future = self._thread.submit(self._write, block[:filled], end - filled)
-        self._pending.append((future, block))
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+            try:
+                future = self._thread.submit(self._write, block[:filled], end - filled)
+            except RuntimeError:  # the system starts no more threads, or the program is ending
+                self._wait(len(self._pending))
+                self._is_inline = True
+            else:
+                self._pending.append((future, block))
+                return
+        self._write(block[:filled], end - filled)
+        self._free.append(block)
 
     def _wait(self, count: int) -> None:
         """Wait until the oldest `count` blocks are written; raise what writing them raised."""

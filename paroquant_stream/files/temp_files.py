@@ -77,7 +77,10 @@ def hold(name: str, fd: int) -> None:
     _open[name] = fd
     _lock(fd)
     if _renewer.acquire(blocking=False):  # the first call starts the thread
-        threading.Thread(target=_renew_leases, name="leases", daemon=True).start()
+        try:
+            threading.Thread(target=_renew_leases, name="leases", daemon=True).start()
+        except RuntimeError:  # no more threads here: the next call tries again
+            _renewer.release()
 
 
 def _lock(fd: int) -> None:

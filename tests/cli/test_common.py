@@ -164,3 +164,21 @@ def test_a_signal_ends_a_command_with_its_own_code(capsys, stop, code):
     assert run_command(body, "run again") == code
     assert capsys.readouterr() == ("", "interrupted; run again\n")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_thread_that_cannot_start_is_one_line(capsys):
+    def refuse():
+        raise RuntimeError("can't start new thread")
+
+    assert run_command(refuse, "") == 1
+    assert capsys.readouterr().err == (
+        "error: can't start new thread; ask for fewer jobs, or raise the limit with `ulimit -u`\n"
+    )
+
+
+def test_another_runtime_error_is_a_defect():
+    def fail():
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        run_command(fail, "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import signal
 import sys
 
 import pytest
@@ -50,6 +52,38 @@ def test_a_system_without_more_processes_has_threads(monkeypatch, caplog):
     with Automatic() as choice:
         assert choice.choose(2, 9 * GB) is None
     assert "no worker processes, so threads convert" in caplog.text
+
+
+@pytest.mark.parametrize("program", ["true", "cat", "no python"])
+def test_a_program_that_is_no_python_leaves_the_work_to_threads(
+    model_dir, tmp_path, monkeypatch, caplog, program
+):
+    monkeypatch.setattr(automatic, "MIN_BYTES", 1)
+    monkeypatch.setattr(sys, "executable", shutil.which(program) or "/nowhere/python")
+    convert_checkpoint(model_dir, cache_dir=tmp_path / "cache", jobs=2)
+    (line,) = [each.message for each in caplog.records if "no worker processes" in each.message]
+    assert "\n" not in line
+    assert len(entries(tmp_path / "cache")) == 3
+
+
+def test_a_program_that_never_answers_is_ended_and_asked_once(monkeypatch, caplog, tmp_path):
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    monkeypatch.setattr(processes, "ANSWER_SECONDS", 0.1)
+    started, real = [], processes.subprocess.Popen
+
+    def note(*arguments, **options):
+        started.append(real(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", note)
+    with Automatic() as choice:
+        assert choice.choose(2, 9 * GB) is None
+        assert choice.choose(2, 9 * GB) is None
+    assert [each.returncode for each in started] == [-signal.SIGKILL] * 2
+    assert "no answer in 0 s" in caplog.text
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 import pytest
 
 from paroquant_stream.errors import (
+    ExecutionError,
     RunCancelledError,
     StoreError,
     WorkersLostError,
@@ -200,3 +201,13 @@ def test_a_caller_that_stops_listening_cancels_its_calls():
     assert next(results) == 1
     results.close()
     assert [future.cancelled() for future in idle.futures] == [False, True, True]
+
+
+def test_an_executor_without_threads_is_one_line(monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ExecutionError, match="starts no more threads"):
+            call(pool, never, abs, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,20 @@ import pytest
 from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import OutOfRangeError, WorkersLostError
+from paroquant_stream.errors import (
+    ExecutionError,
+    OutOfRangeError,
+    WorkersLostError,
+    WorkersUnfitError,
+)
+from paroquant_stream.execution import processes as module
 from paroquant_stream.execution.processes import processes
 from paroquant_stream.files import temp_files
 from paroquant_stream.transform import unit_pool
 from tests.helpers import slow_worker
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.cache_files import entries, temps
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow  # each starts worker processes
 LIMIT = 60  # seconds to wait for what happens at once; reached only by a failure
@@ -32,7 +40,10 @@ import sys
 from paroquant_stream.cli import convert, common
 from paroquant_stream.transform import unit_pool
 from tests.helpers import slow_worker
-unit_pool.run_remote = slow_worker.slow
+call_all = unit_pool.call_all
+unit_pool.call_all = lambda executor, poll, _, *rest: call_all(
+    executor, poll, slow_worker.slow, *rest
+)
 common.end_with(lambda: convert.main(sys.argv[1:]))
 """
 
@@ -238,3 +249,169 @@ def test_a_program_on_stdin_converts_in_processes(model_dir, tmp_path, environme
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "runs").read_text() == "once"
+
+
+UPGRADED = """
+import sys
+from pathlib import Path
+from paroquant_stream.cli import common, convert
+from paroquant_stream.transform import quantize, unit_pool
+if sys.argv[1] == "upgrade":
+    path = Path(quantize.__file__)
+    path.write_text(path.read_text().replace("def quantize_rows(", "def quantize_rows(*_, "))
+    path.write_text(path.read_text() + "\\nquantize_rows = None\\n")
+common.end_with(lambda: convert.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A copy of the package, and an environment in which it is the one that is found."""
+    shutil.copytree(ROOT / "paroquant_stream", tmp_path / "site" / "paroquant_stream")
+    return os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+
+
+@pytest.mark.parametrize(("upgrade", "code"), [("upgrade", 1), ("keep", 0)])
+def test_workers_of_replaced_code_convert_nothing(model_dir, tmp_path, installed, upgrade, code):
+    given = [str(model_dir), "--cache-dir", str(tmp_path / "cache"), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", UPGRADED, upgrade, *given, "--executor", "process"],
+        env=installed, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert done.stderr.count("\n") == code
+    assert ("transform.quantize is not what this program has" in done.stderr) == bool(code)
+    assert len(entries(tmp_path / "cache")) == (0 if code else 3)
+
+
+def test_a_program_that_is_no_python_is_an_error_of_an_explicit_pool(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    with pytest.raises(WorkersUnfitError, match=r"/bin/true: .* ended before it answered"):
+        with processes(1):
+            pass
+
+
+def test_a_program_that_changed_its_directory_has_workers(installed, tmp_path):
+    """Its package was found by the empty first entry of `sys.path`."""
+    script = """
+import os
+import paroquant_stream
+os.chdir("/")
+from paroquant_stream.execution.processes import processes
+with processes(1) as pool:
+    assert pool.submit(abs, -1).result() == 1
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path / "site", env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+FORKS = """
+import ctypes, os, signal, sys, time
+from paroquant_stream.execution import processes
+from tests.execution import test_processes
+pool = processes.Processes(1)
+pool.submit(os.write, 2, b"started").result()
+processes.END_SECONDS = 60
+fork = ctypes.PyDLL(None).fork if sys.argv[1] == "raw" else os.fork  # as a library in C forks
+if fork() == 0:
+    os.close(2)
+    time.sleep(60)
+    os._exit(0)
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+pool.shutdown()
+os.write(2, b" ended")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "shut down"])
+@pytest.mark.parametrize("how", ["raw", "python"])
+def test_a_forked_child_keeps_no_worker_alive(how, end, request):
+    """The child sleeps with the pipe; only workers have stderr open once the parent has ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS, how, end], stderr=subprocess.PIPE, start_new_session=True
+    )
+    request.addfinalizer(lambda: os.killpg(process.pid, signal.SIGKILL))
+    _, stderr = process.communicate(timeout=LIMIT / 2)
+    assert stderr == (b"started" if end == "killed" else b"started ended")
+
+
+def test_a_worker_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr(module, "END_SECONDS", 0.1)
+    with processes(1) as pool:
+        (worker,) = [each.process for each in pool._workers]  # private: to see how it ends
+        os.kill(worker.pid, signal.SIGSTOP)
+        os.waitpid(worker.pid, os.WUNTRACED)  # until it has stopped
+    assert worker.returncode == -signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # beside the pool's threads
+def test_the_end_of_a_forked_child_leaves_the_workers_alone():
+    with processes(1) as pool:
+        (pipe,) = [each.pipe for each in pool._workers]  # private: what the child closes
+        child = os.fork()
+        if child == 0:
+            pool.kill()
+            os._exit(not pipe.closed)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert pool.submit(abs, -1).result(LIMIT) == 1
+
+
+def test_calls_without_threads_are_one_line(monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with processes(1) as pool:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ExecutionError, match="starts no more threads"):
+            pool.submit(abs, -1)
+
+
+def flags_of_worker() -> list[object]:
+    return [getattr(sys.flags, name) for name in module._FLAGS.values()] + [sys.warnoptions]
+
+
+@pytest.mark.parametrize("options", [[], ["-I", "-O"], ["-E", "-s", "-P", "-B", "-Wignore"]])
+def test_a_worker_has_the_options_of_its_parent(options):
+    script = f"""
+import sys
+sys.path[:] = {[str(ROOT), *sys.path]!r}
+from paroquant_stream.execution.processes import processes
+from tests.execution.test_processes import flags_of_worker
+with processes(1) as pool:
+    if pool.submit(flags_of_worker).result() != flags_of_worker():  # -O removes an assert
+        sys.exit("they differ")
+print(sys.flags)
+"""
+    done = subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("isolated=1" in done.stdout) == ("-I" in options)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # beside a thread
+def test_no_child_is_forked_while_a_worker_starts(monkeypatch):
+    """It would hold the pipe by which `Popen` learns that the program runs."""
+    events, threads, real = [], [], module.subprocess.Popen
+
+    def fork():
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        events.append("forked")
+        os.waitpid(child, 0)
+
+    def start(*arguments, **options):
+        threads.append(threading.Thread(target=fork))
+        threads[0].start()
+        threads[0].join(0.2)
+        events.append("started")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+    with processes(1):
+        threads[0].join()
+    assert events == ["started", "forked"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from paroquant_stream.errors import RunCancelledError, StoreError
+from paroquant_stream.errors import ExecutionError, RunCancelledError, StoreError
 from paroquant_stream.execution import threads
 from paroquant_stream.execution.cancellation import Cancellation
-from paroquant_stream.execution.threads import run_all
+from paroquant_stream.execution.threads import run_all, translate_refusals
 
 LIMIT = 30  # seconds to wait for what happens at once; reached only by a failure
 
@@ -160,3 +162,56 @@ def test_the_end_of_the_parent_stops_the_jobs():
     with pytest.raises(RunCancelledError):
         list(run_all(work, [2], 1, parent))
     assert 2 in cancelled
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("can't start new thread", r"\(`--jobs 1`\).*`ulimit -u`"),
+        ("cannot schedule new futures after interpreter shutdown", "`Thread.join`"),
+        ("can't create new thread at interpreter shutdown", "`Thread.join`"),  # since Python 3.12
+        ("can't register atexit after shutdown", "`Thread.join`"),  # importing concurrent.futures
+    ],
+)
+def test_a_thread_that_cannot_start_is_one_line(monkeypatch, reason, advice):
+    def refuse(_thread):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ExecutionError, match=advice) as found:
+        list(run_all(lambda *_: None, [1, 2, 3], 2))
+    assert "\n" not in str(found.value)
+
+
+def test_another_error_of_starting_is_a_defect():
+    with pytest.raises(RuntimeError, match="after shutdown"), translate_refusals():
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+
+ENDS = """
+import sys, threading, time
+from concurrent.futures import thread
+from paroquant_stream import ExecutionError, convert_checkpoint
+
+def wait_for_the_end(*_):
+    while not thread._shutdown:  # no more calls are taken: the main thread has ended
+        time.sleep(0.001)
+
+def work():
+    try:
+        convert_checkpoint(sys.argv[1], cache_dir=sys.argv[2], jobs=2, progress=wait_for_the_end)
+    except ExecutionError as error:
+        print(error)
+
+threading.Thread(target=work).start()
+"""
+
+
+def test_a_program_that_ends_while_a_thread_converts_says_so(model_dir, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, str(model_dir), str(tmp_path / "cache")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("the program ended while a thread of it was converting; let")
+    assert done.stdout.count("\n") == 1

@@ -10,6 +10,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -231,3 +232,20 @@ def test_numbers_are_written_as_their_bytes(tmp_path):
         writer.write(memoryview(bytes(8)).cast("I"), 0)
         writer.flush()
         assert writer.written == 8
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_without_more_threads_blocks_are_written_by_the_caller(tmp_path, monkeypatch, blocks):
+    """The system starts no thread, or the program ends while some blocks are still to come."""
+    data, real = random.Random(5).randbytes(30_000), ThreadPoolExecutor.submit
+    calls = []
+
+    def submit(self, *call):
+        calls.append(call)
+        if len(calls) > blocks:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        return real(self, *call)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    assert write(tmp_path / "x", data, in_chunks([0, 30_000], 3000)[0]) == data
+    assert len(calls) == blocks + 1  # it is not asked again

@@ -232,6 +232,20 @@ def test_a_writer_renews_its_lease(folder, monkeypatch):
     file.discard()
 
 
+def test_a_file_is_written_where_no_thread_can_be_started(folder, monkeypatch):
+    tried = []
+
+    def refuse(thread):
+        tried.append(thread.name)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(temp_files, "_renewer", threading.Lock())  # private: as in a new process
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(2):
+        AtomicFile(folder, temp_name(), 0, 0o600).discard()
+    assert tried == ["leases"] * 2  # the next file tries again
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # beside the renewing thread
 def test_a_forked_child_does_not_own_its_parents_temps(folder):
     file = AtomicFile(folder, temp_name(), 0, 0o600)

@@ -497,6 +497,8 @@ def test_without_locks_four_processes_are_still_right(model, cache, golden, real
 def test_without_locks_two_runs_with_processes_are_right(model, cache, golden):
     """Four processes convert the same shards at once; only the runs themselves take a lock."""
     script = "\ncalls = []\nfcntl.flock = lambda *a: calls.append(a)"
+    script += "\nfrom paroquant_stream.execution import processes"
+    script += "\nprocesses.difference = lambda *_: None"  # START changed constants of the run alone
     script += "\ncode = convert.main(sys.argv[1:])\nassert calls\nsys.exit(code)"
     arguments = (model, "--cache-dir", cache, "--executor", "process", "--jobs", 2, "--force")
     running = [process(script, *arguments, "--quiet") for _ in range(2)]

@@ -195,8 +195,8 @@ def test_a_worker_reports_the_bytes_that_it_has_done(model, tmp_path, monkeypatc
 def test_progress_of_worker_processes_moves_within_a_shard(tmp_path, monkeypatch):
     model, seen = write_checkpoint(tmp_path / "model"), []
     monkeypatch.setattr(executors, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(module, "run_remote", slow_worker.steady)
     with processes(1) as pool:
+        monkeypatch.setattr(module, "run_remote", slow_worker.steady)
         convert_checkpoint(model, executor=pool, progress=lambda *given: seen.append(given))
     (size,) = {size for _, _, size in seen}
     assert any(0 < done < size for _, done, _ in seen)
