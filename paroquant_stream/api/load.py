@@ -30,6 +30,7 @@ from ..conversion.request import Request, request_for
 from ..conversion.staleness import Needed
 from ..distributed.split import WHOLE, Parallel, Split
 from ..errors import AssemblyError, CheckpointError, EntryDamagedError
+from ..execution.threads import translate_refusals
 from ..progress_bar import SHARDS, reported
 from ..store.format import DEFAULT_VARIANT, Dtype
 from ..store.manifest import EntryRecord, Manifest
@@ -110,7 +111,7 @@ def _load_with(model_path: str | Path, options: LoadOptions) -> Loaded:
     MlxLm().check_installed()
     request = request_for(model_path, options.conversion)
     changes, full = options.model_config or {}, options.verify == "full"
-    with written_to(options.trace) as timed:
+    with translate_refusals(), written_to(options.trace) as timed:
         how = (timed, full, options.split, changes, options.tokenizer)
         settings = _Options(options.lazy, options.force_text, *how)
         return Loaded(*_load_repairing(request, settings, options.progress))
