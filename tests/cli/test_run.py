@@ -79,6 +79,7 @@ def test_a_script_elsewhere_has_its_own_directory_first(here, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["script", "package", "package.__main__"])
+@pytest.mark.slow
 def test_a_module_runs_as_python_m_runs_it(here, name):
     ours = run("-m", name, "--jobs", "-h", cwd=here).stdout
     command = [sys.executable, "-m", name, "--jobs", "-h"]
@@ -194,6 +195,7 @@ def test_a_program_without_a_loader_runs_with_a_note(tmp_path):
     assert done.stderr.startswith("note: neither paroquant nor mlx-lm nor mlx-vlm is installed")
 
 
+@pytest.mark.slow
 def test_processes_that_the_program_starts_have_this_loader(here):
     (here / "children.py").write_text(
         REPORT + "    for kind in ('spawn', 'fork'):\n"
@@ -304,6 +306,7 @@ request fails with `not enough values to unpack (expected 3, got 2)`.
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.slow
 def test_paroquants_serve_command_answers_from_our_cache(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(PREPARED)

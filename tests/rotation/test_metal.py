@@ -75,6 +75,7 @@ def test_every_size_is_within_its_bound_of_float64():
         assert max(line.kernel, line.reference) < BOUNDS[line.dtype]
 
 
+@pytest.mark.slow
 def test_emulated_threads_give_the_same_bits_in_any_order(few):
     program, cases = few
     for launch, *_ in cases:
@@ -104,6 +105,7 @@ def test_emulated_results_are_float32_rounded_once(few):
         assert mx.array_equal(program.run(same).astype(dtype), program.run(narrow))
 
 
+@pytest.mark.slow
 def test_address_spaces_and_language_are_metals(few):
     _, cases = few
     check(list({launch.source for launch, *_ in cases}))
@@ -234,12 +236,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.slow
 def test_what_metal_refuses_is_refused(what):
     body, message = REFUSED[what]
     with pytest.raises(RefusedError, match=message):
         check([small_launch(BEGIN + body).source])
 
 
+@pytest.mark.slow
 def test_what_metal_allows_is_allowed():
     spaces = "const device T* y = x; thread int z = 0; const constant int* n = x_shape; "
     check(
@@ -248,6 +252,7 @@ def test_what_metal_allows_is_allowed():
 
 
 @pytest.mark.parametrize(("floats", "fits"), [(8192, True), (8193, False)])
+@pytest.mark.slow
 def test_threadgroup_arrays_are_bounded_by_32_kib(floats, fits, tmp_path):
     body = BEGIN.replace("32", str(floats)) + "area[lane] = 1.0f; out[lane] = T(area[lane]);"
     launch = small_launch(body)
@@ -272,6 +277,7 @@ STOPPED = {
 }
 
 
+@pytest.mark.slow
 def test_threads_that_go_astray_stop_the_emulation(tmp_path):
     launches = [small_launch(f"{BEGIN} area[lane] = 0;\n{body}") for body, _ in STOPPED.values()]
     program = Program(launches, tmp_path)
