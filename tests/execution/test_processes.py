@@ -332,9 +332,8 @@ os._exit(0)
 @pytest.mark.parametrize("how", ["raw", "python"])
 def test_a_forked_child_keeps_no_worker_alive(how, end, request):
     """The child sleeps with the pipe; only workers have stderr open once the parent has ended."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORKS, how, end], stderr=subprocess.PIPE, start_new_session=True
-    )
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, how, end]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     request.addfinalizer(lambda: os.killpg(process.pid, signal.SIGKILL))
     _, stderr = process.communicate(timeout=LIMIT / 2)
     assert stderr == (b"started" if end == "killed" else b"started ended")
