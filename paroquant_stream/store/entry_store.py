@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import MalformedFileError, StoreError
 from ..files import temp_files
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..files.new_file import NewFile
     from .entry_file import EntryFile
 
+_Content = TypeVar("_Content")
+_TempFile = TypeVar("_TempFile", "NewFile", "EntryFile")
 _DIGEST = rb"xxh3-128 ((?:tree:)?[0-9a-f]{32}) (\d{1,19})\n"  # text: a run without work reads none
 
 
@@ -167,12 +169,8 @@ class EntryStore(StoreDirectories):  # frozen as its base, which has all the fie
         """
         from ..files.new_file import NewFile  # late: a run without work writes nothing
 
-        with self._writing("tmp") as folder:
-            file = NewFile(folder, temp_files.temp_name(), size, self._modes[1])
-            try:
-                yield file
-            finally:
-                file.discard()
+        with self._temp_file(NewFile, size) as file:
+            yield file
 
     @contextlib.contextmanager
     def new_entry(self, specs: Sequence[TensorSpec]) -> Iterator[EntryFile]:
@@ -189,8 +187,16 @@ class EntryStore(StoreDirectories):  # frozen as its base, which has all the fie
         """
         from .entry_file import EntryFile  # late: a run without work writes nothing
 
+        with self._temp_file(EntryFile, specs) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _temp_file(
+        self, make: Callable[[Folder, str, _Content, int], _TempFile], content: _Content
+    ) -> Iterator[_TempFile]:
+        """Make a file in `tmp`, and remove it after the block unless it was published."""
         with self._writing("tmp") as folder:
-            file = EntryFile(folder, temp_files.temp_name(), specs, self._modes[1])
+            file = make(folder, temp_files.temp_name(), content, self._modes[1])
             try:
                 yield file
             finally:
