@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 from ..errors import WorkersLostError, WorkersUnfitError
 from ..text import one_line
 from .dask import CONNECT_TIMEOUT, client_name, client_of, translate_errors
+from .identity import VERSIONS
 from .threads import translate_refusals
 
 POLL_SECONDS = 0.2
 """Between checks for cancellation while a job runs on an executor."""
-_VERSIONS = ("paroquant_stream:__version__", "paroquant_stream.store.format:TRANSFORM")
 _Result = TypeVar("_Result")
 
 
@@ -124,7 +124,9 @@ def check_workers(executor: Executor, paths: Sequence[Path]) -> None:
     if (client := client_of(executor)) is None:
         return
     defects: dict[str, str] = {}
-    expected = [(pkgutil.resolve_name, name, pkgutil.resolve_name(name)) for name in _VERSIONS]
+    expected = [
+        (pkgutil.resolve_name, name, pkgutil.resolve_name(name)) for name in VERSIONS.values()
+    ]
     sizes = [(os.path.getsize, str(path), os.path.getsize(path)) for path in paths]
     with translate_errors(client):
         client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)

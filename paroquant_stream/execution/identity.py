@@ -20,7 +20,7 @@ from typing import Any
 
 _UNITS = "paroquant_stream.transform.unit_pool"  # imports all that a unit needs
 _DECIDES = re.compile(r"paroquant_stream\.(files|plan|store|transform)\.")
-_VERSIONS = {
+VERSIONS = {
     "version": "paroquant_stream:__version__",
     "transform": "paroquant_stream.store.format:TRANSFORM",
 }
@@ -34,7 +34,7 @@ def identity() -> dict[str, Any]:
         each module that decides the bytes of an entry.
     """
     importlib.import_module(_UNITS)
-    found = {name: pkgutil.resolve_name(where) for name, where in _VERSIONS.items()}
+    found = {name: pkgutil.resolve_name(where) for name, where in VERSIONS.items()}
     path = os.path.realpath(os.path.dirname(sys.modules["paroquant_stream"].__file__ or ""))
     names = sorted(name for name in sys.modules if _DECIDES.match(name))
     modules = {name: _digest(sys.modules[name]) for name in names}
@@ -54,7 +54,7 @@ def difference(expected: dict[str, Any], answer: bytes) -> str | None:
     try:
         found = json.loads(answer)
         modules = dict(found["modules"])
-        for name in ("python", *_VERSIONS, "path"):
+        for name in ("python", *VERSIONS, "path"):
             if found[name] != expected[name]:
                 return f"{name}: expected {expected[name]}, found {found[name]}"
     except (ValueError, TypeError, KeyError):
