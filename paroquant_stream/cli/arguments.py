@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from ..store.format import IO_BITS
 from ..text import shown
 from ..version import __version__
 
@@ -94,6 +95,11 @@ def add_cache_dir(parser: argparse._ActionsContainer) -> None:
 def add_jobs(parser: argparse._ActionsContainer, text: str) -> None:
     """Add the option --jobs, a whole number from 1, with its help text."""
     parser.add_argument("--jobs", type=option_type(_parse_jobs), metavar="N", help=text)
+
+
+def add_io_bits(parser: argparse._ActionsContainer, text: str) -> None:
+    """Add the option --io-bits, 4 or 8, with its help text."""
+    parser.add_argument("--io-bits", type=int, choices=IO_BITS, default=4, metavar="B", help=text)
 
 
 def option_type(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:

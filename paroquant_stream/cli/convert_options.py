@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..store.format import DTYPES, IO_BITS
-from .arguments import Parser, add_cache_dir, add_help, add_jobs, typed
+from ..store.format import DTYPES
+from .arguments import Parser, add_cache_dir, add_help, add_io_bits, add_jobs, typed
 
 DESCRIPTION = """\
 Convert ParoQuant checkpoints into MLX-native entries in the cache. Only shards that changed are
@@ -77,13 +77,8 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="float16 or bfloat16: one width for scales, biases, norms and all that meets "
         "activations (default: source, bit-identical to the public loader)",
     )
-    parser.add_argument(
-        "--io-bits",
-        type=int,
-        choices=IO_BITS,
-        default=4,
-        metavar="B",
-        help="bits per weight of embedding and head, 4 or 8 (default: 4, as the public loader)",
+    add_io_bits(
+        parser, "bits per weight of embedding and head, 4 or 8 (default: 4, as the public loader)"
     )
     parser.add_argument("--force", action="store_true", help="convert every shard again")
     _configure_output(parser)

@@ -12,8 +12,8 @@ from typing import Any
 from ..api.install import install, uninstall
 from ..errors import MissingExtraError, ParoquantStreamError, ProgramNotFoundError
 from ..integrations.switch import VARIABLE, VARIABLES, child_environment
-from ..store.format import DTYPES, IO_BITS
-from .arguments import Parser, add_cache_dir, add_help, add_jobs, typed
+from ..store.format import DTYPES
+from .arguments import Parser, add_cache_dir, add_help, add_io_bits, add_jobs, typed
 from .common import print_error
 
 USAGE = """\
@@ -46,14 +46,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="the width of floating tensors: source (default), float16 or bfloat16",
     )
-    parser.add_argument(
-        "--io-bits",
-        type=int,
-        choices=IO_BITS,
-        default=4,
-        metavar="B",
-        help="bits of embedding and head: 4 (default) or 8",
-    )
+    add_io_bits(parser, "bits of embedding and head: 4 (default) or 8")
     rest: Any = argparse.REMAINDER  # what follows belongs to the program, options too
     parser.add_argument("-m", dest="module", nargs=rest, help="run a module, as `python -m` does")
     parser.add_argument("script", nargs=rest, help="run a file, or a directory with __main__.py")
