@@ -181,7 +181,8 @@ def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loa
     from ..model.entries import read_entry
 
     whole = not options.lazy and options.split == WHOLE
-    with EarlyReader(partial(read_entry, store=request.store, full=options.full)) as early:
+    reader = EarlyReader(partial(read_entry, store=request.store, full=options.full))
+    with contextlib.closing(reader) as early:
         published = early.add if whole else None
         try:
             with reported(progress) as phase:

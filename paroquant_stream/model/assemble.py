@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from functools import cache, partial
@@ -37,6 +36,7 @@ from ..trace import NO_TRACE, Trace
 from .early_reader import EarlyReader
 from .entries import check_sizes, guard_reads, read_weights
 from .experts import placeholders
+from .memory import physical_memory
 from .names import leave_out_absent, rename_weights
 from .placement import place_weights
 from .tensor_source import TensorSource
@@ -259,8 +259,7 @@ def check_assembly(config: ModelConfig, plan: Plan) -> None:
 
 def _check_memory(needed: int) -> None:
     """Check that the weights fit into memory: beyond it, MLX would crash the process."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
+    if needed > (memory := physical_memory()):
         raise AssemblyError(
             f"the weights need {bytes_text(needed)}, this machine has {bytes_text(memory)}; "
             "lazy=True loads them anyway, each at its first use"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
-from types import TracebackType
 
 import mlx.core as mx
 
 from ..errors import ParoquantStreamError
 from ..store.manifest import EntryRecord
+from .memory import available_memory, physical_memory
 
 Arrays = dict[str, mx.array]
-_MEMINFO = Path("/proc/meminfo")
-_LINUX = _MEMINFO.exists()
 
 
 class EarlyReader:
@@ -33,22 +28,17 @@ class EarlyReader:
         self._found: dict[str, Future[Arrays]] = {}
         self._size = 0
 
-    def __enter__(self) -> EarlyReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Read no more, and free what was not taken."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._found.clear()
 
     def add(self, record: EntryRecord) -> None:
         """Read a published entry soon, if there is memory for the arrays and the files."""
         self._size += record.size
-        if _spare_memory() > 2 * (record.size if _LINUX else self._size):
+        free = available_memory()
+        fits = physical_memory() > 2 * self._size if free is None else free > 2 * record.size
+        if fits:
             self._found[record.key] = self._thread.submit(self._read, record)
 
     def take(self, record: EntryRecord) -> Arrays | None:
@@ -69,13 +59,3 @@ class EarlyReader:
         arrays = self._read_entry(record)
         mx.eval(arrays)
         return arrays
-
-
-def _spare_memory() -> int:
-    """Return the bytes of memory that Linux can spare now; elsewhere all that there is."""
-    if _LINUX:
-        with suppress(OSError, KeyError, ValueError):
-            fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-            return int(fields["MemAvailable"].split()[0]) << 10
-        return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

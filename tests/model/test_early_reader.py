@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from dataclasses import replace
 
 import mlx.core as mx
@@ -33,7 +34,7 @@ def test_an_entry_is_read_in_another_thread_and_given_away_once():
         threads.append(threading.current_thread())
         return arrays(given)
 
-    with EarlyReader(read) as early:
+    with closing(EarlyReader(read)) as early:
         early.add(ONE)
         found = early.take(ONE)
         assert found["x"].tolist() == [[1, 1], [1, 1]]
@@ -42,7 +43,7 @@ def test_an_entry_is_read_in_another_thread_and_given_away_once():
 
 
 def test_an_entry_that_was_not_added_is_not_there():
-    with EarlyReader(arrays) as early:
+    with closing(EarlyReader(arrays)) as early:
         assert early.take(ONE) is None
 
 
@@ -52,7 +53,7 @@ def test_damage_is_raised_and_other_failures_are_read_again():
     def fail(_record):
         raise errors.pop(0)
 
-    with EarlyReader(fail) as early:
+    with closing(EarlyReader(fail)) as early:
         early.add(ONE)
         with pytest.raises(EntryDamagedError):
             early.take(ONE)
@@ -62,17 +63,14 @@ def test_damage_is_raised_and_other_failures_are_read_again():
 
 @pytest.mark.parametrize("is_linux", [True, False])
 def test_without_memory_nothing_is_read_early(monkeypatch, is_linux):
-    monkeypatch.setattr(early_reader, "_LINUX", is_linux)  # private: which rule counts
-    monkeypatch.setattr(early_reader, "_spare_memory", lambda: 2 * ONE.size)
-    with EarlyReader(arrays) as early:
+    all_of_it = 2 * ONE.size
+    monkeypatch.setattr(early_reader, "available_memory", lambda: all_of_it if is_linux else None)
+    monkeypatch.setattr(early_reader, "physical_memory", lambda: all_of_it)
+    with closing(EarlyReader(arrays)) as early:
         early.add(ONE)
         assert early.take(ONE) is None
         early.add(replace(ONE, size=ONE.size // 4))
         assert (early.take(ONE) is not None) is is_linux  # elsewhere all that was added counts
-
-
-def test_the_spare_memory_is_less_than_a_terabyte_and_some():
-    assert 1 << 20 < early_reader._spare_memory() < 64 << 40  # private: read from the system
 
 
 def test_a_first_load_reads_every_entry_early(model_dir, monkeypatch):
