@@ -54,7 +54,7 @@ def convert(
         needed: Where these entries are up to date nothing is done; else everything is converted.
         loads: What the caller loads of the model next, so that a library that this needs and that
             is not installed is an error before any work, and no warning.
-        published: Called with the record of each new entry as soon as it was published.
+        published: Called with the record of each entry, new or reused, once its shard is done.
 
     Raises:
         MissingExtraError: An optional package is needed and not installed; nothing was written.

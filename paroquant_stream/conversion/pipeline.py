@@ -31,7 +31,7 @@ from .request import Request, read_manifest
 
 logger = logging.getLogger(__name__)
 Published = Callable[[EntryRecord], None]
-"""Called with the record of each entry that was published."""
+"""Called with the record of each entry, new or reused, once its shard is done."""
 
 
 def convert_shards(
