@@ -49,19 +49,11 @@ for strict in (True, False):
         load_model(Path(sys.argv[2]), strict=strict)
     except ValueError as error:
         refused.append(str(error))
-answers = {"blocked": blocked, "refused": refused}
+results = {"blocked": blocked, "refused": refused}
+PROMPTS = json.loads(sys.argv[1])
 for directory in sys.argv[2:]:
-    model, _ = load(directory, trust_remote_code=True)
-    found = []
-    for prompt in json.loads(sys.argv[1]):
-        logits = model(mx.array([prompt]))
-        found.append([str(logits.dtype), np.array(logits.astype(mx.float32)).tobytes().hex()])
-    cache, step = make_prompt_cache(model), mx.array([[5, 9, 17, 42, 3]])
-    for _ in range(16):
-        found.append(int(mx.argmax(model(step, cache=cache)[0, -1]).item()))
-        step = mx.array([found[-1:]])
-    answers[directory] = found
-print(json.dumps(answers))
+    results[directory] = answers(load(directory, trust_remote_code=True)[0])
+print(json.dumps(results))
 """
 
 
@@ -73,7 +65,7 @@ def stock(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def stock_answers_of(exports: Sequence[Path]) -> dict:
     """What `answers` gives of each export there, and how the first is refused if not trusted."""
-    done = stock(_COMPARE, json.dumps(PROMPTS), *map(str, exports))
+    done = stock(inspect.getsource(answers) + _COMPARE, json.dumps(PROMPTS), *map(str, exports))
     assert done.returncode == 0, done.stderr
     found: dict = json.loads(done.stdout.splitlines()[-1])
     return found

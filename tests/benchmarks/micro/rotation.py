@@ -96,10 +96,11 @@ def forms(dims: int, dtype: mx.Dtype, tables: RotationTables, rounds: Rounds) ->
     }
 
 
-def milliseconds(candidates: dict[str, Rotate], x: mx.array, repeats: int) -> dict[str, float]:
-    """The median time of each, measured in turn after a first call that does not count."""
+def seconds(
+    candidates: dict[str, Rotate], x: mx.array, repeats: int, chain: int
+) -> dict[str, float]:
+    """The median time of each in a chain, in turn after a first call that does not count."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    chain = 1 if mx.default_device() == mx.cpu else 20
     for repeat in range(repeats + 1):
         for name, rotate in candidates.items():
             start = time.perf_counter()
@@ -108,7 +109,7 @@ def milliseconds(candidates: dict[str, Rotate], x: mx.array, repeats: int) -> di
                 y = rotate(y)
             mx.eval(y)
             if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start) / chain)
+                times[name].append((time.perf_counter() - start) / chain)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -117,17 +118,18 @@ def table_lines(dims: int, rows: list[int], repeats: int) -> Iterator[str]:
     parameters = [mx.array(values) for values in make_rotation(dims, GROUP, KROT)]
     tables = RotationTables(*parameters, GROUP)
     rounds = Rounds.from_parameters(*parameters, GROUP)
+    chain = 1 if mx.default_device() == mx.cpu else 20
     for name, dtype in DTYPES.items():
         candidates = forms(dims, dtype, tables, rounds)
         for count in rows:
             x = mx.random.normal((count, dims)).astype(dtype)
-            times = milliseconds(candidates, x, repeats if count > 1 else 5 * repeats)
+            times = seconds(candidates, x, repeats if count > 1 else 5 * repeats, chain)
             expected = rotate_float64(np.array(x.astype(mx.float32), np.float64), rounds)
             cells = []
             for form, rotate in candidates.items():
                 found = np.array(rotate(x).astype(mx.float32), np.float64)
                 error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-                cells.append(f"{times[form]:8.3f} {error:.0e}")
+                cells.append(f"{1e3 * times[form]:8.3f} {error:.0e}")
             yield f"| {dims:5} | {name:8} | {count:4} | " + " | ".join(cells) + " |"
     start = time.perf_counter()
     block_matrices(rounds)

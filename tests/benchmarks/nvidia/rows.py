@@ -12,9 +12,6 @@ by 20. MLX needs about 14 us to launch one. It stops when a result is off.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -23,6 +20,7 @@ import numpy as np
 
 from paroquant_stream.rotation import cuda
 from paroquant_stream.rotation.tables import RotationTables
+from tests.benchmarks.micro.rotation import Rotate, seconds
 from tests.helpers.rotations import BOUNDS, error, make_rotation, rotate_float64, to_float64
 
 GROUP, KROT, CHAIN = 128, 8, 20
@@ -32,7 +30,6 @@ _COPY = """
   const int64_t count = int64_t(x_shape[0]) * x_shape[1] * sizeof(T) / 16;
   if (n < count) reinterpret_cast<int4*>(out)[n] = reinterpret_cast<const int4*>(x)[n];
 """
-Form = Callable[[mx.array], mx.array]
 
 
 @cache
@@ -57,12 +54,12 @@ def copied(x: mx.array) -> mx.array:
     return out
 
 
-def forms(tables: RotationTables) -> dict[str, Form]:
+def forms(tables: RotationTables) -> dict[str, Rotate]:
     """Both by their names."""
     return {"copy": copied, "kernel": partial(cuda.rotate, tables=tables)}
 
 
-def check(candidates: dict[str, Form], x: mx.array, parameters: tuple[np.ndarray, ...]) -> None:
+def check(candidates: dict[str, Rotate], x: mx.array, parameters: tuple[np.ndarray, ...]) -> None:
     """Stop unless the copy is one, and three rotated rows are right."""
     assert mx.array_equal(candidates["copy"](x), x)
     rotated = candidates["kernel"](x)
@@ -70,21 +67,6 @@ def check(candidates: dict[str, Form], x: mx.array, parameters: tuple[np.ndarray
     some = mx.array(rows)
     expected = rotate_float64(to_float64(x[some]), *parameters, GROUP)
     assert error(rotated[some], expected) < BOUNDS[x.dtype]
-
-
-def microseconds(candidates: dict[str, Form], x: mx.array, repeats: int) -> dict[str, float]:
-    """The median time of each, measured in turn after a first call that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in range(repeats + 1):
-        for name, form in candidates.items():
-            start = time.perf_counter()
-            y = x
-            for _ in range(CHAIN):
-                y = form(y)
-            mx.eval(y)
-            if repeat:
-                times[name].append(1e6 * (time.perf_counter() - start) / CHAIN)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -109,8 +91,8 @@ def main() -> None:
             x = (mx.random.normal((rows, dims)) * 1e-3).astype(DTYPES[options.dtype])
             mx.eval(x)
             check(candidates, x, parameters)
-            found = microseconds(candidates, x, options.repeats)
-            cells = [f"{found[name]:.1f}" for name in names]
+            found = seconds(candidates, x, options.repeats, CHAIN)
+            cells = [f"{1e6 * found[name]:.1f}" for name in names]
             print(f"| {dims} | {rows} | " + " | ".join(cells) + " |", flush=True)
 
 
