@@ -19,7 +19,7 @@ from ..errors import (
     SourceDroppedError,
 )
 from ..files.descriptor import closing
-from ..files.hashing import read_into, sha256_of
+from ..files.hashing import sha256_of_range
 from ..files.tensor_header import Header
 from ..files.tensor_writer import file_size
 from ..plan.planner import Plan, make_plan
@@ -230,9 +230,7 @@ def _borrows_otherwise(request: Request, task: Task, record: EntryRecord) -> boo
 def _part_digest(request: Request, part: Part) -> bytes:
     path = request.source.directory / part.shard
     with closing(Shard(part.shard, path).open()) as fd:
-        data = memoryview(bytearray(part.stop - part.start))
-        read_into(fd, data, part.start, str(path))
-        return sha256_of(data)
+        return sha256_of_range(fd, (part.start, part.stop), str(path))
 
 
 def gone_sources(request: Request, shards: Mapping[str, str]) -> SourceDroppedError:

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from ..checkpoint.hub_cache import HubCache, identity
 from ..errors import SourceChangedError, StoreError
-from ..files.descriptor import FileStamp, closing, pread_exactly
+from ..files.descriptor import FileStamp, closing
 from ..files.folder import Folder
-from ..files.hashing import SourceHasher, read_into, sha256_of
+from ..files.hashing import SourceHasher, sha256_of_range
+from ..files.tensor_header import read_header_bytes
 from ..plan.task import Part
 
 logger = logging.getLogger(__name__)
@@ -104,17 +105,12 @@ class SourceFile:
 
     def lent_sha256(self, parts: Sequence[Part]) -> str:
         """Hash these parts of the file, read now, as `Task.borrowed_sha256` does."""
-        digests = []
-        for part in parts:
-            data = memoryview(bytearray(part.stop - part.start))
-            read_into(self.fd, data, part.start, str(self.path))
-            digests.append(sha256_of(data))
+        digests = (sha256_of_range(self.fd, (p.start, p.stop), str(self.path)) for p in parts)
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def header(self) -> bytes:
         """Read the bytes of its header, length and JSON."""
-        length = 8 + int.from_bytes(pread_exactly(self.fd, 0, 8, str(self.path)), "little")
-        return pread_exactly(self.fd, 0, length, str(self.path))
+        return read_header_bytes(self.fd, str(self.path))
 
     def check(self) -> None:
         """Check that the open file is as it was when it was opened, and its names still lead to it.

@@ -152,6 +152,23 @@ def sha256_of(data: memoryview) -> bytes:
     return hashlib.sha256(data).digest()
 
 
+def sha256_of_range(fd: int, bounds: Range, label: str) -> bytes:
+    """Read a range of a file into memory and return its SHA-256, 32 bytes.
+
+    Args:
+        fd: The file.
+        bounds: The range.
+        label: The name of the file in errors.
+
+    Raises:
+        SourceChangedError: The file ends before the range does.
+        UnreadableFileError: The operating system cannot read it.
+    """
+    data = memoryview(bytearray(bounds[1] - bounds[0]))
+    read_into(fd, data, bounds[0], label)
+    return sha256_of(data)
+
+
 def hash_parts(head: bytes, fd: int, label: str) -> str:
     """Return the XXH3-128 of a file whose first bytes are replaced, in hex.
 

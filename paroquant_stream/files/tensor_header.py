@@ -88,6 +88,21 @@ def read_header(fd: int, label: str) -> Header:
     return parse_header(read, file_status(fd, label).st_size, label)
 
 
+def read_header_bytes(fd: int, label: str) -> bytes:
+    """Read the bytes of the header of a safetensors file, length and JSON, without validating them.
+
+    Args:
+        fd: The file.
+        label: The name of the file in errors.
+
+    Raises:
+        MalformedFileError: The file ends before the header does.
+        UnreadableFileError: The operating system cannot read it.
+    """
+    length = 8 + int.from_bytes(pread_exactly(fd, 0, 8, label), "little")
+    return pread_exactly(fd, 0, length, label)
+
+
 def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> Header:
     """Validate the header of a safetensors file that any function can read.
 

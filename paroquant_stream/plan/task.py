@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -70,6 +70,11 @@ class Operation:
         return replace(self, outputs=outputs, made=tuple(output.dtype for output in self.outputs))
 
     @property
+    def parts(self) -> Iterator[Part]:
+        """Every part, slice after slice."""
+        return (part for parts in self.slices for part in parts)
+
+    @property
     def start(self) -> int:
         """The offset in the shard at which all of its first slice has begun.
 
@@ -96,15 +101,20 @@ class Task:
         """Every tensor of the entry, in the order of the operations."""
         return [output for operation in self.operations for output in operation.outputs]
 
+    @property
+    def owned(self) -> Iterator[Part]:
+        """The parts that lie in its own shard, as often as operations read them."""
+        parts = (part for operation in self.operations for part in operation.parts)
+        return (part for part in parts if part.shard == self.shard)
+
     @cached_property
     def borrowed(self) -> dict[str, tuple[Part, ...]]:
         """The parts that lie in other shards, by shard, in the order of first use."""
         lenders: dict[str, dict[str, Part]] = {}
         for operation in self.operations:
-            for parts in operation.slices:
-                for part in parts:
-                    if part.shard != self.shard:
-                        lenders.setdefault(part.shard, {})[part.name] = part
+            for part in operation.parts:
+                if part.shard != self.shard:
+                    lenders.setdefault(part.shard, {})[part.name] = part
         return {shard: tuple(parts.values()) for shard, parts in lenders.items()}
 
     @cached_property

@@ -138,8 +138,9 @@ class Source:
         while position < part.stop:
             buffer = self._buffers.take(0, min(size, part.stop - position))
             chunk = self._read(part, position, buffer)
-            fingerprint.update(chunk)
-            hashed &= self._hash_if_next(chunk, position)
+            if not self._hash_if_next(chunk, position):
+                fingerprint.update(chunk)
+                hashed = False
             position += len(chunk)
             yield chunk
         if not hashed:

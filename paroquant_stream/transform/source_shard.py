@@ -12,10 +12,10 @@ import xxhash
 
 from ..checkpoint.shard import Shard
 from ..errors import SourceChangedError, SourceDamagedError
-from ..files.descriptor import FileStamp, closing, pread_exactly
+from ..files.descriptor import FileStamp, closing
 from ..files.digest_cache import DigestCache
-from ..files.hashing import Range, SourceDigest, read_into, sha256_of
-from ..files.tensor_header import read_header
+from ..files.hashing import Range, SourceDigest, sha256_of_range
+from ..files.tensor_header import read_header, read_header_bytes
 from ..plan.task import Part, Task
 from .unit import UnitResult
 
@@ -53,22 +53,14 @@ class SourceShard:
         """Return the range of the header, and note its fingerprint."""
         label = str(self._shard.path)
         found = {tensor.name: tensor for tensor in read_header(self._fd, label).tensors}
-        owned = (
-            part
-            for operation in self._task.operations
-            for parts in operation.slices
-            for part in parts
-            if part.shard == self._task.shard
-        )
-        for part in owned:
+        for part in self._task.owned:
             tensor = found.get(part.name)
             if tensor is None or _fields(tensor) != _fields(part):
                 raise SourceChangedError(
                     f"{label}: {part.name} is not where it was when the run began; run again"
                 )
-        size = 8 + int.from_bytes(pread_exactly(self._fd, 0, 8, label), "little")
-        header = (0, size)
-        self._read[header] = xxhash.xxh3_128_digest(pread_exactly(self._fd, 0, size, label))
+        data = read_header_bytes(self._fd, label)
+        self._read[header := (0, len(data))] = xxhash.xxh3_128_digest(data)
         return header
 
     def known_sha256(self) -> str | None:
@@ -114,7 +106,8 @@ class SourceShard:
                 path = self._directory / shard
                 with closing(Shard(shard, path).open()) as fd:
                     for part in missing:
-                        self._borrowed[part.name] = _sha256_of_part(fd, part, str(path))
+                        place = part.start, part.stop
+                        self._borrowed[part.name] = sha256_of_range(fd, place, str(path))
         return self._task.borrowed_sha256(self._borrowed)
 
     def check(self) -> str:
@@ -155,12 +148,8 @@ class SourceShard:
 
     def _name_of(self, place: Range) -> str:
         """Name the tensor that begins at a place, or has it inside."""
-        for operation in self._task.operations:
-            for parts in operation.slices:
-                for part in parts:
-                    if part.shard == self._task.shard and part.start <= place[0] < part.stop:
-                        return part.name
-        return "its header"
+        inside = (part.name for part in self._task.owned if part.start <= place[0] < part.stop)
+        return next(inside, "its header")
 
     def _unchanged(self) -> bool:
         return FileStamp.of_fd(self._fd, str(self._shard.path)) == self._stamp
@@ -168,9 +157,3 @@ class SourceShard:
 
 def _fields(tensor: Part | object) -> tuple[object, ...]:
     return tuple(getattr(tensor, name) for name in ("dtype", "shape", "start", "stop"))
-
-
-def _sha256_of_part(fd: int, part: Part, label: str) -> bytes:
-    data = memoryview(bytearray(part.stop - part.start))
-    read_into(fd, data, part.start, label)
-    return sha256_of(data)

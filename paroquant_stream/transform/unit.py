@@ -37,8 +37,7 @@ class Step:
     @property
     def size(self) -> int:
         """Bytes that it reads."""
-        parts = (part for parts in self.operation.slices for part in parts)
-        return sum(part.stop - part.start for part in parts)
+        return sum(part.stop - part.start for part in self.operation.parts)
 
     @property
     def cost(self) -> int:
@@ -149,5 +148,5 @@ def units_of(unit: Unit, split: bool) -> list[Unit]:
 
 def ranges_of(shard: str, steps: Sequence[Step]) -> list[Range]:
     """Return what steps read of their shard, in file order."""
-    parts = (part for step in steps for parts in step.operation.slices for part in parts)
+    parts = (part for step in steps for part in step.operation.parts)
     return sorted({(p.start, p.stop) for p in parts if p.shard == shard and p.stop > p.start})

@@ -15,6 +15,7 @@ from paroquant_stream.files.hashing import (
     hash_parts,
     read_chunks,
     sha256_of,
+    sha256_of_range,
 )
 
 DATA = bytes(range(256)) * 50_000  # 12.8 MB, over three chunks
@@ -80,6 +81,14 @@ def test_another_head_is_hashed_in_place_of_the_first_bytes(fd):
     head = b"x" * 1000
     assert hash_parts(head, fd, "x") == xxhash.xxh3_128_hexdigest(head + DATA[1000:])
     assert hash_parts(DATA[:1000], fd, "x") == xxhash.xxh3_128_hexdigest(DATA)
+
+
+def test_the_sha256_of_a_range(fd):
+    assert (
+        sha256_of_range(fd, (300, 5_000_000), "x") == hashlib.sha256(DATA[300:5_000_000]).digest()
+    )
+    with pytest.raises(SourceChangedError, match="x: became shorter"):
+        sha256_of_range(fd, (0, len(DATA) + 1), "x")
 
 
 def test_the_sha256_of_bytes_in_memory():
