@@ -1,4 +1,4 @@
-"""The choice between threads and worker processes, by how much there is to do."""
+"""The choice between threads and processes, by how much there is to do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import sys
 import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
-
-from ..errors import WorkersUnfitError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -38,18 +36,19 @@ class Automatic(ExitStack):
             size: The bytes of all shards.
 
         Returns:
-            Worker processes, or None for threads of this process.
+            This process and others, or None for threads of this process.
         """
         if jobs < MIN_JOBS or size < MIN_BYTES or not _can_start():
             return None
         with self._lock:
             if not self._tried:
                 self._tried = True  # several models would each wait for an answer
-                from .processes import processes  # late: most runs need none of it
+                from .eager_processes import EagerProcesses  # late: most runs need none of it
+                from .processes import processes
 
                 try:
-                    self._pool = self.enter_context(processes(jobs))
-                except (OSError, WorkersUnfitError) as error:
+                    self._pool = self.enter_context(processes(jobs, EagerProcesses))
+                except OSError as error:
                     logger.warning("no worker processes, so threads convert: %s", error)
             return self._pool
 

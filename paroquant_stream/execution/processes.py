@@ -9,7 +9,6 @@ ends once it has another parent.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import socket
@@ -30,13 +29,12 @@ from ..errors import WorkersUnfitError
 from ..text import one_line
 from .identity import difference, identity
 from .threads import translate_refusals
+from .worker import Call
 
 ANSWER_SECONDS = 30.0
 """Until a worker has said what code it runs."""
 END_SECONDS = 5.0
 """Until an idle worker has ended; then it is killed."""
-POLL_SECONDS = 1.0
-"""Between checks of a worker that its parent lives."""
 _FLAGS = {
     "-I": "isolated",
     "-E": "ignore_environment",
@@ -52,12 +50,11 @@ sys.path[:] = sys.argv[2:]
 try:
     import paroquant_stream
     del sys.path[0]
-    from paroquant_stream.execution.processes import serve
+    from paroquant_stream.execution.worker import serve
 except Exception as error:
     sys.exit(f"worker process: {type(error).__name__}: {error}")
 serve(int(sys.argv[1]))
 """
-_Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 _pipes: WeakSet[Connection] = WeakSet()
@@ -81,20 +78,23 @@ class Processes(Executor):
             WorkersUnfitError: They do not answer, or would run other code than this process.
         """
         self._max_workers = count
-        self._workers: list[_Worker] = []
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: list[Worker] = []
+        self._idle: queue.SimpleQueue[Callable[[Call], Any]] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="process")
         _pools.add(self)
         try:
-            for _ in range(count):
-                self._workers.append(_Worker())
-                self._idle.put(self._workers[-1])
-            expected, until = identity(), time.monotonic() + ANSWER_SECONDS
-            for worker in self._workers:
-                worker.check(expected, until)
+            self._start(count)
         except BaseException:
             self.kill()
             raise
+
+    def _start(self, count: int) -> None:
+        """Start the workers, and wait until each has answered what it should."""
+        self._workers += [Worker() for _ in range(count)]
+        expected, until = identity(), time.monotonic() + ANSWER_SECONDS
+        for worker in self._workers:
+            worker.check(expected, until)
+            self._idle.put(worker.call)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call a function in the next idle worker.
@@ -105,12 +105,12 @@ class Processes(Executor):
         with translate_refusals():
             return self._threads.submit(self._call, (fn, args, kwargs))
 
-    def _call(self, call: _Call) -> Any:
-        worker = self._idle.get()
+    def _call(self, call: Call) -> Any:
+        work = self._idle.get()
         try:
-            return worker.call(call)
+            return work(call)
         finally:
-            self._idle.put(worker)
+            self._idle.put(work)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the workers once they are idle."""
@@ -135,14 +135,14 @@ class Processes(Executor):
         self._workers.clear()
 
 
-class _Worker:
-    """A process, and the pipe to it."""
+class Worker:
+    """A process that works, and the pipe to it."""
 
     def __init__(self) -> None:
         with _starting:
-            self._start()
+            self._open()
 
-    def _start(self) -> None:
+    def _open(self) -> None:
         self.pipe, theirs = Pipe()
         _pipes.add(self.pipe)
         with theirs:
@@ -195,7 +195,7 @@ class _Worker:
             self.process.wait()
         self.pipe.close()
 
-    def call(self, call: _Call) -> Any:
+    def call(self, call: Call) -> Any:
         """Call a function in the process and return its result, or raise its error.
 
         Raises:
@@ -213,69 +213,24 @@ class _Worker:
 
 
 @contextmanager
-def processes(count: int) -> Iterator[Executor]:
+def processes(count: int, kind: type[Processes] = Processes) -> Iterator[Executor]:
     """Provide a pool of worker processes, which end with this process however it ends.
 
     Args:
         count: How many processes.
+        kind: The class of the pool.
 
     Raises:
         OSError: The system starts no more processes.
         WorkersUnfitError: They do not answer, or would run other code than this process.
     """
-    pool = Processes(count)
+    pool = kind(count)
     try:
         yield pool
     except BaseException:
         pool.kill()
         raise
     pool.shutdown(cancel_futures=True)
-
-
-def serve(fd: int) -> None:
-    """Say what this process is, and answer calls, until the pipe is closed or the parent ends.
-
-    Args:
-        fd: Of the pipe.
-    """
-    pipe = Connection(fd)
-    calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-    receiver = threading.Thread(target=_receive, args=(pipe, calls, os.getppid()), daemon=True)
-    try:
-        receiver.start()
-        pipe.send_bytes(json.dumps(identity()).encode())
-    except Exception as error:
-        sys.exit(f"worker process: {type(error).__name__}: {one_line(error)}")
-    while True:
-        function, args, kwargs = calls.get()
-        try:
-            answer = True, function(*args, **kwargs)
-        except Exception as error:
-            answer = False, error
-        try:
-            pipe.send(answer)
-        except OSError:
-            os._exit(1)
-        except Exception as error:  # it cannot be pickled
-            pipe.send((False, RuntimeError(f"{answer[1]!r} cannot be returned: {error}")))
-
-
-def _receive(pipe: Connection, calls: queue.SimpleQueue[_Call], parent: int) -> None:
-    """Take calls from the pipe while a call runs, so that its end ends that call."""
-    while True:
-        try:
-            while not pipe.poll(POLL_SECONDS):
-                if os.getppid() != parent:
-                    os._exit(1)
-            calls.put(pipe.recv())
-        except (EOFError, OSError):
-            os._exit(1)
-        except Exception as error:  # a function of another version, or one that is not importable
-            calls.put((_raise, (error,), {}))
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _flags() -> list[str]:

@@ -15,8 +15,10 @@ from ..errors import StoreError
 from ..text import bytes_text
 from . import temp_files
 from .descriptor import FileStamp, make_durable
+from .filesystems import is_in_memory
 from .folder import Folder
 
+_LARGE = 16 << 20  # bytes
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -91,6 +93,8 @@ class AtomicFile:
 def _reserve(fd: int, size: int) -> None:
     """Reserve disk space where the system can, so that a full disk shows before the work."""
     if size and hasattr(os, "posix_fallocate"):  # the os module's docs: not on macOS
+        if size >= _LARGE and is_in_memory(fd):  # its pages would be cleared before they are filled
+            return
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:

@@ -32,6 +32,21 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 _IN_CACHE = not hasattr(fcntl, "F_NOCACHE")  # where what is written without O_DIRECT goes
 
 
+def page_aligned(size: int) -> memoryview:
+    """Return new memory that begins on a page, in huge pages where the system has them.
+
+    Private, as shared memory gets none.
+
+    Args:
+        size: Bytes, at least 0.
+    """
+    space = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            space.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(space)[:size]
+
+
 class BlockWriter:
     """Collects bytes into blocks, a block for each place that is being written."""
 
@@ -101,11 +116,7 @@ class BlockWriter:
         self._wait(len(self._pending) - PENDING + 1)
         if self._free:
             return self._free.pop()
-        space = mmap.mmap(-1, max(1, min(BLOCK, self._size)))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):
-                space.madvise(mmap.MADV_HUGEPAGE)
-        return memoryview(space)
+        return page_aligned(min(BLOCK, self._size))
 
     def _submit(self, block: memoryview, filled: int, end: int) -> None:
         """Queue a block that ends at this offset for the thread that writes."""

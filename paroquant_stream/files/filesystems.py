@@ -1,4 +1,4 @@
-"""Which file systems keep a ctime that shows every change of a file, and by whose clock.
+"""What a file system is: whether its ctime shows every change of a file, and by whose clock.
 
     LOCAL    by the clock of this kernel, finer than a second
     WEAK     by the clock of another machine, or in whole seconds
@@ -40,6 +40,7 @@ _LINUX = _table(
     NONE="squashfs erofs iso9660 udf cramfs romfs vfat msdos exfat",
 )
 _MACOS = _table(LOCAL="apfs", WEAK="hfs nfs", NONE="msdos exfat cd9660 udf")
+_IN_MEMORY = ("tmpfs", "ramfs")
 _known: dict[tuple[int, int], Ctime] = {}
 
 
@@ -74,15 +75,29 @@ def shows_changes(kind: Ctime, stamp: FileStamp) -> bool:
     return kind is Ctime.LOCAL or (kind is Ctime.UNKNOWN and stamp.ctime_ns > stamp.mtime_ns)
 
 
+def is_in_memory(fd: int) -> bool:
+    """Return whether the file system of an open file is known to keep its files in memory."""
+    try:
+        return sys.platform == "linux" and _mount(fd)[0] in _IN_MEMORY
+    except (OSError, ValueError, StopIteration):
+        return False
+
+
 def _of_linux(fd: int) -> Ctime:
-    """Return the kind of the mount that holds an open file, from /proc."""
+    """Return the kind of the mount that holds an open file."""
+    name, options = _mount(fd)
+    return _of_overlay(options) if name == "overlay" else _LINUX.get(name, Ctime.UNKNOWN)
+
+
+def _mount(fd: int) -> tuple[str, str]:
+    """Return the type and the options of the mount that holds an open file, from /proc."""
     # by mount id: on btrfs and overlay `st_dev` is not the device of any mount
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
         mount = next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
     with open("/proc/self/mountinfo", "rb") as file:
         row = next(line for line in file if line.split(b" ", 1)[0] == mount)
     name, _, options = os.fsdecode(row).rstrip("\n").partition(" - ")[2].split(" ")
-    return _of_overlay(options) if name == "overlay" else _LINUX.get(name, Ctime.UNKNOWN)
+    return name, options
 
 
 def _of_overlay(options: str) -> Ctime:

@@ -17,6 +17,7 @@ import xxhash
 
 from ..checkpoint.shard import Shard
 from ..errors import SourceChangedError
+from ..files.block_writer import page_aligned
 from ..files.descriptor import file_status
 from ..files.hashing import CHUNK, Range, SourceDigest, SourceHasher, read_into, sha256_of
 from ..plan.task import Part
@@ -45,7 +46,7 @@ class Buffers:
             size: How many bytes.
         """
         if len(self._buffers[index]) < size:
-            self._buffers[index] = memoryview(bytearray(size))
+            self._buffers[index] = page_aligned(size)  # a bytearray would be zeroed twice
         return self._buffers[index][:size]
 
 

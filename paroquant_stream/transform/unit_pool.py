@@ -49,6 +49,7 @@ class UnitPool:
             trace: Gets the time of each stage.
         """
         self._jobs, self._trace = jobs, trace
+        self._buffers = Buffers()
         self._callers = 0
         self._lock = threading.Lock()
 
@@ -59,9 +60,8 @@ class UnitPool:
             units: What is done.
             tick: Called with counts of processed bytes; what it raises cancels the units.
         """
-        buffers = Buffers()
         for unit in units:
-            yield run_unit(unit, tick, buffers, self._trace)
+            yield run_unit(unit, tick, self._buffers, self._trace)
 
     def hash(self, unit: Unit, tick: Tick) -> UnitResult:
         """Run the unit that only hashes a shard, here, as worker processes may not have started.
