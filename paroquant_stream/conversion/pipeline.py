@@ -22,6 +22,7 @@ from ..store.manifest import EntryRecord, Manifest
 from ..text import bytes_text, counted
 from ..trace import Trace
 from ..transform.task_runner import Job, Outcome, run_task
+from ..transform.unit import cost_of
 from ..transform.unit_pool import unit_pool
 from .drop_source import Dropper
 from .planning import ModelPlan, Work, work_of
@@ -162,13 +163,12 @@ def _run(
 
 
 def _jobs(request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord]) -> list[Job]:
-    """Return the jobs; the last shards are split, so that no worker is idle before the end."""
-    jobs, left = [], sum(task.size for task in tasks)
-    for task in tasks:
-        split = request.jobs > 1 and 2 * request.jobs * task.size > left
+    """Return the jobs; shards larger than the share of a worker in what is left are split."""
+    jobs, costs = [], [sum(map(cost_of, task.operations)) for task in tasks]
+    for number, (task, cost) in enumerate(zip(tasks, costs, strict=True)):
+        split = request.jobs > 1 and request.jobs * cost > sum(costs[number:])
         options = (request.options.force, known.get(task.shard), split)
         jobs.append(Job(task, request.source.directory, request.store, *options))
-        left -= task.size
     return jobs
 
 

@@ -44,6 +44,7 @@ _FLAGS = {
     "-B": "dont_write_bytecode",
     "-O": "optimize",
 }
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # numpy would start one per core, for no call
 _START = """
 import sys
 sys.path[:] = sys.argv[2:]
@@ -154,6 +155,7 @@ class Worker:
                 stdout=subprocess.DEVNULL,  # what is no Python might print there
                 pass_fds=[fd],
                 process_group=0,  # Ctrl-C reaches the group of the terminal alone
+                env=os.environ | _ENVIRONMENT,
             )
 
     def check(self, expected: dict[str, Any], until: float) -> None:

@@ -39,11 +39,6 @@ class Step:
         """Bytes that it reads."""
         return sum(part.stop - part.start for part in self.operation.parts)
 
-    @property
-    def cost(self) -> int:
-        """How long it takes, beside other steps."""
-        return self.size * (_QUANTIZE_COST if self.operation.kind == "quantize" else 1)
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -141,9 +136,15 @@ def units_of(unit: Unit, split: bool) -> list[Unit]:
         runs[-1].append(step)
         size += step.size
     # the longest first: the hash, then embeddings
-    runs.sort(key=lambda run: -sum(step.cost for step in run))
+    runs.sort(key=lambda run: -sum(cost_of(step.operation) for step in run))
     hashes = [] if unit.hashed is None else [replace(unit, steps=(), path=None)]
     return hashes + [replace(unit, steps=tuple(run), hashed=None) for run in runs]
+
+
+def cost_of(operation: Operation) -> int:
+    """Return how long an operation takes, beside other operations."""
+    size = sum(part.stop - part.start for part in operation.parts)
+    return size * (_QUANTIZE_COST if operation.kind == "quantize" else 1)
 
 
 def ranges_of(shard: str, steps: Sequence[Step]) -> list[Range]:
