@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from itertools import cycle
+from typing import NamedTuple, TypeVar
 
 import xxhash
 
 from ..errors import SourceChangedError
+from .block_writer import page_aligned
 from .descriptor import file_status, read_some, unreadable
 
 Range = tuple[int, int]
 """The offset of the first byte in a file and that after the last."""
+_Item = TypeVar("_Item")
+_MANY = 8  # chunks that are worth a thread
 CHUNK = 4 << 20  # bytes per read; small enough to be hashed while it is in the L2 cache
 
 
@@ -64,6 +69,21 @@ def read_chunks(
         start += len(chunk)
 
 
+def one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yield what an iterator yields, while another thread takes its next item."""
+    from concurrent.futures import ThreadPoolExecutor  # late: a run without work does not need it
+
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        step = partial(next, items, None)
+        future = None
+        while (item := future.result() if future else step()) is not None:
+            try:
+                future = thread.submit(step)
+            except RuntimeError:  # the system starts no more threads, or the program is ending
+                future = None
+            yield item
+
+
 class SourceDigest(NamedTuple):  # a dataclass takes three times as long to import
     """The hashes from one pass over a shard."""
 
@@ -106,10 +126,11 @@ class SourceHasher:
     def update(self, view: memoryview) -> None:
         """Hash the bytes that follow `position`, and move it behind them."""
         self._file_hash.update(view)
-        while view:
-            if not self._remaining:
-                self.position += len(view)
-                return
+        self._pass(view)
+
+    def _pass(self, view: memoryview) -> None:
+        """Take the fingerprints in the bytes that follow `position`, and move it behind them."""
+        while view and self._remaining:
             start, stop = self._remaining[0]
             inside = self.position >= start
             chunk = view[: (stop if inside else start) - self.position]
@@ -121,6 +142,7 @@ class SourceHasher:
                 self._fingerprints[start, stop] = self._range_hash.digest()
                 self._range_hash.reset()
                 self._remaining.popleft()
+        self.position += len(view)
 
     def advance(self, stop: int) -> None:
         """Read and hash the bytes from `position` to `stop`; do nothing if it is behind.
@@ -129,12 +151,28 @@ class SourceHasher:
             SourceChangedError: The file ends before `stop`.
             UnreadableFileError: The operating system cannot read it.
         """
-        if stop <= self.position:
-            return
-        buffer = memoryview(bytearray(min(CHUNK, stop - self.position)))
-        for chunk in read_chunks(self._fd, self.position, stop, self._label, buffer):
-            self.update(chunk)
+        chunks = self._read_up_to(stop)
+        # SHA-256 takes most of the time: all else is done for the next chunk meanwhile
+        for chunk in one_ahead(chunks) if stop - self.position >= _MANY * CHUNK else chunks:
+            self._file_hash.update(chunk)
             self._tick(len(chunk))
+
+    def _read_up_to(self, stop: int) -> Iterator[memoryview]:
+        """Read the bytes from `position` to `stop` and take their fingerprints.
+
+        Yields:
+            The next bytes, valid until the next but one.
+        """
+        start, size = self.position, stop - self.position
+        if size <= 0:
+            return
+        buffers = cycle([page_aligned(min(CHUNK, size)) for _ in range(2 if size > CHUNK else 1)])
+        while start < stop:
+            chunk = next(buffers)[: stop - start]
+            read_into(self._fd, chunk, start, self._label)
+            self._pass(chunk)
+            start += len(chunk)
+            yield chunk
 
     def finish(self) -> SourceDigest:
         """Read and hash the rest of the file and return the hashes.
