@@ -66,7 +66,9 @@ def convert_shards(
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        for outcome in _run(request, _jobs(request, work.tasks, known), prefetcher, tally, trace):
+        at_once = _shards_at_once(request, in_turn=published is not None)
+        jobs = _jobs(request, work.tasks, known)
+        for outcome in _run(request, jobs, at_once, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
             if published:
@@ -132,8 +134,27 @@ def _known_records(model: ModelPlan, before: Manifest | None) -> dict[str, Entry
     return {record.shard: record for record in (*dropped, *(before.entries if before else ()))}
 
 
+def _shards_at_once(request: Request, in_turn: bool) -> int:
+    """Return how many shards are begun before the first is finished.
+
+    Args:
+        request: With the number of units that run at once.
+        in_turn: Whether the entries are wanted one after another, to be read meanwhile.
+    """
+    if request.jobs == 1 or request.options.drop_source:
+        return request.jobs
+    if in_turn:  # a third each, as many hashing one file and writing one would wait for each other
+        return max(3, -(-request.jobs // 3))
+    return request.jobs + 1  # so that the workers are busy while an entry is published
+
+
 def _run(
-    request: Request, jobs: Sequence[Job], prefetcher: Prefetcher, tally: Tally, trace: Trace
+    request: Request,
+    jobs: Sequence[Job],
+    at_once: int,
+    prefetcher: Prefetcher,
+    tally: Tally,
+    trace: Trace,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of jobs as they finish, each begun when its shards are present."""
     shared = request.shared
@@ -149,8 +170,6 @@ def _run(
         with trace.span("shard", job.task.shard):
             return run_task(job, pool, tick, trace)
 
-    # one more than workers, so that these are busy while an entry is published
-    threads = request.jobs + (request.jobs > 1 and not request.options.drop_source)
     with Automatic() if shared is None else nullcontext(shared.automatic) as automatic:
         executor = request.options.executor or automatic.choose(
             request.jobs, sum(job.task.size for job in jobs)
@@ -159,7 +178,7 @@ def _run(
         with unit_pool(
             executor, request.jobs, request.source.directory, request.store, trace
         ) as pool:
-            yield from run_all(work, jobs, threads, parent)
+            yield from run_all(work, jobs, at_once, parent)
 
 
 def _jobs(request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord]) -> list[Job]:

@@ -55,9 +55,13 @@ def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
     except StoreError:
         return Problem(path, f"{record.size:,} bytes", "no readable file", record.key)
     with closing(fd):
-        tensors = lay_out(record.tensors)[1]
-        digest = hash_entry(fd, tensors, str(path), record.digest)
-        opinion = _second_opinion(fd, record)
+        from concurrent.futures import ThreadPoolExecutor  # late: `cache ls` needs none of it
+
+        with ThreadPoolExecutor(1) as thread:  # safetensors imports numpy meanwhile
+            asked = thread.submit(_second_opinion, fd, record)
+            tensors = lay_out(record.tensors)[1]
+            digest = hash_entry(fd, tensors, str(path), record.digest)
+            opinion = asked.result()
     if digest == record.digest:
         return Problem(path, *opinion, record.key) if opinion else None
     if not confirmed_defect(record, store):  # one bad read is no damage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,10 +13,11 @@ from ..store.manifest import EntryRecord
 from .memory import available_memory, physical_memory
 
 Arrays = dict[str, mx.array]
+_CORES = 4  # for a thread, which is enough to keep up with that many workers
 
 
 class EarlyReader:
-    """A thread that reads entries as they are published."""
+    """Threads that read entries as they are published."""
 
     def __init__(self, read: Callable[[EntryRecord], Arrays]) -> None:
         """Start with nothing read.
@@ -24,13 +26,14 @@ class EarlyReader:
             read: Returns the lazy arrays of an entry.
         """
         self._read_entry = read
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        count = max(1, (os.cpu_count() or 1) // _CORES)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="reader")
         self._found: dict[str, Future[Arrays]] = {}
         self._size = 0
 
     def close(self) -> None:
         """Read no more, and free what was not taken."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._found.clear()
 
     def add(self, record: EntryRecord) -> None:
@@ -39,7 +42,7 @@ class EarlyReader:
         free = available_memory()
         fits = physical_memory() > 2 * self._size if free is None else free > 2 * record.size
         if fits:
-            self._found[record.key] = self._thread.submit(self._read, record)
+            self._found[record.key] = self._threads.submit(self._read, record)
 
     def take(self, record: EntryRecord) -> Arrays | None:
         """Give away the arrays of an entry; None if they are to be read again.

@@ -10,6 +10,7 @@ XXH3-128 over all bytes, 32 hex digits, which stays valid. XXH3 detects damage, 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,8 +23,8 @@ from ..files.tensor_header import TensorInfo
 
 BLOCK = 1 << 20  # bytes; smaller, an embedding can be cut at more rows; larger, less is hashed
 _TREE = "tree:"
-_RANGE = 32 * BLOCK  # bytes that a thread hashes for one call
-_READ = 2 * BLOCK  # bytes at a time; they stay in the L2 cache
+_RANGE = 16 * BLOCK  # bytes that a thread hashes for one call
+_READ = 4 * BLOCK  # bytes at a time
 _THREADS = 16  # more wait for the interpreter's lock
 
 
@@ -122,7 +123,7 @@ def hash_entry(
         (at, min(at + _RANGE, stop)) for start, stop in places for at in range(start, stop, _RANGE)
     ]
 
-    hash_range = partial(_hash_range, fd, label)
+    hash_range = partial(_hash_range, fd, label, deque())
     threads = min(threads or os.cpu_count() or 1, _THREADS, len(ranges))
     if threads <= 1:
         return tree_digest(header, b"".join(map(hash_range, ranges)))
@@ -132,10 +133,20 @@ def hash_entry(
         return tree_digest(header, b"".join(pool.map(hash_range, ranges)))
 
 
-def _hash_range(fd: int, label: str, bounds: Range) -> bytes:
-    """Return the digests of the blocks in a range of a tensor that begins at one."""
+def _hash_range(fd: int, label: str, free: deque[memoryview], bounds: Range) -> bytes:
+    """Return the digests of the blocks in a range of a tensor that begins at one.
+
+    Args:
+        fd: The entry.
+        label: The name of the file in errors.
+        free: Buffers that no thread uses; unmapping one would make every thread wait.
+        bounds: The range.
+    """
     position, stop = bounds
-    buffer = page_aligned(min(_READ, stop - position))
+    try:
+        buffer = free.pop()
+    except IndexError:
+        buffer = page_aligned(_READ)
     digests = bytearray()
     while position < stop:
         data = buffer[: stop - position]
@@ -144,6 +155,7 @@ def _hash_range(fd: int, label: str, bounds: Range) -> bytes:
         # nothing else between two blocks, as other threads wait for the interpreter's lock
         digests += b"".join(map(xxhash.xxh3_128_digest, blocks))
         position += len(data)
+    free.append(buffer)
     return bytes(digests)
 
 
