@@ -136,6 +136,5 @@ class EagerProcesses(Processes):
     def forget(self) -> None:
         """Leave the workers to the process that forked this one."""
         super().forget()
-        self._silent.clear()
-        self._running.clear()
-        self._lock = threading.Lock()  # a thread that the child has not may hold the other
+        self._running.clear()  # the child has no threads that run them, or that hold the lock
+        self._lock = threading.Lock()

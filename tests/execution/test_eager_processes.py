@@ -69,7 +69,7 @@ def test_all_calls_return_though_no_process_answers(pool_of):
 def test_a_thread_is_kept_from_call_to_call(pool_of):
     """Its buffers are those of the thread."""
     pool = pool_of(3)
-    found = {pool.submit(threading.get_ident).result(LIMIT) for _ in range(10)}
+    found = {pool.submit(threading.get_ident).result(LIMIT) for _ in range(300)}
     assert len(found) == 1
     assert threading.get_ident() not in found
 
@@ -262,9 +262,11 @@ def test_a_system_without_more_threads_is_one_line(pool_of, monkeypatch, place):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # beside the pool's threads
 @pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("end", ["kill", "shutdown"])
-def test_a_forked_child_neither_hangs_nor_ends_the_processes(pool_of, end):
-    pool = pool_of(3)
-    pool.submit(abs, -1).result(LIMIT)
+def test_a_forked_child_neither_hangs_nor_ends_the_processes(pool_of, monkeypatch, tmp_path, end):
+    monkeypatch.setattr(eager_processes, "INTERRUPT_TIMEOUT", 2 * LIMIT)
+    pool, begun, go_on = pool_of(3), tmp_path / "begun", tmp_path / "go on"
+    call = pool.submit(hold, str(begun), str(go_on))
+    wait_for(begun)
     with pool._lock:  # private: as if another thread held it at that moment
         child = os.fork()
         if child == 0:
@@ -273,5 +275,6 @@ def test_a_forked_child_neither_hangs_nor_ends_the_processes(pool_of, end):
             getattr(pool, end)()
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    go_on.touch()
+    assert call.result(LIMIT) == os.getpid()
     assert [worker.process.poll() for worker in pool._workers] == [None, None]
-    assert pool.submit(abs, -1).result(LIMIT) == 1

@@ -112,7 +112,7 @@ def test_sources_are_read_and_never_mapped(directory, tmp_path, monkeypatch):
 
     real = mmap.mmap
     monkeypatch.setattr(
-        mmap, "mmap", lambda fd, size: real(fd, size) if fd == -1 else pytest.fail("a file")
+        mmap, "mmap", lambda fd, *rest: real(fd, *rest) if fd == -1 else pytest.fail("a file")
     )
     convert(make_request(directory, cache_dir=tmp_path / "cache", jobs=1))
     assert len(entries(tmp_path)) == 1
