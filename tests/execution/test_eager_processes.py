@@ -68,8 +68,13 @@ def test_all_calls_return_though_no_process_answers(pool_of):
 @pytest.mark.usefixtures("silent")
 def test_a_thread_is_kept_from_call_to_call(pool_of):
     """Its buffers are those of the thread."""
+
+    def work() -> int:
+        time.sleep(0.001)
+        return threading.get_ident()
+
     pool = pool_of(3)
-    found = {pool.submit(threading.get_ident).result(LIMIT) for _ in range(300)}
+    found = {each.result(LIMIT) for each in [pool.submit(work) for _ in range(30)]}
     assert len(found) == 1
     assert threading.get_ident() not in found
 
