@@ -6,15 +6,22 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from multiprocessing import connection
 from typing import Any
 
 from ..errors import WorkersUnfitError
 from . import processes
 from .identity import identity
 from .processes import Processes, Worker
-from .threads import translate_refusals
+from .threads import INTERRUPT_TIMEOUT, translate_refusals
 from .worker import Call
 
 logger = logging.getLogger(__name__)
@@ -26,11 +33,28 @@ class EagerProcesses(Processes):
     Where one of the others does not answer what it should, another thread works here.
     """
 
-    def _start(self, count: int) -> None:
+    def __init__(self, count: int) -> None:
+        """Start the other processes.
+
+        Args:
+            count: How many work, this one included.
+
+        Raises:
+            OSError: The system starts no more processes.
+            ExecutionError: The system starts no more threads, or the program is ending.
+        """
         self._here: list[Executor] = []
-        self._silent: dict[Connection, Worker] = {}
-        self._lock, self._ending, self._is_warned = threading.Lock(), False, False
+        self._running: set[Future[Any]] = set()
+        """Calls in this process."""
+        self._silent: dict[Any, Worker] = {}
+        self._lock, self._is_warned = threading.Lock(), False
+        self._ending = False
+        self._left: Future[None] = Future()
+        """Done once `kill` waits no longer for a call that runs here."""
         self._greeter = ThreadPoolExecutor(1, thread_name_prefix="greeter")
+        super().__init__(count)
+
+    def _start(self, count: int) -> None:
         self._work_here()
         for _ in range(count - 1):
             self._workers.append(Worker())
@@ -45,15 +69,26 @@ class EagerProcesses(Processes):
 
         def work(call: Call) -> Any:
             function, args, kwargs = call
-            return thread.submit(function, *args, **kwargs).result()
+            with self._lock, translate_refusals():
+                if self._ending:  # it waited for a worker
+                    raise BrokenExecutor("the pool of this call was ended")
+                future = thread.submit(function, *args, **kwargs)
+                self._running.add(future)
+            try:
+                wait((future, self._left), return_when=FIRST_COMPLETED)
+                if not future.done():
+                    raise BrokenExecutor("the pool of this call was ended while it ran")
+                return future.result()
+            finally:
+                self._running.discard(future)
 
         self._idle.put(work)
 
-    def _greet(self, expected: dict[str, Any], pipes: Iterable[Connection]) -> None:
+    def _greet(self, expected: dict[str, Any], pipes: Iterable[connection.Connection]) -> None:
         """Let each process work once it has answered."""
         waiting, until = set(pipes), time.monotonic() + processes.ANSWER_SECONDS
         while waiting:
-            ready = wait(waiting, max(0.0, until - time.monotonic())) or list(waiting)
+            ready = connection.wait(waiting, max(0.0, until - time.monotonic())) or list(waiting)
             for pipe in ready:
                 waiting.discard(pipe)
                 with self._lock:
@@ -86,9 +121,20 @@ class EagerProcesses(Processes):
         self._greeter.shutdown(cancel_futures=True)
         super().shutdown(wait, cancel_futures=cancel_futures)
         for thread in self._here:
-            thread.shutdown(wait, cancel_futures=cancel_futures)
+            thread.shutdown(wait and not self._ending, cancel_futures=cancel_futures)
 
     def kill(self) -> None:
-        """End the workers at once; a call that runs here ends before this returns."""
-        self._ending = True
-        super().kill()
+        """End the workers at once; a call that runs here has a moment, as it cannot be ended."""
+        with self._lock:
+            self._ending, running = True, list(self._running)
+        self._end_workers()
+        wait(running, INTERRUPT_TIMEOUT)
+        if not self._left.done():
+            self._left.set_result(None)
+        self.shutdown(cancel_futures=True)
+
+    def forget(self) -> None:
+        """Leave the workers to the process that forked this one."""
+        super().forget()
+        self._running.clear()  # the child has no threads that run them, or that hold the lock
+        self._lock = threading.Lock()

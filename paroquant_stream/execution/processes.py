@@ -124,10 +124,13 @@ class Processes(Executor):
 
     def kill(self) -> None:
         """End the workers at once; what they write are temp files."""
+        self._end_workers()
+        self.shutdown(cancel_futures=True)
+
+    def _end_workers(self) -> None:
         for worker in self._workers:
             worker.process.kill()
             worker.hang_up()  # no call waits, whoever holds the other end too
-        self.shutdown(cancel_futures=True)
 
     def forget(self) -> None:
         """Leave the workers to the process that forked this one."""
@@ -175,6 +178,8 @@ class Worker:
                 found = f"no answer in {ANSWER_SECONDS:.0f} s"
         except (EOFError, OSError) as error:
             found = f"it ended before it answered ({one_line(error) or 'no reason given'})"
+        except Exception as error:
+            found = f"it answers something else ({one_line(error)})"
         if found:
             raise WorkersUnfitError(
                 f"{sys.executable}: a worker process does not run the code of this program "
@@ -229,10 +234,10 @@ def processes(count: int, kind: type[Processes] = Processes) -> Iterator[Executo
     pool = kind(count)
     try:
         yield pool
-    except BaseException:
+        pool.shutdown(cancel_futures=True)
+    except BaseException:  # an interrupt of the shutdown too
         pool.kill()
         raise
-    pool.shutdown(cancel_futures=True)
 
 
 def _flags() -> list[str]:

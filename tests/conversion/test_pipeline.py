@@ -15,7 +15,9 @@ from paroquant_stream.errors import RunCancelledError, StoreError
 from paroquant_stream.execution.automatic import Automatic
 from paroquant_stream.execution.cancellation import Cancellation
 from paroquant_stream.execution.threads import Shared
+from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.maintenance.verify import verify_model
+from paroquant_stream.plan.task import Operation, Part, Task
 from paroquant_stream.store.manifest import Manifest
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform import unit_pool
@@ -129,7 +131,7 @@ def splits(model, jobs, monkeypatch) -> list[bool]:
         (1, 1, [False]),
         (1, 2, [True]),  # one alone, for all workers
         (12, 1, [False] * 12),
-        (12, 2, [False] * 8 + [True] * 4),  # the last two of each worker
+        (12, 2, [False] * 11 + [True]),  # once the other worker has the one before
     ],
 )
 def test_the_last_shards_are_split_among_the_workers(tmp_path, monkeypatch, shards, jobs, expected):
@@ -138,6 +140,38 @@ def test_the_last_shards_are_split_among_the_workers(tmp_path, monkeypatch, shar
     assert abs(sum(found) - sum(expected)) <= 1  # they are of almost the same size
     assert found[0] == expected[0]
     assert found[-1] == expected[-1]
+
+
+def task(name: str, size: int, kind: str = "cast") -> Task:
+    part = Part("t", "F16", (size // 2,), name, 0, size)
+    operation = Operation(kind, ((part,),), (TensorSpec("t", "F16", (size // 2,)),))
+    return Task(name, size, (operation,))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "sizes", "expected"),
+    [
+        (1, [10, 10, 90], [False, False, False]),
+        (2, [10, 10, 10, 10], [False, False, False, True]),
+        (4, [10] * 6, [False, False, False, True, True, True]),
+        (2, [40, 10, 10, 10], [True, False, False, True]),
+        (2, [10, 10, 10, 40], [False, False, False, True]),
+        (2, [30, 20, 10], [False, True, True]),  # a half of what is left is a worker's share
+    ],
+)
+def test_a_shard_above_a_workers_share_is_split(model_dir, jobs, sizes, expected):
+    tasks = [task(f"s{number}", size) for number, size in enumerate(sizes)]
+    # private: real shards of such sizes would have to be converted
+    found = pipeline._jobs(make_request(model_dir, jobs=jobs), tasks, {})
+    assert [job.split for job in found] == expected
+    assert [job.task for job in found] == tasks
+
+
+@pytest.mark.parametrize(("kind", "split"), [("quantize", True), ("cast", False)])
+def test_an_embedding_counts_as_long_as_it_takes(model_dir, kind, split):
+    tasks = [task("first", 10, kind), *(task(f"s{n}", 10) for n in range(2))]
+    found = pipeline._jobs(make_request(model_dir, jobs=2), tasks, {})  # private: as above
+    assert [job.split for job in found] == [split, False, True]
 
 
 @pytest.mark.parametrize("jobs", [2, 3])

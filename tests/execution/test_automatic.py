@@ -1,4 +1,4 @@
-"""Threads for little work, worker processes for much."""
+"""Threads for little work, this process and others for much."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from paroquant_stream.api.convert import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.execution import automatic, processes
 from paroquant_stream.execution.automatic import MIN_BYTES, Automatic
-from paroquant_stream.execution.processes import Processes
+from paroquant_stream.execution.eager_processes import EagerProcesses
 from tests.helpers.cache_files import entries
+from tests.helpers.pool_calls import LIMIT, meet
 
 GB = 1 << 30
 
@@ -27,12 +28,14 @@ def test_little_work_is_done_by_threads(jobs, size):
 
 
 @pytest.mark.slow
-def test_much_work_is_done_by_one_pool_of_processes():
+def test_much_work_is_done_by_one_pool_of_processes(tmp_path):
     with Automatic() as choice:
         pool = choice.choose(2, MIN_BYTES)
-        assert isinstance(pool, Processes)
+        assert isinstance(pool, EagerProcesses)
         assert choice.choose(8, 30 * GB) is pool
-        assert pool.submit(os.getpid).result() != os.getpid()
+        pool._greeter.shutdown()  # private: until the other process has answered
+        met = [pool.submit(meet, str(tmp_path), LIMIT) for _ in range(2)]
+        assert len({each.result() for each in met} - {os.getpid()}) == 1
     with pytest.raises(RuntimeError):
         pool.submit(abs, -1)
 
@@ -80,10 +83,13 @@ def test_a_program_that_never_answers_is_ended_and_asked_once(monkeypatch, caplo
 
     monkeypatch.setattr(processes.subprocess, "Popen", note)
     with Automatic() as choice:
-        assert choice.choose(2, 9 * GB) is None
-        assert choice.choose(2, 9 * GB) is None
+        pool = choice.choose(3, 9 * GB)
+        assert choice.choose(3, 9 * GB) is pool
+        pool._greeter.shutdown()  # private: until it has given up
+        met = [pool.submit(meet, str(tmp_path / "met"), LIMIT, 3) for _ in range(3)]
+        assert {each.result() for each in met} == {os.getpid()}  # three threads of this process
     assert [each.returncode for each in started] == [-signal.SIGKILL] * 2
-    assert "no answer in 0 s" in caplog.text
+    assert caplog.text.count("no answer in 0 s") == 1
 
 
 @pytest.fixture
@@ -106,7 +112,7 @@ def test_a_large_model_is_converted_in_processes(model_dir, tmp_path, pools):
     arguments = [str(model_dir), "--quiet", "--jobs", "2"]
     assert main([*arguments, "--cache-dir", str(tmp_path / "a")]) == 0
     assert main([*arguments, "--cache-dir", str(tmp_path / "b"), "--executor", "thread"]) == 0
-    assert [type(pool) for pool in pools] == [Processes, Processes]
+    assert [type(pool) for pool in pools] == [EagerProcesses, EagerProcesses]
     assert entries(tmp_path / "a") == entries(tmp_path / "b") == entries(tmp_path / "api")
     assert len(entries(tmp_path / "a")) == 3
 

@@ -26,12 +26,12 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.execution import processes as module
 from paroquant_stream.execution.processes import processes
-from paroquant_stream.files import temp_files
 from paroquant_stream.transform import unit_pool
 from tests.helpers import slow_worker
 from tests.helpers.builders import cut_evenly, llama_tensors, write_checkpoint
 from tests.helpers.cache_files import entries, temps
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import wait_for_the_end_of
 
 pytestmark = pytest.mark.slow  # each starts worker processes
 LIMIT = 60  # seconds to wait for what happens at once; reached only by a failure
@@ -46,16 +46,6 @@ unit_pool.call_all = lambda executor, poll, _, *rest: call_all(
 )
 common.end_with(lambda: convert.main(sys.argv[1:]))
 """
-
-
-def wait_for_the_end_of(names: list[str]) -> None:
-    """Wait until init has reaped the processes that these temporary files are named after."""
-    for name in names:
-        until = time.monotonic() + LIMIT
-        pid = int(name.split("-")[3])
-        while temp_files._is_running(pid):  # private: what decides whether a leftover is removed
-            assert time.monotonic() < until
-            time.sleep(0.01)
 
 
 def test_processes_write_the_entries_that_threads_write(scattered_dir, tmp_path):

@@ -127,6 +127,30 @@ def test_space_is_reserved_before_anything_is_written(folder, monkeypatch):
     assert reserved == [(0, 12345)]
 
 
+LARGE = 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("size", "in_memory", "expected"),
+    [
+        (LARGE, True, []),  # the kernel would clear its pages for nothing
+        (LARGE - 1, True, [(0, LARGE - 1)]),
+        (LARGE, False, [(0, LARGE)]),
+        (0, False, []),
+    ],
+)
+def test_a_large_file_in_memory_is_not_reserved(folder, monkeypatch, size, in_memory, expected):
+    reserved, asked = [], []
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda _, *size: reserved.append(size), raising=False
+    )
+    monkeypatch.setattr(atomic_file, "is_in_memory", lambda fd: asked.append(fd) or in_memory)
+    file = new(folder, size)
+    assert reserved == expected
+    assert asked == [file.fd] * (size >= LARGE)
+    file.discard()
+
+
 @pytest.mark.parametrize(
     ("number", "raised"),
     [(errno.ENOSPC, True), (errno.EIO, True), (errno.EOPNOTSUPP, False), (errno.EINVAL, False)],

@@ -6,12 +6,13 @@ import ctypes
 import io
 import os
 import sys
+import tempfile
 
 import pytest
 
 from paroquant_stream.files import filesystems
 from paroquant_stream.files.descriptor import FileStamp
-from paroquant_stream.files.filesystems import Ctime, ctime_kind, shows_changes
+from paroquant_stream.files.filesystems import Ctime, ctime_kind, is_in_memory, shows_changes
 from tests.helpers.images import LINUX_ROOT, mounted, squashed
 
 LATE, EARLY, WHOLE = 1_700_000_000_123_456_789, 1_600_000_000_123_456_789, 1_700_000_000_000_000_000
@@ -176,6 +177,64 @@ def test_on_macos_statfs_names_the_type(monkeypatch, symbol, name, kind):
     monkeypatch.setattr(ctypes, "CDLL", Library)
     assert ctime_kind(5, 1, 1) is kind
     assert ctime_kind(6, 2, 1) is Ctime.UNKNOWN  # the call fails
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tmpfs", True), ("ramfs", True), ("ext4", False), ("overlay", False), ("unknown-fs", False),
+     ("hugetlbfs", False), ("fuse", False)],
+)  # fmt: skip
+def test_the_mount_decides_whether_files_are_in_memory(proc, name, expected):
+    proc[0].update({7: "ext4 /dev/sda rw", 8: f"{name} none rw,size=1k", 88: "ext4 /dev/sda rw"})
+    assert is_in_memory(8) is expected
+    assert not is_in_memory(7)
+
+
+def test_files_of_an_unknown_mount_are_not_in_memory(proc, monkeypatch):
+    assert not is_in_memory(8)  # not listed
+    proc[0][8] = "tmpfs"
+    assert not is_in_memory(8)
+
+    def refuse(*_):
+        raise FileNotFoundError  # no /proc
+
+    monkeypatch.setattr(filesystems, "open", refuse, raising=False)
+    assert not is_in_memory(8)
+
+
+def test_macos_is_not_asked_whether_files_are_in_memory(proc, monkeypatch):
+    proc[0][8] = "tmpfs none rw"
+    assert is_in_memory(8)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not is_in_memory(8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc")
+def test_a_real_mount_says_whether_its_files_are_in_memory():
+    with open("/proc/self/mounts") as file:  # by another way than by mount id
+        kinds = {row.split()[1]: row.split()[2] for row in file}
+    assert kinds["/proc"] == "proc"
+    with open("/proc/self/status") as file:
+        assert not is_in_memory(file.fileno())
+    if kinds.get("/dev/shm") != "tmpfs" or not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no tmpfs is mounted at /dev/shm")
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        assert is_in_memory(file.fileno())
+
+
+@LINUX_ROOT
+def test_files_of_a_disk_image_are_not_in_memory_though_it_lies_there(tmp_path):
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower" / "x").write_bytes(b"x")
+    (tmp_path / "at-image").mkdir()
+    (tmp_path / "at-tmpfs").mkdir()
+    with mounted("-t", "tmpfs", "none", tmp_path / "at-tmpfs") as tmpfs:
+        image = squashed(tmp_path / "lower", tmpfs / "image")
+        with image.open("rb") as file:
+            assert is_in_memory(file.fileno())
+        with mounted("-o", "loop,ro", image, tmp_path / "at-image") as squashfs:
+            with (squashfs / "x").open("rb") as file:
+                assert not is_in_memory(file.fileno())
 
 
 @LINUX_ROOT

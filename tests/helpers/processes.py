@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
+from paroquant_stream.files import temp_files
+from tests.helpers.pool_calls import LIMIT
+
 
 def killed_at(*calls: str, setup: str = "") -> str:
     """Return a script that converts and is killed before the n-th of these calls of `os`.
@@ -27,3 +32,13 @@ for name in {calls!r}:
 sys.exit(convert.main(sys.argv[2:]))
 """
     )
+
+
+def wait_for_the_end_of(names: list[str]) -> None:
+    """Wait until init has reaped the processes that these temporary files are named after."""
+    for name in names:
+        until = time.monotonic() + LIMIT
+        pid = int(name.split("-")[3])
+        while temp_files._is_running(pid):  # private: what decides whether a leftover is removed
+            assert time.monotonic() < until
+            time.sleep(0.01)

@@ -27,6 +27,7 @@ from paroquant_stream.api.load import load
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import ParoquantStreamError, StoreError
+from paroquant_stream.files import atomic_file
 from paroquant_stream.maintenance.verify import verify_store
 from paroquant_stream.store.store import Store
 from tests.helpers.builders import SETTLED, cut_evenly, write_checkpoint
@@ -48,6 +49,16 @@ from paroquant_stream.transform import source, task_runner as transform
 from paroquant_stream.execution import threads
 """
 )
+IN_PROCESSES = """
+from paroquant_stream.execution import automatic, eager_processes, processes
+from paroquant_stream.store.store import Store
+automatic.MIN_BYTES = 1
+processes.difference = lambda *_: None  # START changed constants of the run alone
+Pool = eager_processes.EagerProcesses
+start = Pool._start
+Pool._start = lambda self, count: (start(self, count), self._greeter.shutdown())
+"""
+"""Work begins once the processes have answered."""
 END = "\nsys.exit(convert.main(sys.argv[1:]))"
 LINUX_ROOT = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="only root of Linux can mount"
@@ -347,15 +358,34 @@ def mounted(path, *options: str):
 
 @LINUX_ROOT
 @pytest.mark.parametrize("checks", [True, False], ids=["checked before", "full meanwhile"])
+@pytest.mark.parametrize("large", [1 << 30, 1], ids=["reserved", "not reserved"])
 @pytest.mark.parametrize("size", [4, 20, 44, 60, 88, 112])
 def test_a_full_disk_names_the_space_and_resumes_with_more(
-    model, cache, golden, monkeypatch, size, checks
+    model, cache, golden, monkeypatch, size, checks, large
 ):
+    monkeypatch.setattr(atomic_file, "_LARGE", large)  # from where on a tmpfs fills as it goes
     if not checks:
         monkeypatch.setattr(Store, "free_bytes", lambda _: 1 << 40)
     with mounted(cache, "-t", "tmpfs", "-o", f"size={size}k,mode=700", "none") as remount:
         with pytest.raises(StoreError, match=r"B needed.* free"):
             run(model, cache)
+        assert not temps(cache)
+        remount("size=1m")
+        resumes(model, cache, golden)
+
+
+@LINUX_ROOT
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [40, 88])
+def test_units_that_fill_memory_are_one_line_and_leave_no_temp(model, cache, golden, size):
+    """Some of them in other processes, whose files lie in the same tmpfs."""
+    large = "\nfrom paroquant_stream.files import atomic_file\natomic_file._LARGE = 1"
+    script = IN_PROCESSES + large + "\nStore.free_bytes = lambda _: 1 << 40" + END
+    arguments = (model, "--cache-dir", cache, "--jobs", 3, "--quiet")
+    with mounted(cache, "-t", "tmpfs", "-o", f"size={size}k,mode=700", "none") as remount:
+        code, stderr = ended(process(script, *arguments))
+        assert (code, stderr.count("\n")) == (1, 1), stderr
+        assert re.match(r"error: /.*B needed.* free", stderr)
         assert not temps(cache)
         remount("size=1m")
         resumes(model, cache, golden)

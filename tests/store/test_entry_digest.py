@@ -158,3 +158,51 @@ def test_the_form_tells_both_kinds_from_anything_else():
 def test_a_range_is_whole_blocks(monkeypatch):
     monkeypatch.undo()
     assert entry_digest._RANGE % entry_digest.BLOCK == 0  # private: else its digests differ
+
+
+BLOCK = 4096
+SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK + 7)
+
+
+@pytest.mark.parametrize("start", [0, 100])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_range_has_the_digests_that_its_bytes_have(tmp_path, monkeypatch, size, start):
+    monkeypatch.setattr(entry_digest, "_READ", 2 * BLOCK)
+    data = random.Random(size).randbytes(start + size + 50)
+    (tmp_path / "x").write_bytes(data)
+    hasher = BlockHasher()
+    hasher.update(memoryview(data)[start : start + size])
+    with (tmp_path / "x").open("rb") as file:  # private: `hash_entry` would need such tensors
+        found = entry_digest._hash_range(file.fileno(), "x", (start, start + size))
+    assert found == hasher.finish()
+    assert len(found) == 16 * -(-size // BLOCK)
+
+
+def test_a_read_is_of_whole_blocks_and_within_a_range(monkeypatch):
+    monkeypatch.undo()
+    assert entry_digest._READ % entry_digest.BLOCK == 0
+    assert entry_digest._RANGE % entry_digest._READ == 0
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_a_range_that_the_file_has_not_is_an_error(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(entry_digest, "_READ", 2 * BLOCK)
+    (tmp_path / "x").write_bytes(bytes(size - 1))
+    with (tmp_path / "x").open("rb") as file, pytest.raises(SourceChangedError, match=r"^x: "):
+        entry_digest._hash_range(file.fileno(), "x", (0, size))  # private: as above
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_interrupt_of_a_verification_ends_it(fd, monkeypatch, threads):
+    real, calls = entry_digest.read_into, []
+
+    def read_into(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(entry_digest, "read_into", read_into)
+    with pytest.raises(KeyboardInterrupt):
+        hash_entry(fd, TENSORS, "x", "tree:", threads)
+    assert len(calls) >= 2

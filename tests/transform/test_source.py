@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 from dataclasses import replace
 
@@ -108,8 +110,6 @@ def test_the_large_tensors_of_a_shard_are_read_once(tmp_path, monkeypatch, order
 
 
 def test_sources_are_read_and_never_mapped(directory, tmp_path, monkeypatch):
-    import mmap
-
     real = mmap.mmap
     monkeypatch.setattr(
         mmap, "mmap", lambda fd, *rest: real(fd, *rest) if fd == -1 else pytest.fail("a file")
@@ -211,6 +211,12 @@ def test_a_shard_that_cannot_be_asked_leaves_no_descriptor(unit, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"):
         Source(unit, ignore)
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_buffers_begin_on_a_page():
+    """Those of a bytearray would not, nor would they be of huge pages."""
+    memory = Buffers().take(1, 1 << 20)
+    assert ctypes.addressof(ctypes.c_char.from_buffer(memory)) % mmap.PAGESIZE == 0
 
 
 def test_buffers_are_reused_and_grow():

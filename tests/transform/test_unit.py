@@ -14,7 +14,7 @@ from paroquant_stream.files.tensor_writer import lay_out
 from paroquant_stream.plan.task import Operation, Part, Task
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform import unit as module
-from paroquant_stream.transform.unit import Step, Unit, ranges_of, steps_of, units_of
+from paroquant_stream.transform.unit import Step, Unit, cost_of, ranges_of, steps_of, units_of
 from tests.helpers.builders import llama_tensors, write_checkpoint
 from tests.helpers.paths import FIXTURES
 from tests.helpers.plans import moe_tensors, plan_of
@@ -163,7 +163,7 @@ def test_a_last_shard_is_many_units_and_the_hash_is_the_first(unit):
 
 def test_the_unit_that_takes_longest_comes_first(unit):
     _, *others = units_of(unit, split=True)
-    costs = [sum(step.cost for step in other.steps) for other in others]
+    costs = [sum(cost_of(step.operation) for step in other.steps) for other in others]
     assert costs == sorted(costs, reverse=True)
     kinds = [{step.operation.kind for step in other.steps} for other in others]
     assert kinds[0] == {"quantize"}

@@ -308,6 +308,18 @@ def test_a_thread_keeps_its_buffers_from_unit_to_unit(model, tmp_path, thread_bu
         assert pool.submit(thread_buffers).result() is not buffers
 
 
+def test_a_pool_without_threads_keeps_its_buffers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        module, "run_unit", lambda _unit, _tick, buffers, _trace: seen.append(buffers)
+    )
+    pool, other = UnitPool(1), UnitPool(1)
+    for each in (pool, pool, other):  # shard after shard
+        list(each.run([None, None], ignore))
+    assert all(buffers is seen[0] for buffers in seen[:4])
+    assert seen[4] is seen[5] is not seen[0]
+
+
 def test_a_worker_needs_no_lock(model, tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
