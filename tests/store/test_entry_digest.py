@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import deque
 
 import pytest
 import xxhash
@@ -173,7 +174,7 @@ def test_a_range_has_the_digests_that_its_bytes_have(tmp_path, monkeypatch, size
     hasher = BlockHasher()
     hasher.update(memoryview(data)[start : start + size])
     with (tmp_path / "x").open("rb") as file:  # private: `hash_entry` would need such tensors
-        found = entry_digest._hash_range(file.fileno(), "x", (start, start + size))
+        found = entry_digest._hash_range(file.fileno(), "x", deque(), (start, start + size))
     assert found == hasher.finish()
     assert len(found) == 16 * -(-size // BLOCK)
 
@@ -189,7 +190,7 @@ def test_a_range_that_the_file_has_not_is_an_error(tmp_path, monkeypatch, size):
     monkeypatch.setattr(entry_digest, "_READ", 2 * BLOCK)
     (tmp_path / "x").write_bytes(bytes(size - 1))
     with (tmp_path / "x").open("rb") as file, pytest.raises(SourceChangedError, match=r"^x: "):
-        entry_digest._hash_range(file.fileno(), "x", (0, size))  # private: as above
+        entry_digest._hash_range(file.fileno(), "x", deque(), (0, size))  # private: as above
 
 
 @pytest.mark.parametrize("threads", [1, 3])
