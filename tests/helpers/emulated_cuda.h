@@ -18,3 +18,8 @@ struct alignas(N * sizeof(T)) AlignedVector {
   T& operator[](int n) { return at[n]; }
   T operator[](int n) const { return at[n]; }
 };
+
+template <int N, typename T>
+inline bool is_aligned(const T* x) {
+  return reinterpret_cast<std::uintptr_t>(x) % (N * sizeof(T)) == 0;
+}

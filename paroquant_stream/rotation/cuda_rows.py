@@ -1,0 +1,163 @@
+"""The body of the CUDA kernel for many rows, and how it is launched.
+
+A warp rotates a tile of 32 rows of a group. The rows of a channel are 128 bytes side by side, which
+eight lanes read at once, each four rows: so no two of them meet in a bank of shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+MANY_ROWS = 64
+"""From this many rows on the kernel is used."""
+ROW_GROUP_SIZES = (32, 64, 128)
+_UNROLL = 4
+"""Steps of a round, of four pairs each, whose loads come before the first store; a power of 2."""
+_MOST_WARPS = 4
+"""Most warps per block; they share its tables and each has a tile of its own."""
+_FEWEST_BLOCKS = 8
+"""With twice as many blocks of a group a warp rotates two tiles in a row, at most four."""
+_SHARED_BYTES = 48 << 10
+"""The most that a block can declare."""
+_ROWS = 32
+ROWS_SOURCE = """
+  constexpr int LANES = 32;
+  constexpr int PAIRS = GROUP / 2;
+  constexpr int QUADS = ROWS / 4;
+  constexpr int TOGETHER = LANES / QUADS;                    // pairs that a warp rotates at once
+  constexpr int STEPS = PAIRS / TOGETHER;                    // of a round
+  constexpr int BATCH = UNROLL < STEPS ? UNROLL : STEPS;
+  constexpr int V = 16 / sizeof(T);                          // channels of a piece
+  constexpr int WIDE = GROUP / V < 8 ? GROUP / V : 8;        // lanes side by side in a row
+  constexpr int PIECES = GROUP * ROWS / (V * LANES);         // of a tile that a lane moves
+  using Piece = AlignedVector<T, V>;
+  using Scales = AlignedVector<float, V>;
+  using Quad = AlignedVector<float, 4>;                      // four rows of a channel
+  using Turn = AlignedVector<float, 2>;
+  __shared__ Quad area[WARPS][GROUP * QUADS];
+  __shared__ Turn turns[KROT * PAIRS];                       // cos, sin
+  __shared__ int slots[KROT * PAIRS];                        // of i and j
+  Quad* y = area[threadIdx.y];
+  const int lane = threadIdx.x;
+  const int group = blockIdx.x;
+  const int rows = x_shape[0];
+  const int dims = x_shape[1];
+  const int quad = lane % QUADS;
+
+  // The quads of a channel are permuted, so that lanes that have pieces of a row meet no bank twice.
+  auto slot = [](int channel) { return channel * QUADS + channel / V % QUADS; };
+  // A piece is in column `WIDE * (n / WIDE) + lane % WIDE`, in row `4 * quad_of(n) + row_of_quad`.
+  const int row_of_quad = lane / WIDE % 4;
+  auto quad_of = [&](int n) { return n % WIDE + lane / (4 * WIDE) * WIDE; };
+  auto channel_of = [&](int n) { return (n / WIDE * WIDE + lane % WIDE) * V; };
+  const bool aligned = is_aligned<V>(x);                     // not where x begins inside a row
+
+  auto load = [&](int row) {
+    Piece piece[PIECES];
+    const auto from = [&](int n) {                           // the last row for those after it
+      const int r = row + 4 * quad_of(n) + row_of_quad;
+      return x + int64_t(r < rows ? r : rows - 1) * dims + group * GROUP + channel_of(n);
+    };
+    if (aligned) {
+#pragma unroll
+      for (int n = 0; n < PIECES; ++n) {
+        piece[n] = *reinterpret_cast<const Piece*>(from(n));
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < PIECES; ++n) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          piece[n][v] = from(n)[v];
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < PIECES; ++n) {
+      const int channel = channel_of(n);
+      const float* scales = channel_scales + group * GROUP + channel;
+      const Scales scale = *reinterpret_cast<const Scales*>(scales);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        y[slot(channel + v) ^ quad_of(n)][row_of_quad] = float(piece[n][v]) * scale[v];
+      }
+    }
+  };
+
+  const int step = gridDim.y * WARPS * ROWS;
+  int row = (blockIdx.y * WARPS + threadIdx.y) * ROWS;
+  load(row);
+#pragma unroll
+  for (int n = threadIdx.y * LANES + lane; n < KROT * PAIRS; n += WARPS * LANES) {
+    const int at = (n / PAIRS * (dims / GROUP) + group) * PAIRS + n % PAIRS;
+    const int word = pairs[at];
+    slots[n] = slot(word & 0xffff) | slot(word >> 16) << 16;
+    turns[n][0] = cos_theta[at];
+    turns[n][1] = sin_theta[at];
+  }
+  __syncthreads();
+  while (row < rows) {
+    for (int k = 0; k < KROT; ++k) {
+      for (int n = 0; n < STEPS; n += BATCH) {  // all loads of a batch before its first store
+        int i[BATCH], j[BATCH];
+        Turn turn[BATCH];
+        Quad a[BATCH], b[BATCH];
+#pragma unroll
+        for (int m = 0; m < BATCH; ++m) {
+          const int at = k * PAIRS + (n + m) * TOGETHER + lane / QUADS;
+          i[m] = (slots[at] & 0xffff) ^ quad;
+          j[m] = (slots[at] >> 16) ^ quad;
+          turn[m] = turns[at];
+          a[m] = y[i[m]];
+          b[m] = y[j[m]];
+        }
+#pragma unroll
+        for (int m = 0; m < BATCH; ++m) {
+          const float c = turn[m][0], s = turn[m][1];
+          Quad a_rotated, b_rotated;
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            a_rotated[r] = __fmaf_rn(b[m][r], s, __fmul_rn(a[m][r], c));
+            b_rotated[r] = __fmaf_rn(-a[m][r], s, __fmul_rn(b[m][r], c));
+          }
+          y[i[m]] = a_rotated;
+          y[j[m]] = b_rotated;
+        }
+      }
+      __syncwarp();  // the next round pairs the channels differently
+    }
+#pragma unroll
+    for (int n = 0; n < PIECES; ++n) {
+      const int r = row + 4 * quad_of(n) + row_of_quad, channel = channel_of(n);
+      Piece piece;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        piece[v] = T(y[slot(channel + v) ^ quad_of(n)][row_of_quad]);
+      }
+      if (r < rows) {
+        *reinterpret_cast<Piece*>(out + int64_t(r) * dims + group * GROUP + channel) = piece;
+      }
+    }
+    row += step;
+    if (row < rows) {
+      load(row);  // where this lane has just read, so no barrier is needed before
+      __syncwarp();
+    }
+  }
+"""
+
+
+def suits_many_rows(count: int, group_size: int) -> bool:
+    """Return whether the kernel is used for this many rows."""
+    return count >= MANY_ROWS and group_size in ROW_GROUP_SIZES
+
+
+def many_rows_launch(count: int, group_size: int, krot: int) -> tuple[dict[str, int], int]:
+    """Return the constants of the kernel, and how many blocks of WARPS warps a group has."""
+    tables = 12 * krot * group_size // 2
+    fitting = (_SHARED_BYTES - tables) // (4 * _ROWS * group_size)
+    warps = min(_MOST_WARPS, fitting)
+    blocks = math.ceil(count / (_ROWS * warps))
+    in_a_row = max(1, min(4, blocks // _FEWEST_BLOCKS))
+    constants = {"ROWS": _ROWS, "WARPS": warps, "UNROLL": _UNROLL}
+    return constants, math.ceil(blocks / in_a_row)
