@@ -44,59 +44,65 @@ ROWS_SOURCE = """
   const int dims = x_shape[1];
   const int quad = lane % QUADS;
 
-  // The quads of a channel are permuted, so that lanes that have pieces of a row meet no bank twice.
+  // A channel's quads are permuted, so that the lanes with pieces of a row meet no bank twice.
   auto slot = [](int channel) { return channel * QUADS + channel / V % QUADS; };
-  // A piece is in column `WIDE * (n / WIDE) + lane % WIDE`, in row `4 * quad_of(n) + row_of_quad`.
+  // Piece n of a lane is in row `4 * quad_of(n) + row_of_quad` from channel `channel_of(n)` on.
   const int row_of_quad = lane / WIDE % 4;
   auto quad_of = [&](int n) { return n % WIDE + lane / (4 * WIDE) * WIDE; };
   auto channel_of = [&](int n) { return (n / WIDE * WIDE + lane % WIDE) * V; };
-  const bool aligned = is_aligned<V>(x);                     // not where x begins inside a row
-
-  auto load = [&](int row) {
-    Piece piece[PIECES];
-    const auto from = [&](int n) {                           // the last row for those after it
-      const int r = row + 4 * quad_of(n) + row_of_quad;
-      return x + int64_t(r < rows ? r : rows - 1) * dims + group * GROUP + channel_of(n);
-    };
-    if (aligned) {
-#pragma unroll
-      for (int n = 0; n < PIECES; ++n) {
-        piece[n] = *reinterpret_cast<const Piece*>(from(n));
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < PIECES; ++n) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          piece[n][v] = from(n)[v];
-        }
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n) {
-      const int channel = channel_of(n);
-      const float* scales = channel_scales + group * GROUP + channel;
-      const Scales scale = *reinterpret_cast<const Scales*>(scales);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        y[slot(channel + v) ^ quad_of(n)][row_of_quad] = float(piece[n][v]) * scale[v];
-      }
-    }
+  auto place = [&](int n, int v) -> float& {                 // of channel v of a piece in the tile
+    const int at = channel_of(n) * QUADS + (lane % WIDE ^ quad_of(n));  // slot(...) ^ quad_of(n)
+    return y[at + v * QUADS][row_of_quad];
+  };
+  // Rows after the last are the last one again: each lane that has it stores the same bits.
+  auto offset_of = [&](int row, int n) {
+    const int r = row + 4 * quad_of(n) + row_of_quad;
+    return int64_t(r < rows ? r : rows - 1) * dims + group * GROUP + channel_of(n);
   };
 
   const int step = gridDim.y * WARPS * ROWS;
   int row = (blockIdx.y * WARPS + threadIdx.y) * ROWS;
-  load(row);
+  bool first = true;
+  do {
+    const float* scales = channel_scales + group * GROUP;
+    if (is_aligned<V>(x)) {
+      Piece piece[PIECES];
 #pragma unroll
-  for (int n = threadIdx.y * LANES + lane; n < KROT * PAIRS; n += WARPS * LANES) {
-    const int at = (n / PAIRS * (dims / GROUP) + group) * PAIRS + n % PAIRS;
-    const int word = pairs[at];
-    slots[n] = slot(word & 0xffff) | slot(word >> 16) << 16;
-    turns[n][0] = cos_theta[at];
-    turns[n][1] = sin_theta[at];
-  }
-  __syncthreads();
-  while (row < rows) {
+      for (int n = 0; n < PIECES; ++n) {
+        piece[n] = *reinterpret_cast<const Piece*>(x + offset_of(row, n));
+      }
+#pragma unroll
+      for (int n = 0; n < PIECES; ++n) {
+        const Scales scale = *reinterpret_cast<const Scales*>(scales + channel_of(n));
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          place(n, v) = float(piece[n][v]) * scale[v];
+        }
+      }
+    } else {                                                 // x begins inside another array
+      for (int n = 0; n < PIECES; ++n) {
+        for (int v = 0; v < V; ++v) {
+          place(n, v) = float(x[offset_of(row, n) + v]) * scales[channel_of(n) + v];
+        }
+      }
+    }
+    if (first) {
+#pragma unroll
+      for (int m = 0; m < KROT * PAIRS; m += WARPS * LANES) {
+        const int n = m + threadIdx.y * LANES + lane;
+        if (n < KROT * PAIRS) {
+          const int at = (n / PAIRS * (dims / GROUP) + group) * PAIRS + n % PAIRS;
+          const int word = pairs[at];
+          slots[n] = slot(word & 0xffff) | slot(word >> 16) << 16;
+          turns[n][0] = cos_theta[at];
+          turns[n][1] = sin_theta[at];
+        }
+      }
+      __syncthreads();
+      first = false;
+    } else {
+      __syncwarp();
+    }
     for (int k = 0; k < KROT; ++k) {
       for (int n = 0; n < STEPS; n += BATCH) {  // all loads of a batch before its first store
         int i[BATCH], j[BATCH];
@@ -128,22 +134,16 @@ ROWS_SOURCE = """
     }
 #pragma unroll
     for (int n = 0; n < PIECES; ++n) {
-      const int r = row + 4 * quad_of(n) + row_of_quad, channel = channel_of(n);
       Piece piece;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        piece[v] = T(y[slot(channel + v) ^ quad_of(n)][row_of_quad]);
+        piece[v] = T(place(n, v));
       }
-      if (r < rows) {
-        *reinterpret_cast<Piece*>(out + int64_t(r) * dims + group * GROUP + channel) = piece;
-      }
+      *reinterpret_cast<Piece*>(out + offset_of(row, n)) = piece;
     }
     row += step;
-    if (row < rows) {
-      load(row);  // where this lane has just read, so no barrier is needed before
-      __syncwarp();
-    }
-  }
+    // A lane stores and loads the same places, so the next tile needs no barrier.
+  } while (row < rows);
 """
 
 
