@@ -62,15 +62,30 @@ ROWS_SOURCE = """
 
   const int step = gridDim.y * WARPS * ROWS;
   int row = (blockIdx.y * WARPS + threadIdx.y) * ROWS;
+  const float* scales = channel_scales + group * GROUP;
+  const bool aligned = is_aligned<V>(x);                     // not where it begins inside an array
   bool first = true;
   do {
-    const float* scales = channel_scales + group * GROUP;
-    if (is_aligned<V>(x)) {
-      Piece piece[PIECES];
+    Piece piece[PIECES];
+    if (aligned) {
 #pragma unroll
       for (int n = 0; n < PIECES; ++n) {
         piece[n] = *reinterpret_cast<const Piece*>(x + offset_of(row, n));
       }
+    }
+    if (first) {                                             // while the first tile comes
+#pragma unroll
+      for (int m = 0; m < KROT * PAIRS; m += WARPS * LANES) {
+        int n = m + threadIdx.y * LANES + lane;
+        n = n < KROT * PAIRS ? n : KROT * PAIRS - 1;         // no branch, so all loads come first
+        const int at = (n / PAIRS * (dims / GROUP) + group) * PAIRS + n % PAIRS;
+        const int word = pairs[at];
+        slots[n] = slot(word & 0xffff) | slot(word >> 16) << 16;
+        turns[n][0] = cos_theta[at];
+        turns[n][1] = sin_theta[at];
+      }
+    }
+    if (aligned) {
 #pragma unroll
       for (int n = 0; n < PIECES; ++n) {
         const Scales scale = *reinterpret_cast<const Scales*>(scales + channel_of(n));
@@ -79,7 +94,7 @@ ROWS_SOURCE = """
           place(n, v) = float(piece[n][v]) * scale[v];
         }
       }
-    } else {                                                 // x begins inside another array
+    } else {
       for (int n = 0; n < PIECES; ++n) {
         for (int v = 0; v < V; ++v) {
           place(n, v) = float(x[offset_of(row, n) + v]) * scales[channel_of(n) + v];
@@ -87,17 +102,6 @@ ROWS_SOURCE = """
       }
     }
     if (first) {
-#pragma unroll
-      for (int m = 0; m < KROT * PAIRS; m += WARPS * LANES) {
-        const int n = m + threadIdx.y * LANES + lane;
-        if (n < KROT * PAIRS) {
-          const int at = (n / PAIRS * (dims / GROUP) + group) * PAIRS + n % PAIRS;
-          const int word = pairs[at];
-          slots[n] = slot(word & 0xffff) | slot(word >> 16) << 16;
-          turns[n][0] = cos_theta[at];
-          turns[n][1] = sin_theta[at];
-        }
-      }
       __syncthreads();
       first = false;
     } else {
