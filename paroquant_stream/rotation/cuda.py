@@ -1,8 +1,8 @@
 """The rotation as two CUDA kernels, for few rows and for many: a warp per group and tile of rows.
 
 For few rows the lanes of a warp share the pairs of a round, and every lane moves up to four rows of
-a channel at once. Which channels meet is random, so the lanes collide in the banks of shared memory;
-for many rows, which that would slow down, eight lanes share a pair instead (cuda_rows.py).
+a channel at once. Which channels meet is random, so lanes collide in the banks of shared memory:
+that limits many rows, where eight lanes share a pair instead (cuda_rows.py).
 """
 
 from __future__ import annotations

@@ -81,8 +81,10 @@ ROWS_SOURCE = """
         const int at = (n / PAIRS * (dims / GROUP) + group) * PAIRS + n % PAIRS;
         const int word = pairs[at];
         slots[n] = slot(word & 0xffff) | slot(word >> 16) << 16;
-        turns[n][0] = cos_theta[at];
-        turns[n][1] = sin_theta[at];
+        Turn turn;
+        turn[0] = cos_theta[at];
+        turn[1] = sin_theta[at];
+        turns[n] = turn;
       }
     }
     if (aligned) {
