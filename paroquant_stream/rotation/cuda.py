@@ -2,7 +2,7 @@
 
 For few rows the lanes of a warp share the pairs of a round, and every lane moves up to four rows of
 a channel at once. Which channels meet is random, so lanes collide in the banks of shared memory:
-that limits many rows, where eight lanes share a pair instead (cuda_rows.py).
+that limits many rows, where four or eight lanes share a pair instead (cuda_rows.py).
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def rotate_few(rows: mx.array, tables: RotationTables) -> mx.array:
 
 def rotate_many(rows: mx.array, tables: RotationTables) -> mx.array:
     """Rotate (count, dims) by the kernel for many rows, in groups of one of ROW_GROUP_SIZES."""
-    constants, blocks = many_rows_launch(rows.shape[0], tables.group_size, tables.krot)
+    count, dims = rows.shape
+    constants, blocks = many_rows_launch(count, dims, tables.group_size, tables.krot)
     return _launch(rows, tables, constants, constants["WARPS"], blocks)
 
 

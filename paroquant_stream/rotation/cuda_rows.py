@@ -1,7 +1,9 @@
 """The body of the CUDA kernel for many rows, and how it is launched.
 
 A warp rotates a tile of 32 rows of a group. The rows of a channel are 128 bytes side by side, which
-eight lanes read at once, each four rows: so no two of them meet in a bank of shared memory.
+eight lanes read at once, each four rows: so no two of them meet in a bank of shared memory. Where
+that makes too few warps to hide latency, a tile has 16 rows, and eight lanes read two channels of
+64 bytes: those of neighbouring pairs, which the tables arrange (packed.py) to be in other banks.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ MANY_ROWS = 64
 """From this many rows on the kernel is used."""
 ROW_GROUP_SIZES = (32, 64, 128)
 _UNROLL = 4
-"""Steps of a round, of four pairs each, whose loads come before the first store; a power of 2."""
+"""Steps of a round, of four or eight pairs, whose loads come before the first store; 2 ** n."""
 _MOST_WARPS = 4
 """Most warps per block; they share its tables and each has a tile of its own."""
 _FEWEST_BLOCKS = 8
 """With twice as many blocks of a group a warp rotates two tiles in a row, at most four."""
 _SHARED_BYTES = 48 << 10
 """The most that a block can declare."""
-_ROWS = 32
+_FEWEST_TILES = 4096
+"""With fewer tiles of 32 rows they have 16."""
 ROWS_SOURCE = """
   constexpr int LANES = 32;
   constexpr int PAIRS = GROUP / 2;
@@ -29,6 +32,7 @@ ROWS_SOURCE = """
   constexpr int BATCH = UNROLL < STEPS ? UNROLL : STEPS;
   constexpr int V = 16 / sizeof(T);                          // channels of a piece
   constexpr int WIDE = GROUP / V < 8 ? GROUP / V : 8;        // lanes side by side in a row
+  constexpr int OWN = QUADS * 4 * WIDE / LANES;              // quads of rows that a lane moves
   constexpr int PIECES = GROUP * ROWS / (V * LANES);         // of a tile that a lane moves
   using Piece = AlignedVector<T, V>;
   using Scales = AlignedVector<float, V>;
@@ -44,15 +48,20 @@ ROWS_SOURCE = """
   const int dims = x_shape[1];
   const int quad = lane % QUADS;
 
-  // A channel's quads are permuted, so that the lanes with pieces of a row meet no bank twice.
-  auto slot = [](int channel) { return channel * QUADS + channel / V % QUADS; };
+  // Channels c and c + 16 lie side by side: their 16 rows are one half of 128 bytes each. The quads
+  // of a channel are permuted, so that the lanes with pieces of a row meet no bank twice.
+  auto home = [](int channel) { return channel / 32 * 32 + channel % 16 * 2 + channel / 16 % 2; };
+  auto first_quad = [](int wide) { return (wide ^ wide / 2) % QUADS; };
+  auto slot = [&](int channel) {
+    return home(channel) * QUADS + first_quad(channel / V % WIDE);
+  };
   // Piece n of a lane is in row `4 * quad_of(n) + row_of_quad` from channel `channel_of(n)` on.
   const int row_of_quad = lane / WIDE % 4;
-  auto quad_of = [&](int n) { return n % WIDE + lane / (4 * WIDE) * WIDE; };
-  auto channel_of = [&](int n) { return (n / WIDE * WIDE + lane % WIDE) * V; };
+  auto quad_of = [&](int n) { return n % OWN + lane / (4 * WIDE) * OWN; };
+  auto channel_of = [&](int n) { return (n / OWN * WIDE + lane % WIDE) * V; };
   auto place = [&](int n, int v) -> float& {                 // of channel v of a piece in the tile
-    const int at = channel_of(n) * QUADS + (lane % WIDE ^ quad_of(n));  // slot(...) ^ quad_of(n)
-    return y[at + v * QUADS][row_of_quad];
+    const int channel = home(lane % WIDE * V) + n / OWN * WIDE * V + 2 * v;
+    return y[channel * QUADS + (first_quad(lane % WIDE) ^ quad_of(n))][row_of_quad];
   };
   // Rows after the last are the last one again: each lane that has it stores the same bits.
   auto offset_of = [&](int row, int n) {
@@ -158,12 +167,15 @@ def suits_many_rows(count: int, group_size: int) -> bool:
     return count >= MANY_ROWS and group_size in ROW_GROUP_SIZES
 
 
-def many_rows_launch(count: int, group_size: int, krot: int) -> tuple[dict[str, int], int]:
+def many_rows_launch(
+    count: int, dims: int, group_size: int, krot: int
+) -> tuple[dict[str, int], int]:
     """Return the constants of the kernel, and how many blocks of WARPS warps a group has."""
+    tile = 16 if dims // group_size * math.ceil(count / 32) < _FEWEST_TILES else 32
     tables = 12 * krot * group_size // 2
-    fitting = (_SHARED_BYTES - tables) // (4 * _ROWS * group_size)
+    fitting = (_SHARED_BYTES - tables) // (4 * tile * group_size)
     warps = min(_MOST_WARPS, fitting)
-    blocks = math.ceil(count / (_ROWS * warps))
+    blocks = math.ceil(count / (tile * warps))
     in_a_row = max(1, min(4, blocks // _FEWEST_BLOCKS))
-    constants = {"ROWS": _ROWS, "WARPS": warps, "UNROLL": _UNROLL}
+    constants = {"ROWS": tile, "WARPS": warps, "UNROLL": _UNROLL}
     return constants, math.ceil(blocks / in_a_row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from paroquant_stream.rotation import cuda, kernels, reference
+from paroquant_stream.rotation import cuda, cuda_rows, kernels, reference
 from paroquant_stream.rotation.cuda_rows import MANY_ROWS, ROW_GROUP_SIZES
 from tests.helpers.emulation import Program, noticed, random_launch
 from tests.helpers.rotation_kernels import simulate_cuda
@@ -31,9 +31,9 @@ def test_tables_and_launch_compute_the_rotation(monkeypatch, group_size, krot, b
     x = make_x((batch, dims), mx.float16)
     y = kernels.rotate(x, tables_of(parameters, group_size))
     assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-3
-    tile = 1 if batch < 32 else 4 if batch < MANY_ROWS else 32
-    warps = min(4, -(-batch // tile)) if tile < 32 else 2 if group_size == 128 else 4
-    blocks = {1: 1, 7: 2, 32: 2, 64: 1, 513: 5 if warps == 4 else 9}[batch]
+    tile = 1 if batch < 32 else 4 if batch < MANY_ROWS else 16
+    warps = min(4, -(-batch // tile))
+    blocks = {1: 1, 7: 2, 32: 2, 64: 1, 513: 9}[batch]
     assert launches == [(tile, (32 * 3, warps * blocks, 1))]
 
 
@@ -92,7 +92,7 @@ def test_every_mutation_of_the_kernel_is_noticed(tmp_path):
 @pytest.mark.skipif(not cuda.on_cuda(), reason="needs an NVIDIA GPU as MLX's default device")
 @pytest.mark.parametrize("krot", range(1, 17))
 @pytest.mark.parametrize("group_size", ROW_GROUP_SIZES)
-def test_an_nvidia_gpu_is_within_its_bound_of_float64(group_size, krot):
+def test_an_nvidia_gpu_is_within_its_bound_of_float64(monkeypatch, group_size, krot):
     dims = 5 * group_size
     parameters = make_rotation(dims, group_size, krot, seed=krot)
     tables = tables_of(parameters, group_size)
@@ -103,7 +103,9 @@ def test_an_nvidia_gpu_is_within_its_bound_of_float64(group_size, krot):
         for batch in (1, 7, 31, 32, MANY_ROWS - 1, MANY_ROWS, 500, 512):
             y = cuda.rotate(x[:batch], tables)
             assert mx.array_equal(cuda.rotate_few(x[:batch], tables), y)
-            assert mx.array_equal(cuda.rotate_many(x[:batch], tables), y)
+            for fewest in (0, 1 << 60):  # tiles of 32 and of 16 rows
+                monkeypatch.setattr(cuda_rows, "_FEWEST_TILES", fewest)
+                assert mx.array_equal(cuda.rotate_many(x[:batch], tables), y)
             assert mx.array_equal(y[:1], cuda.rotate(x[:1], tables))
             assert (y.dtype, y.shape) == (dtype, (batch, dims))
             assert error(y, expected[:batch]) < bound
@@ -112,7 +114,9 @@ def test_an_nvidia_gpu_is_within_its_bound_of_float64(group_size, krot):
 
 @pytest.mark.skipif(not cuda.on_cuda(), reason="needs an NVIDIA GPU as MLX's default device")
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_an_nvidia_gpu_rotates_many_tiles_and_slices(dtype):
+@pytest.mark.parametrize("fewest", [0, 1 << 60], ids=["32 rows", "16 rows"])
+def test_an_nvidia_gpu_rotates_many_tiles_and_slices(monkeypatch, dtype, fewest):
+    monkeypatch.setattr(cuda_rows, "_FEWEST_TILES", fewest)
     tables = tables_of(make_rotation(640, 128, 8), 128)
     x = make_x((4099, 640), dtype)
     y = cuda.rotate_many(x, tables)

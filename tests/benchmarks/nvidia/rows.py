@@ -1,12 +1,13 @@
 """Prints microseconds of the CUDA rotation kernels by the number of rows, beside a plain copy.
 
     python -m tests.benchmarks.nvidia.rows [--dims 8192 28672] [--rows 1 64 512 8192] [--repeats 9]
-        [--dtype bfloat16] [--unroll 2 4 8] [--warps 1 2] [--blocks 8 16]
+        [--dtype bfloat16] [--tile 16 32] [--unroll 2 4 8] [--warps 1 2] [--blocks 8 16]
 
 copy      a kernel that copies x, 16 bytes a thread: no rotation can be faster
 few       the rotation by the kernel for few rows
-many ...  by the kernel for many rows, with each --unroll, --warps (most) and --blocks (fewest)
-chosen    which of the two the rotation uses, with the constants of the package
+many ...  by the kernel for many rows, with each --tile (rows), --unroll, --warps (most) and
+          --blocks (fewest)
+chosen    which of the two the rotation uses, and the rows of a tile, with the package's constants
 
 All run once per round of measurement, in turn; the figures are medians of a chain of 20, divided
 by 20. MLX needs about 14 us to launch one. It stops when a result is off, or the kernels differ.
@@ -29,6 +30,8 @@ from tests.helpers.rotations import BOUNDS, error, make_rotation, rotate_float64
 
 GROUP, KROT, CHAIN = 128, 8, 20
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+TILES = {16: 1 << 60, 32: 0}
+"""The fewest tiles with which a tile has so many rows."""
 _COPY = """
   const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t count = int64_t(x_shape[0]) * x_shape[1] * sizeof(T) / 16;
@@ -67,11 +70,23 @@ def rotated_by_many(x: mx.array, tables: RotationTables, constants: dict[str, in
 def forms(tables: RotationTables, options: argparse.Namespace) -> dict[str, Rotate]:
     """All by their names."""
     found = {"copy": copied, "few": partial(cuda.rotate_few, tables=tables)}
-    for unroll, warps, blocks in itertools.product(options.unroll, options.warps, options.blocks):
-        constants = {"_UNROLL": unroll, "_MOST_WARPS": warps, "_FEWEST_BLOCKS": blocks}
-        name = f"many u{unroll} w{warps} b{blocks}"
+    for tile, unroll, warps, blocks in itertools.product(
+        options.tile, options.unroll, options.warps, options.blocks
+    ):
+        constants = {"_FEWEST_TILES": TILES[tile], "_UNROLL": unroll}
+        constants |= {"_MOST_WARPS": warps, "_FEWEST_BLOCKS": blocks}
+        name = f"many t{tile} u{unroll} w{warps} b{blocks}"
         found[name] = partial(rotated_by_many, tables=tables, constants=constants)
     return found
+
+
+def chosen(rows: int, dims: int, fewest: int) -> str:
+    """The kernel that the rotation uses, with this value of `_FEWEST_TILES`."""
+    if not cuda_rows.suits_many_rows(rows, GROUP):
+        return "few"
+    vars(cuda_rows).update(_FEWEST_TILES=fewest)
+    constants, _ = cuda_rows.many_rows_launch(rows, dims, GROUP, KROT)
+    return f"many t{constants['ROWS']}"
 
 
 def check(candidates: dict[str, Rotate], x: mx.array, parameters: tuple[np.ndarray, ...]) -> None:
@@ -94,6 +109,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=default)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--tile", type=int, nargs="+", choices=TILES, default=[*TILES])
     parser.add_argument("--unroll", type=int, nargs="+", default=[cuda_rows._UNROLL])
     parser.add_argument("--warps", type=int, nargs="+", default=[cuda_rows._MOST_WARPS])
     parser.add_argument("--blocks", type=int, nargs="+", default=[cuda_rows._FEWEST_BLOCKS])
@@ -102,7 +118,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     """Measures and prints."""
-    options = parsed()
+    options, fewest = parsed(), cuda_rows._FEWEST_TILES
     device = mx.device_info().get("device_name", mx.default_device())
     print(f"{device}, MLX {mx.__version__}, {options.dtype}, group {GROUP}, krot {KROT}; us")
     for dims in options.dims:
@@ -117,7 +133,7 @@ def main() -> None:
             check(candidates, x, parameters)
             found = seconds(candidates, x, options.repeats, CHAIN)
             cells = [f"{1e6 * found[name]:.1f}" for name in candidates]
-            cells.append("many" if cuda_rows.suits_many_rows(rows, GROUP) else "few")
+            cells.append(chosen(rows, dims, fewest))
             print(f"| {dims} | {rows} | " + " | ".join(cells) + " |", flush=True)
 
 
