@@ -121,6 +121,7 @@ MUTATIONS = {
 SPECIAL = {
     "other places of a tile": (32, 2, 70, mx.float16),
     "another order of quads": (64, 2, 70, mx.float16),
+    "a step is left out": (128, 2, 70, mx.float16),
     "the tables end later": (32, 1, 70, mx.float32),
 }
 RIGHT = {32: {"another order of quads"}}
