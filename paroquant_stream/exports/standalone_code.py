@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from ..rotation import cuda, kernels, metal, packed, reference, tables
+from ..rotation import cuda, cuda_rows, kernels, metal, packed, reference, tables
 from . import standalone
 
-_INLINED = (tables, packed, reference, metal, cuda, kernels)
+_INLINED = (tables, packed, reference, metal, cuda_rows, cuda, kernels)
 """Each after those that it imports."""
 _RENAMED = (packed, reference, metal, cuda)
 _ALIASES = {

@@ -1,7 +1,8 @@
-"""The rotation as a CUDA kernel: one warp per group of channels and tile of rows.
+"""The rotation as two CUDA kernels, for few rows and for many: a warp per group and tile of rows.
 
-The lanes of a warp share the pairs of a round, and every lane moves up to four rows of a channel at
-once.
+For few rows the lanes of a warp share the pairs of a round, and every lane moves up to four rows of
+a channel at once. Which channels meet is random, so lanes collide in the banks of shared memory:
+that limits many rows, where four or eight lanes share a pair instead (cuda_rows.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .cuda_rows import ROWS_SOURCE, many_rows_launch, suits_many_rows
 from .packed import Tables
 from .tables import RotationTables
 
@@ -108,10 +110,13 @@ def on_cuda() -> bool:
 
 
 @cache
-def _kernel() -> Any:
-    """Describe the kernel, once per process; MLX compiles it at the first call of each template."""
+def _kernel(many: bool) -> Any:
+    """Describe a kernel, once per process; MLX compiles it at the first call of each template."""
     return mx.fast.cuda_kernel(
-        name="rotation", input_names=_INPUTS, output_names=["out"], source=_SOURCE
+        name="rotation_of_many" if many else "rotation",
+        input_names=_INPUTS,
+        output_names=["out"],
+        source=ROWS_SOURCE if many else _SOURCE,
     )
 
 
@@ -129,20 +134,41 @@ def rotate(x: mx.array, tables: RotationTables) -> mx.array:
     count = rows.shape[0]
     if count == 0:  # a launch needs a grid that is not empty
         return x
+    many = suits_many_rows(count, tables.group_size)
+    return (rotate_many if many else rotate_few)(rows, tables).reshape(x.shape)
+
+
+def rotate_few(rows: mx.array, tables: RotationTables) -> mx.array:
+    """Rotate (count, dims) by the kernel for few rows; requires `usable(tables)`."""
+    count = rows.shape[0]
     tile = 1 if count < 32 else _TILE
     warps = min(_WARPS, math.ceil(count / tile))
     blocks = math.ceil(count / (tile * warps))
     if blocks > _BLOCKS:
         blocks = max(_BLOCKS, blocks // 4)
-    constants = {"T": rows.dtype, "GROUP": tables.group_size, "KROT": tables.krot}
+    return _launch(rows, tables, {"ROWS": tile, "WARPS": _WARPS}, warps, blocks)
+
+
+def rotate_many(rows: mx.array, tables: RotationTables) -> mx.array:
+    """Rotate (count, dims) by the kernel for many rows, in groups of one of ROW_GROUP_SIZES."""
+    count, dims = rows.shape
+    constants, blocks = many_rows_launch(count, dims, tables.group_size, tables.krot)
+    return _launch(rows, tables, constants, constants["WARPS"], blocks)
+
+
+def _launch(
+    rows: mx.array, tables: RotationTables, constants: dict[str, int], warps: int, blocks: int
+) -> mx.array:
+    """Launch blocks of warps for each group; the kernel for many rows has a constant UNROLL."""
+    template = {"T": rows.dtype, "GROUP": tables.group_size, "KROT": tables.krot} | constants
     packed = tables.for_kernel(Tables)
-    (out,) = _kernel()(
+    out: mx.array
+    (out,) = _kernel("UNROLL" in constants)(
         inputs=[rows, packed.pairs, packed.cos, packed.sin, packed.channel_scales],
-        template=list((constants | {"ROWS": tile, "WARPS": _WARPS}).items()),
+        template=list(template.items()),
         output_shapes=[rows.shape],
         output_dtypes=[rows.dtype],
         grid=(32 * tables.dims // tables.group_size, warps * blocks, 1),
         threadgroup=(32, warps, 1),
     )
-    result: mx.array = out.reshape(x.shape)
-    return result
+    return out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from paroquant_stream.exports.standalone_code import model_code, names_of
-from paroquant_stream.rotation import cuda, kernels, metal
+from paroquant_stream.rotation import cuda, cuda_rows, kernels, metal
 from tests.helpers.rotation_kernels import simulate_cuda, simulate_metal, simulated_kernel
 from tests.helpers.rotations import BOUNDS, error, make_rotation, make_x, rotate_float64, to_float64
 
@@ -35,7 +35,7 @@ def test_it_is_readable_and_names_nothing_twice():
     assert "paroquant_stream import" not in text
     assert "from ." not in text
     names = names_of()
-    assert {"_CUDA_SOURCE", "PackedTables", "metal_rotate"} <= set(names)
+    assert {"_CUDA_SOURCE", "ROWS_SOURCE", "PackedTables", "metal_rotate"} <= set(names)
     assert len(set(names)) == len(names)
 
 
@@ -51,6 +51,7 @@ def test_it_holds_the_sources_of_the_kernels(generated):
     assert generated._METAL_SOURCE == metal._SOURCE
     assert generated._METAL_HEADER == metal._HEADER
     assert generated._CUDA_SOURCE == cuda._SOURCE
+    assert generated.ROWS_SOURCE == cuda_rows.ROWS_SOURCE
 
 
 @pytest.mark.usefixtures("on_the_cpu")

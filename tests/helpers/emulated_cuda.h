@@ -15,6 +15,25 @@
 template <typename T, int N>
 struct alignas(N * sizeof(T)) AlignedVector {
   T at[N];
-  T& operator[](int n) { return at[n]; }
-  T operator[](int n) const { return at[n]; }
+  AlignedVector() = default;
+  AlignedVector(const AlignedVector& other) { *this = other; }
+  AlignedVector& operator=(const AlignedVector& other) {
+    emulation::note(other.at, sizeof at);
+    emulation::note(at, sizeof at);
+    for (int n = 0; n < N; ++n) at[n] = other.at[n];
+    return *this;
+  }
+  T& operator[](int n) {
+    emulation::note(at + n, sizeof(T));
+    return at[n];
+  }
+  T operator[](int n) const {
+    emulation::note(at + n, sizeof(T));
+    return at[n];
+  }
 };
+
+template <int N, typename T>
+inline bool is_aligned(const T* x) {
+  return reinterpret_cast<std::uintptr_t>(x) % (N * sizeof(T)) == 0;
+}

@@ -107,6 +107,7 @@ using namespace metal;
 #define CHECKED
 #else
 #include "emulated_threads.h"
+#include "emulated_banks.h"
 #endif
 
 #ifdef CHECK_device

@@ -2,8 +2,9 @@
 //
 // Each thread has its own stack and runs until its next barrier. A SIMD group of 32 goes on when all
 // its lanes have reached one barrier; if one ended or stands at another line, the program stops
-// with a message. SIMD groups of a threadgroup take turns, a phase each. Buffers end at a page that
-// cannot be touched, and an output starts as 0xff, which is no number in any dtype.
+// with a message. SIMD groups of a threadgroup take turns, a phase each; in order 1 each goes as far as
+// it can alone. Buffers end at a page that cannot be touched, and an output starts as 0xff, which is no
+// number in any dtype.
 #pragma once
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -47,6 +48,8 @@ struct Runner {
   ucontext_t scheduler;
   Fiber* running;
   std::vector<Fiber> fibers;
+  void (*after_threadgroup)(int count) = nullptr;
+  int most_in_a_bank = 0;  // see emulated_banks.h
 };
 inline Runner& runner() {
   static Runner one;
@@ -108,7 +111,8 @@ inline void run_threadgroup(int count, int order, std::uint32_t& random) {
       if (r.fibers[from].done) continue;
       left = true;
       if (r.fibers[from].group_barrier) continue;
-      run_phase(from, to, order, random);
+      do run_phase(from, to, order, random);
+      while (order == 1 && !r.fibers[from].done && !r.fibers[from].group_barrier);
       moved = true;
     }
     if (!left) return;
@@ -153,6 +157,7 @@ inline void run_grid(Kernel kernel, const Buffers& buffers, uint3 grid, uint3 si
     const uint3 group = {n % groups.x, n / groups.x % groups.y, n / groups.x / groups.y};
     for (int t = 0; t < count; ++t) prepare(r.fibers[t], t, group, size, grid);
     run_threadgroup(count, order, random);
+    if (r.after_threadgroup) r.after_threadgroup(count);
   }
 }
 
@@ -166,15 +171,16 @@ inline char* guarded(std::size_t bytes) {
 
 inline bool read_all(void* to, std::size_t bytes) { return std::fread(to, 1, bytes, stdin) == bytes; }
 
-// Launches from stdin: 9 numbers, the size of every buffer, then all but the last one, the output.
+// Launches from stdin: 10 numbers, the size of every buffer, then all but the last one, the output.
+// The last number: how many bytes follow the first buffer, so that it begins elsewhere.
 inline int serve() {
-  for (std::uint32_t head[9]; read_all(head, sizeof head);) {
+  for (std::uint32_t head[10]; read_all(head, sizeof head);) {
     const std::uint32_t count = head[8];
     std::vector<std::uint32_t> sizes(count);
     Buffers buffers(count);
     if (!read_all(sizes.data(), 4 * count)) stop("the request is cut short");
     for (std::uint32_t n = 0; n < count; ++n) {
-      buffers[n] = guarded(sizes[n]);
+      buffers[n] = guarded(sizes[n] + (n ? 0 : head[9]));
       if (n + 1 < count && !read_all(buffers[n], sizes[n])) stop("the request is cut short");
     }
     std::memset(buffers[count - 1], 0xff, sizes[count - 1]);
@@ -182,9 +188,11 @@ inline int serve() {
     std::fwrite(buffers[count - 1], 1, sizes[count - 1], stdout);
     for (std::uint32_t n = 0; n < count; ++n) {
       const std::size_t page = sysconf(_SC_PAGESIZE);
-      munmap(buffers[n] + sizes[n] - (sizes[n] + page - 1) / page * page, (sizes[n] + page - 1) / page * page + page);
+      const std::size_t bytes = sizes[n] + (n ? 0 : head[9]), whole = (bytes + page - 1) / page * page;
+      munmap(buffers[n] + bytes - whole, whole + page);
     }
   }
+  std::fprintf(stderr, "%d", runner().most_in_a_bank);
   return 0;
 }
 

@@ -17,14 +17,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.helpers.kernel_source import Launch, array_of, parameters_of
-from tests.helpers.rotations import BOUNDS, error
+from paroquant_stream.rotation import cuda
+from tests.helpers.kernel_source import Launch, Rotate, array_of, cuda_launch_of, parameters_of
+from tests.helpers.rotations import (
+    BOUNDS,
+    error,
+    make_rotation,
+    make_x,
+    rotate_float64,
+    tables_of,
+    to_float64,
+)
 
 THREADGROUP_BYTES = 32 << 10  # "Metal feature set tables": every Apple GPU
 BLOCK_BYTES = 48 << 10  # the CUDA programming guide: static shared memory
 SPACES = ("device", "constant", "thread", "threadgroup")
 BITS = {mx.float16: np.float16, mx.bfloat16: np.uint16, mx.float32: np.float32}
 _FLAGS = ("-I", str(Path(__file__).parent), "-fsingle-precision-constant", "-Wno-attributes")
+_ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 _POINTER = re.compile(r"^\s*((?:const\s+)*)(\w+)\s*[*&]\s*\w+\s*[=;,)]")
 
 
@@ -44,19 +54,22 @@ class Program:
         self.launches = launches
         self._sources = list(dict.fromkeys(launch.source for launch in launches))
         self._binary = folder / "program"
-        cuda = any("emulated_cuda.h" in source for source in self._sources)
-        for source in () if cuda else self._sources:
+        of_cuda = any("emulated_cuda.h" in source for source in self._sources)
+        for source in () if of_cuda else self._sources:
             check_pointers(source)
-        options = ("-std=c++20", "-O1", "-ffp-contract=off", "-o", str(self._binary))
-        compile_cpp(program_text(self._sources), *options)
-        check_shared_memory(self._binary, BLOCK_BYTES if cuda else THREADGROUP_BYTES)
+        self.most_in_a_bank = 0
+        """Words that the lanes of a CUDA kernel asked of one bank at once, in the last run."""
+        options = ["-std=c++20", "-O1", "-ffp-contract=off", "-o", str(self._binary)]
+        compile_cpp(program_text(self._sources), *options, *(_ALIGNED if of_cuda else ()))
+        check_shared_memory(self._binary, BLOCK_BYTES if of_cuda else THREADGROUP_BYTES)
 
-    def run(self, launch: Launch, order: int = 0) -> mx.array:
+    def run(self, launch: Launch, order: int = 0, after: int = 0) -> mx.array:
         """Run a launch and return its output.
 
         Args:
             launch: One of those that were compiled.
             order: Of the threads between two barriers: upwards for 0, downwards for 1, or shuffled.
+            after: How many bytes follow `x`, which then begins at no multiple of more.
 
         Raises:
             RefusedError: Threads did not keep together, or one left its buffers.
@@ -67,20 +80,51 @@ class Program:
         kernel = self._sources.index(launch.source)
         numbers = [kernel, order, *launch.grid, *size, len(buffers) + 1]
         numbers += [*(buffer.nbytes for buffer in buffers), out.nbytes]
+        numbers.insert(9, after)
         request = np.array(numbers, np.uint32).tobytes() + b"".join(b.tobytes() for b in buffers)
         done = subprocess.run([self._binary], input=request, capture_output=True)
         if done.returncode:
             raise RefusedError(done.stderr.decode() or f"signal {-done.returncode}")
+        self.most_in_a_bank = int(done.stderr)
         return array_of(np.frombuffer(done.stdout, out.dtype).reshape(out.shape), launch.dtype)
 
 
-def noticed(program: Program, launch: Launch, expected: np.ndarray) -> bool:
-    """Return whether a launch stops, is off, or depends on the order of its threads."""
-    try:
-        results = [program.run(launch, order) for order in (0, 1, 2)]
-    except RefusedError:
-        return True
-    return any(not error(y, expected) < BOUNDS[launch.dtype] for y in results)
+def noticed(
+    program: Program, launch: Launch, expected: np.ndarray, after: int = 0, banks: int = 32
+) -> bool:
+    """Return whether a launch stops, is off, or depends on the order of its threads.
+
+    Args:
+        program: What runs it.
+        launch: The launch.
+        expected: Its results in float64.
+        after: Bytes that follow `x`.
+        banks: How many words lanes may ask of one bank at once.
+    """
+    for order in (0, 1, 2):
+        try:
+            y = program.run(launch, order, after)
+        except RefusedError:
+            return True
+        if not error(y, expected) < BOUNDS[launch.dtype] or program.most_in_a_bank > banks:
+            return True
+    return False
+
+
+def random_launch(
+    group_size: int,
+    krot: int,
+    rows: int,
+    dtype: mx.Dtype,
+    source: str | None = None,
+    rotate: Rotate = cuda.rotate,
+) -> tuple[Launch, np.ndarray]:
+    """Return what a function of `cuda` launches for random rows, and its results in float64."""
+    dims = 3 * group_size
+    parameters = make_rotation(dims, group_size, krot, seed=krot)
+    x = make_x((rows, dims), dtype, seed=2)
+    expected = rotate_float64(to_float64(x), *parameters, group_size)
+    return cuda_launch_of(x, tables_of(parameters, group_size), source, rotate), expected
 
 
 def program_text(sources: Sequence[str]) -> str:

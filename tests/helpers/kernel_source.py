@@ -23,6 +23,7 @@ import pytest
 from paroquant_stream.rotation import cuda, metal
 from paroquant_stream.rotation.tables import RotationTables
 
+Rotate = Callable[[mx.array, RotationTables], mx.array]
 _PARAMETER = re.compile(r"^ +(.*?)([&*]?) (\w+) \[\[(?:buffer\((\d+)\)|(\w+))\]\](?:,|\) \{)$")
 
 
@@ -84,16 +85,19 @@ def launch_of(x: mx.array, tables: RotationTables) -> Launch:
     with _generating():
         kernel = metal._kernel()  # private: MLX's own function
     with mock.patch.object(metal, "_is_right", return_value=True):
-        return _recorded(metal, kernel, x, tables)
+        return _recorded(metal, metal.rotate, kernel, x, tables)
 
 
-def cuda_launch_of(x: mx.array, tables: RotationTables, source: str | None = None) -> Launch:
-    """Record what `cuda.rotate` launches, its body in MLX's Metal wrapper (emulated_cuda.h).
+def cuda_launch_of(
+    x: mx.array, tables: RotationTables, source: str | None = None, rotate: Rotate = cuda.rotate
+) -> Launch:
+    """Record what a function launches, its body in MLX's Metal wrapper (emulated_cuda.h).
 
     Args:
         x: The rows.
         tables: Of the rotation.
         source: Another body.
+        rotate: The function, of `cuda`.
     """
 
     def described(**options: Any) -> Any:
@@ -102,14 +106,16 @@ def cuda_launch_of(x: mx.array, tables: RotationTables, source: str | None = Non
 
     def kernel(**options: Any) -> Any:
         with mock.patch.object(mx.fast, "cuda_kernel", described):
-            return make()(**options)
+            return make("UNROLL" in dict(options["template"]))(**options)
 
     make = cuda._kernel.__wrapped__
-    return _recorded(cuda, kernel, x, tables)
+    return _recorded(cuda, rotate, kernel, x, tables)
 
 
-def _recorded(module: ModuleType, kernel: Any, x: mx.array, tables: RotationTables) -> Launch:
-    """Record a launch of a module's `rotate`."""
+def _recorded(
+    module: ModuleType, rotate: Rotate, kernel: Any, x: mx.array, tables: RotationTables
+) -> Launch:
+    """Record a launch of a module's function."""
     made: dict[str, Any] = {}
 
     def record(**options: Any) -> Any:
@@ -117,7 +123,7 @@ def _recorded(module: ModuleType, kernel: Any, x: mx.array, tables: RotationTabl
         return kernel(**options, verbose=True)
 
     with mock.patch.object(module, "_kernel", return_value=record):
-        source = generated(lambda: module.rotate(x, tables))
+        source = generated(lambda: rotate(x, tables))
     (shape,), (dtype,) = made["output_shapes"], made["output_dtypes"]
     inputs = tuple(map(bits_of, (x.reshape(shape), *made["inputs"][1:])))
     return Launch(source, inputs, shape, dtype, made["grid"], made["threadgroup"])

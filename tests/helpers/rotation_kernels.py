@@ -31,9 +31,9 @@ def simulate_metal(monkeypatch, launches):
 
 
 def simulate_cuda(monkeypatch, launches):
-    """Replace the CUDA kernel by numpy, which takes the rows as its warps do."""
+    """Replace the CUDA kernels by numpy, which takes the rows as its warps do."""
     kernel = simulated_kernel(launches, "WARPS")
-    monkeypatch.setattr(cuda, "_kernel", lambda: kernel)  # private: MLX's function
+    monkeypatch.setattr(cuda, "_kernel", lambda *_: kernel)  # private: MLX's function
     monkeypatch.setattr(cuda, "on_cuda", lambda: True)
 
 

@@ -1,13 +1,13 @@
-"""The CUDA kernel: tables and launch simulated, sources emulated, results on an NVIDIA GPU."""
+"""The CUDA kernels: tables and launch simulated, sources emulated, results on an NVIDIA GPU."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import pytest
 
-from paroquant_stream.rotation import cuda, kernels, reference
-from tests.helpers.emulation import Program, noticed
-from tests.helpers.kernel_source import cuda_launch_of
+from paroquant_stream.rotation import cuda, cuda_rows, kernels, reference
+from paroquant_stream.rotation.cuda_rows import MANY_ROWS, ROW_GROUP_SIZES
+from tests.helpers.emulation import Program, noticed, random_launch
 from tests.helpers.rotation_kernels import simulate_cuda
 from tests.helpers.rotations import (
     BOUNDS,
@@ -31,9 +31,9 @@ def test_tables_and_launch_compute_the_rotation(monkeypatch, group_size, krot, b
     x = make_x((batch, dims), mx.float16)
     y = kernels.rotate(x, tables_of(parameters, group_size))
     assert error(y, rotate_float64(to_float64(x), *parameters, group_size)) < 1e-3
-    tile = 1 if batch < 32 else 4
+    tile = 1 if batch < 32 else 4 if batch < MANY_ROWS else 16
     warps = min(4, -(-batch // tile))
-    blocks = {1: 1, 7: 2, 32: 2, 64: 4, 513: 8}[batch]
+    blocks = {1: 1, 7: 2, 32: 2, 64: 1, 513: 9}[batch]
     assert launches == [(tile, (32 * 3, warps * blocks, 1))]
 
 
@@ -46,13 +46,9 @@ LAUNCHES = [
 ]
 
 
-def launched(group_size, krot, rows, dtype, source=None):
-    """A launch of random rows, what it should give in float64, and what the first row should."""
-    dims = 3 * group_size
-    parameters = make_rotation(dims, group_size, krot, seed=krot)
-    x = make_x((rows, dims), dtype, seed=2)
-    expected = rotate_float64(to_float64(x), *parameters, group_size)
-    return cuda_launch_of(x, tables_of(parameters, group_size), source), expected
+def launched(*case):
+    """A launch of the kernel for few rows."""
+    return random_launch(*case, rotate=cuda.rotate_few)
 
 
 def test_emulated_launches_are_within_their_bound_of_float64(tmp_path):
@@ -95,8 +91,8 @@ def test_every_mutation_of_the_kernel_is_noticed(tmp_path):
 
 @pytest.mark.skipif(not cuda.on_cuda(), reason="needs an NVIDIA GPU as MLX's default device")
 @pytest.mark.parametrize("krot", range(1, 17))
-@pytest.mark.parametrize("group_size", [64, 128])
-def test_an_nvidia_gpu_is_within_its_bound_of_float64(group_size, krot):
+@pytest.mark.parametrize("group_size", ROW_GROUP_SIZES)
+def test_an_nvidia_gpu_is_within_its_bound_of_float64(monkeypatch, group_size, krot):
     dims = 5 * group_size
     parameters = make_rotation(dims, group_size, krot, seed=krot)
     tables = tables_of(parameters, group_size)
@@ -104,9 +100,27 @@ def test_an_nvidia_gpu_is_within_its_bound_of_float64(group_size, krot):
     for dtype, bound in BOUNDS.items():
         x = make_x((512, dims), dtype)
         expected = rotate_float64(to_float64(x), *parameters, group_size)
-        for batch in (1, 7, 31, 32, 64, 500, 512):
+        for batch in (1, 7, 31, 32, MANY_ROWS - 1, MANY_ROWS, 500, 512):
             y = cuda.rotate(x[:batch], tables)
+            assert mx.array_equal(cuda.rotate_few(x[:batch], tables), y)
+            for fewest in (0, 1 << 60):  # tiles of 32 and of 16 rows
+                monkeypatch.setattr(cuda_rows, "_FEWEST_TILES", fewest)
+                assert mx.array_equal(cuda.rotate_many(x[:batch], tables), y)
             assert mx.array_equal(y[:1], cuda.rotate(x[:1], tables))
             assert (y.dtype, y.shape) == (dtype, (batch, dims))
             assert error(y, expected[:batch]) < bound
             assert error(reference.rotate(x[:batch], tables), expected[:batch]) < bound
+
+
+@pytest.mark.skipif(not cuda.on_cuda(), reason="needs an NVIDIA GPU as MLX's default device")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("fewest", [0, 1 << 60], ids=["32 rows", "16 rows"])
+def test_an_nvidia_gpu_rotates_many_tiles_and_slices(monkeypatch, dtype, fewest):
+    monkeypatch.setattr(cuda_rows, "_FEWEST_TILES", fewest)
+    tables = tables_of(make_rotation(640, 128, 8), 128)
+    x = make_x((4099, 640), dtype)
+    y = cuda.rotate_many(x, tables)
+    assert mx.array_equal(y, cuda.rotate_few(x, tables))
+    assert mx.array_equal(cuda.rotate_many(x[3:1000], tables), y[3:1000])
+    inside = mx.concatenate([mx.zeros(1, dtype), x[:99].reshape(-1)])[1:].reshape(99, 640)
+    assert mx.array_equal(cuda.rotate_many(inside, tables), y[:99])

@@ -1,9 +1,10 @@
 """Prints tokens per second of a model by the form of its rotations, on an NVIDIA GPU.
 
     python -m tests.benchmarks.nvidia.model MODEL [--cache-dir DIR] [--export DIR]
-        [--prompt 512] [--tokens 64] [--rounds 5] [--forms kernel gathers none]
+        [--prompt 512] [--tokens 64] [--rounds 5] [--forms kernel few gathers none]
 
-kernel    the CUDA kernel
+kernel    the CUDA kernels
+few       the kernel for few rows, for all
 gathers   the reference in plain MLX
 none      no rotation: what the rest of the model takes; its answers are nonsense
 export    a self-contained export of MODEL, by stock mlx-lm; both must fit the GPU's memory
@@ -34,6 +35,7 @@ from tests.benchmarks.micro.generation import generate, the_reference
 
 FORMS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "kernel": contextlib.nullcontext,
+    "few": lambda: mock.patch("paroquant_stream.rotation.cuda.suits_many_rows", lambda *_: False),
     "gathers": the_reference,
     "none": lambda: mock.patch("paroquant_stream.rotation.kernels.rotate", lambda x, _: x),
 }
