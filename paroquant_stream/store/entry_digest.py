@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 
 import xxhash
 
@@ -123,30 +122,40 @@ def hash_entry(
         (at, min(at + _RANGE, stop)) for start, stop in places for at in range(start, stop, _RANGE)
     ]
 
-    hash_range = partial(_hash_range, fd, label, deque())
+    found = [b""] * len(ranges)
+    numbers = iter(range(len(ranges)))  # threads take the next one themselves, without a queue
+
+    def work() -> None:
+        buffer = page_aligned(_READ)
+        for number in numbers:
+            try:
+                found[number] = _hash_range(fd, label, buffer, ranges[number])
+            except BaseException:
+                deque(numbers, 0)  # ends the other threads
+                raise
+
     threads = min(threads or os.cpu_count() or 1, _THREADS, len(ranges))
     if threads <= 1:
-        return tree_digest(header, b"".join(map(hash_range, ranges)))
-    from concurrent.futures import ThreadPoolExecutor  # late: it is slow to import
+        work()
+    else:
+        from concurrent.futures import ThreadPoolExecutor  # late: it is slow to import
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        return tree_digest(header, b"".join(pool.map(hash_range, ranges)))
+        with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+            for future in [pool.submit(work) for _ in range(threads)]:
+                future.result()
+    return tree_digest(header, b"".join(found))
 
 
-def _hash_range(fd: int, label: str, free: deque[memoryview], bounds: Range) -> bytes:
+def _hash_range(fd: int, label: str, buffer: memoryview, bounds: Range) -> bytes:
     """Return the digests of the blocks in a range of a tensor that begins at one.
 
     Args:
         fd: The entry.
         label: The name of the file in errors.
-        free: Buffers that no thread uses; unmapping one would make every thread wait.
+        buffer: Memory for some blocks.
         bounds: The range.
     """
     position, stop = bounds
-    try:
-        buffer = free.pop()
-    except IndexError:
-        buffer = page_aligned(_READ)
     digests = bytearray()
     while position < stop:
         data = buffer[: stop - position]
@@ -155,7 +164,6 @@ def _hash_range(fd: int, label: str, free: deque[memoryview], bounds: Range) -> 
         # nothing else between two blocks, as other threads wait for the interpreter's lock
         digests += b"".join(map(xxhash.xxh3_128_digest, blocks))
         position += len(data)
-    free.append(buffer)
     return bytes(digests)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections import deque
 
 import pytest
 import xxhash
@@ -162,19 +161,19 @@ def test_a_range_is_whole_blocks(monkeypatch):
 
 
 BLOCK = 4096
+BUFFER = memoryview(bytearray(2 * BLOCK))
 SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK + 7)
 
 
 @pytest.mark.parametrize("start", [0, 100])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_range_has_the_digests_that_its_bytes_have(tmp_path, monkeypatch, size, start):
-    monkeypatch.setattr(entry_digest, "_READ", 2 * BLOCK)
+def test_a_range_has_the_digests_that_its_bytes_have(tmp_path, size, start):
     data = random.Random(size).randbytes(start + size + 50)
     (tmp_path / "x").write_bytes(data)
     hasher = BlockHasher()
     hasher.update(memoryview(data)[start : start + size])
     with (tmp_path / "x").open("rb") as file:  # private: `hash_entry` would need such tensors
-        found = entry_digest._hash_range(file.fileno(), "x", deque(), (start, start + size))
+        found = entry_digest._hash_range(file.fileno(), "x", BUFFER, (start, start + size))
     assert found == hasher.finish()
     assert len(found) == 16 * -(-size // BLOCK)
 
@@ -186,11 +185,10 @@ def test_a_read_is_of_whole_blocks_and_within_a_range(monkeypatch):
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
-def test_a_range_that_the_file_has_not_is_an_error(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(entry_digest, "_READ", 2 * BLOCK)
+def test_a_range_that_the_file_has_not_is_an_error(tmp_path, size):
     (tmp_path / "x").write_bytes(bytes(size - 1))
     with (tmp_path / "x").open("rb") as file, pytest.raises(SourceChangedError, match=r"^x: "):
-        entry_digest._hash_range(file.fileno(), "x", deque(), (0, size))  # private: as above
+        entry_digest._hash_range(file.fileno(), "x", BUFFER, (0, size))  # private: as above
 
 
 @pytest.mark.parametrize("threads", [1, 3])

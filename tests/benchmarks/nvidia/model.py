@@ -33,9 +33,10 @@ from paroquant_stream import load
 from paroquant_stream.rotation.layers import build_tables, table_bytes
 from tests.benchmarks.micro.generation import generate, the_reference
 
+SUITS = "paroquant_stream.rotation.cuda.suits_many_rows"
 FORMS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "kernel": contextlib.nullcontext,
-    "few": lambda: mock.patch("paroquant_stream.rotation.cuda.suits_many_rows", lambda *_: False),
+    "few": lambda: mock.patch(SUITS, lambda *_: False),  # noqa: PT008
     "gathers": the_reference,
     "none": lambda: mock.patch("paroquant_stream.rotation.kernels.rotate", lambda x, _: x),
 }
