@@ -66,9 +66,8 @@ def convert_shards(
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        at_once = _shards_at_once(request, in_turn=published is not None)
-        jobs = _jobs(request, work.tasks, known)
-        for outcome in _run(request, jobs, at_once, prefetcher, tally, trace):
+        jobs, in_turn = _jobs(request, work.tasks, known), published is not None
+        for outcome in _run(request, jobs, in_turn, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
             if published:
@@ -151,12 +150,13 @@ def _shards_at_once(request: Request, in_turn: bool) -> int:
 def _run(
     request: Request,
     jobs: Sequence[Job],
-    at_once: int,
+    in_turn: bool,
     prefetcher: Prefetcher,
     tally: Tally,
     trace: Trace,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of jobs as they finish, each begun when its shards are present."""
+    at_once = _shards_at_once(request, in_turn)
     shared = request.shared
     parent = shared.cancellation if shared else None
 

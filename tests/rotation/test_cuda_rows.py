@@ -54,6 +54,12 @@ def compare(cases, folder):
 
 @pytest.mark.usefixtures("few_blocks")
 def test_all_kernels_have_the_same_bits_when_emulated(tmp_path):
+    compare(CASES[::4], tmp_path)  # each group size and each dtype once
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_blocks")
+def test_all_kernels_have_the_same_bits_for_every_size_and_dtype(tmp_path):
     compare(CASES, tmp_path)
 
 
