@@ -70,18 +70,21 @@ def read_chunks(
 
 
 def one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
-    """Yield what an iterator yields, while another thread takes its next item."""
+    """Yield what an iterator yields, none of it None, while another thread takes its next item."""
     from concurrent.futures import ThreadPoolExecutor  # late: a run without work does not need it
 
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
         step = partial(next, items, None)
-        future = None
-        while (item := future.result() if future else step()) is not None:
+        item = step()
+        while item is not None:
             try:
                 future = thread.submit(step)
             except RuntimeError:  # the system starts no more threads, or the program is ending
-                future = None
+                yield item
+                yield from items  # no thread is asked again: it would first do the refused step
+                return
             yield item
+            item = future.result()
 
 
 class SourceDigest(NamedTuple):  # a dataclass takes three times as long to import
