@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import xxhash
 
@@ -22,8 +23,8 @@ from ..files.tensor_header import TensorInfo
 
 BLOCK = 1 << 20  # bytes; smaller, an embedding can be cut at more rows; larger, less is hashed
 _TREE = "tree:"
-_RANGE = 16 * BLOCK  # bytes that a thread hashes for one call
-_READ = 4 * BLOCK  # bytes at a time
+_RANGE = 16 * BLOCK  # bytes that a thread takes at a time
+_READ = 4 * BLOCK  # bytes per read
 _THREADS = 16  # more wait for the interpreter's lock
 
 
@@ -108,8 +109,8 @@ def hash_entry(
             what there is is hashed.
         label: The name of the file in errors.
         like: A digest of the kind that is wanted.
-        threads: How many threads read and hash; None for one per core. A digest of an earlier
-            version allows no more than one.
+        threads: How many threads read and hash at most, this one included; None for one per core,
+            at most 16. A digest of an earlier version allows no more than one.
 
     Raises:
         SourceChangedError: The file became shorter meanwhile.
@@ -123,27 +124,42 @@ def hash_entry(
     ]
 
     found = [b""] * len(ranges)
-    numbers = iter(range(len(ranges)))  # threads take the next one themselves, without a queue
+    waiting = deque(range(len(ranges)))  # threads take from it by themselves
+
+    def take() -> int | None:
+        try:
+            return waiting.popleft()
+        except IndexError:
+            return None
 
     def work() -> None:
-        buffer = page_aligned(_READ)
-        for number in numbers:
-            try:
+        try:
+            buffer = page_aligned(_READ)
+            for number in iter(take, None):
                 found[number] = _hash_range(fd, label, buffer, ranges[number])
-            except BaseException:
-                deque(numbers, 0)  # ends the other threads
-                raise
+        except BaseException:
+            waiting.clear()  # ends the other threads
+            raise
 
-    threads = min(threads or os.cpu_count() or 1, _THREADS, len(ranges))
+    _run(work, min(threads or os.cpu_count() or 1, _THREADS, len(ranges)))
+    return tree_digest(header, b"".join(found))
+
+
+def _run(work: Callable[[], None], threads: int) -> None:
+    """Call a function in this thread and others, of which there may be fewer, at the same time."""
     if threads <= 1:
         work()
-    else:
-        from concurrent.futures import ThreadPoolExecutor  # late: it is slow to import
+        return
+    from concurrent.futures import ThreadPoolExecutor  # late: it is slow to import
 
-        with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-            for future in [pool.submit(work) for _ in range(threads)]:
-                future.result()
-    return tree_digest(header, b"".join(found))
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="verify") as pool:
+        others = []
+        with suppress(RuntimeError):  # the system starts no more threads, or the program is ending
+            for _ in range(threads - 1):
+                others.append(pool.submit(work))
+        work()
+        for other in others:
+            other.result()
 
 
 def _hash_range(fd: int, label: str, buffer: memoryview, bounds: Range) -> bytes:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import threading
+from collections import deque
 
 import pytest
 import xxhash
@@ -21,6 +24,7 @@ from paroquant_stream.store.entry_digest import (
     tree_digest_of,
 )
 from paroquant_stream.store.manifest import DIGEST_FORM
+from tests.helpers.pool_calls import LIMIT
 
 SPECS = [
     TensorSpec("a", "U8", (8192,)),  # two blocks
@@ -192,16 +196,61 @@ def test_a_range_that_the_file_has_not_is_an_error(tmp_path, size):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_interrupt_of_a_verification_ends_it(fd, monkeypatch, threads):
-    real, calls = entry_digest.read_into, []
+def test_an_interrupt_of_a_verification_ends_every_thread(fd, monkeypatch, threads):
+    cleared, begun, real = threading.Event(), itertools.count(), entry_digest.read_into
+
+    class Ranges(deque):
+        def clear(self):
+            super().clear()
+            cleared.set()
 
     def read_into(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
+        if next(begun) == 0:
             raise KeyboardInterrupt
+        assert cleared.wait(LIMIT)  # none is faster than the interrupt
         real(*arguments)
 
+    monkeypatch.setattr(entry_digest, "deque", Ranges)
     monkeypatch.setattr(entry_digest, "read_into", read_into)
     with pytest.raises(KeyboardInterrupt):
         hash_entry(fd, TENSORS, "x", "tree:", threads)
-    assert len(calls) >= 2
+    assert next(begun) <= threads  # of five ranges, each thread had one
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_with_fewer_threads_the_digest_is_the_same(fd, monkeypatch, started):
+    asked, real = [], threading.Thread.start
+
+    def start(thread):
+        asked.append(thread.name)
+        if len(asked) > started:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert hash_entry(fd, TENSORS, "x", "tree:", 4) == expected()
+    assert 1 <= len(asked) <= started + 1  # one that is done already is not followed by another
+
+
+def test_an_error_of_the_only_thread_that_started_is_raised(fd, monkeypatch):
+    """Else the ranges that it left would have no digest."""
+    asked, started, main = [], threading.Thread.start, threading.main_thread()
+    real, failed = entry_digest.read_into, threading.Event()
+
+    def start(thread):
+        asked.append(thread)
+        if len(asked) > 1:
+            assert failed.wait(LIMIT)
+            raise RuntimeError("can't start new thread")
+        started(thread)
+
+    def read_into(*arguments):
+        if threading.current_thread() is not main:
+            failed.set()
+            raise SourceChangedError("x: became shorter")
+        real(*arguments)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(entry_digest, "read_into", read_into)
+    with pytest.raises(SourceChangedError, match="x: became shorter"):
+        hash_entry(fd, TENSORS, "x", "tree:", 4)
