@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import safetensors
@@ -55,15 +56,11 @@ def verify_entry(store: Store, record: EntryRecord) -> Problem | None:
     except StoreError:
         return Problem(path, f"{record.size:,} bytes", "no readable file", record.key)
     with closing(fd):
-        from concurrent.futures import ThreadPoolExecutor  # late: `cache ls` needs none of it
-
-        with ThreadPoolExecutor(1) as thread:  # safetensors imports numpy meanwhile
-            asked = thread.submit(_second_opinion, fd, record)
-            tensors = lay_out(record.tensors)[1]
-            digest = hash_entry(fd, tensors, str(path), record.digest)
-            opinion = asked.result()
-    if digest == record.digest:
-        return Problem(path, *opinion, record.key) if opinion else None
+        tensors = lay_out(record.tensors)[1]
+        digest = hash_entry(fd, tensors, str(path), record.digest)
+        if digest == record.digest:  # every byte was read: a map of others could end this process
+            opinion = _second_opinion(fd, record)
+            return Problem(path, *opinion, record.key) if opinion else None
     if not confirmed_defect(record, store):  # one bad read is no damage
         return None
     take_out(store, record, f"expected XXH3 {record.digest}, found {digest}")
@@ -155,11 +152,14 @@ def _verify_records(
     store: Store, records: Iterable[EntryRecord], directory: Path | None
 ) -> tuple[int, list[Problem]]:
     """Verify these entries, and the shards in the model's directory if one is given."""
-    records = list(records)
-    checks = [verify_entry(store, record) for record in records]
-    if directory is not None:
-        from concurrent.futures import ThreadPoolExecutor  # late: `cache ls` needs none of it
+    from concurrent.futures import ThreadPoolExecutor  # late: `cache ls` needs none of it
 
+    records = list(records)
+    with ThreadPoolExecutor(1) as thread:
+        with suppress(RuntimeError):  # the system starts no more threads
+            thread.submit(import_module, "numpy")  # for safetensors, while the first entry is read
+        checks = [verify_entry(store, record) for record in records]
+    if directory is not None:
         verify = partial(verify_source, directory, digest_cache=store.digest_cache)
         with ThreadPoolExecutor(default_jobs()) as threads:
             checks += threads.map(verify, records)

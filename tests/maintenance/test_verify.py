@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
-from paroquant_stream.errors import StoreError
+from paroquant_stream.errors import StoreError, UnreadableFileError
 from paroquant_stream.maintenance import verify as module
 from paroquant_stream.maintenance.verify import manifests_of, verify_model, verify_store
 
@@ -47,6 +49,46 @@ def test_any_flipped_bit_of_an_entry_is_found_by_verify(request_, position):
         assert problem.path == path
         assert str(problem).startswith(f"{path}: expected XXH3 ")
         assert not path.exists()  # taken out of use
+
+
+def test_safetensors_maps_no_entry_that_was_not_read_whole(request_, monkeypatch):
+    """A page that cannot be read ends a process that has it mapped."""
+    opened, real = [], module.safetensors.safe_open
+    monkeypatch.setattr(
+        module.safetensors, "safe_open", lambda *a, **k: opened.append(a) or real(*a, **k)
+    )
+    flip(entry_paths(request_)[1])
+    _, problems = verify_store(request_.store)
+    assert len(problems) == 1
+    assert len(opened) == 2
+
+    def unreadable(*_):
+        raise UnreadableFileError("x: cannot be read: Input/output error")
+
+    monkeypatch.setattr(module, "hash_entry", unreadable)
+    with pytest.raises(UnreadableFileError):
+        verify_store(request_.store)
+    assert len(opened) == 2
+
+
+def test_an_entry_that_safetensors_sees_otherwise_is_a_problem(request_, monkeypatch):
+    def refuse(*_, **__):
+        raise module.safetensors.SafetensorError("header too small")
+
+    monkeypatch.setattr(module.safetensors, "safe_open", refuse)
+    _, problems = verify_store(request_.store)
+    assert {str(p).partition(": ")[2] for p in problems} == {
+        "expected a file that safetensors opens, got header too small"
+    }
+    assert [p.path.exists() for p in problems] == [True] * 3
+
+
+def test_without_more_threads_entries_are_verified(request_, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert verify_store(request_.store) == (3, [])
 
 
 def test_one_bad_read_is_no_damage(request_, monkeypatch):
