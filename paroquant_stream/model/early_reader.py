@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import mlx.core as mx
 
@@ -13,7 +14,7 @@ from ..store.manifest import EntryRecord
 from .memory import available_memory, physical_memory
 
 Arrays = dict[str, mx.array]
-_CORES = 4  # for a thread, which is enough to keep up with that many workers
+_CORES = 4  # per thread: one keeps up with so many workers
 
 
 class EarlyReader:
@@ -42,7 +43,8 @@ class EarlyReader:
         free = available_memory()
         fits = physical_memory() > 2 * self._size if free is None else free > 2 * record.size
         if fits:
-            self._found[record.key] = self._threads.submit(self._read, record)
+            with suppress(RuntimeError):  # the system starts no more threads: it is read later
+                self._found[record.key] = self._threads.submit(self._read, record)
 
     def take(self, record: EntryRecord) -> Arrays | None:
         """Give away the arrays of an entry; None if they are to be read again.

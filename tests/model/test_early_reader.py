@@ -47,6 +47,38 @@ def test_an_entry_that_was_not_added_is_not_there():
         assert early.take(ONE) is None
 
 
+@pytest.mark.parametrize(("cores", "count"), [(None, 1), (1, 1), (7, 1), (8, 2), (16, 4)])
+def test_a_thread_reads_for_four_cores(monkeypatch, cores, count):
+    monkeypatch.setattr(early_reader.os, "cpu_count", lambda: cores)
+    together, main = threading.Barrier(count + 1), threading.Semaphore(0)
+    names = set()
+
+    def read(_record):
+        names.add(threading.current_thread().name)
+        together.wait(LIMIT)
+        main.acquire(timeout=LIMIT)
+        return {}
+
+    records = [replace(ONE, key=str(number)) for number in range(count + 2)]
+    with closing(EarlyReader(read)) as early:
+        for record in records:
+            early.add(record)
+        together.wait(LIMIT)
+        assert len(names) == count
+        together.abort()  # the others go on by themselves
+        main.release(len(records))
+
+
+def test_without_more_threads_an_entry_is_read_later(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with closing(EarlyReader(arrays)) as early:
+        early.add(ONE)
+        assert early.take(ONE) is None
+
+
 def test_damage_is_raised_and_other_failures_are_read_again():
     errors = [EntryDamagedError("damaged"), RuntimeError("[load] failed")]
 
