@@ -133,17 +133,18 @@ def _known_records(model: ModelPlan, before: Manifest | None) -> dict[str, Entry
     return {record.shard: record for record in (*dropped, *(before.entries if before else ()))}
 
 
-def _shards_at_once(request: Request, in_turn: bool) -> int:
+def _shards_at_once(request: Request, count: int, in_turn: bool) -> int:
     """Return how many shards are begun before the first is finished.
 
     Args:
         request: With the number of units that run at once.
+        count: Of the shards.
         in_turn: Whether the entries are wanted one after another, to be read meanwhile.
     """
     if request.jobs == 1 or request.options.drop_source:
         return request.jobs
-    if in_turn:  # a third each, as many hashing one file and writing one would wait for each other
-        return max(3, -(-request.jobs // 3))
+    if in_turn and count <= request.jobs:  # they are split, so that three keep the workers busy
+        return max(3, -(-request.jobs // 3))  # more workers for one file wait for each other
     return request.jobs + 1  # so that the workers are busy while an entry is published
 
 
@@ -156,7 +157,7 @@ def _run(
     trace: Trace,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of jobs as they finish, each begun when its shards are present."""
-    at_once = _shards_at_once(request, in_turn)
+    at_once = _shards_at_once(request, len(jobs), in_turn)
     shared = request.shared
     parent = shared.cancellation if shared else None
 

@@ -142,6 +142,43 @@ def test_the_last_shards_are_split_among_the_workers(tmp_path, monkeypatch, shar
     assert found[-1] == expected[-1]
 
 
+@pytest.mark.parametrize(
+    ("jobs", "in_turn", "shards", "expected"),
+    [
+        (1, True, 1, 1),
+        (1, False, 9, 1),
+        (2, False, 9, 3),
+        (2, True, 2, 3),
+        (8, False, 8, 9),
+        (8, True, 8, 3),
+        (16, True, 9, 6),
+        (8, True, 9, 9),  # not all are split: each needs a worker of its own
+    ],
+)
+def test_shards_are_begun_for_every_worker(model_dir, jobs, in_turn, shards, expected):
+    request = make_request(model_dir, jobs=jobs)
+    assert pipeline._shards_at_once(request, shards, in_turn) == expected  # private: as below
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_as_many_shards_are_dropped_at_once_as_jobs(model_dir, in_turn):
+    request = make_request(model_dir, jobs=8, drop_source=True)
+    assert pipeline._shards_at_once(request, 8, in_turn) == 8  # private: as below
+
+
+@pytest.mark.parametrize(("shards", "jobs"), [(3, 4), (6, 4)])
+def test_a_run_whose_entries_are_read_meanwhile_publishes_each(tmp_path, monkeypatch, shards, jobs):
+    asked, real, published = [], pipeline._shards_at_once, []
+    monkeypatch.setattr(pipeline, "_shards_at_once", lambda *a: asked.append(a[1:]) or real(*a))
+    model = write_checkpoint(tmp_path / "m", cut=cut_apart(shards))
+    request = make_request(model, jobs=jobs, cache_dir=tmp_path / "cache")
+    found = convert(request, published=published.append)
+    assert asked == [(shards, True)]
+    assert {each.key for each in published} == {each.key for each in found.manifest.entries}
+    convert(make_request(model, jobs=jobs, cache_dir=tmp_path / "other"))
+    assert asked[1:] == [(shards, False)]
+
+
 def task(name: str, size: int, kind: str = "cast") -> Task:
     part = Part("t", "F16", (size // 2,), name, 0, size)
     operation = Operation(kind, ((part,),), (TensorSpec("t", "F16", (size // 2,)),))
