@@ -42,7 +42,7 @@ class Automatic(ExitStack):
             return None
         with self._lock:
             if not self._tried:
-                self._tried = True  # several models would each wait for an answer
+                self._tried = True  # one pool, or one warning, for several models
                 from .eager_processes import EagerProcesses  # late: most runs need none of it
                 from .processes import processes
 

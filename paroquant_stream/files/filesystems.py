@@ -1,4 +1,4 @@
-"""What a file system is: whether its ctime shows every change of a file, and by whose clock.
+"""What a file system is: whether it lies in memory, and how its ctime shows changes of a file.
 
     LOCAL    by the clock of this kernel, finer than a second
     WEAK     by the clock of another machine, or in whole seconds

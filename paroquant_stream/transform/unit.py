@@ -1,9 +1,9 @@
 """Units of work: what one worker does at a time, some 256 MB of a shard or a whole one.
 
 An operation that is larger is cut between slices of its stack, or rows of its embedding, where a
-block of the entry's digest ends in every output. Where shards are left for every worker, a shard is
-one unit that reads it once, from front to back, for the hash and the conversion. Of the last
-shards, or a single one, the hash and every 256 MB are units of their own.
+block of the entry's digest ends in every output. Where enough shards are left for every worker, a
+shard is one unit that reads it once, from front to back, for the hash and the conversion. Of a
+shard that is more than a worker's share, the hash and every 256 MB are units of their own.
 """
 
 from __future__ import annotations
