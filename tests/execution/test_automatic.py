@@ -61,6 +61,13 @@ def test_a_system_without_more_processes_has_threads(monkeypatch, caplog):
 def test_a_program_that_is_no_python_leaves_the_work_to_threads(
     model_dir, tmp_path, monkeypatch, caplog, program
 ):
+    start = EagerProcesses._start
+
+    def greet_first(self, count):  # else the work could be done before it is known
+        start(self, count)
+        self._greeter.shutdown()
+
+    monkeypatch.setattr(EagerProcesses, "_start", greet_first)
     monkeypatch.setattr(automatic, "MIN_BYTES", 1)
     monkeypatch.setattr(sys, "executable", shutil.which(program) or "/nowhere/python")
     convert_checkpoint(model_dir, cache_dir=tmp_path / "cache", jobs=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -112,12 +113,12 @@ def test_a_pool_that_is_killed_warns_of_no_process(pool_of, caplog, monkeypatch,
 def test_each_unfit_process_is_a_thread_and_all_are_one_warning(
     pool_of, monkeypatch, caplog, tmp_path
 ):
-    monkeypatch.setattr(sys, "executable", "/bin/true")
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
     pool = greeted(pool_of(4))
     met = [pool.submit(meet, str(tmp_path / "met"), LIMIT, 4) for _ in range(4)]
     assert {each.result(LIMIT) for each in met} == {os.getpid()}
     (warning,) = warnings(caplog)
-    assert warning.startswith("no worker processes, so threads convert: /bin/true: ")
+    assert warning.startswith(f"no worker processes, so threads convert: {sys.executable}: ")
     assert "\n" not in warning
     assert len({pool.submit(threading.get_ident).result(LIMIT) for _ in range(40)}) <= 4
 
