@@ -7,7 +7,8 @@ a higher version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .repack import (
 from .source import Source
 
 Chunks = Iterator[tuple[int, memoryview]]
+_TOGETHER = 1 << 20  # bytes that are converted by one call: about an L2 cache
 _DTYPES = {
     "F16": np.float16,
     "F32": np.float32,
@@ -51,10 +53,14 @@ def run_operation(operation: Operation, source: Source) -> Chunks:
     Raises:
         OutOfRangeError: A finite value would overflow in the dtype that it is cast to.
     """
-    convert = _KINDS[operation.kind]
-    for parts in operation.slices:
-        for index, chunk in convert(source, parts, dict(operation.values)):
-            yield index, _cast(operation, index, chunk) if operation.made else chunk
+    values = dict(operation.values)
+    if function := _BY_COLUMNS.get(operation.kind):
+        chunks = _by_columns(function, source, operation.slices)
+    else:
+        convert = _KINDS[operation.kind]
+        chunks = (c for parts in operation.slices for c in convert(source, parts, values))
+    for index, chunk in chunks:
+        yield index, _cast(operation, index, chunk) if operation.made else chunk
 
 
 def _cast(operation: Operation, index: int, chunk: memoryview) -> memoryview:
@@ -76,6 +82,32 @@ def _array(source: Source, part: Part, buffer: int = 0) -> npt.NDArray[Any]:
     return np.frombuffer(source.whole(part, buffer), _DTYPES[part.dtype]).reshape(part.shape)
 
 
+def _by_columns(
+    function: Callable[..., npt.NDArray[Any]], source: Source, slices: Sequence[tuple[Part, ...]]
+) -> Chunks:
+    """Convert slices whose outputs are rows in the order of their columns.
+
+    Those of experts are small, so many are put side by side and converted by one call.
+    """
+    size = sum(part.stop - part.start for part in slices[0])
+    count = max(1, _TOGETHER // max(size, 1))
+    for first in range(0, len(slices), count):
+        some = slices[first : first + count]
+        matrices = (_beside(source, parts, n) for n, parts in enumerate(zip(*some, strict=True)))
+        yield 0, _bytes_of(function(*matrices))
+
+
+def _beside(source: Source, parts: Sequence[Part], buffer: int) -> npt.NDArray[Any]:
+    """Return the columns of several matrices, those of the first first."""
+    if len(parts) == 1:
+        return _array(source, parts[0], buffer)
+    ends = list(accumulate(part.shape[1] for part in parts))
+    joined = np.empty((parts[0].shape[0], ends[-1]), _DTYPES[parts[0].dtype])
+    for part, end in zip(parts, ends, strict=True):
+        joined[:, end - part.shape[1] : end] = _array(source, part)
+    return joined
+
+
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).data.cast("B")
 
@@ -90,11 +122,6 @@ def _awq_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -
         yield 0, _bytes_of(stripe)
 
 
-def _awq_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
-    zeros, scales = parts
-    yield 0, _bytes_of(awq_biases(_array(source, scales, buffer=1), _array(source, zeros)))
-
-
 def _int5_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
     qweight, plane = parts
     for stripe in int5_stripes(_array(source, qweight), _array(source, plane, buffer=1)):
@@ -105,14 +132,6 @@ def _int5_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) 
     qzeros, plane, scales = parts
     zeros = int5_codes(_array(source, qzeros), _array(source, plane, buffer=1))
     yield 0, _bytes_of(int5_biases(_array(source, scales), zeros))
-
-
-def _group_scales(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
-    yield 0, _bytes_of(group_scales(_array(source, parts[0])))
-
-
-def _native_biases(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
-    yield 0, _bytes_of(native_biases(_array(source, parts[0])))
 
 
 def _legacy_weight(source: Source, parts: tuple[Part, ...], _: Mapping[str, int]) -> Chunks:
@@ -158,12 +177,14 @@ _KINDS: dict[str, Callable[[Source, tuple[Part, ...], Mapping[str, int]], Chunks
     "copy": _copy,
     "quantize": _quantize,
     "awq_weight": _awq_weight,
-    "awq_biases": _awq_biases,
     "int5_weight": _int5_weight,
     "int5_biases": _int5_biases,
-    "group_scales": _group_scales,
-    "native_biases": _native_biases,
     "legacy_weight": _legacy_weight,
     "legacy_scales": _legacy_rows,
     "legacy_biases": _legacy_rows,
+}
+_BY_COLUMNS: dict[str, Callable[..., npt.NDArray[Any]]] = {
+    "awq_biases": lambda zeros, scales: awq_biases(scales, zeros),
+    "group_scales": group_scales,
+    "native_biases": native_biases,
 }

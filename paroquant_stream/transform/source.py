@@ -70,6 +70,7 @@ class Source:
         self._unit, self._tick, self._trace = unit, tick, trace
         self._buffers = buffers or Buffers()
         self._fds: dict[str, int] = {}
+        self._paths: dict[str, str] = {}
         self._hasher: SourceHasher | None = None
         self._cache = unit.store.digest_cache
         self.read: dict[Range, bytes] = {}
@@ -77,7 +78,7 @@ class Source:
         self.borrowed: dict[str, bytes] = {}
         """The SHA-256 of each borrowed tensor that was read."""
         if unit.hashed is not None:
-            fd, label = self._fd(unit.shard), str(self._path(unit.shard))
+            fd, label = self._fd(unit.shard), self._path(unit.shard)
             try:
                 self._seen = self._cache.begin(fd)
                 size = file_status(fd, label).st_size
@@ -92,7 +93,7 @@ class Source:
             return None
         with self._trace.span("hash", self._unit.shard):
             digest = self._hasher.finish()
-        name = Shard(self._unit.shard, self._path(self._unit.shard)).hub_sha256
+        name = Shard(self._unit.shard, Path(self._path(self._unit.shard))).hub_sha256
         self._cache.remember(self._fd(self._unit.shard), self._seen, digest.sha256, name)
         return digest
 
@@ -156,7 +157,7 @@ class Source:
     def _read(self, part: Part, start: int, buffer: memoryview) -> memoryview:
         """Fill `buffer` with the part's bytes from `start` on."""
         with self._trace.span("read", part.name):
-            read_into(self._fd(part.shard), buffer, start, str(self._path(part.shard)))
+            read_into(self._fd(part.shard), buffer, start, self._path(part.shard))
         return buffer
 
     def _hash_up_to(self, part: Part) -> None:
@@ -173,12 +174,14 @@ class Source:
         self._tick(len(data) * (2 if is_next else 1))
         return is_next
 
-    def _path(self, shard: str) -> Path:
-        return self._unit.directory / shard
+    def _path(self, shard: str) -> str:
+        if shard not in self._paths:  # thousands of experts lie in one shard
+            self._paths[shard] = str(self._unit.directory / shard)
+        return self._paths[shard]
 
     def _fd(self, shard: str) -> int:
         if shard not in self._fds:
-            self._fds[shard] = Shard(shard, self._path(shard)).open()
+            self._fds[shard] = Shard(shard, Path(self._path(shard))).open()
         return self._fds[shard]
 
     def _record(self, known: dict[_Key, bytes], key: _Key, digest: bytes, part: Part) -> None:

@@ -17,7 +17,7 @@ from tests.helpers.operations import Bytes, part, quantized, results
 
 
 def test_every_kind_has_a_version_and_every_version_a_kind():
-    assert operations._KINDS.keys() == OPERATION_VERSIONS.keys()
+    assert operations._KINDS.keys() | operations._BY_COLUMNS.keys() == OPERATION_VERSIONS.keys()
 
 
 def test_a_copy_has_the_same_bytes():
@@ -61,6 +61,34 @@ def test_slices_of_a_stack_follow_each_other():
     one, two = part("a", "I16", (4,)), part("b", "I16", (4,))
     operation = Operation("copy", ((one,), (two,)), (TensorSpec("s", "I16", (2, 4)),))
     assert results(operation, Bytes({"a": b"11111111", "b": b"22222222"})) == [b"1111111122222222"]
+
+
+COLUMNS = {
+    "awq_biases": (("I32", 8), ("F16", 1)),
+    "group_scales": (("F16", 1),),
+    "native_biases": (("F16", 1),),
+}
+"""The dtypes of the parts of these kinds, and the columns of the output for one of a part."""
+
+
+@pytest.mark.parametrize("together", [1, 700, 1 << 20])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_slices_side_by_side_have_the_bits_of_each_alone(kind, together, monkeypatch):
+    random, rows, data, slices = np.random.default_rng(0), 3, {}, []
+    for number, columns in enumerate((64, 64, 8, 32, 64)):
+        parts = [
+            part(f"{number} {n}", dtype, (rows, columns // share))
+            for n, (dtype, share) in enumerate(COLUMNS[kind])
+        ]
+        for each in parts:
+            numbers = random.integers(0, 1 << 30, each.shape, np.int32)
+            values = random.normal(size=each.shape).astype(np.float16)
+            data[each.name] = (numbers if each.dtype == "I32" else values).tobytes()
+        slices.append(tuple(parts))
+    outputs = (TensorSpec("x", "F16", (232, rows)),)
+    alone = [results(Operation(kind, (each,), outputs), Bytes(data))[0] for each in slices]
+    monkeypatch.setattr(operations, "_TOGETHER", together)  # private: how many at once
+    assert results(Operation(kind, tuple(slices), outputs), Bytes(data)) == [b"".join(alone)]
 
 
 @pytest.mark.parametrize(("values", "count"), [([1.0, 65520.0], 1), ([1.0, 65519.0], 0)])
