@@ -27,7 +27,8 @@ class EarlyReader:
             read: Returns the lazy arrays of an entry.
         """
         self._read_entry = read
-        count = max(1, (os.cpu_count() or 1) // _CORES)
+        # of a GPU's streams one is used: several were not tried there
+        count = max(1, (os.cpu_count() or 1) // _CORES) if mx.default_device() == mx.cpu else 1
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="reader")
         self._found: dict[str, Future[Arrays]] = {}
         self._size = 0

@@ -47,9 +47,13 @@ def test_an_entry_that_was_not_added_is_not_there():
         assert early.take(ONE) is None
 
 
-@pytest.mark.parametrize(("cores", "count"), [(None, 1), (1, 1), (7, 1), (8, 2), (16, 4)])
-def test_a_thread_reads_for_four_cores(monkeypatch, cores, count):
+@pytest.mark.parametrize(
+    ("device", "cores", "count"),
+    [("cpu", None, 1), ("cpu", 1, 1), ("cpu", 7, 1), ("cpu", 8, 2), ("cpu", 16, 4), ("gpu", 16, 1)],
+)
+def test_a_thread_reads_for_four_cores_but_one_for_a_gpu(monkeypatch, device, cores, count):
     monkeypatch.setattr(early_reader.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(early_reader.mx, "default_device", lambda: getattr(early_reader.mx, device))
     together, main = threading.Barrier(count + 1), threading.Semaphore(0)
     names = set()
 

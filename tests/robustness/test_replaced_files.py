@@ -38,9 +38,9 @@ def _old(monkeypatch):
 def hashed(monkeypatch) -> list[int]:
     """The bytes of every source that is hashed by reading it."""
     hashed: list[int] = []
-    real = SourceHasher.update
+    real = SourceHasher._pass  # private: all bytes pass it, whoever has read them
     monkeypatch.setattr(
-        SourceHasher, "update", lambda self, view: hashed.append(len(view)) or real(self, view)
+        SourceHasher, "_pass", lambda self, view: hashed.append(len(view)) or real(self, view)
     )
     return hashed
 
