@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 
 import mlx.core as mx
 
@@ -29,13 +30,13 @@ class EarlyReader:
         self._read_entry = read
         # of a GPU's streams one is used: several were not tried there
         count = max(1, (os.cpu_count() or 1) // _CORES) if mx.default_device() == mx.cpu else 1
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="reader")
+        self._threads = _threads(count, os.getpid())
         self._found: dict[str, Future[Arrays]] = {}
-        self._size = 0
+        self._size, self._is_closed = 0, False
 
     def close(self) -> None:
         """Read no more, and free what was not taken."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._is_closed = True
         self._found.clear()
 
     def add(self, record: EntryRecord) -> None:
@@ -62,6 +63,17 @@ class EarlyReader:
             return None
 
     def _read(self, record: EntryRecord) -> Arrays:
+        if self._is_closed:
+            return {}
         arrays = self._read_entry(record)
         mx.eval(arrays)
         return arrays
+
+
+@cache
+def _threads(count: int, _process: int) -> ThreadPoolExecutor:
+    """Return the threads that read for every load of a process; a forked child has none of them.
+
+    They stay, as for each thread that evaluates MLX starts another, which never ends.
+    """
+    return ThreadPoolExecutor(count, thread_name_prefix="reader")

@@ -42,6 +42,43 @@ def test_an_entry_is_read_in_another_thread_and_given_away_once():
     assert threads[0] is not threading.main_thread()
 
 
+def test_every_load_reads_in_the_same_threads(monkeypatch):
+    """MLX starts a thread for each thread that evaluates, and never ends it."""
+    monkeypatch.setattr(early_reader.os, "cpu_count", lambda: 1)
+    names = []
+
+    def read(given):
+        names.append(threading.get_native_id())
+        return arrays(given)
+
+    for _ in range(3):
+        with closing(EarlyReader(read)) as early:
+            early.add(ONE)
+            assert early.take(ONE)
+    assert len(set(names)) == 1
+
+
+def test_a_load_that_failed_reads_no_more_entries(monkeypatch):
+    monkeypatch.setattr(early_reader.os, "cpu_count", lambda: 1)
+    begun, go_on, read = threading.Event(), threading.Event(), []
+
+    def wait(given):
+        begun.set()
+        go_on.wait(LIMIT)
+        read.append(given)
+        return {}
+
+    with closing(EarlyReader(wait)) as early:
+        early.add(ONE)
+        early.add(replace(ONE, key="other"))
+        begun.wait(LIMIT)
+    go_on.set()
+    with closing(EarlyReader(arrays)) as early:  # after all that was queued
+        early.add(ONE)
+        assert early.take(ONE)
+    assert read == [ONE]
+
+
 def test_an_entry_that_was_not_added_is_not_there():
     with closing(EarlyReader(arrays)) as early:
         assert early.take(ONE) is None
@@ -77,10 +114,16 @@ def test_without_more_threads_an_entry_is_read_later(monkeypatch):
     def refuse(_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with closing(EarlyReader(arrays)) as early:
+    read = []
+    early_reader._threads.cache_clear()  # private: those of other tests have begun
+    with closing(EarlyReader(read.append)) as early, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
         early.add(ONE)
         assert early.take(ONE) is None
+    with closing(EarlyReader(arrays)) as early:
+        early.add(ONE)
+        assert early.take(ONE)
+    assert not read  # not by a later load either
 
 
 def test_damage_is_raised_and_other_failures_are_read_again():
