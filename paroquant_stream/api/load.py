@@ -150,6 +150,10 @@ def _load_repairing(request: Request, options: _Options, progress: ProgressOptio
     loaded: _Loaded | None = None
     with contextlib.suppress(EntryDamagedError):  # was logged; leaving the block frees all arrays
         loaded = _load(request, options, progress)
+    if loaded is None:
+        # MLX may raise the failure of a read again, at the next evaluation of other arrays
+        with contextlib.suppress(AssemblyError):
+            loaded = _load(request, options, progress)
     loaded = loaded or _load(request, options, progress)
     logger.info("%s: loaded in %.1f s", name, time.monotonic() - started)
     return loaded

@@ -97,6 +97,31 @@ def test_a_damaged_entry_is_converted_again(model_dir):
     assert path.read_bytes() == good
 
 
+@pytest.mark.parametrize(("failures", "loads"), [(1, True), (2, False)])
+def test_a_read_whose_failure_mlx_raises_twice_does_not_end_a_repair(
+    model_dir, monkeypatch, failures, loads
+):
+    """One load in hundreds: the failure of a damaged entry comes again when the next are read."""
+    manifest = convert_checkpoint(model_dir)
+    record = manifest.entries[1]
+    flip(make_request(model_dir).store.entry_path(record.key), record.size - 1)
+    left, real = [None] * failures, assemble.mx.async_eval
+
+    def evaluate(*arrays):
+        if left:
+            left.pop()
+            raise RuntimeError("[read] Unable to read from file.")
+        return real(*arrays)
+
+    monkeypatch.setattr(assemble.mx, "async_eval", evaluate)
+    if loads:
+        load(model_dir)
+    else:
+        with pytest.raises(AssemblyError, match="MLX could not read the weights"):
+            load(model_dir)
+    assert not left
+
+
 @pytest.mark.parametrize(
     ("model", "missing"), [("llama-awq-adversarial", "mlx_lm"), (VISION.name, "mlx_vlm")]
 )
