@@ -185,8 +185,10 @@ def _run(
 def _jobs(request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord]) -> list[Job]:
     """Return the jobs; shards larger than the share of a worker in what is left are split."""
     jobs, costs = [], [sum(map(cost_of, task.operations)) for task in tasks]
-    for number, (task, cost) in enumerate(zip(tasks, costs, strict=True)):
-        split = request.jobs > 1 and request.jobs * cost > sum(costs[number:])
+    left = sum(costs)
+    for task, cost in zip(tasks, costs, strict=True):
+        split = request.jobs > 1 and request.jobs * cost > left
+        left -= cost
         options = (request.options.force, known.get(task.shard), split)
         jobs.append(Job(task, request.source.directory, request.store, *options))
     return jobs

@@ -47,23 +47,24 @@ def read_into(fd: int, view: memoryview, start: int, label: str) -> None:
 
 
 def read_chunks(
-    fd: int, start: int, stop: int, label: str, buffer: memoryview
+    fd: int, start: int, stop: int, label: str, *buffers: memoryview
 ) -> Iterator[memoryview]:
-    """Yield the bytes `start:stop` of a file in order, as views into a buffer that is reused.
+    """Yield the bytes `start:stop` of a file in order, as views into buffers that are reused.
 
     Args:
         fd: The file.
         start: Position of the first byte.
         stop: Position after the last byte.
         label: The name of the file in errors.
-        buffer: Memory for one chunk; each chunk but the last fills it.
+        buffers: Memory for one chunk each, used in turn; each chunk but the last fills one.
 
     Raises:
         SourceChangedError: The file ends before `stop`.
         UnreadableFileError: The operating system cannot read it.
     """
+    turns = cycle(buffers)
     while start < stop:
-        chunk = buffer[: min(len(buffer), stop - start)]
+        chunk = next(turns)[: stop - start]
         read_into(fd, chunk, start, label)
         yield chunk
         start += len(chunk)
@@ -166,15 +167,12 @@ class SourceHasher:
         Yields:
             The next bytes, valid until the next but one.
         """
-        start, size = self.position, stop - self.position
+        size = stop - self.position
         if size <= 0:
             return
-        buffers = cycle([page_aligned(min(CHUNK, size)) for _ in range(2 if size > CHUNK else 1)])
-        while start < stop:
-            chunk = next(buffers)[: stop - start]
-            read_into(self._fd, chunk, start, self._label)
+        buffers = (page_aligned(min(CHUNK, size)) for _ in range(2 if size > CHUNK else 1))
+        for chunk in read_chunks(self._fd, self.position, stop, self._label, *buffers):
             self._pass(chunk)
-            start += len(chunk)
             yield chunk
 
     def finish(self) -> SourceDigest:

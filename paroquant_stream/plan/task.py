@@ -75,6 +75,11 @@ class Operation:
         return (part for parts in self.slices for part in parts)
 
     @property
+    def size(self) -> int:
+        """Return the bytes that it reads."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    @property
     def start(self) -> int:
         """The offset in the shard at which all of its first slice has begun.
 

@@ -3,7 +3,7 @@
 A warp rotates a tile of 32 rows of a group. The rows of a channel are 128 bytes side by side, which
 eight lanes read at once, each four rows: so no two of them meet in a bank of shared memory. Where
 that makes too few warps to hide latency, a tile has 16 rows, and eight lanes read two channels of
-64 bytes: those of neighbouring pairs, which the tables arrange (packed.py) to be in other banks.
+64 bytes: those of adjacent pairs, which the tables arrange (packed.py) to be in other banks.
 """
 
 from __future__ import annotations

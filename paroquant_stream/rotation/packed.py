@@ -48,7 +48,7 @@ class Tables(NamedTuple):
 def _arranged(
     words: NDArray[np.int32], cos: NDArray[np.float32], sin: NDArray[np.float32], group_size: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-    """Order the pairs of each round so that two neighbours meet in no bank of shared memory.
+    """Order the pairs of each round so that two adjacent ones meet in no bank of shared memory.
 
     The channels i of the pairs 2n and 2n + 1 are in different halves, and their channels j: a pair
     in one half stands beside one in the other, as many as there are, and one of both halves beside

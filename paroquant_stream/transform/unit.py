@@ -37,7 +37,7 @@ class Step:
     @property
     def size(self) -> int:
         """Bytes that it reads."""
-        return sum(part.stop - part.start for part in self.operation.parts)
+        return self.operation.size
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,7 @@ def units_of(unit: Unit, split: bool) -> list[Unit]:
 
 def cost_of(operation: Operation) -> int:
     """Return how long an operation takes, beside other operations."""
-    size = sum(part.stop - part.start for part in operation.parts)
-    return size * (_QUANTIZE_COST if operation.kind == "quantize" else 1)
+    return operation.size * (_QUANTIZE_COST if operation.kind == "quantize" else 1)
 
 
 def ranges_of(shard: str, steps: Sequence[Step]) -> list[Range]:

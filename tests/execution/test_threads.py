@@ -14,6 +14,7 @@ from paroquant_stream.errors import ExecutionError, RunCancelledError, StoreErro
 from paroquant_stream.execution import threads
 from paroquant_stream.execution.cancellation import Cancellation
 from paroquant_stream.execution.threads import run_all, translate_refusals
+from tests.helpers.processes import ENDS
 
 LIMIT = 30  # seconds to wait for what happens at once; reached only by a failure
 
@@ -186,25 +187,6 @@ def test_a_thread_that_cannot_start_is_one_line(monkeypatch, reason, advice):
 def test_another_error_of_starting_is_a_defect():
     with pytest.raises(RuntimeError, match="after shutdown"), translate_refusals():
         raise RuntimeError("cannot schedule new futures after shutdown")
-
-
-ENDS = """
-import sys, threading, time
-from concurrent.futures import thread
-from paroquant_stream import ExecutionError, convert_checkpoint
-
-def wait_for_the_end(*_):
-    while not thread._shutdown:  # no more calls are taken: the main thread has ended
-        time.sleep(0.001)
-
-def work():
-    try:
-        convert_checkpoint(sys.argv[1], cache_dir=sys.argv[2], jobs=2, progress=wait_for_the_end)
-    except ExecutionError as error:
-        print(error)
-
-threading.Thread(target=work).start()
-"""
 
 
 def test_a_program_that_ends_while_a_thread_converts_says_so(model_dir, tmp_path):

@@ -7,6 +7,25 @@ import time
 from paroquant_stream.files import temp_files
 from tests.helpers.pool_calls import LIMIT
 
+ENDS = """
+import sys, threading, time
+from concurrent.futures import thread
+from paroquant_stream import ExecutionError, convert_checkpoint
+
+def wait_for_the_end(*_):
+    while not thread._shutdown:  # no more calls are taken: the main thread has ended
+        time.sleep(0.001)
+
+def work():
+    try:
+        convert_checkpoint(sys.argv[1], cache_dir=sys.argv[2], jobs=2, progress=wait_for_the_end)
+    except ExecutionError as error:
+        print(error)
+
+threading.Thread(target=work).start()
+"""
+"""A program that ends while a thread of it converts."""
+
 
 def killed_at(*calls: str, setup: str = "") -> str:
     """Return a script that converts and is killed before the n-th of these calls of `os`.

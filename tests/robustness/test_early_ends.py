@@ -17,7 +17,7 @@ from paroquant_stream.api.convert import convert_checkpoint
 from tests.helpers.cache_files import entries, temps
 from tests.helpers.paths import ROOT
 from tests.helpers.pool_calls import LIMIT
-from tests.helpers.processes import wait_for_the_end_of
+from tests.helpers.processes import ENDS, wait_for_the_end_of
 
 pytestmark = pytest.mark.slow  # each starts processes
 POOL = """
@@ -144,24 +144,6 @@ def test_processes_of_replaced_code_are_replaced_by_threads(model_dir, tmp_path)
     assert "transform.quantize is not what this program has in memory" in stderr
     convert_checkpoint(model_dir, cache_dir=tmp_path / "right")
     assert entries(tmp_path / "cache") == entries(tmp_path / "right")
-
-
-ENDS = """
-from concurrent.futures import thread
-from paroquant_stream import ExecutionError
-
-def wait_for_the_end(*_):
-    while not thread._shutdown:  # no more calls are taken: the main thread has ended
-        time.sleep(0.001)
-
-def work():
-    try:
-        convert_checkpoint(sys.argv[1], cache_dir=sys.argv[2], jobs=2, progress=wait_for_the_end)
-    except ExecutionError as error:
-        print(error)
-
-threading.Thread(target=work).start()
-"""
 
 
 @pytest.mark.parametrize("setup", ["answer_late()", ""])
