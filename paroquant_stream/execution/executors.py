@@ -25,10 +25,8 @@ from ..errors import WorkersLostError, WorkersUnfitError
 from ..text import one_line
 from .dask import CONNECT_TIMEOUT, client_name, client_of, translate_errors
 from .identity import VERSIONS
-from .threads import translate_refusals
+from .threads import POLL_SECONDS, translate_refusals
 
-POLL_SECONDS = 0.2
-"""Between checks for cancellation while a job runs on an executor."""
 _Result = TypeVar("_Result")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
+    FIRST_COMPLETED,
     Executor,
     Future,
     ThreadPoolExecutor,
-    as_completed,
     wait,
 )
 from contextlib import contextmanager
@@ -20,6 +20,9 @@ from .cancellation import Cancellation
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+POLL_SECONDS = 0.2
+"""Longest wait of the main thread: a signal cuts none short that it meets at its beginning, or that
+another thread receives."""
 INTERRUPT_TIMEOUT = 1.0
 """Seconds an interrupted run waits for its jobs; an fsync of gigabytes cannot be cut short."""
 
@@ -90,8 +93,10 @@ def run_all(
     try:
         with translate_refusals():
             futures += [pool.submit(function, item, cancellation) for item in items]
-        for future in as_completed(futures):
-            yield future.result()
+        running = set(futures)
+        while running:
+            done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+            yield from (future.result() for future in done)
     except Exception:
         raise
     except BaseException:  # Ctrl-C, SIGTERM, or a caller that closed this generator

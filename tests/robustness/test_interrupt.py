@@ -141,11 +141,38 @@ def test_a_signal_ends_the_run_soon_and_cleanly(model_dir, tmp_path, number, cod
     process.send_signal(number)
     sent = time.monotonic()
     _, stderr = process.communicate(timeout=10)
-    assert time.monotonic() - sent < 2
     assert process.returncode == code
+    assert time.monotonic() - sent < 2
     assert b"interrupted" in stderr
     assert b"Traceback" not in stderr
     assert not list((tmp_path / "cache" / "v1" / "tmp").iterdir())
+
+
+SIGNALLED = """
+import signal, sys, threading, time
+from paroquant_stream.cli import convert
+from tests.helpers import slow_worker
+once = threading.Lock()
+def signalled():
+    time.sleep(0.2)
+    if once.acquire(blocking=False):
+        print("signalled", file=sys.stderr, flush=True)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+slow_worker.before_each_tick(signalled)
+sys.exit(convert.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_that_a_worker_thread_receives_ends_the_run(model_dir, tmp_path):
+    """The system may give a signal to any thread, and the wait of the main one goes on."""
+    arguments = [str(model_dir), "--cache-dir", str(tmp_path / "cache"), "--jobs", "3"]
+    process = subprocess.Popen([sys.executable, "-c", SIGNALLED, *arguments], stderr=subprocess.PIPE)
+    assert process.stderr.readline() == b"signalled\n"
+    sent = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - sent < 4
+    assert process.returncode == 143
+    assert b"interrupted" in stderr
 
 
 STUCK = """
