@@ -76,7 +76,7 @@ HOMES = {
     "mlx_vlm": {"backends/mlx_vlm.py"},
     "paroquant": set(),
     "safetensors": {"maintenance/verify.py"},
-    "numpy": {"rotation", "transform", "distributed/slices.py"},
+    "numpy": {"rotation", "transform", "distributed/slices.py", "model/entry_arrays.py"},
     "mlx": {"rotation", "backends", "model", "distributed", "exports", "transform/operations.py"},
 }
 """Third-party package -> the only packages or files that import it."""

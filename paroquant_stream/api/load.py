@@ -185,12 +185,18 @@ def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loa
     from ..model.entries import read_entry
 
     whole = not options.lazy and options.split == WHOLE
-    reader = EarlyReader(partial(read_entry, store=request.store, full=options.full))
+    read = partial(read_entry, store=request.store, full=options.full)
+    reader = EarlyReader(read, copies=not options.full)
     with contextlib.closing(reader) as early:
-        published = early.add if whole else None
         try:
             with reported(progress) as phase:
-                how = (phase(SHARDS), options.trace, needed, options.loads, published)
+                how = (
+                    phase(SHARDS),
+                    options.trace,
+                    needed,
+                    options.loads,
+                    early if whole else None,
+                )
                 done = convert(request, *how)
         except CheckpointError as error:
             if damage:

@@ -28,7 +28,7 @@ from .staleness import Needed, staleness
 
 if TYPE_CHECKING:
     from ..backends.backend import Backend
-    from .pipeline import Published
+    from .pipeline import EntryReader
     from .planning import ModelPlan
     from .progress import Progress
 
@@ -43,7 +43,7 @@ def convert(
     trace: Trace = NO_TRACE,
     needed: Needed | None = None,
     loads: Loads | None = None,
-    published: Published | None = None,
+    reader: EntryReader | None = None,
 ) -> Conversion:
     """Bring the store up to date with the model and publish the manifest.
 
@@ -54,7 +54,7 @@ def convert(
         needed: Where these entries are up to date nothing is done; else everything is converted.
         loads: What the caller loads of the model next, so that a library that this needs and that
             is not installed is an error before any work, and no warning.
-        published: Called with the record of each entry, new or reused, once its shard is done.
+        reader: Reads the entries meanwhile, for a caller that loads the model next.
 
     Raises:
         MissingExtraError: An optional package is needed and not installed; nothing was written.
@@ -69,7 +69,7 @@ def convert(
         drop = request.options.drop_source
         opened = partial(Folder.open, request.source.directory)
         with directory_lock(opened, exclusive=drop, required=drop) as model_dir:
-            how = (progress, trace, needed, loads, published)
+            how = (progress, trace, needed, loads, reader)
             return _convert_alone(request, model_dir, *how, started)
     request.store.sweep()
     return _unchanged(request, current, started)
@@ -107,7 +107,7 @@ def _convert_alone(
     trace: Trace,
     needed: Needed | None,
     loads: Loads | None,
-    published: Published | None,
+    reader: EntryReader | None,
     started: float,
 ) -> Conversion:
     """Convert while no other run removes sources of this model."""
@@ -147,7 +147,7 @@ def _convert_alone(
             )
         current = _current(request, needed)  # another process may have just done it
         if current is None:
-            return convert_shards(request, model, model_dir, progress, trace, started, published)
+            return convert_shards(request, model, model_dir, progress, trace, started, reader)
     return _unchanged(request, current, started)
 
 

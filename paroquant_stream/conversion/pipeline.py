@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
@@ -15,8 +16,10 @@ from ..execution.automatic import Automatic
 from ..execution.cancellation import Cancellation
 from ..execution.threads import run_all
 from ..files.folder import Folder
+from ..files.tensor_header import TensorInfo
 from ..files.tensor_writer import file_size
 from ..plan.task import Task
+from ..store.entry_file import EntryCopy
 from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
 from ..text import bytes_text, counted
@@ -31,8 +34,26 @@ from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
 
 logger = logging.getLogger(__name__)
-Published = Callable[[EntryRecord], None]
-"""Called with the record of each entry, new or reused, once its shard is done."""
+_FEW_JOBS = 2  # threads keep up with processes then, and only they copy entries
+
+
+class EntryReader(Protocol):
+    """Reads entries while others are made."""
+
+    def begin(self, tensors: Sequence[TensorInfo]) -> EntryCopy | None:
+        """Return where the bytes of an entry go that is about to be made, if anywhere.
+
+        Args:
+            tensors: Of the entry, in file order.
+        """
+
+    def add(self, record: EntryRecord, copy: EntryCopy | None) -> None:
+        """Take note of an entry, new or reused, once its shard is done.
+
+        Args:
+            record: The entry.
+            copy: Has all of its bytes, if `begin` returned it.
+        """
 
 
 def convert_shards(
@@ -42,7 +63,7 @@ def convert_shards(
     progress: Progress | None,
     trace: Trace,
     started: float,
-    published: Published | None = None,
+    reader: EntryReader | None = None,
 ) -> Conversion:
     """Convert what is missing, publish the manifest, and report what became of each shard.
 
@@ -53,7 +74,7 @@ def convert_shards(
         progress: As for `convert`.
         trace: As for `convert`.
         started: `time.monotonic()` at the start of the conversion.
-        published: As for `convert`.
+        reader: As for `convert`.
     """
     before = read_manifest(request)
     known = _known_records(model, before)
@@ -66,12 +87,12 @@ def convert_shards(
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        jobs, in_turn = _jobs(request, work.tasks, known), published is not None
-        for outcome in _run(request, jobs, in_turn, prefetcher, tally, trace):
+        jobs = _jobs(request, work.tasks, known, reader)
+        for outcome in _run(request, jobs, reader is not None, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
-            if published:
-                published(record)
+            if reader:
+                reader.add(record, outcome.copy)
             reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
             dropper.finish_task(record)
             prefetcher.finish_task()
@@ -172,9 +193,9 @@ def _run(
             return run_task(job, pool, tick, trace)
 
     with Automatic() if shared is None else nullcontext(shared.automatic) as automatic:
-        executor = request.options.executor or automatic.choose(
-            request.jobs, sum(job.task.size for job in jobs)
-        )
+        executor = request.options.executor
+        if not executor and not (in_turn and request.jobs <= _FEW_JOBS):
+            executor = automatic.choose(request.jobs, sum(job.task.size for job in jobs))
         executor = executor or (shared.threads if shared else None)
         with unit_pool(
             executor, request.jobs, request.source.directory, request.store, trace
@@ -182,14 +203,20 @@ def _run(
             yield from run_all(work, jobs, at_once, parent)
 
 
-def _jobs(request: Request, tasks: Sequence[Task], known: Mapping[str, EntryRecord]) -> list[Job]:
+def _jobs(
+    request: Request,
+    tasks: Sequence[Task],
+    known: Mapping[str, EntryRecord],
+    reader: EntryReader | None = None,
+) -> list[Job]:
     """Return the jobs; shards larger than the share of a worker in what is left are split."""
     jobs, costs = [], [sum(map(cost_of, task.operations)) for task in tasks]
     left = sum(costs)
     for task, cost in zip(tasks, costs, strict=True):
         split = request.jobs > 1 and request.jobs * cost > left
         left -= cost
-        options = (request.options.force, known.get(task.shard), split)
+        begin = reader.begin if reader else None
+        options = (request.options.force, known.get(task.shard), split, begin)
         jobs.append(Job(task, request.source.directory, request.store, *options))
     return jobs
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from ..files.atomic_file import AtomicFile, write_error
 from ..files.block_writer import BlockWriter
@@ -30,6 +31,18 @@ class Piece:
     size: int
     blocks: bytes
     """The digests of the blocks, 16 bytes each."""
+
+
+class EntryCopy(Protocol):
+    """Where the bytes of an entry go beside its file, for a caller that needs them next."""
+
+    def put(self, offset: int, chunk: memoryview) -> None:
+        """Copy bytes of one tensor.
+
+        Args:
+            offset: Of the first in the file.
+            chunk: The bytes; they change after the call.
+        """
 
 
 class EntryFile:
@@ -114,9 +127,11 @@ class EntryFile:
 class PieceWriter:
     """Writes pieces of an entry's temp file, in a worker."""
 
-    def __init__(self, fd: int, path: Path, size: int, trace: Trace) -> None:
+    def __init__(
+        self, fd: int, path: Path, size: int, trace: Trace, copy: EntryCopy | None
+    ) -> None:
         """Write to an open file; see `piece_writer`."""
-        self._fd, self._path = fd, path
+        self._fd, self._path, self._copy = fd, path, copy
         self._writer = BlockWriter(fd, partial(os.open, path), path, size, trace)
         self._open: dict[int, tuple[int, BlockHasher]] = {}  # start: next offset, hasher
 
@@ -134,6 +149,8 @@ class PieceWriter:
         chunk = chunk.cast("B")
         hasher.update(chunk)
         self._writer.write(chunk, offset)
+        if self._copy:
+            self._copy.put(offset, chunk)
         self._open[start] = offset + len(chunk), hasher
 
     def finish(self, sync: bool) -> list[Piece]:
@@ -162,13 +179,16 @@ class PieceWriter:
 
 
 @contextmanager
-def piece_writer(path: Path, size: int, trace: Trace = NO_TRACE) -> Iterator[PieceWriter]:
+def piece_writer(
+    path: Path, size: int, trace: Trace = NO_TRACE, copy: EntryCopy | None = None
+) -> Iterator[PieceWriter]:
     """Open the temp file of an entry to write pieces of it.
 
     Args:
         path: The file.
         size: The most bytes that will be written.
         trace: Records the stage `write`.
+        copy: Gets the bytes too.
 
     Raises:
         StoreError: The file cannot be opened; it is absent once the run that made it has ended.
@@ -178,7 +198,7 @@ def piece_writer(path: Path, size: int, trace: Trace = NO_TRACE) -> Iterator[Pie
         fd = os.open(path, flags)
     except OSError as error:
         raise write_error(path, size, error) from error
-    writer = PieceWriter(fd, path, size, trace)
+    writer = PieceWriter(fd, path, size, trace, copy)
     try:
         yield writer
     finally:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import StoreError
 from ..files.descriptor import FileStamp, closing
+from ..files.tensor_header import TensorInfo
 from ..files.tensor_writer import file_size, lay_out
 from ..plan.task import Task
 from ..store.damage import confirmed_defect
 from ..store.entry_digest import is_tree, tree_digest_of
-from ..store.entry_file import EntryFile
+from ..store.entry_file import EntryCopy, EntryFile
 from ..store.manifest import EntryRecord
 from ..store.store import Store
 from ..trace import NO_TRACE, Trace
@@ -39,6 +41,8 @@ class Job:
     """The record of this shard in an earlier manifest, if there is one."""
     split: bool = False
     """Whether several workers convert the shard, since others would be idle."""
+    begin_copy: Callable[[Sequence[TensorInfo]], EntryCopy | None] | None = None
+    """Called before an entry with these tensors is written by this process alone."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Outcome:
     """False if the store had the entry already."""
     seconds: float
     """Duration of the job."""
+    copy: EntryCopy | None = None
+    """Has all bytes of the entry, if one was begun."""
 
 
 def run_task(job: Job, pool: UnitPool, tick: Tick, trace: Trace = NO_TRACE) -> Outcome:
@@ -73,10 +79,11 @@ def run_task(job: Job, pool: UnitPool, tick: Tick, trace: Trace = NO_TRACE) -> O
     started = time.monotonic()
     shard = SourceShard(job.task, job.directory, job.store.digest_cache)
     try:
-        record = None if job.force else find_entry(job, shard, pool, tick)
+        record, copy = None if job.force else find_entry(job, shard, pool, tick), None
         converted = record is None
-        record = record or _convert(job, shard, pool, tick, trace)
-        return Outcome(record, converted, time.monotonic() - started)
+        if record is None:
+            record, copy = _convert(job, shard, pool, tick, trace)
+        return Outcome(record, converted, time.monotonic() - started, copy)
     finally:
         shard.close()
 
@@ -142,15 +149,19 @@ def _all(job: Job, shard: SourceShard, steps: list[Step], path: Path | None) -> 
     return Unit(job.task.shard, job.directory, job.store, tuple(steps), path, hashed)
 
 
-def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace) -> EntryRecord:
+def _convert(
+    job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace
+) -> tuple[EntryRecord, EntryCopy | None]:
     with job.store.new_entry(job.task.outputs) as file:
+        copy = job.begin_copy(file.tensors) if job.begin_copy and pool.is_here else None
         unit = _all(job, shard, steps_of(job.task, file.tensors), file.path)
+        unit = replace(unit, copy=copy)
         if shard.is_hashed:
             unit = replace(unit, hashed=None)
         for result in pool.run(units_of(unit, job.split), tick):
             shard.add(result)
             file.add(result.pieces)
-        return _publish(job, shard, file, trace)
+        return _publish(job, shard, file, trace), copy
 
 
 def _publish(job: Job, shard: SourceShard, file: EntryFile, trace: Trace) -> EntryRecord:

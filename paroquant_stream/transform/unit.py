@@ -18,7 +18,7 @@ from ..files.hashing import Range, SourceDigest
 from ..files.tensor_header import TensorInfo
 from ..plan.task import Operation, Part, Task
 from ..store.entry_digest import BLOCK
-from ..store.entry_file import Piece
+from ..store.entry_file import EntryCopy, Piece
 from ..store.store import Store
 
 UNIT = 256 << 20  # bytes read; 64 MB gains nothing, and larger ones leave workers idle at the end
@@ -54,6 +54,8 @@ class Unit:
     """The temp file of the entry; None where there are no steps."""
     hashed: tuple[Range, ...] | None = None
     """Whether this unit hashes the shard too, and what then gets a fingerprint."""
+    copy: EntryCopy | None = None
+    """Gets what is written too, where the unit runs in the process of the run."""
 
     @cached_property
     def written(self) -> int:

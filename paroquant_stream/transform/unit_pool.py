@@ -41,6 +41,9 @@ _thread = threading.local()
 class UnitPool:
     """Runs units at most `jobs` at once, for the shards that are converted at the same time."""
 
+    is_here = True
+    """Whether all units run in this process."""
+
     def __init__(self, jobs: int, trace: Trace = NO_TRACE) -> None:
         """Run units inline.
 
@@ -110,6 +113,8 @@ class ThreadedPool(UnitPool):
 
 class RemotePool(UnitPool):
     """Runs units on an executor."""
+
+    is_here = False
 
     def __init__(self, jobs: int, trace: Trace, executor: Executor, lease: Path) -> None:
         super().__init__(jobs, trace)

@@ -36,7 +36,9 @@ def run_unit(
     source = Source(unit, tick, buffers, trace)
     path = unit.path
     try:
-        with piece_writer(path, unit.written, trace) if path else nullcontext() as writer:
+        with (
+            piece_writer(path, unit.written, trace, unit.copy) if path else nullcontext() as writer
+        ):
             for step in unit.steps:
                 _write(step, source, writer, trace)
             digest = source.finish_hash()

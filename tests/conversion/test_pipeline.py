@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import xxhash
@@ -172,11 +173,23 @@ def test_a_run_whose_entries_are_read_meanwhile_publishes_each(tmp_path, monkeyp
     monkeypatch.setattr(pipeline, "_shards_at_once", lambda *a: asked.append(a[1:]) or real(*a))
     model = write_checkpoint(tmp_path / "m", cut=cut_apart(shards))
     request = make_request(model, jobs=jobs, cache_dir=tmp_path / "cache")
-    found = convert(request, published=published.append)
+    reader = SimpleNamespace(begin=lambda _: None, add=lambda record, _: published.append(record))
+    found = convert(request, reader=reader)
     assert asked == [(shards, True)]
     assert {each.key for each in published} == {each.key for each in found.manifest.entries}
     convert(make_request(model, jobs=jobs, cache_dir=tmp_path / "other"))
     assert asked[1:] == [(shards, False)]
+
+
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_few_jobs_of_a_load_are_threads_whatever_the_size(model_dir, monkeypatch, jobs):
+    asked, real = [], Automatic.choose
+    monkeypatch.setattr(Automatic, "choose", lambda self, *a: asked.append(a[0]) or real(self, *a))
+    reader = SimpleNamespace(begin=lambda _: None, add=lambda *_: None)
+    convert(make_request(model_dir, jobs=jobs, force=True), reader=reader)
+    assert asked == ([] if jobs == 2 else [3])
+    convert(make_request(model_dir, jobs=jobs, force=True))
+    assert asked[-1] == jobs
 
 
 def task(name: str, size: int, kind: str = "cast") -> Task:

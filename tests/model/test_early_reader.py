@@ -12,9 +12,11 @@ import pytest
 from paroquant_stream import load
 from paroquant_stream.errors import EntryDamagedError
 from paroquant_stream.files.tensor_header import TensorSpec
-from paroquant_stream.model import early_reader
+from paroquant_stream.files.tensor_writer import lay_out
+from paroquant_stream.model import early_reader, entries
 from paroquant_stream.model.early_reader import EarlyReader
 from paroquant_stream.store.manifest import EntryRecord
+from tests.helpers.parameters import assert_same, parameters
 
 LIMIT = 30  # seconds to wait for what happens at once; reached only by a failure
 ONE = EntryRecord(
@@ -150,6 +152,84 @@ def test_without_memory_nothing_is_read_early(monkeypatch, is_linux):
         assert early.take(ONE) is None
         early.add(replace(ONE, size=ONE.size // 4))
         assert (early.take(ONE) is not None) is is_linux  # elsewhere all that was added counts
+
+
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_without_memory_nothing_is_copied(monkeypatch, is_linux):
+    tensors = lay_out(ONE.tensors)[1]
+    free = 2 * tensors[-1].stop
+    for size in (free, free + 1):
+        monkeypatch.setattr(
+            early_reader, "available_memory", lambda s=size: s if is_linux else None
+        )
+        monkeypatch.setattr(early_reader, "physical_memory", lambda s=size: s)
+        with closing(EarlyReader(arrays)) as early:
+            assert (early.begin(tensors) is None) is (size == free)
+
+
+def put_all(copy) -> None:
+    (tensor,) = lay_out(ONE.tensors)[1]
+    copy.put(tensor.start, memoryview(bytes(tensor.nbytes)))
+
+
+def test_what_was_copied_is_given_away_once_and_not_read():
+    with closing(EarlyReader(pytest.fail)) as early:
+        copy = early.begin(lay_out(ONE.tensors)[1])
+        put_all(copy)
+        assert early.take(ONE) is None  # not published yet
+        early.add(ONE, copy)
+        assert early.take(ONE)["x"].tolist() == [[0, 0], [0, 0]]
+        assert early.take(ONE) is None
+
+
+def test_what_was_copied_in_part_is_left_to_be_read():
+    with closing(EarlyReader(pytest.fail)) as early:
+        early.add(ONE, early.begin(lay_out(ONE.tensors)[1]))
+        assert early.take(ONE) is None
+
+
+def test_a_load_that_failed_gives_its_copies_up():
+    with closing(EarlyReader(pytest.fail)) as early:
+        copy = early.begin(lay_out(ONE.tensors)[1])
+        put_all(copy)
+        assert copy.take()
+    assert copy.take() is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_memory_of_a_gpu_is_not_written(monkeypatch, device):
+    monkeypatch.setattr(early_reader.mx, "default_device", lambda: getattr(early_reader.mx, device))
+    with closing(EarlyReader(arrays)) as early:
+        assert (early.begin(lay_out(ONE.tensors)[1]) is None) is (device == "gpu")
+
+
+def test_a_full_verification_reads_what_it_could_copy(model_dir, monkeypatch):
+    begun, real = [], EarlyReader.begin
+    monkeypatch.setattr(EarlyReader, "begin", lambda *a: begun.append(real(*a)) or begun[-1])
+    load(model_dir, verify="full")
+    assert begun == [None] * 3
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_first_load_reads_nothing_back(model_dir, tmp_path, monkeypatch, jobs):
+    read, real = [], entries.read_entry
+    monkeypatch.setattr(entries, "read_entry", lambda *a, **k: read.append(1) or real(*a, **k))
+    first, *_ = load(model_dir, cache_dir=tmp_path / "cache", jobs=jobs)
+    assert not read
+    second, *_ = load(model_dir, cache_dir=tmp_path / "cache")
+    assert len(read) == 3
+    assert_same(parameters(first), parameters(second))
+
+
+def test_without_threads_for_copies_an_entry_is_read_later(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    early_reader._threads.cache_clear()  # private: those of other tests have begun
+    with closing(EarlyReader(pytest.fail)) as early, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert early.begin(lay_out(ONE.tensors)[1]) is None
+    early_reader._threads.cache_clear()  # what was queued there is not begun
 
 
 def test_a_first_load_reads_every_entry_early(model_dir, monkeypatch):

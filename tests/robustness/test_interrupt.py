@@ -166,7 +166,9 @@ sys.exit(convert.main(sys.argv[1:]))
 def test_a_signal_that_a_worker_thread_receives_ends_the_run(model_dir, tmp_path):
     """The system may give a signal to any thread, and the wait of the main one goes on."""
     arguments = [str(model_dir), "--cache-dir", str(tmp_path / "cache"), "--jobs", "3"]
-    process = subprocess.Popen([sys.executable, "-c", SIGNALLED, *arguments], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, *arguments], stderr=subprocess.PIPE
+    )
     assert process.stderr.readline() == b"signalled\n"
     sent = time.monotonic()
     _, stderr = process.communicate(timeout=20)

@@ -25,7 +25,7 @@ from paroquant_stream.trace import NO_TRACE
 from paroquant_stream.transform import task_runner
 from paroquant_stream.transform.source_shard import SourceShard
 from paroquant_stream.transform.task_runner import Job, Outcome, run_task
-from paroquant_stream.transform.unit_pool import ThreadedPool, UnitPool
+from paroquant_stream.transform.unit_pool import RemotePool, ThreadedPool, UnitPool
 from tests.helpers.builders import cut_apart, flip, llama_tensors, write_checkpoint
 from tests.helpers.cache_files import digest_of
 from tests.helpers.units import Ordered, jobs_of, make_small
@@ -65,6 +65,40 @@ def test_safetensors_reads_the_entry_as_recorded(jobs):
             quantized = "embed" in name or "head" in name or name.endswith(".scales")
             if name in tensors and not quantized:
                 assert array.tobytes() == tensors[name].tobytes()
+
+
+class Copied:
+    """A copy of an entry: its bytes from the first tensor on."""
+
+    def __init__(self, tensors) -> None:
+        self.start = tensors[0].start
+        self.data = bytearray(tensors[-1].stop - self.start)
+
+    def put(self, offset: int, chunk: memoryview) -> None:
+        at = offset - self.start
+        self.data[at : at + len(chunk)] = chunk
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_copy_gets_the_bytes_of_the_entry(scattered_dir, monkeypatch, threads):
+    make_small(monkeypatch)
+    for job in jobs_of(scattered_dir):
+        with pool_of(threads) as pool:
+            done = run_task(replace(job, begin_copy=Copied), pool, ignore)
+            again = run_task(replace(job, begin_copy=pytest.fail), pool, ignore)
+        entry = job.store.entry_path(done.record.key).read_bytes()
+        assert done.copy.start < len(entry)
+        assert entry[done.copy.start :] == done.copy.data
+        assert (again.converted, again.copy) == (False, None)
+
+
+def test_of_what_other_processes_write_no_copy_is_begun(jobs):
+    class Elsewhere(UnitPool):
+        is_here = False
+
+    assert not RemotePool.is_here
+    done = run_task(replace(jobs[0], begin_copy=pytest.fail), Elsewhere(1), ignore)
+    assert (done.converted, done.copy) == (True, None)
 
 
 def test_data_starts_on_a_page(jobs):
