@@ -53,6 +53,12 @@ def run_command(body: Callable[[], int], interrupted: str) -> int:
             raise
         complain(f"error: {error}; ask for fewer jobs, or raise the limit with `ulimit -u`")
         return 1
+    except MemoryError:
+        complain(
+            "error: the system gives no more memory; ask for fewer jobs (`--jobs 1`), or raise the "
+            "limit with `ulimit -v`; finished shards are kept, run again to resume"
+        )
+        return 1
     except (KeyboardInterrupt, Terminated) as stop:
         complain(f"interrupted; {interrupted}")
         return 143 if isinstance(stop, Terminated) else 130

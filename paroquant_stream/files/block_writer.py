@@ -40,8 +40,14 @@ def page_aligned(size: int) -> memoryview:
 
     Args:
         size: Bytes, at least 0.
+
+    Raises:
+        MemoryError: The system gives none; as an OSError it would be taken for one of a file.
     """
-    space = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        space = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size:,} bytes: {error.strerror}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             space.madvise(mmap.MADV_HUGEPAGE)

@@ -176,6 +176,15 @@ def test_a_thread_that_cannot_start_is_one_line(capsys):
     )
 
 
+def test_a_system_without_memory_is_one_line(capsys):
+    def fail():
+        return len(bytearray(1 << 62))
+
+    assert run_command(fail, "") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the system gives no more memory; ask for fewer jobs")
+
+
 def test_another_runtime_error_is_a_defect():
     def fail():
         raise RuntimeError("a defect")

@@ -296,3 +296,12 @@ def test_a_system_without_huge_pages_has_memory(monkeypatch):
     assert len(page_aligned(PAGE)) == PAGE
     monkeypatch.delattr(block_writer.mmap, "MADV_HUGEPAGE", raising=False)
     assert len(page_aligned(PAGE)) == PAGE
+
+
+def test_memory_that_is_refused_is_no_error_of_a_file(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(block_writer.mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="4,096 bytes: Cannot allocate memory"):
+        page_aligned(4096)
