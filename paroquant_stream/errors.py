@@ -62,6 +62,9 @@ class UnwritableFileError(StoreError):
 class EntryDamagedError(StoreError):
     """An entry's bytes are not those that were written; the entry is no longer used."""
 
+    key = ""
+    """The key of the entry."""
+
 
 class ManifestError(StoreError):
     """A manifest is damaged or from a newer format; it is treated as absent."""

@@ -148,13 +148,19 @@ def _load_repairing(request: Request, options: _Options, progress: ProgressOptio
     started, name = time.monotonic(), request.source.name
     logger.info("%s: looking for its conversion", name)
     loaded: _Loaded | None = None
-    with contextlib.suppress(EntryDamagedError):  # was logged; leaving the block frees all arrays
-        loaded = _load(request, options, progress)
-    if loaded is None:
-        # MLX may raise the failure of a read again, at the next evaluation of other arrays
-        with contextlib.suppress(AssemblyError):
+    repaired: set[str] = set()
+    is_last = False
+    while loaded is None:
+        try:
             loaded = _load(request, options, progress)
-    loaded = loaded or _load(request, options, progress)
+        except EntryDamagedError as error:  # was logged; leaving the clause frees all arrays
+            if error.key in repaired:
+                raise
+            repaired.add(error.key)
+        except AssemblyError:
+            if is_last or not repaired:
+                raise
+            is_last = True  # MLX may raise the failure of a read again, when it reads other arrays
     logger.info("%s: loaded in %.1f s", name, time.monotonic() - started)
     return loaded
 

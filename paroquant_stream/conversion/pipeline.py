@@ -34,11 +34,14 @@ from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
 
 logger = logging.getLogger(__name__)
-_FEW_JOBS = 2  # threads keep up with processes then, and only they copy entries
+_FEW_JOBS = 2  # threads keep up with processes then, and only what they write can be copied
 
 
 class EntryReader(Protocol):
     """Reads entries while others are made."""
+
+    copies: bool
+    """Whether `begin` ever returns something."""
 
     def begin(self, tensors: Sequence[TensorInfo]) -> EntryCopy | None:
         """Return where the bytes of an entry go that is about to be made, if anywhere.
@@ -52,7 +55,7 @@ class EntryReader(Protocol):
 
         Args:
             record: The entry.
-            copy: Has all of its bytes, if `begin` returned it.
+            copy: What `begin` returned, if it got the bytes.
         """
 
 
@@ -88,7 +91,7 @@ def convert_shards(
         for record in work.settled.values():
             dropper.finish_task(record)
         jobs = _jobs(request, work.tasks, known, reader)
-        for outcome in _run(request, jobs, reader is not None, prefetcher, tally, trace):
+        for outcome in _run(request, jobs, reader, prefetcher, tally, trace):
             record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
             if reader:
@@ -172,13 +175,14 @@ def _shards_at_once(request: Request, count: int, in_turn: bool) -> int:
 def _run(
     request: Request,
     jobs: Sequence[Job],
-    in_turn: bool,
+    reader: EntryReader | None,
     prefetcher: Prefetcher,
     tally: Tally,
     trace: Trace,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of jobs as they finish, each begun when its shards are present."""
-    at_once = _shards_at_once(request, len(jobs), in_turn)
+    at_once = _shards_at_once(request, len(jobs), reader is not None)
+    is_copied = reader is not None and reader.copies and request.jobs <= _FEW_JOBS
     shared = request.shared
     parent = shared.cancellation if shared else None
 
@@ -194,7 +198,7 @@ def _run(
 
     with Automatic() if shared is None else nullcontext(shared.automatic) as automatic:
         executor = request.options.executor
-        if not executor and not (in_turn and request.jobs <= _FEW_JOBS):
+        if not executor and not is_copied:
             executor = automatic.choose(request.jobs, sum(job.task.size for job in jobs))
         executor = executor or (shared.threads if shared else None)
         with unit_pool(

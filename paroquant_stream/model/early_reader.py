@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -38,8 +39,9 @@ class EarlyReader:
         on_cpu = mx.default_device() == mx.cpu
         count = max(1, (os.cpu_count() or 1) // _CORES) if on_cpu else 1
         self._threads = _threads(count, os.getpid())
-        self._copies = copies and on_cpu
-        self._begun: list[EntryArrays] = []
+        self.copies = copies and on_cpu
+        """Whether `begin` returns arrays where there is memory for them."""
+        self._begun: WeakSet[EntryArrays] = WeakSet()
         self._found: dict[str, Future[Arrays] | EntryArrays] = {}
         self._size, self._is_closed = 0, False
 
@@ -49,7 +51,6 @@ class EarlyReader:
         self._found.clear()
         for copy in self._begun:
             copy.close()
-        self._begun.clear()
 
     def begin(self, tensors: Sequence[TensorInfo]) -> EntryArrays | None:
         """Return arrays for an entry that is about to be written, if there is memory for them.
@@ -57,13 +58,15 @@ class EarlyReader:
         Args:
             tensors: Of the entry, in file order.
         """
-        if not self._copies or not tensors or not self._fits(tensors[-1].stop):
+        if self._is_closed or not self.copies or not tensors or not self._fits(tensors[-1].stop):
             return None
-        with suppress(RuntimeError):  # the system starts no more threads
-            self._begun.append(copy := EntryArrays(tensors, self._threads))
-            self._size += tensors[-1].stop
-            return copy
-        return None
+        try:  # in a thread of its own, as a worker waits for memory, and reading takes longer
+            copy = EntryArrays(tensors, _threads(1, os.getpid(), "allocator"))
+        except RuntimeError:  # the system starts no more threads
+            return None
+        self._begun.add(copy)
+        self._size += tensors[-1].stop
+        return copy
 
     def add(self, record: EntryRecord, copy: EntryCopy | None = None) -> None:
         """Take note of a published entry: read it soon, if there is memory for the arrays.
@@ -72,7 +75,7 @@ class EarlyReader:
             record: The entry.
             copy: What `begin` returned for it.
         """
-        if isinstance(copy, EntryArrays):
+        if isinstance(copy, EntryArrays) and not copy.is_closed:
             self._found[record.key] = copy
             return
         if self._fits(record.size):
@@ -93,7 +96,6 @@ class EarlyReader:
         """
         found = self._found.pop(record.key, None)
         if isinstance(found, EntryArrays):
-            self._begun.remove(found)
             return found.take()
         try:
             return found.result() if found else None
@@ -111,9 +113,9 @@ class EarlyReader:
 
 
 @cache
-def _threads(count: int, _process: int) -> ThreadPoolExecutor:
-    """Return the threads that read for every load of a process; a forked child has none of them.
+def _threads(count: int, _process: int, name: str = "reader") -> ThreadPoolExecutor:
+    """Return the threads that work for every load of a process; a forked child has none of them.
 
     They stay, as for each thread that evaluates MLX starts another, which never ends.
     """
-    return ThreadPoolExecutor(count, thread_name_prefix="reader")
+    return ThreadPoolExecutor(count, thread_name_prefix=name)

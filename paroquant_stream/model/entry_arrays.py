@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -28,19 +27,12 @@ class EntryArrays:
         Raises:
             RuntimeError: The system starts no more threads.
         """
-        self._tensors = [tensor for tensor in tensors if tensor.nbytes]
-        self._empty = [tensor for tensor in tensors if not tensor.nbytes]
-        self._starts = [tensor.start for tensor in self._tensors]
-        self._left = sum(tensor.nbytes for tensor in self._tensors)
-        self._lock, self._is_closed = threading.Lock(), False
-        self._arrays = [threads.submit(self._allocate, tensor) for tensor in self._tensors]
-
-    def _allocate(self, tensor: TensorInfo) -> mx.array | None:
-        if self._is_closed:
-            return None
-        array = mx.zeros(tensor.shape, MLX_DTYPES[tensor.dtype])
-        mx.eval(array)
-        return array
+        self._tensors = tensors
+        self._starts = [tensor.start for tensor in tensors]
+        self._put: list[int] = []  # bytes, an item for each chunk: no count that threads share
+        self.is_closed = False
+        """Whether there will be no arrays, as the memory was refused or nobody wants them."""
+        self._arrays = [threads.submit(_allocate, tensor) for tensor in tensors]
 
     def put(self, offset: int, chunk: memoryview) -> None:
         """Copy bytes of one tensor into its array; without memory for arrays there are none.
@@ -49,35 +41,35 @@ class EntryArrays:
             offset: Of the first in the file of the entry.
             chunk: The bytes, as items of one byte.
         """
-        number = bisect_right(self._starts, offset) - 1
+        number = bisect_right(self._starts, offset) - 1  # an empty tensor stands before this one
+        if self.is_closed:
+            return
         try:
             array = self._arrays[number].result()
-        except Exception:  # of MLX, which has no class for a refused allocation
-            array = None
-        if array is None or self._is_closed:
+        except Exception:  # of MLX, which has no class for a refused allocation; or just closed
             self.close()
             return
         start = offset - self._starts[number]
         into = np.frombuffer(cast(Any, array), np.uint8)[start : start + len(chunk)]
         into[:] = np.frombuffer(chunk, np.uint8)  # lets other threads run meanwhile
-        with self._lock:
-            self._left -= len(chunk)
+        self._put.append(len(chunk))
 
     def close(self) -> None:
-        """Allocate no more, and give away nothing."""
-        self._is_closed = True
-        for array in self._arrays:
+        """Allocate no more, free what was allocated, and give away nothing."""
+        self.is_closed = True
+        arrays, self._arrays = self._arrays, []
+        for array in arrays:
             array.cancel()
 
     def take(self) -> dict[str, mx.array] | None:
         """Return the arrays by name once all bytes were put; None if some were not."""
-        if self._left or self._is_closed:
+        if self.is_closed or sum(self._put) < sum(tensor.nbytes for tensor in self._tensors):
             return None
-        found = {}
-        for tensor, future in zip(self._tensors, self._arrays, strict=True):
-            array = future.result()
-            assert array is not None  # its bytes were put
-            found[tensor.name] = array
-        for tensor in self._empty:
-            found[tensor.name] = mx.zeros(tensor.shape, MLX_DTYPES[tensor.dtype])
-        return found
+        pairs = zip(self._tensors, self._arrays, strict=True)
+        return {tensor.name: array.result() for tensor, array in pairs}
+
+
+def _allocate(tensor: TensorInfo) -> mx.array:
+    array = mx.zeros(tensor.shape, MLX_DTYPES[tensor.dtype])
+    mx.eval(array)
+    return array

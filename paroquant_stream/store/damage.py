@@ -84,6 +84,7 @@ def take_out(store: Store, record: EntryRecord, problem: str) -> EntryDamagedErr
     error = EntryDamagedError(
         f"{store.entry_path(record.key)}: {problem}; {_remove(store, record)}"
     )
+    error.key = record.key
     logger.warning("%s", error)
     return error
 

@@ -56,7 +56,7 @@ class Outcome:
     seconds: float
     """Duration of the job."""
     copy: EntryCopy | None = None
-    """Has all bytes of the entry, if one was begun."""
+    """What got the bytes of the entry, if one was begun."""
 
 
 def run_task(job: Job, pool: UnitPool, tick: Tick, trace: Trace = NO_TRACE) -> Outcome:

@@ -25,6 +25,7 @@ from paroquant_stream.errors import (
 )
 from paroquant_stream.exports.single_file_writer import export_single_file
 from paroquant_stream.model import assemble, entries
+from paroquant_stream.store.damage import take_out
 from tests.helpers.builders import flip, remember, write_llama
 from tests.helpers.paths import FIXTURES
 from tests.helpers.ranks import Rank
@@ -86,15 +87,28 @@ def test_a_stale_conversion_inside_the_model_is_not_used(model_dir, caplog):
     assert "model-00003-of-00003.safetensors changed" in caplog.text
 
 
-def test_a_damaged_entry_is_converted_again(model_dir):
-    manifest = convert_checkpoint(model_dir)
-    path = make_request(model_dir).store.entry_path(manifest.entries[1].key)
-    good = path.read_bytes()
-    bad = bytearray(good)
-    bad[-1] ^= 1
-    path.write_bytes(bad)
+@pytest.mark.parametrize("count", [1, 3])
+def test_damaged_entries_are_converted_again(model_dir, count):
+    entries, store = convert_checkpoint(model_dir).entries, make_request(model_dir).store
+    paths = [store.entry_path(record.key) for record in entries[:count]]
+    good = [path.read_bytes() for path in paths]
+    for path in paths:
+        flip(path, path.stat().st_size - 1)
     load(model_dir)
-    assert path.read_bytes() == good
+    assert [path.read_bytes() for path in paths] == good
+
+
+def test_an_entry_that_is_damaged_again_is_an_error(model_dir, monkeypatch):
+    record, tried = convert_checkpoint(model_dir).entries[0], []
+
+    def read(_manifest, store, *_, **__):
+        tried.append(store.entry_size(record.key))
+        raise take_out(store, record, "damaged")
+
+    monkeypatch.setattr(assemble, "read_weights", read)
+    with pytest.raises(EntryDamagedError, match=record.key):
+        load(model_dir)
+    assert tried == [record.size] * 2  # it was made again in between
 
 
 @pytest.mark.parametrize(("failures", "loads"), [(1, True), (2, False)])

@@ -167,29 +167,47 @@ def test_as_many_shards_are_dropped_at_once_as_jobs(model_dir, in_turn):
     assert pipeline._shards_at_once(request, 8, in_turn) == 8  # private: as below
 
 
+def reader_of(add, copies=True) -> SimpleNamespace:
+    """One that begins no copies."""
+    return SimpleNamespace(begin=lambda _: None, add=lambda record, _: add(record), copies=copies)
+
+
 @pytest.mark.parametrize(("shards", "jobs"), [(3, 4), (6, 4)])
 def test_a_run_whose_entries_are_read_meanwhile_publishes_each(tmp_path, monkeypatch, shards, jobs):
     asked, real, published = [], pipeline._shards_at_once, []
     monkeypatch.setattr(pipeline, "_shards_at_once", lambda *a: asked.append(a[1:]) or real(*a))
     model = write_checkpoint(tmp_path / "m", cut=cut_apart(shards))
     request = make_request(model, jobs=jobs, cache_dir=tmp_path / "cache")
-    reader = SimpleNamespace(begin=lambda _: None, add=lambda record, _: published.append(record))
-    found = convert(request, reader=reader)
+    found = convert(request, reader=reader_of(published.append))
     assert asked == [(shards, True)]
     assert {each.key for each in published} == {each.key for each in found.manifest.entries}
     convert(make_request(model, jobs=jobs, cache_dir=tmp_path / "other"))
     assert asked[1:] == [(shards, False)]
 
 
-@pytest.mark.parametrize("jobs", [2, 3])
-def test_few_jobs_of_a_load_are_threads_whatever_the_size(model_dir, monkeypatch, jobs):
+@pytest.mark.parametrize(
+    ("jobs", "reader", "expected"),
+    [
+        (2, reader_of(id), []),
+        (3, reader_of(id), [3]),
+        (2, reader_of(id, copies=False), [2]),
+        (2, None, [2]),
+    ],
+)
+def test_few_jobs_whose_entries_are_copied_are_threads(
+    model_dir, monkeypatch, jobs, reader, expected
+):
     asked, real = [], Automatic.choose
     monkeypatch.setattr(Automatic, "choose", lambda self, *a: asked.append(a[0]) or real(self, *a))
-    reader = SimpleNamespace(begin=lambda _: None, add=lambda *_: None)
-    convert(make_request(model_dir, jobs=jobs, force=True), reader=reader)
-    assert asked == ([] if jobs == 2 else [3])
-    convert(make_request(model_dir, jobs=jobs, force=True))
-    assert asked[-1] == jobs
+    convert(make_request(model_dir, jobs=jobs), reader=reader)
+    assert asked == expected
+
+
+@pytest.mark.parametrize("reader", [reader_of(id), None])
+def test_an_executor_that_is_given_is_used(model_dir, reader):
+    with ThreadPoolExecutor(2) as threads:
+        convert(make_request(model_dir, jobs=2, executor=threads), reader=reader)
+        assert threads._threads  # private: whether it was given work
 
 
 def task(name: str, size: int, kind: str = "cast") -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import closing
 from dataclasses import replace
 
@@ -165,6 +166,8 @@ def test_without_memory_nothing_is_copied(monkeypatch, is_linux):
         monkeypatch.setattr(early_reader, "physical_memory", lambda s=size: s)
         with closing(EarlyReader(arrays)) as early:
             assert (early.begin(tensors) is None) is (size == free)
+            if size > free:  # elsewhere all that was begun counts
+                assert (early.begin(tensors) is None) is not is_linux
 
 
 def put_all(copy) -> None:
@@ -194,6 +197,46 @@ def test_a_load_that_failed_gives_its_copies_up():
         put_all(copy)
         assert copy.take()
     assert copy.take() is None
+    assert early.begin(lay_out(ONE.tensors)[1]) is None
+
+
+def test_a_copy_without_memory_is_read_early():
+    with closing(EarlyReader(arrays)) as early:
+        copy = early.begin(lay_out(ONE.tensors)[1])
+        copy.close()
+        early.add(ONE, copy)
+        assert early.take(ONE)["x"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_copy_that_was_taken_is_not_kept():
+    with closing(EarlyReader(pytest.fail)) as early:
+        copy = early.begin(lay_out(ONE.tensors)[1])
+        put_all(copy)
+        early.add(ONE, copy)
+        early.take(ONE)
+        watched = weakref.ref(copy)
+        del copy
+        assert watched() is None
+
+
+def test_no_copy_is_begun_of_an_entry_without_tensors():
+    with closing(EarlyReader(arrays)) as early:
+        assert early.begin(()) is None
+
+
+def test_a_copy_does_not_wait_for_entries_that_are_read(monkeypatch):
+    monkeypatch.setattr(early_reader.os, "cpu_count", lambda: 1)
+    copied = threading.Event()
+
+    def wait(given):
+        assert copied.wait(LIMIT)
+        return arrays(given)
+
+    with closing(EarlyReader(wait)) as early:
+        early.add(replace(ONE, key="other"))
+        put_all(early.begin(lay_out(ONE.tensors)[1]))
+        copied.set()
+        assert early.take(replace(ONE, key="other"))
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
@@ -203,11 +246,14 @@ def test_the_memory_of_a_gpu_is_not_written(monkeypatch, device):
         assert (early.begin(lay_out(ONE.tensors)[1]) is None) is (device == "gpu")
 
 
-def test_a_full_verification_reads_what_it_could_copy(model_dir, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "expected"), [({"verify": "full"}, [None] * 3), ({"lazy": True}, [])]
+)
+def test_a_load_that_reads_itself_copies_nothing(model_dir, monkeypatch, options, expected):
     begun, real = [], EarlyReader.begin
     monkeypatch.setattr(EarlyReader, "begin", lambda *a: begun.append(real(*a)) or begun[-1])
-    load(model_dir, verify="full")
-    assert begun == [None] * 3
+    load(model_dir, **options)
+    assert begun == expected
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

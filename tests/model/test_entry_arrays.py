@@ -98,12 +98,20 @@ def test_a_closed_one_allocates_no_more_and_gives_nothing(tmp_path, monkeypatch)
 
 
 def test_without_memory_the_writing_goes_on(tmp_path, threads, monkeypatch):
-    def refuse(*_):
-        raise RuntimeError("[malloc] Unable to allocate")
+    def allow(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("[malloc] Unable to allocate")
+        return real(*arguments)
 
     tensors, data, _ = made(tmp_path, SPECS)
-    monkeypatch.setattr(entry_arrays.mx, "zeros", refuse)
+    held = mx.get_active_memory()
+    real, left = mx.zeros, [3]
+    monkeypatch.setattr(entry_arrays.mx, "zeros", allow)
     arrays = EntryArrays(tensors, threads)
     for start, stop in pieces(tensors, 1 << 20):
         arrays.put(start, memoryview(data)[start:stop])
+    assert arrays.is_closed
     assert arrays.take() is None
+    threads.shutdown()
+    assert mx.get_active_memory() == held  # what was allocated is free again

@@ -244,3 +244,17 @@ def test_a_trace_has_the_writes(store):
         writer.write(file.tensors[0].start, memoryview(b"x" * 100))
         writer.finish(sync=False)
     assert [span.stage for span in trace.spans] == ["write"]
+
+
+def test_a_copy_gets_each_chunk_with_its_offset(store):
+    given = []
+
+    class Copy:
+        def put(self, offset, chunk):
+            given.append((offset, bytes(chunk)))
+
+    with store.new_entry(SPECS) as file, piece_writer(file.path, 5, copy=Copy()) as writer:
+        writer.write(10, memoryview(b"abc"))
+        writer.write(20, memoryview(b"x"))
+        writer.write(10, memoryview(b"d"))
+    assert given == [(10, b"abc"), (20, b"x"), (13, b"d")]
