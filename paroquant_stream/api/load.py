@@ -196,14 +196,8 @@ def _load(request: Request, options: _Options, progress: ProgressOption) -> _Loa
     with contextlib.closing(reader) as early:
         try:
             with reported(progress) as phase:
-                how = (
-                    phase(SHARDS),
-                    options.trace,
-                    needed,
-                    options.loads,
-                    early if whole else None,
-                )
-                done = convert(request, *how)
+                how = (phase(SHARDS), options.trace, needed, options.loads)
+                done = convert(request, *how, early if whole else None)
         except CheckpointError as error:
             if damage:
                 raise damage from error

@@ -37,8 +37,9 @@ def cluster(scheduler: str) -> Iterator[Executor]:
             f"a Dask cluster needs distributed ({one_line(error)}): "
             f"{install_text('distributed', 'dask')}"
         ) from error
-    for name in ("distributed", "distributed.client"):  # the two whose level Dask's config sets
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # else it logs tracebacks of our errors
+    # Dask's config sets the levels of two; tornado logs units that are cancelled while it waits
+    for name in ("distributed", "distributed.client", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # else they log tracebacks of our errors
     try:
         asyncio.run(_connect(scheduler))  # a client that finds no scheduler is slow to delete
         client = distributed.Client(scheduler, timeout=CONNECT_TIMEOUT, set_as_default=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import signal
@@ -14,7 +15,7 @@ from paroquant_stream import convert_checkpoint
 from paroquant_stream.cli.convert import main
 from paroquant_stream.conversion.request import make_request
 from paroquant_stream.errors import WorkersLostError
-from paroquant_stream.execution import executors
+from paroquant_stream.execution import dask, executors
 from tests.helpers.builders import cut_apart, write_checkpoint
 from tests.helpers.cache_files import entries, temps
 from tests.helpers.loopback_cluster import LoopbackCluster
@@ -143,11 +144,19 @@ def test_an_interrupt_ends_the_run_and_its_jobs_on_the_cluster(
         [*command, *arguments(cluster, model, cache)], capture_output=True, text=True
     )
     assert re.fullmatch(r"\d+ \['.+'\]", cluster.fired())
-    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
     assert done.stderr.startswith("interrupted; finished shards are kept")
     assert main(arguments(cluster, model, cache)) == 0  # the workers are free again
     assert entries(cache) == right
     assert not temps(cache)
+
+
+@pytest.mark.parametrize("name", ["distributed.client", "tornado.application"])
+def test_what_dask_logs_of_cancelled_units_is_not_shown(cluster, caplog, name):
+    """Now and then it waits for a unit just as that is cancelled."""
+    with dask.cluster(cluster.address):
+        logging.getLogger(name).error("Exception in callback")
+    assert not caplog.records
 
 
 def test_every_unfit_worker_is_named_before_any_work(cluster, model, tmp_path, capsys):
