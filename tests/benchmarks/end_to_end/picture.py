@@ -21,7 +21,7 @@ COLORS = ["#9ecae1", "#3182bd", "#e6550d", "#fdae6b", "#31a354", "#bdbdbd", "#75
 
 
 def draw(measured: dict[str, list[Run]], title: str, path: Path) -> None:
-    """Draws the stages stacked for each `--jobs`, in seconds of all threads, and the wall times
+    """Draws the stages of one job, stacked, in seconds of all threads, and the wall times
     beside a copy, the public loader and the limit: the SHA-256 of the source, shared by the jobs.
     """
     import matplotlib
@@ -30,7 +30,7 @@ def draw(measured: dict[str, list[Run]], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 1])
-    names = [name for name in measured if name.startswith("convert")]
+    names = ["convert, jobs 1"]  # with workers the threads of shards wait for them, in a stage too
     starts = [0.0] * len(names)
     for (stage, label), color in zip(STAGES.items(), COLORS, strict=True):
         same = [stage, *(name for name, of in SAME.items() if of == stage)]
@@ -41,7 +41,7 @@ def draw(measured: dict[str, list[Run]], title: str, path: Path) -> None:
         left.barh(names, widths, left=starts, label=label, color=color)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     left.set_xlabel("seconds, summed over the threads")
-    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     left.invert_yaxis()
     walls = {name: median(run.wall for run in runs) for name, runs in measured.items()}
     two = measured["convert, jobs 2"]
