@@ -215,11 +215,10 @@ def _jobs(
 ) -> list[Job]:
     """Return the jobs; shards larger than the share of a worker in what is left are split."""
     jobs, costs = [], [sum(map(cost_of, task.operations)) for task in tasks]
-    left = sum(costs)
+    left, begin = sum(costs), reader.begin if reader else None
     for task, cost in zip(tasks, costs, strict=True):
         split = request.jobs > 1 and request.jobs * cost > left
         left -= cost
-        begin = reader.begin if reader else None
         options = (request.options.force, known.get(task.shard), split, begin)
         jobs.append(Job(task, request.source.directory, request.store, *options))
     return jobs

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from weakref import WeakSet
+from weakref import ref
 
 import mlx.core as mx
 
@@ -41,7 +41,7 @@ class EarlyReader:
         self._threads = _threads(count, os.getpid())
         self.copies = copies and on_cpu
         """Whether `begin` returns arrays where there is memory for them."""
-        self._begun: WeakSet[EntryArrays] = WeakSet()
+        self._begun: list[ref[EntryArrays]] = []  # threads append while `close` walks through it
         self._found: dict[str, Future[Arrays] | EntryArrays] = {}
         self._size, self._is_closed = 0, False
 
@@ -49,8 +49,9 @@ class EarlyReader:
         """Read no more, and free what was not taken."""
         self._is_closed = True
         self._found.clear()
-        for copy in self._begun:
-            copy.close()
+        for begun in self._begun:
+            if copy := begun():
+                copy.close()
 
     def begin(self, tensors: Sequence[TensorInfo]) -> EntryArrays | None:
         """Return arrays for an entry that is about to be written, if there is memory for them.
@@ -64,7 +65,7 @@ class EarlyReader:
             copy = EntryArrays(tensors, _threads(1, os.getpid(), "allocator"))
         except RuntimeError:  # the system starts no more threads
             return None
-        self._begun.add(copy)
+        self._begun.append(ref(copy))
         self._size += tensors[-1].stop
         return copy
 
