@@ -119,9 +119,9 @@ def _convert_alone(
         put_all_back(request.source.directory, request.source.config.shard_names)
     with trace.span("plan"):
         model = plan_model(request)
-    tasks, layout = len(model.plan.tasks), model.plan.layout.value
-    logger.info("%s: planned, %d shards, layout %s", request.source.name, tasks, layout)
+    _log_plan(request, model)
     backend = _backend(model, force_text=loads == "text")
+    meanwhile = partial(_import, backend, request, trace) if loads else None
     if loads or request.options.drop_source:
         backend.check_installed()
     if request.options.drop_source:
@@ -147,8 +147,19 @@ def _convert_alone(
             )
         current = _current(request, needed)  # another process may have just done it
         if current is None:
-            return convert_shards(request, model, model_dir, progress, trace, started, reader)
+            how = (progress, trace, started, reader, meanwhile)
+            return convert_shards(request, model, model_dir, *how)
     return _unchanged(request, current, started)
+
+
+def _log_plan(request: Request, model: ModelPlan) -> None:
+    tasks, layout = len(model.plan.tasks), model.plan.layout.value
+    logger.info("%s: planned, %d shards, layout %s", request.source.name, tasks, layout)
+
+
+def _import(backend: Backend, request: Request, trace: Trace) -> None:
+    with trace.span("import"):
+        backend.import_class(request.source.config.values)
 
 
 def _backend(model: ModelPlan, force_text: bool) -> Backend:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from .planning import ModelPlan, Work, work_of
 from .progress import Progress, Tally
 from .report import Conversion, ShardReport, report_converted, report_reused
 from .request import Request, read_manifest
+from .staleness import is_done
 
 logger = logging.getLogger(__name__)
 _FEW_JOBS = 2  # threads keep up with processes then, and only what they write can be copied
@@ -67,6 +68,7 @@ def convert_shards(
     trace: Trace,
     started: float,
     reader: EntryReader | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Conversion:
     """Convert what is missing, publish the manifest, and report what became of each shard.
 
@@ -78,6 +80,7 @@ def convert_shards(
         trace: As for `convert`.
         started: `time.monotonic()` at the start of the conversion.
         reader: As for `convert`.
+        meanwhile: What the calling thread does while others work.
     """
     before = read_manifest(request)
     known = _known_records(model, before)
@@ -90,17 +93,15 @@ def convert_shards(
     with Dropper(request, model, model_dir, manifest_of, trace) as dropper, prefetcher:
         for record in work.settled.values():
             dropper.finish_task(record)
-        jobs = _jobs(request, work.tasks, known, reader)
-        for outcome in _run(request, jobs, reader, prefetcher, tally, trace):
-            record = replace(outcome.record, dropped=False)
+        new = [task for task in work.tasks if not is_done(request, task, known)]
+        jobs = _jobs(request, work.tasks, new, known, reader)
+        for outcome in _run(request, jobs, new, reader, prefetcher, tally, trace, meanwhile):
+            record = outcome.record
             kept[record.shard] = record
-            if reader:
-                reader.add(record, outcome.copy)
-            reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
+            reports[record.shard] = _report(request, outcome, known.get(record.shard))
             dropper.finish_task(record)
             prefetcher.finish_task()
-            if progress:
-                progress(record.shard, record.source_size, record.source_size)
+            tally.finish(record.shard)
         kept |= dropper.dropped
     names = [task.shard for task in model.plan.tasks]
     manifest = manifest_of([kept[name] for name in names])
@@ -139,9 +140,8 @@ def _prefetcher(request: Request, model: ModelPlan, work: Work, tally: Tally) ->
     return Prefetcher(source.remote, source.directory, work.absent, known, tally.add, ahead)
 
 
-def _report(
-    request: Request, outcome: Outcome, record: EntryRecord, old: EntryRecord | None
-) -> ShardReport:
+def _report(request: Request, outcome: Outcome, old: EntryRecord | None) -> ShardReport:
+    record = outcome.record
     if outcome.converted:
         report = report_converted(record, old, request.options.force, outcome.seconds)
     else:
@@ -175,10 +175,12 @@ def _shards_at_once(request: Request, count: int, in_turn: bool) -> int:
 def _run(
     request: Request,
     jobs: Sequence[Job],
+    new: Sequence[Task],
     reader: EntryReader | None,
     prefetcher: Prefetcher,
     tally: Tally,
     trace: Trace,
+    meanwhile: Callable[[], None] | None,
 ) -> Iterator[Outcome]:
     """Yield the outcomes of jobs as they finish, each begun when its shards are present."""
     at_once = _shards_at_once(request, len(jobs), reader is not None)
@@ -194,32 +196,49 @@ def _run(
         with trace.span("wait for the shard", job.task.shard):
             prefetcher.wait_for((job.task.shard, *job.task.borrowed), cancellation.check)
         with trace.span("shard", job.task.shard):
-            return run_task(job, pool, tick, trace)
+            outcome = run_task(job, pool, tick, trace)
+        outcome = replace(outcome, record=replace(outcome.record, dropped=False))
+        if reader:
+            reader.add(outcome.record, outcome.copy)
+        return outcome
 
     with Automatic() if shared is None else nullcontext(shared.automatic) as automatic:
         executor = request.options.executor
         if not executor and not is_copied:
-            executor = automatic.choose(request.jobs, sum(job.task.size for job in jobs))
+            executor = automatic.choose(request.jobs, sum(task.size for task in new))
         executor = executor or (shared.threads if shared else None)
         with unit_pool(
             executor, request.jobs, request.source.directory, request.store, trace
         ) as pool:
-            yield from run_all(work, jobs, at_once, parent)
+            # threads of this process would wait for the interpreter's lock instead
+            meanwhile = None if pool.is_here else meanwhile
+            yield from run_all(work, jobs, at_once, parent, meanwhile)
 
 
 def _jobs(
     request: Request,
     tasks: Sequence[Task],
+    new: Sequence[Task],
     known: Mapping[str, EntryRecord],
     reader: EntryReader | None = None,
 ) -> list[Job]:
-    """Return the jobs; shards larger than the share of a worker in what is left are split."""
-    jobs, costs = [], [sum(map(cost_of, task.operations)) for task in tasks]
+    """Return the jobs; shards larger than the share of a worker in what is left are split.
+
+    Args:
+        request: The model.
+        tasks: One for each job.
+        new: Those among them that are not surely converted already.
+        known: The records of earlier runs by shard.
+        reader: As for `convert`.
+    """
+    jobs, shards = list[Job](), {task.shard for task in new}
+    costs = [sum(map(cost_of, t.operations)) if t.shard in shards else 0 for t in tasks]
     left, begin = sum(costs), reader.begin if reader else None
+    few = 2 * len(new) <= len(tasks)  # a copy of a model, or a new date, concerns all of its shards
     for task, cost in zip(tasks, costs, strict=True):
         split = request.jobs > 1 and request.jobs * cost > left
         left -= cost
-        options = (request.options.force, known.get(task.shard), split, begin)
+        options = (request.options.force, known.get(task.shard), split, not (split and few), begin)
         jobs.append(Job(task, request.source.directory, request.store, *options))
     return jobs
 

@@ -54,6 +54,11 @@ class Tally:
                 size = self._sizes[shard]
                 self._progress(shard, min(self._ticked[shard] // self._passes[shard], size), size)
 
+    def finish(self, shard: str) -> None:
+        """Count all bytes of a shard."""
+        if self._progress:
+            self._progress(shard, self._sizes[shard], self._sizes[shard])
+
 
 class FileProgress:
     """Turn counts of bytes that are written to a file into progress."""

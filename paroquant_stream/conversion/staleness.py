@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from ..checkpoint.shard import Shard
 from ..errors import ParoquantStreamError
 from ..files.descriptor import closing
 from ..files.digest_cache import DigestCache
+from ..plan.task import Task
 from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
 from .request import Request
@@ -68,3 +69,21 @@ def source_staleness(
     if sha256 != expected:
         return f"{shard.name} changed, or was never hashed where it lies now"
     return None
+
+
+def is_done(request: Request, task: Task, known: Mapping[str, EntryRecord]) -> bool:
+    """Tell whether a shard is surely as it was when its entry was made; no proof of the opposite.
+
+    Args:
+        request: The model.
+        task: Of the shard.
+        known: The records of earlier runs by shard.
+    """
+    record, shard = known.get(task.shard), request.source.shard(task.shard)
+    return (
+        record is not None
+        and not request.options.force
+        and record.task_sha256 == task.sha256
+        and request.store.entry_size(record.key) == record.size
+        and source_staleness(request.store.digest_cache, shard, record.source_sha256) is None
+    )

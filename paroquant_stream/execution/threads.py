@@ -67,6 +67,7 @@ def run_all(
     items: Sequence[_Item],
     threads: int,
     parent: Cancellation | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Iterator[_Result]:
     """Call `function(item, cancellation)` for every item and yield results as the calls finish.
 
@@ -79,12 +80,13 @@ def run_all(
         items: One for each job; a single job runs inline, for a readable traceback.
         threads: How many run at once.
         parent: Of the run that this one is a part of.
+        meanwhile: Called by this thread once the jobs have begun; not where it runs them itself.
 
     Raises:
         ExecutionError: The system starts no more threads, or the program is ending.
     """
     cancellation = Cancellation(parent)
-    if threads == 1 or len(items) <= 1:
+    if threads == 1 or not items or (len(items) == 1 and not meanwhile):
         yield from (function(item, cancellation) for item in items)
         return
     pool = ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="job")
@@ -93,6 +95,8 @@ def run_all(
     try:
         with translate_refusals():
             futures += [pool.submit(function, item, cancellation) for item in items]
+        if meanwhile:
+            meanwhile()
         running = set(futures)
         while running:
             done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)

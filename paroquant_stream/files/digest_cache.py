@@ -154,6 +154,17 @@ class DigestCache:
             return any(name.startswith(f"{size}-") for name in folder.names())
         return False
 
+    def knows_sample(self, fd: int) -> bool:
+        """Return whether there is a digest of any file with the size and the sample of this one."""
+        seen = _observe(fd)
+        if seen is None:
+            return False
+        with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:
+            start = f"{seen.stamp.size}-"
+            names = [name for name in folder.names() if name.startswith(start)]
+            return any(seen.sample in _read_record(folder, name)[1] for name in names)
+        return False
+
     def path(self, stamp: FileStamp) -> Path:
         """Return the path of the record of the file with a stamp."""
         return self.directory / _name(stamp)
@@ -173,15 +184,10 @@ class DigestCache:
 
     def _read(self, seen: Observation) -> tuple[str, bool] | None:
         """Return digest and `trusted` from the record of a file in exactly this state."""
-        try:
-            with self._open_folder() as folder:
-                fd = folder.open_file(_name(seen.stamp))
-            with open(fd, "rb") as file:
-                version, identity, digest, trusted = json.loads(file.read(_MAX_RECORD))
-        except (OSError, ParoquantStreamError, ValueError, TypeError):
-            return None
-        valid = version == _VERSION and isinstance(digest, str) and len(digest) in (32, 37, 64)
-        return (digest, trusted is True) if valid and identity == seen.identity else None
+        with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:
+            digest, identity, trusted = _read_record(folder, _name(seen.stamp))
+            return (digest, trusted) if digest and identity == seen.identity else None
+        return None
 
     def _was_known(self, seen: Observation, digest: str) -> bool:
         """Return whether a record of this file and digest is older than the start of its hash."""
@@ -223,6 +229,18 @@ class DigestCache:
         except (OSError, ParoquantStreamError):
             return 0, Ctime.NONE
         return min(time.time_ns(), stamp.mtime_ns, stamp.ctime_ns), kind
+
+
+def _read_record(folder: Folder, name: str) -> tuple[str, list[int | str], bool]:
+    """Return digest, identity and `trusted` of a record; of an unusable one no digest."""
+    try:
+        with open(folder.open_file(name), "rb") as file:
+            version, identity, digest, trusted = json.loads(file.read(_MAX_RECORD))
+    except (OSError, ParoquantStreamError, ValueError, TypeError):
+        return "", [], False
+    valid = version == _VERSION and isinstance(digest, str) and len(digest) in (32, 37, 64)
+    valid = valid and isinstance(identity, list)
+    return (digest, identity, trusted is True) if valid else ("", [], False)
 
 
 def _name(stamp: FileStamp) -> str:

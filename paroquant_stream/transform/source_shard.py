@@ -69,9 +69,16 @@ class SourceShard:
             return self._digest.sha256
         return self._shard.known_sha256(self._cache, self._fd)
 
-    def may_be_known(self) -> bool:
-        """Tell whether a file of this size was hashed before, so that hashing may save the work."""
-        return self._cache.knows_size(self._stamp.size)
+    def may_be_known(self, size: int | None) -> bool:
+        """Tell whether these bytes may have been hashed before, so that hashing may save the work.
+
+        Args:
+            size: Of the shard when it was converted last, for a cache that has lost its digests.
+        """
+        cache = self._cache
+        return cache.knows_sample(self._fd) or (
+            size == self._stamp.size and not cache.knows_size(size)
+        )
 
     @property
     def is_hashed(self) -> bool:

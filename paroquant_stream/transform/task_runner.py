@@ -41,6 +41,9 @@ class Job:
     """The record of this shard in an earlier manifest, if there is one."""
     split: bool = False
     """Whether several workers convert the shard, since others would be idle."""
+    hash_first: bool = True
+    """Hash a shard that may be converted already before anything else; False converts it meanwhile,
+    for workers that would be idle."""
     begin_copy: Callable[[Sequence[TensorInfo]], EntryCopy | None] | None = None
     """Called before an entry with these tensors is written by this process alone."""
 
@@ -53,7 +56,7 @@ class Outcome:
     """The record of the shard's entry."""
     converted: bool
     """False if the store had the entry already."""
-    seconds: float
+    seconds: float = 0.0
     """Duration of the job."""
     copy: EntryCopy | None = None
     """What got the bytes of the entry, if one was begun."""
@@ -79,11 +82,9 @@ def run_task(job: Job, pool: UnitPool, tick: Tick, trace: Trace = NO_TRACE) -> O
     started = time.monotonic()
     shard = SourceShard(job.task, job.directory, job.store.digest_cache)
     try:
-        record, copy = None if job.force else find_entry(job, shard, pool, tick), None
-        converted = record is None
-        if record is None:
-            record, copy = _convert(job, shard, pool, tick, trace)
-        return Outcome(record, converted, time.monotonic() - started, copy)
+        record = None if job.force else find_entry(job, shard, pool, tick)
+        outcome = Outcome(record, False) if record else _convert(job, shard, pool, tick, trace)
+        return replace(outcome, seconds=time.monotonic() - started)
     finally:
         shard.close()
 
@@ -91,8 +92,8 @@ def run_task(job: Job, pool: UnitPool, tick: Tick, trace: Trace = NO_TRACE) -> O
 def find_entry(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick) -> EntryRecord | None:
     """Find the entry that the store already has for this shard.
 
-    The shard's SHA-256 comes from the digest cache; else the shard is hashed if one of its size was
-    hashed before, since that may save the conversion.
+    The shard's SHA-256 comes from the digest cache; else the shard is hashed if one of its size and
+    sample was hashed before, since that may save the conversion.
 
     Args:
         job: Whose shard.
@@ -104,14 +105,17 @@ def find_entry(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick) -> Entr
         The record of the entry, or None if the shard must be converted.
     """
     sha256 = shard.known_sha256()
-    same_size = job.known is not None and job.known.source_size == job.task.size
-    if sha256 is None and (same_size or shard.may_be_known()):
+    size = job.known.source_size if job.known else None
+    if sha256 is None and job.hash_first and shard.may_be_known(size):
         logger.info("%s: hashing, as it may be converted already", job.directory / job.task.shard)
         steps = steps_of(job.task, lay_out(job.task.outputs)[1])
         shard.add(pool.hash(replace(_all(job, shard, steps, None), steps=()), tick))
         sha256 = shard.known_sha256()
-    if sha256 is None:
-        return None
+    return _entry_of(job, shard, sha256) if sha256 else None
+
+
+def _entry_of(job: Job, shard: SourceShard, sha256: str) -> EntryRecord | None:
+    """Return the record of the entry of a shard with this SHA-256 if the store has it."""
     key = job.task.key(sha256, borrowed := shard.borrowed_sha256())
     size = job.store.entry_size(key)
     if size is None:
@@ -149,9 +153,8 @@ def _all(job: Job, shard: SourceShard, steps: list[Step], path: Path | None) -> 
     return Unit(job.task.shard, job.directory, job.store, tuple(steps), path, hashed)
 
 
-def _convert(
-    job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace
-) -> tuple[EntryRecord, EntryCopy | None]:
+def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace) -> Outcome:
+    """Convert the shard, unless its hash shows meanwhile that the store has the entry."""
     with job.store.new_entry(job.task.outputs) as file:
         copy = job.begin_copy(file.tensors) if job.begin_copy and pool.is_here else None
         unit = _all(job, shard, steps_of(job.task, file.tensors), file.path)
@@ -161,7 +164,10 @@ def _convert(
         for result in pool.run(units_of(unit, job.split), tick):
             shard.add(result)
             file.add(result.pieces)
-        return _publish(job, shard, file, trace), copy
+            may_exist = result.digest and not (job.hash_first or job.force)
+            if may_exist and (record := _entry_of(job, shard, shard.check())):
+                return Outcome(record, False)
+        return Outcome(_publish(job, shard, file, trace), True, copy=copy)
 
 
 def _publish(job: Job, shard: SourceShard, file: EntryFile, trace: Trace) -> EntryRecord:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
 
@@ -74,6 +76,22 @@ def test_what_is_not_installed_is_named(monkeypatch, library, packages, extra):
     with pytest.raises(MissingExtraError) as error:
         library.check_installed()
     assert str(error.value) == reason
+
+
+def test_the_class_of_a_model_is_imported_before_it_is_needed():
+    script = """
+import sys
+from paroquant_stream.backends.mlx_lm import MlxLm
+MlxLm().import_class({"model_type": "qwen3_5_text"})
+print("mlx_lm.models.qwen3_5" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout == b"True\n"
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": 5}, {"model_type": "nosuch"}])
+def test_a_class_that_cannot_be_imported_early_is_no_error(config):
+    MlxLm().import_class(config)
 
 
 def test_an_installed_library_is_no_error():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import xxhash
 
+from paroquant_stream.backends.backend import Backend
 from paroquant_stream.conversion import pipeline
 from paroquant_stream.conversion.converter import convert
 from paroquant_stream.conversion.request import make_request
@@ -230,15 +234,75 @@ def task(name: str, size: int, kind: str = "cast") -> Task:
 def test_a_shard_above_a_workers_share_is_split(model_dir, jobs, sizes, expected):
     tasks = [task(f"s{number}", size) for number, size in enumerate(sizes)]
     # private: real shards of such sizes would have to be converted
-    found = pipeline._jobs(make_request(model_dir, jobs=jobs), tasks, {})
+    found = pipeline._jobs(make_request(model_dir, jobs=jobs), tasks, tasks, {})
     assert [job.split for job in found] == expected
     assert [job.task for job in found] == tasks
+
+
+@pytest.mark.parametrize(
+    ("new", "split", "hash_first"),
+    [
+        ([1], [False, True, False, False], [True, False, True, True]),
+        ([0, 3], [False, False, False, True], [True, True, True, False]),
+        ([0, 1, 2], [False, False, True, False], [True, True, True, True]),
+    ],
+)
+def test_workers_share_what_changed_and_begin_before_its_hash(model_dir, new, split, hash_first):
+    """Unless most has changed: then only the dates may have, and all would be made for nothing."""
+    tasks = [task(f"s{number}", 10) for number in range(4)]
+    request = make_request(model_dir, jobs=2)
+    found = pipeline._jobs(request, tasks, [tasks[n] for n in new], {})  # private: as above
+    assert [job.split for job in found] == split
+    assert [job.hash_first for job in found] == hash_first
+
+
+@pytest.mark.parametrize("flipped", [0, 1])
+def test_processes_start_for_what_changed_alone(model_dir, monkeypatch, flipped):
+    convert(make_request(model_dir))
+    asked = []
+    monkeypatch.setattr(Automatic, "choose", lambda _self, *a: asked.append(a))
+    shard, config = model_dir / "model-00001-of-00003.safetensors", model_dir / "config.json"
+    size = shard.stat().st_size
+    if flipped:
+        flip(shard, size - 1)
+    config.write_text(config.read_text() + "\n")  # so that there is a run at all
+    convert(make_request(model_dir, jobs=2))
+    assert asked == [(2, size * flipped)]
+
+
+class Elsewhere(Executor):
+    """Threads that do not look like those of this process."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(2)
+
+    def submit(self, *call, **options):
+        return self._threads.submit(*call, **options)
+
+
+@pytest.mark.parametrize(
+    ("executor", "loads", "expected"),
+    [(Elsewhere, "all", 1), (Elsewhere, "text", 1), (Elsewhere, None, 0), (None, "all", 0)],
+)
+def test_what_a_load_needs_is_imported_while_others_work(
+    model_dir, monkeypatch, executor, loads, expected
+):
+    imported, main = [], threading.current_thread()
+
+    def note(_self: Backend, config: Mapping[str, Any]) -> None:
+        assert threading.current_thread() is main
+        imported.append(config["model_type"])
+
+    monkeypatch.setattr(Backend, "import_class", note)
+    request = make_request(model_dir, jobs=2, executor=executor and executor())
+    convert(request, loads=loads)
+    assert imported == ["llama"] * expected
 
 
 @pytest.mark.parametrize(("kind", "split"), [("quantize", True), ("cast", False)])
 def test_an_embedding_counts_as_long_as_it_takes(model_dir, kind, split):
     tasks = [task("first", 10, kind), *(task(f"s{n}", 10) for n in range(2))]
-    found = pipeline._jobs(make_request(model_dir, jobs=2), tasks, {})  # private: as above
+    found = pipeline._jobs(make_request(model_dir, jobs=2), tasks, tasks, {})  # private: as above
     assert [job.split for job in found] == [split, False, True]
 
 

@@ -57,6 +57,47 @@ def test_one_item_runs_in_the_calling_thread():
     assert all(run_all(lambda *_: threading.current_thread() is main, [1], 4))
 
 
+@pytest.mark.parametrize("items", [[1], [1, 2, 3]])
+def test_the_calling_thread_has_other_work_meanwhile(items):
+    begun, go_on, callers = threading.Event(), threading.Event(), []
+
+    def work(item: int, _: object) -> int:
+        begun.set()
+        assert go_on.wait(LIMIT)  # passes only if the other work does not wait for this
+        return item
+
+    def meanwhile() -> None:
+        assert begun.wait(LIMIT)
+        callers.append(threading.current_thread())
+        go_on.set()
+
+    assert sorted(run_all(work, items, 2, meanwhile=meanwhile)) == items
+    assert callers == [threading.current_thread()]
+
+
+def test_a_thread_that_runs_the_jobs_has_no_other_work():
+    def meanwhile() -> None:
+        raise AssertionError("called")
+
+    assert list(run_all(lambda item, _: item, [1, 2], 1, meanwhile=meanwhile)) == [1, 2]
+
+
+def test_an_error_of_the_other_work_ends_the_jobs():
+    ended = []
+
+    def work(_: int, cancellation: Cancellation) -> None:
+        with pytest.raises(RunCancelledError):
+            run_until_cancelled(cancellation)
+        ended.append(1)
+
+    def meanwhile() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_all(work, [1, 2], 2, meanwhile=meanwhile))
+    assert ended == [1, 1]
+
+
 def test_the_first_error_cancels_the_others_and_is_raised():
     cancelled, running = [], threading.Barrier(3, timeout=LIMIT)
 

@@ -27,6 +27,25 @@ def test_the_digest_of_a_settled_file_is_stored(cache, path):
     assert not cache.knows_size(len(DATA) + 1)
 
 
+@pytest.mark.usefixtures("disk", "old")
+def test_a_file_with_the_size_and_sample_of_another_is_known(cache, path, tmp_path):
+    def known(data: bytes) -> bool:
+        other = tmp_path / "other"
+        other.write_bytes(data)
+        with other.open("rb") as file:
+            return cache.knows_sample(file.fileno())
+
+    assert not known(DATA)  # there is no record at all
+    hash_now(cache, path)
+    assert known(DATA)
+    assert not known(DATA[:-1])
+    assert not known(bytes([DATA[0] ^ 1]) + DATA[1:])
+    (record,) = cache.directory.iterdir()
+    for damage in (b"", b"[2, null, null, true]", b'[2, "text", "' + b"a" * 64 + b'", true]'):
+        record.write_bytes(damage)
+        assert not known(DATA)
+
+
 @pytest.mark.usefixtures("disk", "young")
 def test_the_digest_of_a_young_file_is_not_stored(cache, path):
     hash_now(cache, path)

@@ -302,17 +302,30 @@ def test_what_no_unit_borrowed_is_read_for_the_key(scattered_dir, tmp_path):
 def test_a_known_hash_is_not_made_again(job, settled):
     shard = opened(job)
     assert shard.known_sha256() is None
-    assert not shard.may_be_known()
+    assert not shard.may_be_known(None)
     with whole_unit(job) as unit:
         result = run_unit(replace(unit, steps=(), path=None), ignore)
     shard.add(result)
     assert shard.known_sha256() == result.digest.sha256
     shard.close()
     again = opened(job)
-    assert again.may_be_known()
+    assert again.may_be_known(None)
     assert again.known_sha256() == result.digest.sha256
     assert not again.is_hashed
     again.close()
+
+
+def test_a_shard_is_known_by_its_sample_or_else_by_its_record(job, settled):
+    size = job.task.size
+    shard = opened(job)
+    assert shard.may_be_known(size)  # the cache may have lost its digests
+    assert not shard.may_be_known(size + 1)
+    shard.close()
+    assert run_task(job, UnitPool(1), ignore).converted
+    flip(job.directory / job.task.shard, size - 1)
+    shard = opened(job)
+    assert not shard.may_be_known(size)  # it has the digest, and the sample is another
+    shard.close()
 
 
 def test_a_blob_with_another_hash_than_its_name_is_an_error(directory, tmp_path):

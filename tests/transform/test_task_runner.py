@@ -189,12 +189,45 @@ def test_force_converts_an_entry_of_the_store_again(jobs):
     assert outcome.converted
 
 
-def test_only_a_record_of_the_same_size_is_hashed_first(jobs, monkeypatch):
-    monkeypatch.setattr(SourceShard, "may_be_known", lambda _: False)
-    record = converted(jobs[0])
-    moved = replace(record, source_size=record.source_size + 1)
-    assert run_task(replace(jobs[0], known=moved), UnitPool(1), ignore).converted
-    assert not run_task(replace(jobs[0], known=record), UnitPool(1), ignore).converted
+@pytest.mark.parametrize("hash_first", [True, False])
+def test_a_shard_that_may_be_known_is_hashed_before_it_is_converted(jobs, hash_first, settled):
+    job = replace(jobs[0], hash_first=hash_first)
+    record = converted(job)
+    (job.directory / job.task.shard).touch()
+    pool = Ordered(range, lambda *_: None)
+    outcome = run_task(job, pool, ignore)
+    assert (outcome.record, outcome.converted) == (record, False)
+    assert pool.ran == (not hash_first)
+    assert not list(job.store.folder("tmp").iterdir())
+
+
+def test_a_shard_whose_hash_is_known_meanwhile_is_converted_no_further(lone, settled):
+    lone = replace(lone, hash_first=False)
+    record = converted(lone)
+    (lone.directory / lone.task.shard).touch()
+    pool = Ordered(range, lambda *_: None)
+    outcome = run_task(lone, pool, ignore)
+    assert (outcome.record, outcome.converted) == (record, False)
+    assert pool.ran == 1  # the hash, which is the first unit
+    assert not list(lone.store.folder("tmp").iterdir())
+    forced = run_task(replace(lone, force=True), Ordered(range, lambda *_: None), ignore)
+    assert forced.converted
+
+
+def test_a_shard_that_changed_meanwhile_is_not_taken_for_a_known_one(lone, settled):
+    lone = replace(lone, hash_first=False)
+    converted(lone)
+    path = lone.directory / lone.task.shard
+    path.touch()
+
+    def change(ran: int, _unit: object) -> None:
+        flip(path, path.stat().st_size - 1) if ran == 1 else None
+
+    def hash_second(count: int) -> list[int]:
+        return [1, 0, *range(2, count)]
+
+    with pytest.raises(SourceChangedError):
+        run_task(lone, Ordered(hash_second, change), ignore)
 
 
 def test_an_entry_of_another_size_than_recorded_is_checked(jobs, monkeypatch):
@@ -388,7 +421,7 @@ def test_a_piece_that_is_lost_or_written_twice_stores_nothing(lone, change):
 
 
 def test_a_shard_that_was_hashed_is_not_hashed_again(jobs, monkeypatch):
-    monkeypatch.setattr(SourceShard, "may_be_known", lambda _: True)
+    monkeypatch.setattr(SourceShard, "may_be_known", lambda *_: True)
     hashes, real = [], UnitPool.hash
     monkeypatch.setattr(UnitPool, "hash", lambda *a: hashes.append("first") or real(*a))
     pool = Ordered(range, lambda _ran, unit: hashes.append(unit.hashed is not None))
