@@ -9,6 +9,7 @@ or MLX opens the file. The safetensors library accepts every file that is accept
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Header:
     size: int
     """Bytes of the whole file."""
     metadata: dict[str, str]
+    sha256: bytes = b""
+    """Of its own bytes, length and JSON."""
 
 
 def read_header(fd: int, label: str) -> Header:
@@ -99,8 +102,10 @@ def read_header_bytes(fd: int, label: str) -> bytes:
         MalformedFileError: The file ends before the header does.
         UnreadableFileError: The operating system cannot read it.
     """
-    length = 8 + int.from_bytes(pread_exactly(fd, 0, 8, label), "little")
-    return pread_exactly(fd, 0, length, label)
+    length = int.from_bytes(pread_exactly(fd, 0, 8, label), "little")
+    if length > MAX_HEADER:
+        raise MalformedFileError(f"{label}: a header length of {length:,}; download it again")
+    return pread_exactly(fd, 0, 8 + length, label)
 
 
 def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> Header:
@@ -127,7 +132,8 @@ def parse_header(read: Callable[[int, int], bytes], size: int, label: str) -> He
     tensors = [_tensor(name, entry, data_start, label) for name, entry in table.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_coverage(tensors, data_start, size, label)
-    return Header(tuple(tensors), size, metadata)
+    sha256 = hashlib.sha256(len(text).to_bytes(8, "little") + text).digest()
+    return Header(tuple(tensors), size, metadata, sha256)
 
 
 def _read_json(read: Callable[[int, int], bytes], size: int, label: str) -> bytes:

@@ -100,6 +100,8 @@ class Task:
     """Bytes of the shard."""
     operations: tuple[Operation, ...]
     """In the order in which a reading of the shard from front to back meets what they need."""
+    header_sha256: bytes = b""
+    """Of the header that was planned."""
 
     @property
     def outputs(self) -> list[TensorSpec]:

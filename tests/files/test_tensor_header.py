@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from paroquant_stream.files.tensor_header import (
     check_name,
     parse_header,
     read_header,
+    read_header_bytes,
 )
 from tests.helpers.tensor_files import REFUSED, file_of, tensor
 
@@ -106,6 +108,26 @@ def test_a_header_can_be_read_by_any_function():
     header = header_of(text, 8 + len(text) + 3)
     start = 8 + len(text)
     assert header.tensors == (TensorInfo("a", "U8", (3,), start, start + 3),)
+
+
+def test_a_header_is_hashed_with_its_length_and_padding(tmp_path):
+    path = tmp_path / "x"
+    text = json.dumps({"a": tensor("U8", (3,), (0, 3))}).encode() + b"  "
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
+    with closing(open_regular(path)) as fd:
+        found = read_header_bytes(fd, "x")
+        assert found == path.read_bytes()[:-3]
+        assert read_header(fd, "x").sha256 == hashlib.sha256(found).digest()
+
+
+def test_the_bytes_of_a_header_over_the_limit_are_not_read(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes((MAX_HEADER + 1).to_bytes(8, "little"))
+    with (
+        closing(open_regular(path)) as fd,
+        pytest.raises(MalformedFileError, match="header length of 33,554,433"),
+    ):
+        read_header_bytes(fd, "x")
 
 
 def test_the_shortest_header_is_that_of_no_tensors():

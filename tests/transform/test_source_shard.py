@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from safetensors.numpy import load_file
 
 from paroquant_stream.errors import (
     MalformedFileError,
@@ -16,6 +17,7 @@ from paroquant_stream.errors import (
     SourceDamagedError,
 )
 from paroquant_stream.files.hashing import SourceDigest
+from paroquant_stream.transform import source_shard
 from paroquant_stream.transform.source_shard import SourceShard
 from paroquant_stream.transform.task_runner import run_task
 from paroquant_stream.transform.unit import UnitResult, ranges_of
@@ -225,6 +227,24 @@ def test_a_header_replaced_after_the_plan_is_noticed(job, change):
     with pytest.raises(SourceChangedError, match="is not where it was when the run began"):
         run_task(job, UnitPool(1), ignore)
     assert published(job) == []
+
+
+def test_a_header_is_parsed_again_only_if_it_is_another(job, monkeypatch):
+    parsed, real = [], source_shard.read_header
+    monkeypatch.setattr(source_shard, "read_header", lambda *a: parsed.append(1) or real(*a))
+    opened(job).close()
+    assert parsed == []
+    save(path_of(job), load_file(path_of(job)))  # without the metadata, the tensors as they were
+    job = replace(job, task=replace(job.task, size=path_of(job).stat().st_size))
+    with pytest.raises(SourceChangedError, match="is not where it was"):
+        opened(job)
+    assert parsed == [1]
+
+
+def test_a_shard_cut_short_after_the_plan_is_noticed(job):
+    os.truncate(path_of(job), job.task.size - 1)
+    with pytest.raises(MalformedFileError, match="the header describes"):
+        opened(job)
 
 
 @pytest.mark.usefixtures("hidden")
