@@ -125,6 +125,7 @@ class SourceHasher:
         self._file_hash, self._range_hash = hashlib.sha256(), xxhash.xxh3_128()
         self._remaining = deque(ranges)
         self._fingerprints: dict[Range, bytes] = {}
+        self._buffers: list[memoryview] = []
         self.position = 0
 
     def update(self, view: memoryview) -> None:
@@ -170,7 +171,10 @@ class SourceHasher:
         size = stop - self.position
         if size <= 0:
             return
-        buffers = (page_aligned(min(CHUNK, size)) for _ in range(2 if size > CHUNK else 1))
+        count = 2 if size > CHUNK else 1
+        while len(self._buffers) < count:  # kept, as experts leave thousands of gaps between them
+            self._buffers.append(page_aligned(min(CHUNK, self._size)))
+        buffers = self._buffers[:count]
         for chunk in read_chunks(self._fd, self.position, stop, self._label, *buffers):
             self._pass(chunk)
             yield chunk

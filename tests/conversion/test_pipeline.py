@@ -23,7 +23,7 @@ from paroquant_stream.execution.threads import Shared
 from paroquant_stream.files.tensor_header import TensorSpec
 from paroquant_stream.maintenance.verify import verify_model
 from paroquant_stream.plan.task import Operation, Part, Task
-from paroquant_stream.store.manifest import Manifest
+from paroquant_stream.store.manifest import EntryRecord, Manifest
 from paroquant_stream.store.store import Store
 from paroquant_stream.transform import unit_pool
 from tests.helpers.builders import cut_apart, flip, llama_tensors, write_checkpoint
@@ -297,6 +297,20 @@ def test_what_a_load_needs_is_imported_while_others_work(
     request = make_request(model_dir, jobs=2, executor=executor and executor())
     convert(request, loads=loads)
     assert imported == ["llama"] * expected
+
+
+def test_entries_are_read_while_the_library_is_imported(model_dir, monkeypatch):
+    added, seen, three = [], [], threading.Event()
+
+    def add(record: EntryRecord) -> None:
+        added.append(record.shard)
+        if len(added) == 3:
+            three.set()
+
+    monkeypatch.setattr(Backend, "import_class", lambda *_: seen.append(three.wait(30)))
+    request = make_request(model_dir, jobs=2, executor=Elsewhere())
+    convert(request, loads="all", reader=reader_of(add))
+    assert seen == [True]  # all three were added before the import ended
 
 
 @pytest.mark.parametrize(("kind", "split"), [("quantize", True), ("cast", False)])
