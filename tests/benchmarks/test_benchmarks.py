@@ -79,6 +79,16 @@ def test_a_whole_model_is_converted_at_toy_size(tmp_path, capsys):
     assert all(int(row[4]) >= int(row[5]) > 5 for row in rows if "convert" in row[0])
 
 
+@pytest.mark.long  # seconds of imports in subprocesses
+def test_first_loads_of_a_whole_model_are_measured(tmp_path, capsys):
+    options = "--toy --rounds 1 --jobs 1 --threads 1 --loads"
+    assert whole_model.main([*options.split(), "--work", str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
+    found = [row[0].removeprefix("| ") for row in rows]
+    assert found[:2] == ["convert 2 of 2 shards, 1 jobs, auto", "imports"]
+    assert found[2].startswith("first load; without imports ")
+
+
 def test_conversions_with_different_entries_are_an_error(tmp_path, capsys, monkeypatch):
     made = [Row("cp -r", 1), Row("convert", 1, entries="a"), Row("convert", 1, entries="b")]
     monkeypatch.setattr(Sweep, "conversions", lambda *_: made)

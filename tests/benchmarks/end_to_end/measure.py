@@ -22,7 +22,7 @@ from statistics import median
 LOAD = """
 import sys, time
 from paroquant_stream import load
-load(sys.argv[1], cache_dir=sys.argv[2])
+load(sys.argv[1], cache_dir=sys.argv[2], jobs=int(sys.argv[3]) if sys.argv[3:] else None)
 """
 RAW = """
 import sys, pathlib

@@ -1,13 +1,14 @@
 """Converts a checkpoint with the shapes and the size of a 70B, by numbers of jobs and executors.
 
     python -m tests.benchmarks.whole_model.run --work DIR [--jobs 16 8 4 2] [--executors auto]
-        [--layers 80] [--rounds 3] [--stages]
+        [--layers 80] [--rounds 3] [--stages] [--loads]
 
 It makes the checkpoint in DIR/model unless that is there: 39.9 GB in 9 shards, as the safetensors
 library saves them. DIR needs three times that; in a tmpfs, disks play no part. `cp -r` of the
 checkpoint runs before every conversion. After the last one: no change, full verification beside
 reading all, and a byte of one shard changed. It fails if two conversions made different entries.
-`--toy` takes seconds; its figures mean nothing.
+`--loads` loads it with an empty cache too, with the last number of jobs, which needs mlx-lm and as
+much memory again. `--toy` takes seconds; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pause", type=float, default=0, help="seconds before every process")
     parser.add_argument("--threads", type=int, default=cores, help="that read all entries")
     parser.add_argument("--stages", action="store_true", help="print those of every conversion")
+    parser.add_argument("--loads", action="store_true", help="measure first loads too")
     parser.add_argument("--toy", action="store_true")
     arguments = parser.parse_args(argv)
     sizes = TOY if arguments.toy else {"layers": arguments.layers, "vocab": VOCAB}
@@ -66,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
             print(row.line(), flush=True)
             found.add(row.entries)
         for row in sweep.reruns(arguments.jobs[-1], arguments.executors[-1]):
+            print(row.line(), flush=True)
+        for row in sweep.loads(arguments.jobs[-1]) if arguments.loads else ():
             print(row.line(), flush=True)
     if len(found - {""}) > 1:
         print("the conversions made different entries", file=sys.stderr)

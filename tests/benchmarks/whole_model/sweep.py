@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paroquant_stream.execution.processes import processes
-from tests.benchmarks.end_to_end.measure import Bench, Run, process, stages
+from tests.benchmarks.end_to_end.measure import (
+    IMPORTS,
+    LOAD,
+    Bench,
+    Run,
+    process,
+    python,
+    stages,
+)
 from tests.benchmarks.whole_model.memory import MemoryWatch
 from tests.benchmarks.whole_model.reading import digest, entries, read_all
 
@@ -88,6 +96,22 @@ class Sweep:
         shards = sorted(self.model.glob("*.safetensors"))
         with flipped(shards[len(shards) // 2]):
             yield self.convert(jobs, executor)
+
+    def loads(self, jobs: int) -> Iterator[Row]:
+        """Load with an empty cache, after a conversion and after the imports of a load alone."""
+        for _ in range(self.bench.rounds):
+            shutil.rmtree(self.bench.cache, ignore_errors=True)
+            converted = self.convert(jobs, "auto")
+            yield converted
+            self.bench.settle()
+            imported = python(IMPORTS, self.model)
+            yield Row("imports", imported.wall)
+            shutil.rmtree(self.bench.cache)
+            self.bench.settle()
+            loaded = python(LOAD, self.model, self.bench.cache, jobs)
+            ratio = (loaded.wall - imported.wall) / converted.seconds
+            what = f"first load; without imports {ratio:.2f} of the conversion"
+            yield Row(what, loaded.wall, cores=loaded.user + loaded.system)
 
     def convert(self, jobs: int, executor: str) -> Row:
         """Convert what the cache lacks."""
