@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from ..trace import NO_TRACE, Trace
 from .atomic_file import write_error
 from .descriptor import bypass_cache
+from .page_memory import page_aligned
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,28 +30,6 @@ _LARGE = 256 << 10  # bytes that are worth a call
 _DISK_BLOCK = 4096  # bytes; O_DIRECT takes multiples of it
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _IN_CACHE = not hasattr(fcntl, "F_NOCACHE")  # where what is written without O_DIRECT goes
-
-
-def page_aligned(size: int) -> memoryview:
-    """Return new memory that begins on a page, in huge pages where the system has them.
-
-    Private, as shared memory gets none. A child that is forked meanwhile harms no O_DIRECT write,
-    only reads (open(2)): nobody changes a block before it is written.
-
-    Args:
-        size: Bytes, at least 0.
-
-    Raises:
-        MemoryError: The system gives none; as an OSError it would be taken for one of a file.
-    """
-    try:
-        space = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{size:,} bytes: {error.strerror}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            space.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(space)[:size]
 
 
 class BlockWriter:

@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeVar
 import xxhash
 
 from ..errors import SourceChangedError
-from .block_writer import page_aligned
 from .descriptor import file_status, read_some, unreadable
+from .page_memory import page_aligned
 
 Range = tuple[int, int]
 """The offset of the first byte in a file and that after the last."""

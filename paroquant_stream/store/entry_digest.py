@@ -16,9 +16,9 @@ from contextlib import suppress
 
 import xxhash
 
-from ..files.block_writer import page_aligned
 from ..files.descriptor import file_status, pread_exactly
 from ..files.hashing import CHUNK, Range, read_chunks, read_into
+from ..files.page_memory import page_aligned
 from ..files.tensor_header import TensorInfo
 
 BLOCK = 1 << 20  # bytes; smaller, an embedding can be cut at more rows; larger, less is hashed

@@ -17,9 +17,9 @@ import xxhash
 
 from ..checkpoint.shard import Shard
 from ..errors import SourceChangedError
-from ..files.block_writer import page_aligned
 from ..files.descriptor import file_status
 from ..files.hashing import CHUNK, Range, SourceDigest, SourceHasher, read_into, sha256_of
+from ..files.page_memory import page_aligned
 from ..plan.task import Part
 from ..trace import NO_TRACE, Trace
 from .unit import Unit

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import itertools
 import mmap
 import os
 import random
-import re
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +18,7 @@ import pytest
 
 from paroquant_stream.errors import StoreError
 from paroquant_stream.files import block_writer
-from paroquant_stream.files.block_writer import PENDING, BlockWriter, page_aligned
+from paroquant_stream.files.block_writer import PENDING, BlockWriter
 from paroquant_stream.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -252,56 +249,3 @@ def test_without_more_threads_blocks_are_written_by_the_caller(tmp_path, monkeyp
     monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
     assert write(tmp_path / "x", data, in_chunks([0, 30_000], 3000)[0]) == data
     assert len(calls) == blocks + 1  # it is not asked again
-
-
-def address_of(memory: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-@pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 << 20])
-def test_new_memory_begins_on_a_page_and_is_zero(size):
-    memory = page_aligned(size)
-    assert (len(memory), memory.format, memory.readonly) == (size, "B", False)
-    assert not any(memory[: 3 * PAGE])
-    if size:
-        assert address_of(memory) % mmap.PAGESIZE == 0
-        memory[-1] = 7
-        assert not page_aligned(size)[-1]  # of another piece
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists the mappings of a process")
-def test_new_memory_is_private_and_may_have_huge_pages():
-    """Shared memory is that of a tmpfs, which gets huge pages hardly anywhere."""
-    memory = page_aligned(4 << 20)
-    address, found = address_of(memory), []
-    with open("/proc/self/smaps") as file:
-        for line in file:
-            if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)", line):
-                start, stop = (int(each, 16) for each in bounds.groups()[:2])
-                inside = start <= address < stop
-                found += [bounds.groups()[2:]] if inside else []
-            elif inside and line.startswith("VmFlags:"):
-                flags = line.split()[1:]
-    assert found == [("rw-p", "0")]  # neither shared nor of a file
-    if os.path.exists("/sys/kernel/mm/transparent_hugepage"):
-        assert "hg" in flags
-
-
-def test_a_system_without_huge_pages_has_memory(monkeypatch):
-    class Refusing(mmap.mmap):
-        def madvise(self, *_):
-            raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(block_writer.mmap, "mmap", Refusing)
-    assert len(page_aligned(PAGE)) == PAGE
-    monkeypatch.delattr(block_writer.mmap, "MADV_HUGEPAGE", raising=False)
-    assert len(page_aligned(PAGE)) == PAGE
-
-
-def test_memory_that_is_refused_is_no_error_of_a_file(monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr(block_writer.mmap, "mmap", refuse)
-    with pytest.raises(MemoryError, match="4,096 bytes: Cannot allocate memory"):
-        page_aligned(4096)
