@@ -138,14 +138,13 @@ class Backend(ABC):
         return self._missing_text(missing, "not installed") if missing else None
 
     def import_class(self, config: Mapping[str, Any]) -> None:
-        """Import the library and the model's class, so that `build` finds them; raise nothing.
+        """Import the library and the model's class, so that `build` need not; raises as that does.
 
         Args:
             config: config.json.
         """
-        with suppress(Exception):  # `build` says what is wrong
-            name = self.type_name(str(config.get("model_type")))
-            self._find_class(self._utils(), {**config, "model_type": name})
+        name = self.type_name(str(config.get("model_type")))
+        self._find_class(self._utils(), {**config, "model_type": name})
 
     def check_installed(self) -> None:
         """Raise MissingExtraError where MLX has no backend, or a library is not installed."""

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from ..checkpoint.prefetch import Prefetcher
 from ..errors import StoreError
 from ..execution.automatic import Automatic
 from ..execution.cancellation import Cancellation
-from ..execution.threads import run_all
+from ..execution.threads import in_background, run_all
 from ..files.folder import Folder
 from ..files.tensor_header import TensorInfo
 from ..files.tensor_writer import file_size
@@ -80,7 +81,7 @@ def convert_shards(
         trace: As for `convert`.
         started: `time.monotonic()` at the start of the conversion.
         reader: As for `convert`.
-        meanwhile: What the calling thread does while others work.
+        meanwhile: What a thread does while worker processes convert.
     """
     before = read_manifest(request)
     known = _known_records(model, before)
@@ -96,30 +97,36 @@ def convert_shards(
         new = [task for task in work.tasks if not is_done(request, task, known)]
         jobs = _jobs(request, work.tasks, new, known, reader)
         for outcome in _run(request, jobs, new, reader, prefetcher, tally, trace, meanwhile):
-            record = outcome.record
+            record = replace(outcome.record, dropped=False)
             kept[record.shard] = record
-            reports[record.shard] = _report(request, outcome, known.get(record.shard))
+            if reader:
+                reader.add(record, outcome.copy)
+            reports[record.shard] = _report(request, outcome, record, known.get(record.shard))
             dropper.finish_task(record)
             prefetcher.finish_task()
             tally.finish(record.shard)
         kept |= dropper.dropped
     names = [task.shard for task in model.plan.tasks]
     manifest = manifest_of([kept[name] for name in names])
-    if manifest != before:  # equal, and a cache that cannot be written still serves
-        _write_manifest(request, manifest)
+    path = _write_manifest(request, manifest, before)
     dropper.keep(manifest)
-    path = request.store.manifest_path(request.manifest_name)
     return Conversion(manifest, path, tuple(reports[n] for n in names), time.monotonic() - started)
 
 
-def _write_manifest(request: Request, manifest: Manifest) -> None:
-    """Publish the manifest; a dropped model is found by its record too, if that fails."""
+def _write_manifest(request: Request, manifest: Manifest, before: Manifest | None) -> Path:
+    """Publish the manifest and return its path.
+
+    A cache that cannot be written still serves where there is nothing new to say. A dropped model
+    is found by its record too.
+    """
     try:
-        request.store.write_manifest(request.manifest_name, manifest)
+        if manifest != before:
+            request.store.write_manifest(request.manifest_name, manifest)
     except StoreError as error:
         if not all(record.dropped for record in manifest.entries):
             raise
         logger.warning("%s", error)
+    return request.store.manifest_path(request.manifest_name)
 
 
 def _begin(request: Request, work: Work, progress: Progress | None) -> Tally:
@@ -140,8 +147,9 @@ def _prefetcher(request: Request, model: ModelPlan, work: Work, tally: Tally) ->
     return Prefetcher(source.remote, source.directory, work.absent, known, tally.add, ahead)
 
 
-def _report(request: Request, outcome: Outcome, old: EntryRecord | None) -> ShardReport:
-    record = outcome.record
+def _report(
+    request: Request, outcome: Outcome, record: EntryRecord, old: EntryRecord | None
+) -> ShardReport:
     if outcome.converted:
         report = report_converted(record, old, request.options.force, outcome.seconds)
     else:
@@ -196,11 +204,7 @@ def _run(
         with trace.span("wait for the shard", job.task.shard):
             prefetcher.wait_for((job.task.shard, *job.task.borrowed), cancellation.check)
         with trace.span("shard", job.task.shard):
-            outcome = run_task(job, pool, tick, trace)
-        outcome = replace(outcome, record=replace(outcome.record, dropped=False))
-        if reader:
-            reader.add(outcome.record, outcome.copy)
-        return outcome
+            return run_task(job, pool, tick, trace)
 
     with Automatic() if shared is None else nullcontext(shared.automatic) as automatic:
         executor = request.options.executor
@@ -210,9 +214,9 @@ def _run(
         with unit_pool(
             executor, request.jobs, request.source.directory, request.store, trace
         ) as pool:
-            # threads of this process would wait for the interpreter's lock instead
-            meanwhile = None if pool.is_here else meanwhile
-            yield from run_all(work, jobs, at_once, parent, meanwhile)
+            if meanwhile and not pool.is_here:  # threads would wait for the interpreter's lock
+                in_background(meanwhile, "meanwhile")
+            yield from run_all(work, jobs, at_once, parent)
 
 
 def _jobs(
@@ -234,11 +238,10 @@ def _jobs(
     jobs, shards = list[Job](), {task.shard for task in new}
     costs = [sum(map(cost_of, t.operations)) if t.shard in shards else 0 for t in tasks]
     left, begin = sum(costs), reader.begin if reader else None
-    few = 2 * len(new) <= len(tasks)  # a copy of a model, or a new date, concerns all of its shards
     for task, cost in zip(tasks, costs, strict=True):
         split = request.jobs > 1 and request.jobs * cost > left
         left -= cost
-        options = (request.options.force, known.get(task.shard), split, not (split and few), begin)
+        options = (request.options.force, known.get(task.shard), split, begin)
         jobs.append(Job(task, request.source.directory, request.store, *options))
     return jobs
 

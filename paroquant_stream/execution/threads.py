@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -10,7 +11,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,7 +68,6 @@ def run_all(
     items: Sequence[_Item],
     threads: int,
     parent: Cancellation | None = None,
-    meanwhile: Callable[[], None] | None = None,
 ) -> Iterator[_Result]:
     """Call `function(item, cancellation)` for every item and yield results as the calls finish.
 
@@ -80,13 +80,12 @@ def run_all(
         items: One for each job; a single job runs inline, for a readable traceback.
         threads: How many run at once.
         parent: Of the run that this one is a part of.
-        meanwhile: Called by this thread once the jobs have begun; not where it runs them itself.
 
     Raises:
         ExecutionError: The system starts no more threads, or the program is ending.
     """
     cancellation = Cancellation(parent)
-    if threads == 1 or not items or (len(items) == 1 and not meanwhile):
+    if threads == 1 or len(items) <= 1:
         yield from (function(item, cancellation) for item in items)
         return
     pool = ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="job")
@@ -95,8 +94,6 @@ def run_all(
     try:
         with translate_refusals():
             futures += [pool.submit(function, item, cancellation) for item in items]
-        if meanwhile:
-            meanwhile()
         running = set(futures)
         while running:
             done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
@@ -111,3 +108,21 @@ def run_all(
         pool.shutdown(wait=False, cancel_futures=True)
         # a future cancelled in the queue never counts as done, so waiting for it would never end
         wait([future for future in futures if not future.cancelled()], timeout)
+
+
+def in_background(function: Callable[[], object], name: str) -> None:
+    """Call a function in a thread that nothing waits for, if the system starts one.
+
+    An interrupt reaches the main thread alone, so it does not cut the function short.
+
+    Args:
+        function: What it raises is ignored.
+        name: Of the thread.
+    """
+
+    def call() -> None:
+        with suppress(BaseException):  # a thread would print it, or for SystemExit end in silence
+            function()
+
+    with suppress(RuntimeError):
+        threading.Thread(target=call, name=name, daemon=True).start()

@@ -37,6 +37,7 @@ from .hashing import SourceHasher, read_into
 
 _VERSION = 2
 _MAX_RECORD = 4096  # bytes, many times the size of a record
+_MAX_EQUAL = 200  # records of one size that are read to compare samples, 10 ms
 SAMPLES = 8  # pages of a file that are compared; more would delay a run without work
 SAMPLE_SIZE = 4096  # bytes of each
 
@@ -154,16 +155,25 @@ class DigestCache:
             return any(name.startswith(f"{size}-") for name in folder.names())
         return False
 
-    def knows_sample(self, fd: int) -> bool:
-        """Return whether there is a digest of any file with the size and the sample of this one."""
+    def may_know(self, fd: int, digest: str | None = None) -> bool:
+        """Tell whether a file with the bytes of this one may have been hashed before.
+
+        Args:
+            fd: The file.
+            digest: One that a file of its size and place had; unless it is remembered, with the
+                sample that went with it, the file may still have it.
+        """
         seen = _observe(fd)
         if seen is None:
-            return False
+            return digest is not None
         with contextlib.suppress(OSError, ParoquantStreamError), self._open_folder() as folder:
             start = f"{seen.stamp.size}-"
             names = [name for name in folder.names() if name.startswith(start)]
-            return any(seen.sample in _read_record(folder, name)[1] for name in names)
-        return False
+            records = [_read_record(folder, name) for name in names[:_MAX_EQUAL]]
+            if len(names) > _MAX_EQUAL or any(seen.sample in record[1] for record in records):
+                return True
+            return digest is not None and all(digest != record[0] for record in records)
+        return digest is not None
 
     def path(self, stamp: FileStamp) -> Path:
         """Return the path of the record of the file with a stamp."""
@@ -236,7 +246,7 @@ def _read_record(folder: Folder, name: str) -> tuple[str, list[int | str], bool]
     try:
         with open(folder.open_file(name), "rb") as file:
             version, identity, digest, trusted = json.loads(file.read(_MAX_RECORD))
-    except (OSError, ParoquantStreamError, ValueError, TypeError):
+    except (OSError, ParoquantStreamError, ValueError, TypeError, RecursionError):
         return "", [], False
     valid = version == _VERSION and isinstance(digest, str) and len(digest) in (32, 37, 64)
     valid = valid and isinstance(identity, list)

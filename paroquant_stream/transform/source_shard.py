@@ -18,6 +18,7 @@ from ..files.digest_cache import DigestCache
 from ..files.hashing import Range, SourceDigest, sha256_of_range
 from ..files.tensor_header import read_header, read_header_bytes
 from ..plan.task import Part, Task
+from ..store.manifest import EntryRecord
 from .unit import UnitResult
 
 
@@ -76,16 +77,14 @@ class SourceShard:
             return self._digest.sha256
         return self._shard.known_sha256(self._cache, self._fd)
 
-    def may_be_known(self, size: int | None) -> bool:
+    def may_be_known(self, known: EntryRecord | None) -> bool:
         """Tell whether these bytes may have been hashed before, so that hashing may save the work.
 
         Args:
-            size: Of the shard when it was converted last, for a cache that has lost its digests.
+            known: The record of this shard in an earlier manifest, if there is one.
         """
-        cache = self._cache
-        return cache.knows_sample(self._fd) or (
-            size == self._stamp.size and not cache.knows_size(size)
-        )
+        same_size = known is not None and known.source_size == self._stamp.size
+        return self._cache.may_know(self._fd, known.source_sha256 if known and same_size else None)
 
     @property
     def is_hashed(self) -> bool:

@@ -41,9 +41,6 @@ class Job:
     """The record of this shard in an earlier manifest, if there is one."""
     split: bool = False
     """Whether several workers convert the shard, since others would be idle."""
-    hash_first: bool = True
-    """Hash a shard that may be converted already before anything else; False converts it meanwhile,
-    for workers that would be idle."""
     begin_copy: Callable[[Sequence[TensorInfo]], EntryCopy | None] | None = None
     """Called before an entry with these tensors is written by this process alone."""
 
@@ -105,17 +102,13 @@ def find_entry(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick) -> Entr
         The record of the entry, or None if the shard must be converted.
     """
     sha256 = shard.known_sha256()
-    size = job.known.source_size if job.known else None
-    if sha256 is None and job.hash_first and shard.may_be_known(size):
+    if sha256 is None and shard.may_be_known(job.known):
         logger.info("%s: hashing, as it may be converted already", job.directory / job.task.shard)
         steps = steps_of(job.task, lay_out(job.task.outputs)[1])
         shard.add(pool.hash(replace(_all(job, shard, steps, None), steps=()), tick))
         sha256 = shard.known_sha256()
-    return _entry_of(job, shard, sha256) if sha256 else None
-
-
-def _entry_of(job: Job, shard: SourceShard, sha256: str) -> EntryRecord | None:
-    """Return the record of the entry of a shard with this SHA-256 if the store has it."""
+    if sha256 is None:
+        return None
     key = job.task.key(sha256, borrowed := shard.borrowed_sha256())
     size = job.store.entry_size(key)
     if size is None:
@@ -154,7 +147,6 @@ def _all(job: Job, shard: SourceShard, steps: list[Step], path: Path | None) -> 
 
 
 def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace) -> Outcome:
-    """Convert the shard, unless its hash shows meanwhile that the store has the entry."""
     with job.store.new_entry(job.task.outputs) as file:
         copy = job.begin_copy(file.tensors) if job.begin_copy and pool.is_here else None
         unit = _all(job, shard, steps_of(job.task, file.tensors), file.path)
@@ -164,9 +156,6 @@ def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Tr
         for result in pool.run(units_of(unit, job.split), tick):
             shard.add(result)
             file.add(result.pieces)
-            may_exist = result.digest and not (job.hash_first or job.force)
-            if may_exist and (record := _entry_of(job, shard, shard.check())):
-                return Outcome(record, False)
         return Outcome(_publish(job, shard, file, trace), True, copy=copy)
 
 

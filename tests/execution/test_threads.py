@@ -13,7 +13,7 @@ import pytest
 from paroquant_stream.errors import ExecutionError, RunCancelledError, StoreError
 from paroquant_stream.execution import threads
 from paroquant_stream.execution.cancellation import Cancellation
-from paroquant_stream.execution.threads import run_all, translate_refusals
+from paroquant_stream.execution.threads import in_background, run_all, translate_refusals
 from tests.helpers.processes import ENDS
 
 LIMIT = 30  # seconds to wait for what happens at once; reached only by a failure
@@ -57,45 +57,38 @@ def test_one_item_runs_in_the_calling_thread():
     assert all(run_all(lambda *_: threading.current_thread() is main, [1], 4))
 
 
-@pytest.mark.parametrize("items", [[1], [1, 2, 3]])
-def test_the_calling_thread_has_other_work_meanwhile(items):
-    begun, go_on, callers = threading.Event(), threading.Event(), []
+def test_what_runs_in_the_background_is_waited_for_by_nobody():
+    go_on, ran = threading.Event(), threading.Event()
 
-    def work(item: int, _: object) -> int:
-        begun.set()
-        assert go_on.wait(LIMIT)  # passes only if the other work does not wait for this
-        return item
+    def work() -> None:
+        assert go_on.wait(LIMIT)
+        ran.set()
 
-    def meanwhile() -> None:
-        assert begun.wait(LIMIT)
-        callers.append(threading.current_thread())
-        go_on.set()
-
-    assert sorted(run_all(work, items, 2, meanwhile=meanwhile)) == items
-    assert callers == [threading.current_thread()]
+    in_background(work, "work")
+    (thread,) = [each for each in threading.enumerate() if each.name == "work"]
+    assert thread.daemon
+    go_on.set()  # passes only if the call has returned before
+    assert ran.wait(LIMIT)
 
 
-def test_a_thread_that_runs_the_jobs_has_no_other_work():
-    def meanwhile() -> None:
-        raise AssertionError("called")
+@pytest.mark.parametrize("error", [ImportError, SystemExit, KeyboardInterrupt])
+def test_what_fails_in_the_background_is_no_error(error, capsys):
+    def fail() -> None:
+        raise error
 
-    assert list(run_all(lambda item, _: item, [1, 2], 1, meanwhile=meanwhile)) == [1, 2]
+    in_background(fail, "fail")
+    for thread in threading.enumerate():
+        if thread.name == "fail":
+            thread.join(LIMIT)
+    assert capsys.readouterr() == ("", "")
 
 
-def test_an_error_of_the_other_work_ends_the_jobs():
-    ended = []
+def test_without_a_thread_nothing_runs_in_the_background(monkeypatch):
+    def refuse(_self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
 
-    def work(_: int, cancellation: Cancellation) -> None:
-        with pytest.raises(RunCancelledError):
-            run_until_cancelled(cancellation)
-        ended.append(1)
-
-    def meanwhile() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(run_all(work, [1, 2], 2, meanwhile=meanwhile))
-    assert ended == [1, 1]
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    in_background(lambda: pytest.fail("called"), "work")
 
 
 def test_the_first_error_cancels_the_others_and_is_raised():

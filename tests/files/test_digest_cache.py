@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from paroquant_stream.files import digest_cache
 from paroquant_stream.files.descriptor import FileStamp
 from paroquant_stream.files.digest_cache import DigestCache
 from paroquant_stream.files.filesystems import Ctime
@@ -27,23 +28,52 @@ def test_the_digest_of_a_settled_file_is_stored(cache, path):
     assert not cache.knows_size(len(DATA) + 1)
 
 
-@pytest.mark.usefixtures("disk", "old")
-def test_a_file_with_the_size_and_sample_of_another_is_known(cache, path, tmp_path):
-    def known(data: bytes) -> bool:
-        other = tmp_path / "other"
-        other.write_bytes(data)
-        with other.open("rb") as file:
-            return cache.knows_sample(file.fileno())
+def may_know(cache, path, data: bytes, digest: str | None = None) -> bool:
+    """Ask of a file with some bytes."""
+    other = path.with_name("other")
+    other.write_bytes(data)
+    with other.open("rb") as file:
+        return cache.may_know(file.fileno(), digest)
 
-    assert not known(DATA)  # there is no record at all
+
+@pytest.mark.usefixtures("disk", "old")
+def test_a_file_with_the_size_and_sample_of_another_may_be_known(cache, path):
+    assert not may_know(cache, path, DATA)  # there is no record at all
     hash_now(cache, path)
-    assert known(DATA)
-    assert not known(DATA[:-1])
-    assert not known(bytes([DATA[0] ^ 1]) + DATA[1:])
+    assert may_know(cache, path, DATA)
+    assert not may_know(cache, path, DATA[:-1])
+    assert not may_know(cache, path, bytes([DATA[0] ^ 1]) + DATA[1:])
+
+
+@pytest.mark.usefixtures("disk", "old")
+def test_a_file_may_have_the_digest_whose_sample_was_lost(cache, path):
+    """Also after others of the same size were hashed."""
+    other = bytes([DATA[0] ^ 1]) + DATA[1:]
+    assert may_know(cache, path, other, "a" * 64)
+    hash_now(cache, path)
+    assert may_know(cache, path, other, "a" * 64)
+    assert not may_know(cache, path, other, sha256(path))  # which went with another sample
+
+
+@pytest.mark.usefixtures("disk", "old")
+@pytest.mark.parametrize(
+    "damage", [b"", b"[" * 4000, b"[2, null, null, true]", b'[2, "x", "' + b"a" * 64 + b'", true]']
+)
+def test_a_damaged_record_is_of_no_file(cache, path, damage):
+    hash_now(cache, path)
     (record,) = cache.directory.iterdir()
-    for damage in (b"", b"[2, null, null, true]", b'[2, "text", "' + b"a" * 64 + b'", true]'):
-        record.write_bytes(damage)
-        assert not known(DATA)
+    record.write_bytes(damage)
+    assert not may_know(cache, path, DATA)
+    assert look_up(cache, path) is None
+
+
+@pytest.mark.usefixtures("disk", "old")
+def test_any_file_of_a_size_with_very_many_records_may_be_known(cache, path, monkeypatch):
+    hash_now(cache, path)
+    other = bytes([DATA[0] ^ 1]) + DATA[1:]
+    for limit, expected in ((1, False), (0, True)):
+        monkeypatch.setattr(digest_cache, "_MAX_EQUAL", limit)
+        assert may_know(cache, path, other) is expected
 
 
 @pytest.mark.usefixtures("disk", "young")

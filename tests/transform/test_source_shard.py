@@ -24,6 +24,7 @@ from paroquant_stream.transform.unit import UnitResult, ranges_of
 from paroquant_stream.transform.unit_pool import UnitPool
 from paroquant_stream.transform.unit_runner import run_unit
 from tests.helpers.builders import as_hub_snapshot, flip, llama_tensors, write_checkpoint
+from tests.helpers.records import entry_record
 from tests.helpers.units import Ordered, ignore, jobs_of, make_small, whole_unit
 
 
@@ -335,16 +336,16 @@ def test_a_known_hash_is_not_made_again(job, settled):
     again.close()
 
 
-def test_a_shard_is_known_by_its_sample_or_else_by_its_record(job, settled):
-    size = job.task.size
+def test_a_shard_may_be_known_by_its_sample_or_else_by_its_record(job, settled):
     shard = opened(job)
-    assert shard.may_be_known(size)  # the cache may have lost its digests
-    assert not shard.may_be_known(size + 1)
+    known = entry_record(source_size=job.task.size)
+    assert shard.may_be_known(known)  # the cache may have lost the digest
+    assert not shard.may_be_known(replace(known, source_size=job.task.size + 1))
     shard.close()
-    assert run_task(job, UnitPool(1), ignore).converted
-    flip(job.directory / job.task.shard, size - 1)
+    known = run_task(job, UnitPool(1), ignore).record
+    flip(job.directory / job.task.shard, job.task.size - 1)
     shard = opened(job)
-    assert not shard.may_be_known(size)  # it has the digest, and the sample is another
+    assert not shard.may_be_known(known)  # the cache has the digest, and it was of another sample
     shard.close()
 
 

@@ -189,45 +189,21 @@ def test_force_converts_an_entry_of_the_store_again(jobs):
     assert outcome.converted
 
 
-@pytest.mark.parametrize("hash_first", [True, False])
-def test_a_shard_that_may_be_known_is_hashed_before_it_is_converted(jobs, hash_first, settled):
-    job = replace(jobs[0], hash_first=hash_first)
-    record = converted(job)
-    (job.directory / job.task.shard).touch()
-    pool = Ordered(range, lambda *_: None)
-    outcome = run_task(job, pool, ignore)
+def test_a_shard_that_may_be_known_is_hashed_before_it_is_converted(jobs, settled):
+    record = converted(jobs[0])
+    (jobs[0].directory / jobs[0].task.shard).touch()
+    pool = Ordered(range, lambda *_: pytest.fail("converted"))
+    outcome = run_task(jobs[0], pool, ignore)
     assert (outcome.record, outcome.converted) == (record, False)
-    assert pool.ran == (not hash_first)
-    assert not list(job.store.folder("tmp").iterdir())
 
 
-def test_a_shard_whose_hash_is_known_meanwhile_is_converted_no_further(lone, settled):
-    lone = replace(lone, hash_first=False)
-    record = converted(lone)
-    (lone.directory / lone.task.shard).touch()
-    pool = Ordered(range, lambda *_: None)
-    outcome = run_task(lone, pool, ignore)
-    assert (outcome.record, outcome.converted) == (record, False)
-    assert pool.ran == 1  # the hash, which is the first unit
-    assert not list(lone.store.folder("tmp").iterdir())
-    forced = run_task(replace(lone, force=True), Ordered(range, lambda *_: None), ignore)
-    assert forced.converted
-
-
-def test_a_shard_that_changed_meanwhile_is_not_taken_for_a_known_one(lone, settled):
-    lone = replace(lone, hash_first=False)
-    converted(lone)
-    path = lone.directory / lone.task.shard
-    path.touch()
-
-    def change(ran: int, _unit: object) -> None:
-        flip(path, path.stat().st_size - 1) if ran == 1 else None
-
-    def hash_second(count: int) -> list[int]:
-        return [1, 0, *range(2, count)]
-
-    with pytest.raises(SourceChangedError):
-        run_task(lone, Ordered(hash_second, change), ignore)
+def test_a_shard_with_another_sample_is_not_hashed_first(jobs, monkeypatch, settled):
+    record = converted(jobs[0])
+    flip(jobs[0].directory / jobs[0].task.shard, jobs[0].task.size - 1)
+    monkeypatch.setattr(UnitPool, "hash", lambda *_: pytest.fail("hashed first"))
+    outcome = run_task(replace(jobs[0], known=record), UnitPool(1), ignore)
+    assert outcome.converted
+    assert outcome.record.source_sha256 != record.source_sha256
 
 
 def test_an_entry_of_another_size_than_recorded_is_checked(jobs, monkeypatch):
