@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
 from ..checkpoint.shard import Shard
 from ..errors import ParoquantStreamError
 from ..files.descriptor import closing
 from ..files.digest_cache import DigestCache
-from ..plan.task import Task
 from ..store.format import TRANSFORM
 from ..store.manifest import EntryRecord, Manifest
 from .request import Request
+
+if TYPE_CHECKING:  # a run without work needs no plan
+    from ..plan.task import Task
 
 Needed = Callable[[Manifest], Collection[EntryRecord]]
 """The entries of a manifest from which a part of the model is read."""
