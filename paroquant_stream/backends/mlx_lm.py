@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -104,7 +105,8 @@ def import_utils() -> Any:
         ExecutionError: It cannot be imported.
     """
     try:
-        import mlx_lm.utils
+        # an import statement says nothing where the import of another thread has just failed
+        return import_module("mlx_lm.utils")
     except ImportError as error:
         raise MlxLm().missing(error) from error
     except ValueError as error:  # it sets a limit of 4096 open files, beyond a lower hard limit
@@ -113,4 +115,3 @@ def import_utils() -> Any:
         ) from error
     except OSError as error:  # as where the working directory was removed
         raise ExecutionError(f"mlx-lm cannot be imported: {error}") from error
-    return mlx_lm.utils

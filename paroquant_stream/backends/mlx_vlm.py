@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,10 +37,9 @@ class MlxVlm(Backend):
 
     def _utils(self) -> Any:
         try:
-            import mlx_vlm.utils
+            return import_module("mlx_vlm.utils")  # as for mlx-lm
         except ImportError as error:
             raise self.missing(error) from error
-        return mlx_vlm.utils
 
     def _find_class(self, utils: Any, config: dict[str, Any]) -> Any:
         return utils.get_model_and_args(config=config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from ..checkpoint.shard import Shard
-from ..errors import SourceChangedError, SourceDamagedError
+from ..errors import MalformedFileError, SourceChangedError, SourceDamagedError
 from ..files.descriptor import FileStamp, closing
 from ..files.digest_cache import DigestCache
 from ..files.hashing import Range, SourceDigest, sha256_of_range
@@ -54,10 +54,13 @@ class SourceShard:
     def _check_header(self) -> Range:
         """Return the range of the header, and note its fingerprint."""
         label = str(self._shard.path)
-        data = read_header_bytes(self._fd, label)
-        same = hashlib.sha256(data).digest() == self._task.header_sha256
-        if not same or self._stamp.size != self._task.size:
+        data = b""
+        if self._stamp.size == self._task.size:
+            with suppress(MalformedFileError):  # the comparison says what is wrong
+                data = read_header_bytes(self._fd, label)
+        if hashlib.sha256(data).digest() != self._task.header_sha256:
             self._compare_header(label)
+            data = read_header_bytes(self._fd, label)
         self._read[header := (0, len(data))] = xxhash.xxh3_128_digest(data)
         return header
 

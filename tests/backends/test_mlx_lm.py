@@ -109,3 +109,29 @@ def test_a_low_limit_of_open_files_is_one_message(monkeypatch):
     monkeypatch.setattr("resource.setrlimit", refuse)
     with pytest.raises(ExecutionError, match="it needs 4096 open files, see `ulimit -Hn`"):
         import_utils()
+
+
+def test_an_import_that_fails_in_another_thread_meanwhile_is_the_same_error(tmp_path):
+    """A first load imports the library in a thread while worker processes convert."""
+    (tmp_path / "mlx_lm").mkdir()
+    (tmp_path / "mlx_lm" / "__init__.py").touch()
+    broken = "import time; time.sleep(0.4); raise ImportError('libfoo is absent')"
+    (tmp_path / "mlx_lm" / "utils.py").write_text(broken)
+    script = f"""
+import sys, threading
+sys.path.insert(0, {str(tmp_path)!r})
+from paroquant_stream.backends.mlx_lm import import_utils
+from paroquant_stream.errors import MissingExtraError
+from paroquant_stream.execution.threads import in_background
+in_background(import_utils, "import")
+while "mlx_lm.utils" not in sys.modules:
+    pass
+try:
+    import_utils()
+except MissingExtraError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "libfoo is absent" in done.stdout

@@ -56,6 +56,19 @@ def test_a_file_may_have_the_digest_whose_sample_was_lost(cache, path):
 
 
 @pytest.mark.usefixtures("disk", "old")
+@pytest.mark.parametrize("lost", ["directory", "state"])
+def test_a_file_may_have_its_digest_where_nothing_can_be_compared(cache, path, monkeypatch, lost):
+    """As once the directory of digests was removed, or on a file system that says nothing."""
+    hash_now(cache, path)
+    if lost == "directory":
+        cache = replace(cache, directory=path.with_name("absent"), opener=None)
+    else:
+        monkeypatch.setattr(digest_cache, "_observe", lambda _: None)
+    assert may_know(cache, path, DATA, sha256(path))
+    assert not may_know(cache, path, DATA)
+
+
+@pytest.mark.usefixtures("disk", "old")
 @pytest.mark.parametrize(
     "damage", [b"", b"[" * 4000, b"[2, null, null, true]", b'[2, "x", "' + b"a" * 64 + b'", true]']
 )

@@ -13,6 +13,7 @@ import xxhash
 from paroquant_stream.errors import SourceChangedError, UnreadableFileError
 from paroquant_stream.files import hashing
 from paroquant_stream.files.hashing import (
+    CHUNK,
     SourceHasher,
     hash_parts,
     one_ahead,
@@ -200,3 +201,14 @@ def test_no_chunk_is_overwritten_while_it_is_hashed(fd, monkeypatch):
         assert chunk == DATA[at : at + len(chunk)]
         at += len(chunk)
     assert at == len(DATA)
+
+
+def test_the_gaps_between_parts_are_read_in_full_chunks_whatever_the_first_is(fd, monkeypatch):
+    reads, real = [], hashing.read_into
+    monkeypatch.setattr(hashing, "read_into", lambda *a: reads.append(len(a[1])) or real(*a))
+    hasher = SourceHasher(fd, (), len(DATA), "x", lambda _: None)
+    hasher.advance(10)
+    hasher.advance(20)
+    assert hasher.finish().sha256 == hashlib.sha256(DATA).hexdigest()
+    assert reads[:2] == [10, 10]
+    assert len(reads) == 2 + -(-(len(DATA) - 20) // CHUNK)

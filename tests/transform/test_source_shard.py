@@ -242,6 +242,23 @@ def test_a_header_is_parsed_again_only_if_it_is_another(job, monkeypatch):
     assert parsed == [1]
 
 
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
+        (b"", "expected a safetensors file, found 0 bytes"),
+        (b"<!doctype html>" * 5, "expected a safetensors header, found a header length of"),
+    ],
+)
+@pytest.mark.parametrize("same_size", [False, True])
+def test_what_replaced_a_shard_after_the_plan_is_named(job, data, text, same_size):
+    if same_size and data:
+        data += b" " * (job.task.size - len(data))
+    path_of(job).write_bytes(data)
+    with pytest.raises(MalformedFileError, match=text):
+        opened(job)
+
+
 def test_a_shard_cut_short_after_the_plan_is_noticed(job):
     os.truncate(path_of(job), job.task.size - 1)
     with pytest.raises(MalformedFileError, match="the header describes"):
