@@ -118,7 +118,7 @@ class Backend(ABC):
             with suppress(OSError):
                 if (models / f"{name}.py").is_file() or (models / name / "__init__.py").is_file():
                     return None
-        if self._has_class({**config, "model_type": name}):
+        if self._has_class(config):
             return None
         try:
             installed = version(self.library)
@@ -167,10 +167,10 @@ class Backend(ABC):
         """Return the library's name for a model type."""
         return model_type
 
-    def _has_class(self, config: dict[str, Any]) -> bool:
+    def _has_class(self, config: Mapping[str, Any]) -> bool:
         """Return whether the library, once imported, finds a class for a config."""
         try:
-            self._find_class(self._utils(), config)
+            self.import_class(config)
         except (MissingExtraError, TypeError, ValueError, KeyError):
             return False
         return True

@@ -33,7 +33,7 @@ class Automatic(ExitStack):
 
         Args:
             jobs: How many units are converted at once.
-            size: The bytes of all shards.
+            size: The bytes of the shards that are not surely converted already.
 
         Returns:
             This process and others, or None for threads of this process.

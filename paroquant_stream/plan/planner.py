@@ -100,9 +100,13 @@ def _make_plan(
         stored = operation.cast_to(dtype) if dtype else operation
         owned[operation.slices[0][0].shard].append(stored)
     tasks = tuple(
-        Task(shard, header.size, tuple(sorted(found, key=lambda op: op.start)), header.sha256)
+        Task(
+            shard,
+            headers[shard].size,
+            tuple(sorted(found, key=lambda op: op.start)),
+            headers[shard].sha256,
+        )
         for shard, found in owned.items()
-        for header in [headers[shard]]
     )
     return Plan(layout, quantization, tasks)
 

@@ -53,7 +53,7 @@ class Outcome:
     """The record of the shard's entry."""
     converted: bool
     """False if the store had the entry already."""
-    seconds: float = 0.0
+    seconds: float
     """Duration of the job."""
     copy: EntryCopy | None = None
     """What got the bytes of the entry, if one was begun."""
@@ -79,9 +79,11 @@ def run_task(job: Job, pool: UnitPool, tick: Tick, trace: Trace = NO_TRACE) -> O
     started = time.monotonic()
     shard = SourceShard(job.task, job.directory, job.store.digest_cache)
     try:
-        record = None if job.force else find_entry(job, shard, pool, tick)
-        outcome = Outcome(record, False) if record else _convert(job, shard, pool, tick, trace)
-        return replace(outcome, seconds=time.monotonic() - started)
+        record, copy = None if job.force else find_entry(job, shard, pool, tick), None
+        converted = record is None
+        if record is None:
+            record, copy = _convert(job, shard, pool, tick, trace)
+        return Outcome(record, converted, time.monotonic() - started, copy)
     finally:
         shard.close()
 
@@ -146,7 +148,9 @@ def _all(job: Job, shard: SourceShard, steps: list[Step], path: Path | None) -> 
     return Unit(job.task.shard, job.directory, job.store, tuple(steps), path, hashed)
 
 
-def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace) -> Outcome:
+def _convert(
+    job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Trace
+) -> tuple[EntryRecord, EntryCopy | None]:
     with job.store.new_entry(job.task.outputs) as file:
         copy = job.begin_copy(file.tensors) if job.begin_copy and pool.is_here else None
         unit = _all(job, shard, steps_of(job.task, file.tensors), file.path)
@@ -156,7 +160,7 @@ def _convert(job: Job, shard: SourceShard, pool: UnitPool, tick: Tick, trace: Tr
         for result in pool.run(units_of(unit, job.split), tick):
             shard.add(result)
             file.add(result.pieces)
-        return Outcome(_publish(job, shard, file, trace), True, copy=copy)
+        return _publish(job, shard, file, trace), copy
 
 
 def _publish(job: Job, shard: SourceShard, file: EntryFile, trace: Trace) -> EntryRecord:

@@ -314,7 +314,7 @@ def test_each_phase_is_logged(model_dir, caplog):
     ]
     shard = model_dir / "model-00001-of-00003.safetensors"
     os.utime(shard)
-    load(model_dir, jobs=1)
+    load(model_dir)
     assert f"{shard}: hashing" in caplog.text
 
 

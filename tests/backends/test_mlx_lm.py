@@ -118,7 +118,7 @@ def test_an_import_that_fails_in_another_thread_meanwhile_is_the_same_error(tmp_
     broken = "import time; time.sleep(0.4); raise ImportError('libfoo is absent')"
     (tmp_path / "mlx_lm" / "utils.py").write_text(broken)
     script = f"""
-import sys, threading
+import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from paroquant_stream.backends.mlx_lm import import_utils
 from paroquant_stream.errors import MissingExtraError
